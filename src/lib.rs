@@ -1,0 +1,10 @@
+//! Virtual disks in the ploop format, served from user space.
+//!
+//! Floors, top to bottom; each knows only the ones below it:
+//! [`control`] (event loop, sockets, signals), [`device`] (virtio-blk over
+//! vhost-user), [`ploop`] (the engine), [`image`] (offline work on images),
+//! [`storage`] (host file I/O), [`format`] (bytes on disk).
+//! `docs/architecture.md` says who must not know what.
+
+pub mod format;
+pub mod storage;

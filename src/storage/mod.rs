@@ -1,0 +1,170 @@
+//! Host file I/O: the seam between the engine and the kernel.
+//!
+//! A [`Disk`] is the set of host files that one virtual disk lies in (the deltas
+//! of a chain, base first). Each thread that does I/O opens its own [`Io`] on it:
+//! its own file descriptions and its own ring. Tests put a simulated disk here.
+//!
+//! Knows files, offsets, memory segments and alignment. Must not know what a
+//! cluster, a BAT or a guest is.
+
+mod segments;
+
+use std::io;
+use std::os::fd::RawFd;
+
+use rustix::io::Errno;
+
+pub use segments::{AlignedBuf, Buffer, Segment, Segments};
+
+/// Which of the files of a [`Disk`]: 0 is the base, the highest the top delta.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct FileId(pub u8);
+
+/// What to do with a range that shall read as zeros.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ZeroMode {
+    /// Give the space back (`FALLOC_FL_PUNCH_HOLE`); parts of host blocks are
+    /// zeroed in place.
+    Punch,
+    /// Keep the space (`FALLOC_FL_ZERO_RANGE`, else zeros are written).
+    KeepAllocated,
+}
+
+/// One operation on a host file. Owns the memory that it reads or fills, for as
+/// long as it is in flight.
+#[derive(Debug)]
+pub enum Op {
+    /// Fill the buffer from `offset`. Beyond the end of the file it reads zeros.
+    Read {
+        /// From where.
+        file: FileId,
+        /// In bytes, of any alignment.
+        offset: u64,
+        /// To where; its length is the length of the transfer.
+        buffer: Buffer,
+    },
+    /// Write the buffer at `offset`.
+    Write {
+        /// To where.
+        file: FileId,
+        /// In bytes, of any alignment.
+        offset: u64,
+        /// What; its length is the length of the transfer.
+        buffer: Buffer,
+        /// Complete only when the data is stable (`RWF_DSYNC`).
+        dsync: bool,
+    },
+    /// Make a range inside the file read as zeros. Does not change the length of
+    /// the file.
+    Zero {
+        /// Where.
+        file: FileId,
+        /// In bytes, of any alignment.
+        offset: u64,
+        /// In bytes.
+        len: u64,
+        /// What becomes of the space.
+        mode: ZeroMode,
+    },
+    /// Make the file at least `offset + len` long and allocate the range; what
+    /// was there stays, what is new reads as zeros. Where the file system cannot
+    /// allocate, the file is only made longer.
+    Allocate {
+        /// Where.
+        file: FileId,
+        /// In bytes.
+        offset: u64,
+        /// In bytes.
+        len: u64,
+    },
+    /// Make everything that completed before this was submitted stable, the
+    /// length of the file included (`fdatasync`).
+    Sync {
+        /// Of which file.
+        file: FileId,
+    },
+}
+
+/// The end of an operation. Transfers are whole or failed: an [`Io`] continues
+/// short ones by itself, and one that cannot continue fails with `EIO`.
+#[derive(Debug)]
+pub struct Completion {
+    /// The tag given to [`Io::queue`].
+    pub tag: u64,
+    /// How it went.
+    pub result: Result<(), Errno>,
+    /// The operation, given back with its memory.
+    pub op: Op,
+}
+
+/// One thread's access to a [`Disk`]. Dropping it waits for what is in flight.
+pub trait Io: Send {
+    /// Takes an operation. It may start at once or with the next [`Self::submit`].
+    ///
+    /// # Errors
+    /// Gives the operation back when there is no room for it: call
+    /// [`Self::submit`] and [`Self::reap`], then try again.
+    fn queue(&mut self, tag: u64, op: Op) -> Result<(), Op>;
+
+    /// Starts what was queued: one system call for all of it.
+    fn submit(&mut self);
+
+    /// Appends what has completed to `done`, without waiting.
+    fn reap(&mut self, done: &mut Vec<Completion>);
+
+    /// Operations queued or started, and not yet given out by [`Self::reap`].
+    fn in_flight(&self) -> usize;
+
+    /// A descriptor that polls readable while [`Self::reap`] has something to
+    /// give; `None` if completions never come by themselves (they are there
+    /// after [`Self::submit`]).
+    fn completion_fd(&self) -> Option<RawFd>;
+}
+
+/// The files of one virtual disk. The methods here block and are for opening,
+/// closing and offline work.
+pub trait Disk: Send + Sync + 'static {
+    /// One thread's access.
+    type Io: Io + 'static;
+
+    /// New file descriptions and a new ring for a thread; `depth` is how many
+    /// operations at least it can have in flight.
+    ///
+    /// # Errors
+    /// Any of `open(2)` and `io_uring_setup(2)`.
+    fn open_io(&self, depth: u32) -> io::Result<Self::Io>;
+
+    /// Length of a file in bytes.
+    ///
+    /// # Errors
+    /// Any of `fstat(2)`.
+    fn len(&self, file: FileId) -> io::Result<u64>;
+
+    /// Cuts or extends a file (`ftruncate`).
+    ///
+    /// # Errors
+    /// Any of `ftruncate(2)`.
+    fn set_len(&self, file: FileId, len: u64) -> io::Result<()>;
+
+    /// Fills `bytes` from `offset`.
+    ///
+    /// # Errors
+    /// Any of `pread(2)`; `UnexpectedEof` beyond the end of the file.
+    fn read_exact_at(&self, file: FileId, bytes: &mut [u8], offset: u64) -> io::Result<()>;
+
+    /// Writes `bytes` at `offset`.
+    ///
+    /// # Errors
+    /// Any of `pwrite(2)`.
+    fn write_all_at(&self, file: FileId, bytes: &[u8], offset: u64) -> io::Result<()>;
+
+    /// `fdatasync`.
+    ///
+    /// # Errors
+    /// Any of `fdatasync(2)`; after one, nothing written before is to be relied on.
+    fn sync(&self, file: FileId) -> io::Result<()>;
+
+    /// The unit in bytes, a power of two, in which the host file system gives
+    /// space back (its block size).
+    fn zero_granularity(&self) -> u32;
+}
