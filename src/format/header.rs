@@ -27,7 +27,9 @@ pub enum HeaderError {
     #[error("header type is {0}, expected {TYPE}")]
     Type(u32),
     /// The cluster size is no power of two from 32 KiB to 64 MiB.
-    #[error("cluster size of {0} sectors is not a power of two from 64 (32 KiB) to 131072 (64 MiB)")]
+    #[error(
+        "cluster size of {0} sectors is not a power of two from 64 (32 KiB) to 131072 (64 MiB)"
+    )]
     ClusterSize(u32),
     /// The disk has no sector or more than this format can map.
     #[error("disk size of {0} sectors is not one that the format can hold")]
@@ -40,6 +42,9 @@ pub enum HeaderError {
         /// What the disk size takes.
         needed: u64,
     },
+    /// The BAT is longer than any tool makes or reads.
+    #[error("{0} BAT entries are more than the {max} that the format is used with", max = Header::ENTRIES_MAX)]
+    TooManyEntries(u32),
     /// The data area starts inside header or BAT, or off the cluster grid.
     #[error("first block offset of {sectors} sectors is {why}")]
     FirstBlock {
@@ -82,6 +87,8 @@ pub struct Header {
     heads: u32,
     cylinders: u32,
     first_block_sectors: u32,
+    /// Version 1 leaves this word undefined: kept as found. Zero in version 2,
+    /// where it is part of the disk size.
     disk_size_high: u32,
     flags: u32,
     /// The in-use mark.
@@ -109,23 +116,28 @@ impl Header {
     /// Length in bytes; the BAT follows at once.
     pub const LEN: usize = 64;
 
+    /// The most entries that a BAT may have: `qemu-img` refuses a BAT of 2 GiB.
+    pub const ENTRIES_MAX: u32 = i32::MAX as u32 / 4;
+
+    /// The largest disk in sectors whose length in bytes is a file offset.
+    const DISK_SIZE_MAX: u64 = i64::MAX as u64 / SECTOR_SIZE;
+
     /// A header for a new, closed, empty version 2 image, with the first block
     /// offset that dm-ploop demands: header and BAT rounded up to the cluster.
     ///
     /// # Errors
     /// [`HeaderError::DiskSize`] if `disk_size` is zero or needs more than
-    /// `u32::MAX` BAT entries or clusters.
+    /// [`Self::ENTRIES_MAX`] BAT entries.
     pub fn new(disk_size: Sector, cluster: ClusterSize) -> Result<Self, HeaderError> {
         let bad_size = || HeaderError::DiskSize(disk_size.0);
-        if disk_size.0 == 0 || disk_size.0 > u64::MAX / SECTOR_SIZE {
+        if disk_size.0 == 0 || disk_size.0 > Self::DISK_SIZE_MAX {
             return Err(bad_size());
         }
-        let entries =
-            u32::try_from(cluster.count_for(disk_size.bytes())).map_err(|_| bad_size())?;
+        let entries = u32::try_from(cluster.count_for(disk_size.bytes()))
+            .ok()
+            .filter(|&entries| entries <= Self::ENTRIES_MAX)
+            .ok_or_else(bad_size)?;
         let metadata = cluster.count_for(Self::LEN as u64 + 4 * u64::from(entries));
-        if metadata + u64::from(entries) > u64::from(u32::MAX) {
-            return Err(bad_size());
-        }
         let data_start = metadata * cluster.bytes();
         let mut header = Self {
             geometry: Geometry {
@@ -177,12 +189,15 @@ impl Header {
             Version::V1 => u64::from(word(36)),
             Version::V2 => long(36),
         });
-        if disk_size.0 == 0 || disk_size.0 > i64::MAX as u64 / SECTOR_SIZE {
+        if disk_size.0 == 0 || disk_size.0 > Self::DISK_SIZE_MAX {
             return Err(HeaderError::DiskSize(disk_size.0));
         }
         let needed = cluster.count_for(disk_size.bytes());
         if u64::from(entries) < needed {
             return Err(HeaderError::TooFewEntries { entries, needed });
+        }
+        if entries > Self::ENTRIES_MAX {
+            return Err(HeaderError::TooManyEntries(entries));
         }
         let in_use = match word(44) {
             0 => InUse::Closed,
@@ -204,7 +219,10 @@ impl Header {
             heads: word(20),
             cylinders: word(24),
             first_block_sectors,
-            disk_size_high: word(40),
+            disk_size_high: match version {
+                Version::V1 => word(40),
+                Version::V2 => 0,
+            },
             flags: word(52),
             in_use,
             extension: Sector(long(56)),
@@ -288,7 +306,9 @@ fn data_start(
     match version {
         Version::V1 if start == 0 => Ok(bat_end.next_multiple_of(SECTOR_SIZE)),
         _ if start < bat_end => bad("inside the header or the BAT"),
-        Version::V2 if start % cluster.bytes() != 0 => bad("not a multiple of the cluster"),
+        Version::V2 if !start.is_multiple_of(cluster.bytes()) => {
+            bad("not a multiple of the cluster")
+        }
         _ => Ok(start),
     }
 }
@@ -350,8 +370,10 @@ impl Geometry {
     pub fn host_cluster_limit(&self) -> u32 {
         match self.version {
             Version::V2 => u32::MAX,
-            Version::V1 => ((u64::from(u32::MAX) * SECTOR_SIZE - self.grid_start())
-                >> self.cluster.shift()) as u32,
+            Version::V1 => {
+                ((u64::from(u32::MAX) * SECTOR_SIZE - self.grid_start()) >> self.cluster.shift())
+                    as u32
+            }
         }
     }
 
@@ -370,7 +392,7 @@ impl Geometry {
             Version::V2 => bat_value,
             Version::V1 => {
                 let offset = (u64::from(bat_value) * SECTOR_SIZE).checked_sub(self.grid_start())?;
-                if offset % self.cluster.bytes() != 0 {
+                if !offset.is_multiple_of(self.cluster.bytes()) {
                     return None;
                 }
                 (offset >> self.cluster.shift()) as u32
@@ -379,3 +401,6 @@ impl Geometry {
         (cluster >= self.first_host_cluster().0).then_some(HostCluster(cluster))
     }
 }
+
+#[cfg(test)]
+mod tests;

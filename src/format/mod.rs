@@ -3,8 +3,10 @@
 //! Knows every field and its limits, and turns untrusted bytes into checked
 //! types. Does no I/O and knows nothing of files, threads or virtio.
 
+mod bat;
 mod header;
 mod units;
 
+pub use bat::{BatProblem, BatScan, scan_bat};
 pub use header::{Geometry, Header, HeaderError, InUse, Version};
 pub use units::{ClusterSize, GuestCluster, HostCluster, SECTOR_SIZE, Sector};

@@ -1,0 +1,169 @@
+use proptest::prelude::*;
+
+use super::*;
+
+fn small() -> Header {
+    Header::new(Sector(1000), ClusterSize::MIN).unwrap()
+}
+
+/// The bytes of [`small`] with the word at `at` replaced, parsed.
+fn parse_with(at: usize, word: u32) -> Result<Header, HeaderError> {
+    let mut bytes = small().to_bytes();
+    bytes[at..at + 4].copy_from_slice(&word.to_le_bytes());
+    Header::parse(&bytes)
+}
+
+#[test]
+fn a_new_header_is_as_the_format_document_says() {
+    let header = Header::new(Sector(131_072), ClusterSize::from_bytes(65_536).unwrap()).unwrap();
+    let bytes = header.to_bytes();
+    let words: Vec<u32> = bytes[16..]
+        .chunks_exact(4)
+        .map(|word| u32::from_le_bytes(word.try_into().unwrap()))
+        .collect();
+    assert_eq!(&bytes[..16], b"WithouFreSpacExt");
+    // type, heads, cylinders, cluster, n, disk size, its high half, in use,
+    // first block, flags, extension
+    assert_eq!(words, [2, 16, 256, 128, 1024, 131_072, 0, 0, 128, 1, 0, 0]);
+    assert_eq!(Header::parse(&bytes), Ok(header));
+}
+
+#[test]
+fn first_block_is_header_and_bat_rounded_up() {
+    // 16 + 8176 entries fill a cluster of 32 KiB to the byte.
+    let full = Header::new(Sector(8176 * 64), ClusterSize::MIN).unwrap();
+    assert_eq!(full.geometry().data_start, 32 << 10);
+    let more = Header::new(Sector(8176 * 64 + 1), ClusterSize::MIN).unwrap();
+    assert_eq!(more.geometry().data_start, 64 << 10);
+}
+
+#[test]
+fn sizes_that_the_format_cannot_hold() {
+    let new = Header::new;
+    assert_eq!(
+        new(Sector(0), ClusterSize::MIN),
+        Err(HeaderError::DiskSize(0))
+    );
+    assert_eq!(
+        new(Sector(u64::MAX), ClusterSize::MAX),
+        Err(HeaderError::DiskSize(u64::MAX))
+    );
+    let largest = Sector(u64::from(Header::ENTRIES_MAX) * 64);
+    let header = new(largest, ClusterSize::MIN).unwrap();
+    assert_eq!(Header::parse(&header.to_bytes()), Ok(header));
+    let more = Sector(largest.0 + 1);
+    assert_eq!(
+        new(more, ClusterSize::MIN),
+        Err(HeaderError::DiskSize(more.0))
+    );
+}
+
+#[test]
+fn each_bad_field_is_named() {
+    use HeaderError as E;
+    assert_eq!(parse_with(0, 0), Err(E::Signature));
+    assert_eq!(parse_with(16, 3), Err(E::Type(3)));
+    for cluster in [0, 1, 32, 65, 96, 1 << 18, u32::MAX] {
+        assert_eq!(parse_with(28, cluster), Err(E::ClusterSize(cluster)));
+    }
+    let too_few = |entries| {
+        Err(E::TooFewEntries {
+            entries,
+            needed: 16,
+        })
+    };
+    assert_eq!(parse_with(32, 0), too_few(0));
+    assert_eq!(parse_with(32, 15), too_few(15));
+    assert_eq!(parse_with(32, u32::MAX), Err(E::TooManyEntries(u32::MAX)));
+    assert_eq!(parse_with(36, 0), Err(E::DiskSize(0)));
+    assert!(matches!(parse_with(40, u32::MAX), Err(E::DiskSize(_))));
+    assert_eq!(parse_with(44, 2), Err(E::InUse(2)));
+    for sectors in [0, 1, 63, 65] {
+        let result = parse_with(48, sectors);
+        assert!(
+            matches!(result, Err(E::FirstBlock { sectors: s, .. }) if s == sectors),
+            "{result:?}"
+        );
+    }
+}
+
+#[test]
+fn version_1_takes_half_of_the_size_and_an_implied_first_block() {
+    let mut bytes = small().to_bytes();
+    bytes[..16].copy_from_slice(SIGNATURE_V1);
+    bytes[40..44].copy_from_slice(&7u32.to_le_bytes());
+    bytes[48..52].fill(0);
+    let header = Header::parse(&bytes).unwrap();
+    assert_eq!(header.geometry().disk_size, Sector(1000));
+    // 64 bytes and 16 entries end in the first sector.
+    assert_eq!(header.geometry().data_start, 512);
+    // What version 1 leaves undefined stays as it was.
+    assert_eq!(header.to_bytes(), bytes);
+}
+
+#[test]
+fn md_pages_cover_each_entry_once() {
+    let header = Header::new(Sector(64 * 3000), ClusterSize::MIN).unwrap();
+    let geometry = header.geometry();
+    assert_eq!(geometry.md_pages(), 3);
+    let pages: Vec<_> = (0..3).map(|page| geometry.md_page_entries(page)).collect();
+    assert_eq!(pages, [0..1008, 1008..2032, 2032..3000]);
+    for (page, entries) in pages.into_iter().enumerate() {
+        for entry in entries {
+            assert_eq!(geometry.md_page(GuestCluster(entry)), page as u32);
+        }
+    }
+}
+
+proptest! {
+    #[test]
+    fn bytes_never_panic_and_survive_the_round_trip(
+        mut bytes: [u8; Header::LEN],
+        version_1: bool,
+        good in prop::collection::vec(any::<bool>(), 12),
+    ) {
+        // Noise stops at the signature; let most fields of most cases be good.
+        bytes[..16].copy_from_slice(if version_1 { SIGNATURE_V1 } else { SIGNATURE_V2 });
+        let model = small().to_bytes();
+        for (index, _) in good.iter().enumerate().filter(|(_, good)| **good) {
+            let field = 16 + 4 * index..20 + 4 * index;
+            bytes[field.clone()].copy_from_slice(&model[field]);
+        }
+        if let Ok(header) = Header::parse(&bytes) {
+            prop_assert_eq!(header.to_bytes(), bytes);
+            let geometry = header.geometry();
+            prop_assert!(geometry.data_start >= geometry.metadata_len());
+            prop_assert!(geometry.entries <= Header::ENTRIES_MAX);
+        }
+    }
+
+    #[test]
+    fn a_new_header_parses(sectors in 1u64..1 << 44, shift in 15u32..=26) {
+        let cluster = ClusterSize::from_bytes(1 << shift).unwrap();
+        if let Ok(header) = Header::new(Sector(sectors), cluster) {
+            prop_assert_eq!(Header::parse(&header.to_bytes()), Ok(header));
+        }
+    }
+
+    #[test]
+    fn a_bat_value_means_the_cluster_it_was_made_from(
+        version_1: bool,
+        start in 1u64..2000,
+        shift in 15u32..=26,
+        number: u32,
+    ) {
+        let cluster = ClusterSize::from_bytes(1 << shift).unwrap();
+        let geometry = Geometry {
+            version: if version_1 { Version::V1 } else { Version::V2 },
+            cluster,
+            entries: 1,
+            disk_size: Sector(1),
+            data_start: if version_1 { start * SECTOR_SIZE } else { start * cluster.bytes() },
+        };
+        let limit = geometry.host_cluster_limit();
+        let first = geometry.first_host_cluster().0;
+        let host = HostCluster(first + number % (limit - first));
+        prop_assert_eq!(geometry.host_cluster(geometry.bat_value(host)), Some(host));
+        prop_assert_eq!(geometry.host_clusters_below(geometry.host_offset(host)), u64::from(host.0));
+    }
+}
