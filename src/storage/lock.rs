@@ -1,0 +1,240 @@
+//! Locks on an image file, shared with QEMU and with Virtuozzo's own tool.
+//!
+//! QEMU announces what it does with a file by read locks on single bytes of it
+//! (locks, not data: what is stored there does not matter). Byte 100 + n says "I
+//! use permission n", byte 200 + n "nobody else may use permission n". One who
+//! comes takes its own locks first and then tests whether anybody holds the bytes
+//! that contradict them, so of two who come at once at most one stays. The
+//! official `ploop` tool takes bytes 200 to 204 and refuses if anybody has one.
+//!
+//! The locks are open-file-description locks: they belong to the description, not
+//! to the process, and closing another descriptor of the file does not drop them.
+//!
+//! Knows lock bytes and their meaning. Must not know what is in the file.
+
+#[cfg(test)]
+mod tests;
+
+use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd;
+
+use thiserror::Error;
+
+/// First of the bytes that say which permissions the holder uses.
+const USED_BASE: i64 = 100;
+/// First of the bytes that say which permissions nobody else may use.
+const DENIED_BASE: i64 = 200;
+
+/// A set of permissions, bit n for permission n of QEMU's block layer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Permissions(u8);
+
+impl Permissions {
+    /// Read, and see the same until a write of one's own.
+    const CONSISTENT_READ: u8 = 0;
+    /// Change what is stored.
+    const WRITE: u8 = 1;
+    /// Change the length.
+    const RESIZE: u8 = 3;
+    /// There are five of them.
+    const COUNT: u8 = 5;
+
+    const fn of(list: &[u8]) -> Self {
+        let (mut bits, mut at) = (0, 0);
+        while at < list.len() {
+            bits |= 1 << list[at];
+            at += 1;
+        }
+        Self(bits)
+    }
+
+    const ALL: Self = Self((1 << Self::COUNT) - 1);
+
+    fn iter(self) -> impl DoubleEndedIterator<Item = u8> {
+        (0..Self::COUNT).filter(move |n| self.0 & (1 << n) != 0)
+    }
+}
+
+/// What the holder of an [`ImageLock`] wants to do with the image.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LockMode {
+    /// Serve it for writing. Others may not write, nor expect to read anything
+    /// consistent unless they say that they do not care (`qemu-img -U`).
+    ReadWrite,
+    /// Only read it. Others may read too.
+    ReadOnly,
+    /// Change it, or the bundle that it belongs to, off line: nobody else may
+    /// use it in any way.
+    Exclusive,
+}
+
+impl LockMode {
+    /// What QEMU's own locks for this are, but for `Exclusive`, which is what
+    /// the official tool takes as well.
+    fn used_and_denied(self) -> (Permissions, Permissions) {
+        use Permissions as P;
+        let others_change = P::of(&[P::WRITE, P::RESIZE]);
+        match self {
+            Self::ReadWrite => (
+                P::of(&[P::CONSISTENT_READ, P::WRITE, P::RESIZE]),
+                others_change,
+            ),
+            Self::ReadOnly => (P::of(&[P::CONSISTENT_READ]), others_change),
+            Self::Exclusive => (P::of(&[P::CONSISTENT_READ, P::WRITE, P::RESIZE]), P::ALL),
+        }
+    }
+}
+
+/// Why an image cannot be locked.
+#[derive(Debug, Error)]
+pub enum LockError {
+    /// Somebody writes to it.
+    #[error("{0} has the image open for writing")]
+    Writer(Holder),
+    /// Somebody uses it and does not want it to be changed.
+    #[error("{0} has the image open and does not let others write to it")]
+    NoWriters(Holder),
+    /// Somebody uses it alone.
+    #[error("{0} has the image locked for itself alone")]
+    Exclusive(Holder),
+    /// Somebody reads it, and the lock wanted is exclusive.
+    #[error("{0} has the image open")]
+    Reader(Holder),
+    /// The file system cannot lock, or something else is wrong with the file.
+    #[error("cannot lock the image: {0}")]
+    Io(#[from] io::Error),
+}
+
+/// Who holds the lock that is in the way.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Holder {
+    /// The kernel knows it for process locks only, not for those of open file
+    /// descriptions, which QEMU takes.
+    pub pid: Option<i32>,
+}
+
+impl std::fmt::Display for Holder {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self.pid {
+            Some(pid) => write!(f, "another process (pid {pid})"),
+            None => f.write_str("another process"),
+        }
+    }
+}
+
+/// The locks on one image, until it is dropped.
+#[derive(Debug)]
+pub struct ImageLock {
+    /// The same description as the caller's file.
+    file: File,
+}
+
+impl ImageLock {
+    /// Takes the locks for `mode`, or says who is in the way. `file` must be
+    /// open for reading; one open file description can carry one lock only.
+    ///
+    /// # Errors
+    /// [`LockError::Io`] if the file system cannot lock, the other variants if
+    /// somebody uses the image in a way that does not go with `mode`.
+    pub fn acquire(file: &File, mode: LockMode) -> Result<Self, LockError> {
+        let (used, denied) = mode.used_and_denied();
+        // From here on, dropping it gives back what was taken.
+        let lock = Self {
+            file: file.try_clone()?,
+        };
+        for n in used.iter() {
+            set(&lock.file, USED_BASE + i64::from(n), 1, libc::F_RDLCK)?;
+        }
+        for n in denied.iter() {
+            set(&lock.file, DENIED_BASE + i64::from(n), 1, libc::F_RDLCK)?;
+        }
+        lock.test(used, denied)?;
+        Ok(lock)
+    }
+
+    /// Whether anybody else holds a byte that contradicts ours.
+    fn test(&self, used: Permissions, denied: Permissions) -> Result<(), LockError> {
+        for n in used.iter() {
+            if let Some(holder) = holder_of(&self.file, DENIED_BASE + i64::from(n))? {
+                return Err(match n {
+                    Permissions::CONSISTENT_READ => LockError::Exclusive(holder),
+                    // A writer denies writing too; that it writes says more.
+                    _ => match holder_of(&self.file, USED_BASE + i64::from(n))? {
+                        Some(writer) => LockError::Writer(writer),
+                        None => LockError::NoWriters(holder),
+                    },
+                });
+            }
+        }
+        // From the highest down: of all that one holder uses, that it changes the
+        // image says more than that it reads.
+        for n in denied.iter().rev() {
+            if let Some(holder) = holder_of(&self.file, USED_BASE + i64::from(n))? {
+                return Err(match n {
+                    Permissions::CONSISTENT_READ => LockError::Reader(holder),
+                    _ => LockError::Writer(holder),
+                });
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Drop for ImageLock {
+    fn drop(&mut self) {
+        // The description can outlive this value in other descriptors, so
+        // closing ours is not enough.
+        for base in [USED_BASE, DENIED_BASE] {
+            if let Err(error) = set(
+                &self.file,
+                base,
+                i64::from(Permissions::COUNT),
+                libc::F_UNLCK,
+            ) {
+                log::warn!("cannot unlock an image: {error}");
+            }
+        }
+    }
+}
+
+/// A request for `len` bytes from `start`.
+fn flock(start: i64, len: i64, kind: i32) -> libc::flock {
+    libc::flock {
+        // The kinds are 0 to 2; libc gives them a wider type than the field.
+        l_type: kind as i16,
+        l_whence: libc::SEEK_SET as i16,
+        l_start: start,
+        l_len: len,
+        l_pid: 0,
+    }
+}
+
+/// Takes or drops locks. A read lock never conflicts with the read locks that
+/// everybody takes here; with a foreign write lock it fails.
+fn set(file: &File, start: i64, len: i64, kind: i32) -> io::Result<()> {
+    let request = flock(start, len, kind);
+    // SAFETY: the descriptor is open, and F_OFD_SETLK reads a `struct flock`.
+    let rc = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &request) };
+    if rc == -1 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
+
+/// Who but us holds any lock on a byte.
+fn holder_of(file: &File, byte: i64) -> io::Result<Option<Holder>> {
+    let mut request = flock(byte, 1, libc::F_WRLCK);
+    // SAFETY: the descriptor is open, and F_OFD_GETLK reads and writes a
+    // `struct flock`.
+    let rc = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_GETLK, &mut request) };
+    if rc == -1 {
+        return Err(io::Error::last_os_error());
+    }
+    if i32::from(request.l_type) == libc::F_UNLCK {
+        return Ok(None);
+    }
+    Ok(Some(Holder {
+        pid: (request.l_pid > 0).then_some(request.l_pid),
+    }))
+}
