@@ -121,7 +121,6 @@ demo() {
 
     heading "First boot: partition, format, write, trim, verify"
     boot first-boot <<'GUEST'
-set -eu
 echo "=> $(uname -sr) sees /dev/vda, serial $(cat /sys/block/vda/serial), $(($(cat /sys/block/vda/size) / 2048)) MiB, $(ls /sys/block/vda/mq | wc -l) queue(s)"
 printf 'n\np\n1\n\n\nw\n' | fdisk /dev/vda >/dev/null
 mkfs.ext4 -q -L ploop /dev/vda1
@@ -154,7 +153,6 @@ GUEST
 
     heading "Second boot: everything still there?"
     boot second-boot <<'GUEST'
-set -eu
 e2fsck -fn /dev/vda1 >/dev/null 2>&1
 echo "=> e2fsck: clean"
 mount /dev/vda1 /mnt

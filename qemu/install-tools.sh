@@ -16,8 +16,8 @@ busybox busybox-static
 mkfs.ext4 e2fsprogs
 e2fsck e2fsprogs
 fio fio
-fstrim util-linux
 blkdiscard util-linux
+fallocate util-linux
 flock util-linux
 cpio cpio
 depmod kmod

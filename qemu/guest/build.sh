@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Builds the test guest, a kernel and an initramfs, out of the host's packages.
 #
-# usage: build.sh [DIR]       (default: target/guest)
+# usage: build.sh [DIR]       (default: guest in cargo's target folder)
 #
 # Makes DIR/vmlinuz and DIR/initrd.cpio, and does nothing if both are newer than
 # this folder. The kernel comes from the distribution's package, which is
@@ -11,11 +11,12 @@
 set -euo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-mkdir -p "${1:-$here/../../target/guest}"
-out=$(cd "${1:-$here/../../target/guest}" && pwd)
+out=${1:-${CARGO_TARGET_DIR:-$here/../../target}/guest}
+mkdir -p "$out"
+out=$(cd "$out" && pwd)
 
 # Programs of the host that the guest gets. Everything else is busybox.
-programs=(fio mkfs.ext4 e2fsck fstrim blkdiscard)
+programs=(fio mkfs.ext4 e2fsck blkdiscard fallocate)
 
 die() { echo "guest/build.sh: $*" >&2; exit 1; }
 

@@ -1,0 +1,72 @@
+#!/usr/bin/env bash
+# Every check that a change has to pass, in one command.
+#
+# usage: ci/test.sh [STAGE...]      (default: all of them, in order)
+#
+# Installs what is missing (qemu/install-tools.sh). A test that needs a program
+# which is not there fails here, where a plain `cargo test` leaves it out.
+set -Eeuo pipefail
+
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+export CARGO_TERM_COLOR=${CARGO_TERM_COLOR:-never}
+export PLOOP_REQUIRE_PEERS=1
+
+# One function a stage. To add one, write it and put its name in the list.
+stages=(tools format lint scripts guest tests release demo)
+
+stage_tools() {
+    qemu/install-tools.sh ci
+    cargo fmt --version
+    cargo clippy --version
+}
+
+stage_format() {
+    cargo fmt --all --check
+}
+
+stage_lint() {
+    cargo clippy --locked --all-targets -- -D warnings
+    RUSTDOCFLAGS="-D warnings" cargo doc --locked --no-deps --document-private-items
+}
+
+stage_scripts() {
+    git ls-files '*.sh' .ci/run | xargs shellcheck --external-sources
+    shellcheck --shell=sh qemu/guest/init
+}
+
+# The kernel and the initramfs that the guest tests boot.
+stage_guest() {
+    qemu/guest/build.sh
+}
+
+stage_tests() {
+    cargo test --locked
+}
+
+stage_release() {
+    cargo build --release --locked --bins
+}
+
+stage_demo() {
+    qemu/demo.sh
+}
+
+failed() {
+    printf '\nci/test.sh: FAILED in stage %s\n' "$current" >&2
+}
+
+[ $# -eq 0 ] || stages=("$@")
+for stage in "${stages[@]}"; do
+    declare -F "stage_$stage" >/dev/null || { echo "ci/test.sh: no stage '$stage'" >&2; exit 2; }
+done
+
+trap failed ERR
+timings=
+for current in "${stages[@]}"; do
+    printf '\n=== %s\n' "$current"
+    started=$SECONDS
+    "stage_$current"
+    timings+=$(printf '%-10s %5d s' "$current" $((SECONDS - started)))$'\n'
+done
+printf '\n=== done\n%s%-10s %5d s\n' "$timings" total "$SECONDS"

@@ -1,0 +1,430 @@
+//! A guest under QEMU that runs one shell script.
+//!
+//! The guest is the one of `qemu/guest`. Its script talks to the test through
+//! the serial console: `report NAME VALUE` hands over a value, `meet_host NAME`
+//! waits until the test says to go on. The processor is emulated, so that the
+//! tests need no right to use the machine's virtualisation.
+
+use std::{
+    ffi::OsString,
+    fs,
+    io::{BufRead, BufReader, Read, Write},
+    os::unix::net::UnixStream,
+    path::{Path, PathBuf},
+    process::{Child, ChildStdin, Command, Stdio},
+    sync::{
+        Arc,
+        mpsc::{self, Receiver, RecvTimeoutError},
+    },
+    thread,
+    time::{Duration, Instant},
+};
+
+use crate::common::{left_out, require_file, require_tool};
+
+/// How long a guest may run. Most need seconds, but the machine may be small
+/// and busy.
+const PATIENCE: Duration = Duration::from_secs(300);
+
+/// What the guest's kernel says when a disk did not behave.
+const COMPLAINTS: [&str; 8] = [
+    "I/O error",
+    "EXT4-fs error",
+    "EXT4-fs warning",
+    "JBD2: ",
+    "Kernel panic",
+    "BUG:",
+    "Call Trace",
+    "blocked for more than",
+];
+
+/// The guest's kernel and initramfs.
+pub struct Image {
+    kernel: PathBuf,
+    initramfs: PathBuf,
+}
+
+impl Image {
+    /// Finds what `qemu/guest/build.sh` made; `None`, said aloud, if this
+    /// machine can't run guests.
+    pub fn find() -> Option<Self> {
+        // cargo's folder for the files of tests is target/tmp.
+        let folder = Path::new(env!("CARGO_TARGET_TMPDIR"))
+            .parent()
+            .expect("target/tmp has a parent")
+            .join("guest");
+        let image = Self {
+            kernel: folder.join("vmlinuz"),
+            initramfs: folder.join("initrd.cpio"),
+        };
+        let maker = "qemu/guest/build.sh";
+        let here = require_tool("qemu-system-x86_64")
+            && require_tool("qemu-img")
+            && require_file(&image.kernel, maker)
+            && require_file(&image.initramfs, maker)
+            && (cfg!(target_arch = "x86_64") || left_out("the guest is an x86_64 one"));
+        here.then_some(image)
+    }
+}
+
+/// A guest to be: its processors, disks and script.
+pub struct Guest<'a> {
+    image: &'a Image,
+    folder: &'a Path,
+    cpus: u32,
+    devices: Vec<OsString>,
+    disks: u32,
+    may_reboot: bool,
+    script: String,
+}
+
+impl<'a> Guest<'a> {
+    /// A guest with one processor that runs `script`, and keeps its files in
+    /// `folder`.
+    pub fn new(image: &'a Image, folder: &'a Path, script: &str) -> Self {
+        Self {
+            image,
+            folder,
+            cpus: 1,
+            devices: Vec::new(),
+            disks: 0,
+            may_reboot: false,
+            script: script.to_owned(),
+        }
+    }
+
+    /// Sets the number of processors.
+    pub fn cpus(mut self, cpus: u32) -> Self {
+        self.cpus = cpus;
+        self
+    }
+
+    /// Adds a disk, /dev/vda first, served on `socket`. The number of queues is
+    /// QEMU's own choice unless `properties` (of `vhost-user-blk-pci`, each
+    /// after a comma) say otherwise.
+    pub fn disk(self, socket: &Path, properties: &str) -> Self {
+        self.disk_on(socket, "", properties)
+    }
+
+    /// Adds a disk that QEMU connects to again when the back-end went away.
+    pub fn reconnecting_disk(self, socket: &Path) -> Self {
+        self.disk_on(socket, reconnect_option(), "")
+    }
+
+    fn disk_on(mut self, socket: &Path, chardev_options: &str, properties: &str) -> Self {
+        let id = format!("disk{}", self.disks);
+        self.disks += 1;
+        let socket = socket.to_str().expect("test paths are UTF-8");
+        self.devices.push("-chardev".into());
+        self.devices
+            .push(format!("socket,id={id},path={socket}{chardev_options}").into());
+        self.devices.push("-device".into());
+        self.devices
+            .push(format!("vhost-user-blk-pci,chardev={id}{properties}").into());
+        self
+    }
+
+    /// Lets a reset restart the guest where it would end QEMU.
+    pub fn may_reboot(mut self) -> Self {
+        self.may_reboot = true;
+        self
+    }
+
+    /// Starts QEMU.
+    pub fn start(self) -> Running {
+        let initramfs = self.folder.join("initramfs");
+        let mut bytes = fs::read(&self.image.initramfs).expect("the initramfs can be read");
+        bytes.extend(script_archive(&format!("set -x\n{}\n", self.script)));
+        fs::write(&initramfs, bytes).expect("the initramfs can be written");
+        let monitor = self.folder.join("monitor");
+        // A former guest's, which QEMU would not replace.
+        let _ = fs::remove_file(&monitor);
+
+        let mut command = Command::new("qemu-system-x86_64");
+        command
+            .args(["-nodefaults", "-no-user-config", "-display", "none"])
+            .args(["-accel", "tcg", "-cpu", "max"])
+            .args(["-smp", &self.cpus.to_string()])
+            // The back-end reads and writes the guest's memory itself.
+            .args(["-machine", "q35,memory-backend=mem", "-m", "512M"])
+            .args(["-object", "memory-backend-memfd,id=mem,size=512M,share=on"])
+            .args(["-serial", "stdio", "-monitor"])
+            .arg(format!("unix:{},server=on,wait=off", monitor.display()))
+            .arg("-kernel")
+            .arg(&self.image.kernel)
+            .arg("-initrd")
+            .arg(&initramfs)
+            .args(["-append", "console=ttyS0 quiet panic=-1"])
+            .args(&self.devices)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
+        if !self.may_reboot {
+            command.arg("-no-reboot");
+        }
+        let mut child = command.spawn().expect("QEMU can be started");
+        let (sender, lines) = mpsc::channel();
+        let sender = Arc::new(sender);
+        forward_lines(child.stdout.take().expect("it is piped"), sender.clone());
+        forward_lines(child.stderr.take().expect("it is piped"), sender);
+        Running {
+            stdin: child.stdin.take().expect("it is piped"),
+            child,
+            monitor,
+            lines,
+            console: Vec::new(),
+            deadline: Instant::now() + PATIENCE,
+        }
+    }
+
+    /// Starts the guest and waits until its script has ended well; see
+    /// [`Running::finish`].
+    pub fn run(self) -> Outcome {
+        self.start().finish()
+    }
+}
+
+/// A guest that runs. Dropped, it is killed.
+pub struct Running {
+    child: Child,
+    stdin: ChildStdin,
+    monitor: PathBuf,
+    lines: Receiver<String>,
+    console: Vec<String>,
+    deadline: Instant,
+}
+
+impl Running {
+    /// Waits until the script calls `meet_host point`. Let it go on with
+    /// [`Running::go_on`].
+    ///
+    /// # Panics
+    ///
+    /// If the guest ends first or takes too long.
+    pub fn wait_at(&mut self, point: &str) {
+        let wanted = format!("guest: at {point}");
+        while let Some(line) = self.next_line() {
+            if line == wanted {
+                return;
+            }
+            assert!(
+                !line.starts_with("guest: script ended"),
+                "the script did not come to {point}"
+            );
+        }
+        panic!("QEMU ended before the script came to {point}");
+    }
+
+    /// Lets the script go on after `meet_host`.
+    pub fn go_on(&mut self) {
+        self.stdin.write_all(b"\n").expect("the guest listens");
+    }
+
+    /// Resets the machine, as its button would.
+    pub fn reset(&self) {
+        self.command("system_reset");
+    }
+
+    /// Ends QEMU, as its operator would, without a word to the guest.
+    pub fn quit(mut self) -> Outcome {
+        self.command("quit");
+        self.wait_for_exit();
+        self.outcome()
+    }
+
+    /// Kills QEMU.
+    pub fn kill(mut self) {
+        self.child.kill().expect("a child can be killed");
+        self.child.wait().expect("a child can be waited for");
+    }
+
+    /// Waits until the guest has powered itself off.
+    ///
+    /// # Panics
+    ///
+    /// If the script fails or takes too long, QEMU fails, or the guest's kernel
+    /// complained about anything.
+    pub fn finish(self) -> Outcome {
+        let outcome = self.finish_with_complaints();
+        let complaints = outcome.complaints();
+        assert!(complaints.is_empty(), "the kernel says: {complaints:#?}");
+        outcome
+    }
+
+    /// Like [`Running::finish`], for a test in which the kernel has reason to
+    /// complain.
+    pub fn finish_with_complaints(mut self) -> Outcome {
+        self.wait_for_exit();
+        let ended_well = "guest: script ended with status 0";
+        assert!(
+            self.console.iter().any(|line| line == ended_well),
+            "the script failed"
+        );
+        self.outcome()
+    }
+
+    fn wait_for_exit(&mut self) {
+        while self.next_line().is_some() {}
+        let status = self.child.wait().expect("a child can be waited for");
+        assert!(status.success(), "QEMU's {status}");
+    }
+
+    fn outcome(&mut self) -> Outcome {
+        Outcome {
+            console: std::mem::take(&mut self.console),
+        }
+    }
+
+    /// The next line of the console or of QEMU itself; `None` when QEMU has
+    /// closed both.
+    fn next_line(&mut self) -> Option<String> {
+        let left = self.deadline.saturating_duration_since(Instant::now());
+        match self.lines.recv_timeout(left) {
+            Ok(line) => {
+                self.console.push(line.clone());
+                Some(line)
+            }
+            Err(RecvTimeoutError::Disconnected) => None,
+            Err(RecvTimeoutError::Timeout) => panic!("the guest takes too long"),
+        }
+    }
+
+    fn command(&self, command: &str) {
+        let mut monitor = UnixStream::connect(&self.monitor).expect("QEMU's monitor answers");
+        monitor
+            .set_read_timeout(Some(PATIENCE))
+            .expect("a time-out can be set");
+        // The monitor drops what comes before its prompt.
+        read_prompt(&mut monitor);
+        writeln!(monitor, "{command}").expect("QEMU's monitor listens");
+        if command != "quit" {
+            read_prompt(&mut monitor);
+        }
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        if thread::panicking() {
+            self.console.extend(self.lines.try_iter());
+            let tail = self.console.len().saturating_sub(60);
+            eprintln!("the console's end:\n{}", self.console[tail..].join("\n"));
+        }
+        // Fails if it has ended, which is as good.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// What a guest left.
+pub struct Outcome {
+    console: Vec<String>,
+}
+
+impl Outcome {
+    /// The value that the script reported last under `name`.
+    ///
+    /// # Panics
+    ///
+    /// If there is none.
+    pub fn value(&self, name: &str) -> &str {
+        let prefix = format!("guest: {name}=");
+        self.console
+            .iter()
+            .rev()
+            .find_map(|line| line.strip_prefix(&prefix))
+            .unwrap_or_else(|| panic!("the script reported no {name}: {:#?}", self.console))
+    }
+
+    /// [`Outcome::value`] as a number.
+    pub fn number(&self, name: &str) -> u64 {
+        let value = self.value(name);
+        value
+            .parse()
+            .unwrap_or_else(|_| panic!("{name} is {value:?}, not a number"))
+    }
+
+    /// Lines in which the guest's kernel complains.
+    pub fn complaints(&self) -> Vec<&str> {
+        self.console
+            .iter()
+            .map(String::as_str)
+            // Neither what the script does nor what it reports.
+            .filter(|line| !line.starts_with('+') && !line.starts_with("guest: "))
+            .filter(|line| COMPLAINTS.iter().any(|complaint| line.contains(complaint)))
+            .collect()
+    }
+}
+
+/// The option that makes QEMU connect again: renamed in 9.2, the old name is on
+/// its way out.
+fn reconnect_option() -> &'static str {
+    let output = Command::new("qemu-system-x86_64")
+        .arg("--version")
+        .output()
+        .expect("QEMU can be started");
+    let said = String::from_utf8_lossy(&output.stdout);
+    let version = said.split("version ").nth(1).unwrap_or_default();
+    let major = version.split('.').next().unwrap_or_default();
+    if major.parse::<u32>().is_ok_and(|major| major < 10) {
+        ",reconnect=1"
+    } else {
+        ",reconnect-ms=500"
+    }
+}
+
+/// Sends on what a stream says, line by line, until it ends.
+fn forward_lines(stream: impl Read + Send + 'static, lines: Arc<mpsc::Sender<String>>) {
+    thread::spawn(move || {
+        let mut stream = BufReader::new(stream);
+        let mut line = Vec::new();
+        while stream.read_until(b'\n', &mut line).is_ok_and(|n| n > 0) {
+            let text = String::from_utf8_lossy(&line).trim_end().to_owned();
+            if lines.send(text).is_err() {
+                return;
+            }
+            line.clear();
+        }
+    });
+}
+
+fn read_prompt(monitor: &mut UnixStream) {
+    let mut said = Vec::new();
+    let mut byte = [0];
+    while !said.ends_with(b"(qemu) ") {
+        let n = monitor.read(&mut byte).expect("QEMU's monitor talks");
+        assert_eq!(n, 1, "QEMU's monitor closed after {said:?}");
+        said.push(byte[0]);
+    }
+}
+
+/// An initramfs archive (cpio, "newc") that holds `script` as /script. The
+/// kernel unpacks archives that follow each other one after the other.
+fn script_archive(script: &str) -> Vec<u8> {
+    let mut archive = Vec::new();
+    for (name, mode, content) in [("script", 0o100_644, script), ("TRAILER!!!", 0, "")] {
+        let fields = [
+            0, // inode
+            mode,
+            0, // uid
+            0, // gid
+            1, // links
+            0, // mtime
+            content.len(),
+            0,
+            0, // device
+            0,
+            0, // device that this is
+            name.len() + 1,
+            0, // checksum: none
+        ];
+        archive.extend(b"070701");
+        archive.extend(fields.iter().flat_map(|n| format!("{n:08x}").into_bytes()));
+        archive.extend(name.as_bytes());
+        archive.push(0);
+        archive.resize(archive.len().next_multiple_of(4), 0);
+        archive.extend(content.as_bytes());
+        archive.resize(archive.len().next_multiple_of(4), 0);
+    }
+    archive
+}
