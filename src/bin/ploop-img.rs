@@ -1,1 +1,3 @@
+//! `ploop-img` makes, checks and changes ploop disk images.
+
 fn main() {}

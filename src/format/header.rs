@@ -10,8 +10,10 @@ use super::{ClusterSize, GuestCluster, HostCluster, SECTOR_SIZE, Sector};
 const SIGNATURE_V1: &[u8; 16] = b"WithoutFreeSpace";
 const SIGNATURE_V2: &[u8; 16] = b"WithouFreSpacExt";
 const TYPE: u32 = 2;
-const HEADS: u32 = 16;
-const SECTORS_PER_TRACK: u64 = 32;
+/// Of the geometry that headers and descriptors state; nobody relies on it.
+pub(super) const HEADS: u32 = 16;
+/// See [`HEADS`].
+pub(super) const SECTORS_PER_TRACK: u64 = 32;
 const IN_USE_OPEN: u32 = 0x746F_6E59;
 const IN_USE_CLOSED_V21: u32 = 0x312e_3276;
 const FLAG_EMPTY: u32 = 1;
@@ -284,7 +286,8 @@ impl Header {
     }
 }
 
-fn cylinders(disk_size: Sector) -> u32 {
+/// See [`HEADS`].
+pub(super) fn cylinders(disk_size: Sector) -> u32 {
     let cylinders = disk_size.0 / (u64::from(HEADS) * SECTORS_PER_TRACK);
     u32::try_from(cylinders).unwrap_or(u32::MAX)
 }

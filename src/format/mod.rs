@@ -4,9 +4,17 @@
 //! types. Does no I/O and knows nothing of files, threads or virtio.
 
 mod bat;
+mod descriptor;
+mod extension;
 mod header;
 mod units;
 
 pub use bat::{BatProblem, BatScan, scan_bat};
+pub use descriptor::{
+    Descriptor, DescriptorError, EditError, Guid, Image, ImageKind, Shot, XmlError,
+};
+pub use extension::{DirtyBitmap, Extension, ExtensionError};
 pub use header::{Geometry, Header, HeaderError, InUse, Version};
 pub use units::{ClusterSize, GuestCluster, HostCluster, SECTOR_SIZE, Sector};
+
+use header::{HEADS, SECTORS_PER_TRACK, cylinders};
