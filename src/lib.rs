@@ -8,3 +8,6 @@
 
 pub mod format;
 pub mod storage;
+
+#[cfg(test)]
+mod sim;

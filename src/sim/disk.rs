@@ -1,0 +1,940 @@
+//! The files of a virtual disk, simulated, behind the storage trait.
+//!
+//! An operation that was submitted waits; then it takes effect, in one or two
+//! steps; then it completes. When, and in which order, the caller of
+//! [`SimDisk::step`] and the seed decide: so completions come late and reordered,
+//! and operations overtake each other. Faults come by the seed as well. Calls
+//! that block do all of it at once.
+//!
+//! What it assumes of the medium, no more than `docs/durability.md` does: a sync
+//! makes stable what had completed when it was submitted, the length of the file
+//! included; a write with `dsync` makes itself stable; a sector is written whole
+//! or not; and nothing is ordered otherwise.
+
+use std::io;
+use std::os::fd::RawFd;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use rand::rngs::SmallRng;
+use rand::seq::IndexedRandom;
+use rand::{Rng, SeedableRng};
+use rustix::io::Errno;
+
+use super::file::{Contents, OpId, SECTOR, SimFile, Survivors};
+use crate::storage::{Buffer, Completion, Disk, FileId, Io, Op};
+
+/// What goes wrong, and how often: each a probability for one operation.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Faults {
+    /// `EIO` for a read.
+    pub read: f64,
+    /// `EIO` for a write, of which any part may have been done.
+    pub write: f64,
+    /// `EIO` for a zeroing, of which any part may have been done.
+    pub zero: f64,
+    /// `EIO` for an allocation.
+    pub allocate: f64,
+    /// `EIO` for a sync.
+    pub sync: f64,
+}
+
+/// What a simulated disk is like.
+#[derive(Clone, Debug)]
+pub struct Medium {
+    /// What offset and length of a write must be multiples of, in bytes.
+    pub write_alignment: u32,
+    /// In bytes; the file system's block.
+    pub block: u32,
+    /// How many blocks there is space for, in all files together.
+    pub capacity: Option<u64>,
+    /// What goes wrong.
+    pub faults: Faults,
+    /// Files below this one are never to be written to.
+    pub first_writable: FileId,
+    /// Bytes of header and BAT of the top file, for [`Survivors::Region`], and
+    /// for the rule that of each page of it one write is in flight at a time.
+    pub metadata_len: u64,
+}
+
+impl Default for Medium {
+    fn default() -> Self {
+        Self {
+            write_alignment: 512,
+            block: 4096,
+            capacity: None,
+            faults: Faults::default(),
+            first_writable: FileId(0),
+            metadata_len: 0,
+        }
+    }
+}
+
+/// Bytes of a page of the BAT that must not be written twice at a time (I11).
+const MD_PAGE: u64 = 4096;
+
+/// A write of metadata of the top file, as it was submitted.
+#[derive(Clone, Debug)]
+pub struct MetadataWrite {
+    /// In bytes.
+    pub offset: u64,
+    /// What was written.
+    pub bytes: Vec<u8>,
+    /// The length that was sure to survive a cut at that moment.
+    pub certain_len: u64,
+}
+
+/// See the module's text. Clones share the same files.
+#[derive(Clone)]
+pub struct SimDisk {
+    state: Arc<Mutex<State>>,
+}
+
+struct State {
+    rng: SmallRng,
+    medium: Medium,
+    files: Vec<SimFile>,
+    contents: Contents,
+    /// Which blocks of each file take space.
+    allocated: Vec<Vec<bool>>,
+    used_blocks: u64,
+    ios: Vec<IoState>,
+    pending: Vec<Pending>,
+    /// When each operation completed, by [`OpId`].
+    completed: Vec<u64>,
+    clock: u64,
+    powered: bool,
+    changes_left: Option<u64>,
+    metadata_writes: Vec<MetadataWrite>,
+    violations: Vec<String>,
+    trace: Option<Vec<String>>,
+}
+
+#[derive(Default)]
+struct IoState {
+    queued: Vec<(u64, Op)>,
+    ready: Vec<Completion>,
+    in_flight: usize,
+    depth: usize,
+}
+
+/// An operation under way.
+struct Pending {
+    io: usize,
+    tag: u64,
+    op: Op,
+    id: OpId,
+    submitted: u64,
+    /// Seldom chosen while there are others.
+    slow: bool,
+    /// Sectors of a transfer that have been done.
+    done: u64,
+    effect: Option<Result<(), Errno>>,
+}
+
+const NOT_COMPLETED: u64 = u64::MAX;
+const BLOCK_ORDER_LIMIT: usize = 32 * 1024;
+
+impl SimDisk {
+    /// So many files, all empty.
+    pub fn new(files: usize, medium: Medium, seed: u64) -> Self {
+        let state = State {
+            rng: SmallRng::seed_from_u64(seed),
+            medium,
+            files: vec![SimFile::default(); files],
+            contents: Contents::new(),
+            allocated: vec![Vec::new(); files],
+            used_blocks: 0,
+            ios: Vec::new(),
+            pending: Vec::new(),
+            completed: Vec::new(),
+            clock: 0,
+            powered: true,
+            changes_left: None,
+            metadata_writes: Vec::new(),
+            violations: Vec::new(),
+            trace: None,
+        };
+        Self {
+            state: Arc::new(Mutex::new(state)),
+        }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Writes `bytes` and makes them stable, whatever the medium is like: for
+    /// preparing an image.
+    pub fn prepare(&self, file: FileId, offset: u64, bytes: &[u8]) {
+        let mut state = self.state();
+        let id = state.new_op();
+        state.write_bytes(id, file, offset, bytes);
+        state.account(file, offset, bytes.len() as u64);
+        state.complete(id);
+        state.files[usize::from(file.0)].sync(|_| true);
+    }
+
+    /// Changes what the medium is like.
+    pub fn change_medium(&self, change: impl FnOnce(&mut Medium)) {
+        change(&mut self.state().medium);
+    }
+
+    /// Blocks in use, in all files together.
+    pub fn used_blocks(&self) -> u64 {
+        self.state().used_blocks
+    }
+
+    /// Whether there is anything for [`Self::step`] to do.
+    pub fn is_busy(&self) -> bool {
+        !self.state().pending.is_empty()
+    }
+
+    /// Lets one operation take effect or complete.
+    pub fn step(&self) {
+        self.state().step();
+    }
+
+    /// The power shall go after so many more changes, whoever makes them.
+    pub fn cut_after(&self, changes: Option<u64>) {
+        self.state().changes_left = changes;
+    }
+
+    /// Whether the power is on. While it is off, every call fails and nothing
+    /// changes.
+    pub fn is_powered(&self) -> bool {
+        self.state().powered
+    }
+
+    /// Whether a cut now could lose something.
+    pub fn is_unsynced(&self) -> bool {
+        self.state().files.iter().any(SimFile::is_unsynced)
+    }
+
+    /// Turns the power off: nothing completes any more, and the memory of what
+    /// was in flight is let go.
+    pub fn power_off(&self) {
+        let mut state = self.state();
+        state.power_off();
+    }
+
+    /// Turns the power on again; chooses what has survived.
+    pub fn power_on(&self) {
+        self.state().power_on();
+    }
+
+    /// What a reader sees of a range now.
+    pub fn read_live(&self, file: FileId, offset: u64, len: usize) -> Vec<u8> {
+        let mut bytes = vec![0; len];
+        self.state().read_bytes(file, offset, &mut bytes);
+        bytes
+    }
+
+    /// The length of a file, as readers see it.
+    pub fn live_len(&self, file: FileId) -> u64 {
+        self.state().files[usize::from(file.0)].len()
+    }
+
+    /// A copy of a file as readers see it, to compare with later.
+    pub fn snapshot(&self, file: FileId) -> SimFile {
+        self.state().files[usize::from(file.0)].clone()
+    }
+
+    /// Writes of metadata that were submitted since the last call.
+    pub fn take_metadata_writes(&self) -> Vec<MetadataWrite> {
+        std::mem::take(&mut self.state().metadata_writes)
+    }
+
+    /// What was done that never may be.
+    pub fn take_violations(&self) -> Vec<String> {
+        std::mem::take(&mut self.state().violations)
+    }
+
+    /// Starts to keep a record of everything that is done.
+    pub fn start_trace(&self) {
+        self.state().trace = Some(Vec::new());
+    }
+
+    /// Adds a line to the record, if there is one.
+    pub fn note(&self, line: impl FnOnce() -> String) {
+        self.state().note(line);
+    }
+
+    /// The record.
+    pub fn take_trace(&self) -> Vec<String> {
+        self.state().trace.take().unwrap_or_default()
+    }
+}
+
+impl State {
+    fn note(&mut self, line: impl FnOnce() -> String) {
+        if let Some(trace) = &mut self.trace {
+            trace.push(line());
+        }
+    }
+
+    fn new_op(&mut self) -> OpId {
+        self.completed.push(NOT_COMPLETED);
+        OpId(self.completed.len() as u32 - 1)
+    }
+
+    fn complete(&mut self, id: OpId) {
+        self.clock += 1;
+        self.completed[id.0 as usize] = self.clock;
+    }
+
+    fn file(&mut self, file: FileId) -> &mut SimFile {
+        &mut self.files[usize::from(file.0)]
+    }
+
+    /// To be called before a change: false if the power has gone.
+    fn may_change(&mut self, file: FileId, what: &str) -> bool {
+        if file < self.medium.first_writable {
+            self.violations.push(format!("{what} of a lower level"));
+        }
+        match &mut self.changes_left {
+            Some(0) => self.power_off(),
+            Some(left) => *left -= 1,
+            None => {}
+        }
+        self.powered
+    }
+
+    fn power_off(&mut self) {
+        if std::mem::replace(&mut self.powered, false) {
+            self.note(|| "the power goes".to_owned());
+        }
+        self.pending.clear();
+        for io in &mut self.ios {
+            io.queued.clear();
+            io.ready.clear();
+            io.in_flight = 0;
+        }
+    }
+
+    // --- bytes ---
+
+    fn read_bytes(&self, file: FileId, offset: u64, bytes: &mut [u8]) {
+        let file = &self.files[usize::from(file.0)];
+        for_sectors(offset, bytes.len() as u64, |sector, within, range| {
+            let content = self.contents.get(file.sector(sector));
+            bytes[range].copy_from_slice(&content[within]);
+        });
+    }
+
+    fn write_bytes(&mut self, id: OpId, file: FileId, offset: u64, bytes: &[u8]) {
+        for_sectors(offset, bytes.len() as u64, |sector, within, range| {
+            let file = &mut self.files[usize::from(file.0)];
+            let mut whole = *self.contents.get(file.sector(sector));
+            whole[within].copy_from_slice(&bytes[range]);
+            file.write(id, sector, self.contents.add(&whole));
+        });
+    }
+
+    fn zero_bytes(&mut self, id: OpId, file: FileId, offset: u64, len: u64) {
+        let end = (offset + len).min(self.file(file).len());
+        for_sectors(offset, end.saturating_sub(offset), |sector, within, _| {
+            let file = &mut self.files[usize::from(file.0)];
+            if within.len() == SECTOR {
+                file.zero(id, sector);
+            } else {
+                let mut whole = *self.contents.get(file.sector(sector));
+                whole[within].fill(0);
+                file.write(id, sector, self.contents.add(&whole));
+            }
+        });
+    }
+
+    // --- space ---
+
+    /// The blocks that a range touches.
+    fn blocks(&self, offset: u64, len: u64) -> std::ops::Range<usize> {
+        let block = u64::from(self.medium.block);
+        (offset / block) as usize..(offset + len).div_ceil(block) as usize
+    }
+
+    /// Takes space for a range; false if there is not enough, and then nothing
+    /// is taken.
+    fn account(&mut self, file: FileId, offset: u64, len: u64) -> bool {
+        let blocks = self.blocks(offset, len);
+        let allocated = &mut self.allocated[usize::from(file.0)];
+        if allocated.len() < blocks.end {
+            allocated.resize(blocks.end, false);
+        }
+        let missing = allocated[blocks.clone()].iter().filter(|&&is| !is).count() as u64;
+        if let Some(capacity) = self.medium.capacity
+            && missing > 0
+            && self.used_blocks + missing > capacity
+        {
+            return false;
+        }
+        allocated[blocks].fill(true);
+        self.used_blocks += missing;
+        true
+    }
+
+    /// Gives the space of whole blocks inside a range back.
+    fn give_back(&mut self, file: FileId, offset: u64, len: u64) {
+        let block = u64::from(self.medium.block);
+        let allocated = &mut self.allocated[usize::from(file.0)];
+        let first = offset.div_ceil(block) as usize;
+        let end = (((offset + len) / block) as usize).min(allocated.len());
+        for is in allocated.get_mut(first..end).unwrap_or_default() {
+            self.used_blocks -= u64::from(*is);
+            *is = false;
+        }
+    }
+
+    // --- operations ---
+
+    fn submit(&mut self, io: usize) {
+        if !self.powered {
+            return;
+        }
+        for (tag, op) in std::mem::take(&mut self.ios[io].queued) {
+            self.start(io, tag, op);
+        }
+    }
+
+    fn start(&mut self, io: usize, tag: u64, op: Op) {
+        let id = self.new_op();
+        self.clock += 1;
+        self.note(|| format!("io{io} starts {}: {}", id.0, describe(&op)));
+        if let Op::Write {
+            file,
+            offset,
+            buffer,
+            ..
+        } = &op
+        {
+            self.look_at_write(*file, *offset, buffer);
+        }
+        self.pending.push(Pending {
+            io,
+            tag,
+            op,
+            id,
+            submitted: self.clock,
+            slow: self.rng.random_ratio(1, 4),
+            done: 0,
+            effect: None,
+        });
+    }
+
+    /// Watches for what no engine may do, and for what the counters want to know.
+    fn look_at_write(&mut self, file: FileId, offset: u64, buffer: &Buffer) {
+        let align = u64::from(self.medium.write_alignment);
+        if !offset.is_multiple_of(align) || !(buffer.len() as u64).is_multiple_of(align) {
+            let line = format!("write of {} bytes at {offset} is misaligned", buffer.len());
+            self.violations.push(line);
+        }
+        if usize::from(file.0) + 1 != self.files.len() || offset >= self.medium.metadata_len {
+            return;
+        }
+        let pages =
+            |offset: u64, len: usize| offset / MD_PAGE..(offset + len as u64).div_ceil(MD_PAGE);
+        let mine = pages(offset, buffer.len());
+        let clash = self.pending.iter().any(|other| match &other.op {
+            Op::Write {
+                file: its_file,
+                offset,
+                buffer,
+                ..
+            } => {
+                let its = pages(*offset, buffer.len());
+                *its_file == file && its.start < mine.end && mine.start < its.end
+            }
+            _ => false,
+        });
+        if clash {
+            let line = format!("I11: a second write of the md page at {offset} is in flight");
+            self.violations.push(line);
+        }
+        if let Buffer::Owned(bytes) = buffer {
+            self.record_metadata(file, offset, bytes.to_vec());
+        }
+    }
+
+    fn record_metadata(&mut self, file: FileId, offset: u64, bytes: Vec<u8>) {
+        let certain_len = self.file(file).certain_len();
+        self.metadata_writes.push(MetadataWrite {
+            offset,
+            bytes,
+            certain_len,
+        });
+    }
+
+    fn step(&mut self) {
+        if self.pending.is_empty() || !self.powered {
+            return;
+        }
+        let all: Vec<usize> = (0..self.pending.len()).collect();
+        let fast: Vec<usize> = all
+            .iter()
+            .copied()
+            .filter(|&index| !self.pending[index].slow)
+            .collect();
+        let from = if fast.is_empty() || self.rng.random_ratio(1, 16) {
+            &all
+        } else {
+            &fast
+        };
+        let Some(&index) = from.choose(&mut self.rng) else {
+            return;
+        };
+        let mut pending = self.pending.swap_remove(index);
+        if pending.effect.is_none() {
+            self.take_effect(&mut pending);
+        }
+        if !self.powered {
+            return;
+        }
+        match pending.effect {
+            Some(result) if self.rng.random_bool(0.6) => self.finish(pending, result),
+            _ => self.pending.push(pending),
+        }
+    }
+
+    fn finish(&mut self, pending: Pending, result: Result<(), Errno>) {
+        let id = pending.id;
+        if let Op::Write {
+            file, dsync: true, ..
+        } = &pending.op
+        {
+            match result {
+                Ok(()) => self.file(*file).sync(|op| op == id),
+                Err(_) => self.file(*file).fail_sync(|op| op == id, |_| false),
+            }
+        }
+        if result.is_ok() {
+            self.complete(id);
+        }
+        self.note(|| format!("{} ends: {result:?}", id.0));
+        let io = &mut self.ios[pending.io];
+        io.ready.push(Completion {
+            tag: pending.tag,
+            result,
+            op: pending.op,
+        });
+    }
+
+    fn take_effect(&mut self, pending: &mut Pending) {
+        let id = pending.id;
+        pending.effect = match &mut pending.op {
+            Op::Read {
+                file,
+                offset,
+                buffer,
+            } => Some(self.read(*file, *offset, buffer)),
+            Op::Write {
+                file,
+                offset,
+                buffer,
+                ..
+            } => self.write_part(id, *file, *offset, buffer, &mut pending.done),
+            Op::Zero {
+                file,
+                offset,
+                len,
+                mode,
+            } => {
+                let punch = *mode == crate::storage::ZeroMode::Punch;
+                Some(self.zero(id, *file, *offset, *len, punch))
+            }
+            Op::Allocate { file, offset, len } => Some(self.allocate(id, *file, *offset, *len)),
+            Op::Sync { file } => Some(self.sync(*file, pending.submitted)),
+        };
+        if let Some(result) = pending.effect {
+            self.note(|| format!("{} takes effect: {result:?}", id.0));
+        }
+    }
+
+    fn fails(&mut self, probability: f64) -> bool {
+        probability > 0.0 && self.rng.random_bool(probability)
+    }
+
+    fn read(&mut self, file: FileId, offset: u64, buffer: &mut Buffer) -> Result<(), Errno> {
+        if self.fails(self.medium.faults.read) {
+            return Err(Errno::IO);
+        }
+        match buffer {
+            Buffer::Owned(bytes) => self.read_bytes(file, offset, bytes),
+            Buffer::Client(segments) => {
+                let mut bytes = vec![0; segments.len()];
+                self.read_bytes(file, offset, &mut bytes);
+                segments.copy_from(0, &bytes);
+            }
+        }
+        Ok(())
+    }
+
+    /// Does the next part of a write; `None` if another is left.
+    fn write_part(
+        &mut self,
+        id: OpId,
+        file: FileId,
+        offset: u64,
+        buffer: &Buffer,
+        done: &mut u64,
+    ) -> Option<Result<(), Errno>> {
+        if !self.may_change(file, "write") {
+            return None;
+        }
+        let mut bytes = vec![0; buffer.len()];
+        match buffer {
+            Buffer::Owned(data) => bytes.copy_from_slice(data),
+            Buffer::Client(segments) => segments.copy_to(0, &mut bytes),
+        }
+        let has_space = self.account(file, offset, bytes.len() as u64);
+        let fails = self.fails(self.medium.faults.write);
+        if !has_space || fails {
+            self.write_scraps(id, file, offset, &bytes, fails);
+            return Some(Err(if fails { Errno::IO } else { Errno::NOSPC }));
+        }
+        let sectors = bytes.len().div_ceil(SECTOR) as u64;
+        let end = if *done == 0 && sectors > 1 && self.rng.random_ratio(1, 8) {
+            self.rng.random_range(1..sectors)
+        } else {
+            sectors
+        };
+        let range = *done as usize * SECTOR..(end as usize * SECTOR).min(bytes.len());
+        self.write_bytes(id, file, offset + range.start as u64, &bytes[range]);
+        *done = end;
+        (end == sectors).then_some(Ok(()))
+    }
+
+    /// Any part of a write that has failed may have been done; for want of space,
+    /// only where there was space before.
+    fn write_scraps(&mut self, id: OpId, file: FileId, offset: u64, bytes: &[u8], any: bool) {
+        if self.rng.random() {
+            return;
+        }
+        for (index, piece) in bytes.chunks(SECTOR).enumerate() {
+            let at = offset + (index * SECTOR) as u64;
+            let block = self.blocks(at, 1).start;
+            let has_space = self.allocated[usize::from(file.0)][block];
+            if self.rng.random() && (has_space || (any && self.account(file, at, 1))) {
+                self.write_bytes(id, file, at, piece);
+            }
+        }
+    }
+
+    fn zero(
+        &mut self,
+        id: OpId,
+        file: FileId,
+        offset: u64,
+        len: u64,
+        punch: bool,
+    ) -> Result<(), Errno> {
+        if !self.may_change(file, "zeroing") {
+            return Err(Errno::IO);
+        }
+        if self.fails(self.medium.faults.zero) {
+            let part = self.rng.random_range(0..=len / SECTOR as u64) * SECTOR as u64;
+            self.zero_bytes(id, file, offset, part);
+            return Err(Errno::IO);
+        }
+        self.zero_bytes(id, file, offset, len);
+        if punch {
+            self.give_back(file, offset, len);
+        }
+        Ok(())
+    }
+
+    fn allocate(&mut self, id: OpId, file: FileId, offset: u64, len: u64) -> Result<(), Errno> {
+        if !self.may_change(file, "allocation") || self.fails(self.medium.faults.allocate) {
+            return Err(Errno::IO);
+        }
+        if !self.account(file, offset, len) {
+            return Err(Errno::NOSPC);
+        }
+        self.file(file).extend(id, offset + len);
+        Ok(())
+    }
+
+    /// A sync covers what had completed when it was submitted; it may cover more.
+    fn sync(&mut self, file: FileId, submitted: u64) -> Result<(), Errno> {
+        let fails = self.fails(self.medium.faults.sync);
+        let more: f64 = *[0.0, 0.0, 0.5, 1.0].choose(&mut self.rng).unwrap_or(&0.0);
+        let covered: Vec<bool> = self
+            .completed
+            .iter()
+            .map(|&completed| completed < submitted || (more > 0.0 && self.rng.random_bool(more)))
+            .collect();
+        let covers = |op: OpId| covered[op.0 as usize];
+        if !fails {
+            self.file(file).sync(covers);
+            return Ok(());
+        }
+        let lucky: f64 = *[0.0, 0.5, 1.0].choose(&mut self.rng).unwrap_or(&0.0);
+        let written: Vec<bool> = covered
+            .iter()
+            .map(|_| self.rng.random_bool(lucky))
+            .collect();
+        self.file(file)
+            .fail_sync(covers, |op| written[op.0 as usize]);
+        Err(Errno::IO)
+    }
+
+    // --- power ---
+
+    fn power_on(&mut self) {
+        self.power_off();
+        let survivors = self.rng.random_range(0..10);
+        self.note(|| format!("the power comes back; survivors: {survivors}"));
+        let top = self.files.len() - 1;
+        let ops: Vec<OpId> = self.files[top].unsynced_ops();
+        let chosen = ops.choose(&mut self.rng).copied().unwrap_or(OpId(0));
+        let half: Vec<bool> = (0..self.completed.len())
+            .map(|_| self.rng.random())
+            .collect();
+        let kept: Box<dyn Fn(OpId) -> bool> = match survivors {
+            0 => Box::new(|_| false),
+            1 => Box::new(|_| true),
+            2 => Box::new(move |op| op == chosen),
+            3 => Box::new(move |op| op != chosen),
+            4 => Box::new(move |op| op < chosen),
+            5 => Box::new(move |op| op > chosen),
+            _ => Box::new(move |op| half[op.0 as usize]),
+        };
+        let border = self.medium.metadata_len;
+        let probability = *[0.05, 0.5, 0.95].choose(&mut self.rng).unwrap_or(&0.5);
+        let survivors = match survivors {
+            7 => Survivors::Sectors(probability),
+            8 | 9 => Survivors::Region {
+                border,
+                below: survivors == 8,
+            },
+            _ => Survivors::Ops(&*kept),
+        };
+        for file in &mut self.files {
+            file.cut(&survivors, &mut self.rng);
+        }
+        self.recover();
+    }
+
+    /// What a file system does when it is mounted again: it knows again which
+    /// blocks take space.
+    fn recover(&mut self) {
+        self.powered = true;
+        self.changes_left = None;
+        self.ios.clear();
+        self.completed.clear();
+        self.metadata_writes.clear();
+        if self.contents.len() > BLOCK_ORDER_LIMIT {
+            let old = std::mem::replace(&mut self.contents, Contents::new());
+            for file in &mut self.files {
+                file.repack(&old, &mut self.contents);
+            }
+        }
+        let per_block = self.medium.block as usize / SECTOR;
+        self.used_blocks = 0;
+        for (file, allocated) in self.files.iter().zip(&mut self.allocated) {
+            let blocks = file.len().div_ceil(u64::from(self.medium.block)) as usize;
+            allocated.resize(blocks, false);
+            for (block, is) in allocated.iter_mut().enumerate() {
+                let first = (block * per_block) as u64;
+                *is |= (first..first + per_block as u64)
+                    .any(|sector| file.sector(sector) != super::file::ContentId::ZEROS);
+                self.used_blocks += u64::from(*is);
+            }
+        }
+    }
+}
+
+/// Calls `each` with every sector that a range of bytes touches, the part of the
+/// sector that is in the range, and that part's place in the range.
+fn for_sectors(
+    offset: u64,
+    len: u64,
+    mut each: impl FnMut(u64, std::ops::Range<usize>, std::ops::Range<usize>),
+) {
+    let mut at = offset;
+    while at < offset + len {
+        let within = (at % SECTOR as u64) as usize;
+        let piece = (SECTOR - within).min((offset + len - at) as usize);
+        let done = (at - offset) as usize;
+        each(
+            at / SECTOR as u64,
+            within..within + piece,
+            done..done + piece,
+        );
+        at += piece as u64;
+    }
+}
+
+fn describe(op: &Op) -> String {
+    match op {
+        Op::Read {
+            file,
+            offset,
+            buffer,
+        } => format!("read file {} {offset:#x}+{:#x}", file.0, buffer.len()),
+        Op::Write {
+            file,
+            offset,
+            buffer,
+            dsync,
+        } => format!(
+            "write file {} {offset:#x}+{:#x} dsync {dsync}",
+            file.0,
+            buffer.len()
+        ),
+        other => format!("{other:x?}"),
+    }
+}
+
+/// One actor's access.
+pub struct SimIo {
+    disk: SimDisk,
+    index: usize,
+}
+
+impl Io for SimIo {
+    fn queue(&mut self, tag: u64, op: Op) -> Result<(), Op> {
+        let mut guard = self.disk.state();
+        let state = &mut *guard;
+        let io = &mut state.ios[self.index];
+        if io.in_flight >= io.depth {
+            return Err(op);
+        }
+        io.in_flight += 1;
+        io.queued.push((tag, op));
+        if state.rng.random_ratio(1, 4) {
+            state.submit(self.index);
+        }
+        Ok(())
+    }
+
+    fn submit(&mut self) {
+        self.disk.state().submit(self.index);
+    }
+
+    fn reap(&mut self, done: &mut Vec<Completion>) {
+        let mut state = self.disk.state();
+        let io = &mut state.ios[self.index];
+        io.in_flight -= io.ready.len();
+        done.append(&mut io.ready);
+    }
+
+    fn in_flight(&self) -> usize {
+        self.disk.state().ios[self.index].in_flight
+    }
+
+    fn completion_fd(&self) -> Option<RawFd> {
+        None
+    }
+}
+
+impl Drop for SimIo {
+    fn drop(&mut self) {
+        self.submit();
+        while self.disk.state().pending_of(self.index) {
+            self.disk.step();
+        }
+    }
+}
+
+impl State {
+    fn pending_of(&self, io: usize) -> bool {
+        self.powered && self.pending.iter().any(|pending| pending.io == io)
+    }
+
+    /// One change by a call that blocks.
+    fn change_now(
+        &mut self,
+        file: FileId,
+        what: &str,
+        change: impl FnOnce(&mut Self, OpId),
+    ) -> io::Result<()> {
+        if !self.may_change(file, what) {
+            return Err(Errno::IO.into());
+        }
+        let id = self.new_op();
+        self.note(|| format!("{what} at once: {}", id.0));
+        change(self, id);
+        self.complete(id);
+        Ok(())
+    }
+}
+
+impl Disk for SimDisk {
+    type Io = SimIo;
+
+    fn open_io(&self, depth: u32) -> io::Result<SimIo> {
+        let mut state = self.state();
+        state.ios.push(IoState {
+            depth: depth as usize,
+            ..IoState::default()
+        });
+        Ok(SimIo {
+            disk: self.clone(),
+            index: state.ios.len() - 1,
+        })
+    }
+
+    fn len(&self, file: FileId) -> io::Result<u64> {
+        Ok(self.live_len(file))
+    }
+
+    fn set_len(&self, file: FileId, len: u64) -> io::Result<()> {
+        let mut state = self.state();
+        state.change_now(file, "set_len", |state, id| {
+            state.note(|| format!("to {len:#x}"));
+            let before = state.file(file).len();
+            state.file(file).set_len(id, len);
+            state.give_back(file, len, before.saturating_sub(len));
+        })
+    }
+
+    fn read_exact_at(&self, file: FileId, bytes: &mut [u8], offset: u64) -> io::Result<()> {
+        let mut state = self.state();
+        let faults = state.medium.faults;
+        if !state.powered || state.fails(faults.read) {
+            return Err(Errno::IO.into());
+        }
+        if offset + bytes.len() as u64 > state.file(file).len() {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        state.read_bytes(file, offset, bytes);
+        Ok(())
+    }
+
+    fn write_all_at(&self, file: FileId, bytes: &[u8], offset: u64) -> io::Result<()> {
+        let mut state = self.state();
+        if offset < state.medium.metadata_len {
+            state.record_metadata(file, offset, bytes.to_vec());
+        }
+        let rate = state.medium.faults.write;
+        let fails = state.fails(rate);
+        let mut has_space = true;
+        state.change_now(file, "write", |state, id| {
+            state.note(|| format!("{offset:#x}+{:#x}", bytes.len()));
+            has_space = state.account(file, offset, bytes.len() as u64);
+            if fails || !has_space {
+                state.write_scraps(id, file, offset, bytes, fails);
+            } else {
+                state.write_bytes(id, file, offset, bytes);
+            }
+        })?;
+        match (fails, has_space) {
+            (true, _) => Err(Errno::IO.into()),
+            (_, false) => Err(Errno::NOSPC.into()),
+            _ => Ok(()),
+        }
+    }
+
+    fn sync(&self, file: FileId) -> io::Result<()> {
+        let mut state = self.state();
+        if !state.powered {
+            return Err(Errno::IO.into());
+        }
+        state.note(|| "sync at once".to_owned());
+        let now = state.clock + 1;
+        state.sync(file, now).map_err(io::Error::from)
+    }
+
+    fn zero_granularity(&self) -> u32 {
+        self.state().medium.block
+    }
+}

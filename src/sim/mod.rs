@@ -1,0 +1,22 @@
+//! Power cuts, simulated: a disk that can lose what was not synced, a model that
+//! knows what may be lost, and a driver that runs the engine between the two.
+//!
+//! Compiled for tests only. Everything is done in one thread and follows from a
+//! seed, so that a failure can be seen again.
+//!
+//! - [`file`]: one host file, with every state that a cut may leave it in;
+//! - [`disk`]: the files behind the storage trait, with the order of completions
+//!   and the faults chosen by the seed;
+//! - [`pattern`]: guest data from which each sector can be told again;
+//! - [`model`]: what each sector of the guest's disk may read;
+//! - [`checker`]: reads an image without a line of the code under test.
+
+#![allow(dead_code)] // The driver will use the rest.
+
+mod checker;
+mod disk;
+mod file;
+mod model;
+mod pattern;
+#[cfg(test)]
+mod tests;
