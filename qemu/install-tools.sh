@@ -49,30 +49,35 @@ missing_packages() {
     done <<<"$1" | sort -u
 }
 
+# Empty if the package is not installed.
 installed_version() {
-    dpkg-query -W -f '${db:Status-Status} ${Version}\n' "$1" 2>/dev/null | awk '$1 == "installed" { print $2 }'
+    dpkg-query -W -f '${db:Status-Status} ${Version}\n' "$1" 2>/dev/null | awk '$1 == "installed" { print $2 }' || true
 }
 
 # QEMU's packages want each other in one and the same version. Where some are
 # there already (from backports, say), the others have to match those, not the
-# newest that apt would choose.
+# newest that apt would choose. Prints the packages as apt-get is to be told.
 pin_qemu() {
-    local package version=
+    local package version='' suite=''
     for package in qemu-system-common qemu-utils qemu-system-data qemu-block-extra; do
         version=$(installed_version "$package")
         [ -z "$version" ] || break
     done
-    if [ -z "$version" ]; then
-        printf '%s\n' "$@"
-        return
-    fi
+    # Where that version comes from; empty if it has gone from the archive.
+    [ -z "$version" ] || suite=$(apt-cache madison qemu-system-x86 |
+        awk -F ' *[|] *' -v version="$version" '$2 == version { split($3, source, " "); sub("/.*", "", source[2]); print source[2]; exit }')
+    # Its other dependencies may have to come from there too.
+    case $suite in *-backports) printf '%s\n' --target-release "$suite" ;; esac
     for package in "$@"; do
         case $package in
-            qemu-system-x86) printf '%s\n' "$package=$version" "qemu-system-common=$version" "qemu-system-data=$version" ;;
-            qemu-utils) printf '%s\n' "$package=$version" ;;
+            qemu-system-x86 | qemu-utils) printf '%s\n' "$package${suite:+=$version}" ;;
             *) printf '%s\n' "$package" ;;
         esac
     done
+    case " $* " in
+        *" qemu-system-x86 "*) [ -z "$suite" ] ||
+            printf '%s\n' "qemu-system-common=$version" "qemu-system-data=$version" ;;
+    esac
 }
 
 as_root() {

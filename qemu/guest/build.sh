@@ -10,6 +10,9 @@
 # appends a second archive with /script in it (see init).
 set -euo pipefail
 
+# The administrator's programs are not on everybody's PATH.
+PATH=$PATH:/usr/sbin:/sbin
+
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 out=${1:-${CARGO_TARGET_DIR:-$here/../../target}/guest}
 mkdir -p "$out"
@@ -80,7 +83,7 @@ add_modules() {
 # Copies a program and the libraries that the dynamic linker would load.
 add_program() {
     local root=$1 program=$2 path file
-    path=$(PATH=$PATH:/usr/sbin:/sbin command -v "$program") || die "$program is not installed"
+    path=$(command -v "$program") || die "$program is not installed"
     install -D "$path" "$root/usr/sbin/$program"
     for file in $(ldd "$path" | grep -o '/[^ ]*'); do
         [ -e "$root$file" ] || install -D "$file" "$root$file"
