@@ -7,6 +7,7 @@
 //! Knows files, offsets, memory segments and alignment. Must not know what a
 //! cluster, a BAT or a guest is.
 
+mod host;
 pub mod lock;
 mod segments;
 
@@ -15,6 +16,7 @@ use std::os::fd::RawFd;
 
 use rustix::io::Errno;
 
+pub use host::{Aio, Cache, HostDisk, HostFile, HostIo, HostOptions};
 pub use segments::{AlignedBuf, Buffer, Segment, Segments};
 
 /// Which of the files of a [`Disk`]: 0 is the base, the highest the top delta.
@@ -44,11 +46,12 @@ pub enum Op {
         /// To where; its length is the length of the transfer.
         buffer: Buffer,
     },
-    /// Write the buffer at `offset`.
+    /// Write the buffer at `offset`. Fails with `EINVAL` if it does not start
+    /// and end at multiples of [`Disk::write_alignment`].
     Write {
         /// To where.
         file: FileId,
-        /// In bytes, of any alignment.
+        /// In bytes.
         offset: u64,
         /// What; its length is the length of the transfer.
         buffer: Buffer,
@@ -56,7 +59,10 @@ pub enum Op {
         dsync: bool,
     },
     /// Make a range inside the file read as zeros. Does not change the length of
-    /// the file.
+    /// the file. Where the file system can only be made to by writing, this is a
+    /// read-modify-write of the blocks (of [`Disk::write_alignment`]) that the
+    /// range covers in part: nothing else may write there meanwhile, and a file
+    /// that ends inside the last of them is made to end with it.
     Zero {
         /// Where.
         file: FileId,
@@ -86,6 +92,19 @@ pub enum Op {
     },
 }
 
+impl Op {
+    /// The file that it is about.
+    pub fn file(&self) -> FileId {
+        match *self {
+            Self::Read { file, .. }
+            | Self::Write { file, .. }
+            | Self::Zero { file, .. }
+            | Self::Allocate { file, .. }
+            | Self::Sync { file } => file,
+        }
+    }
+}
+
 /// The end of an operation. Transfers are whole or failed: an [`Io`] continues
 /// short ones by itself, and one that cannot continue fails with `EIO`.
 #[derive(Debug)]
@@ -98,7 +117,11 @@ pub struct Completion {
     pub op: Op,
 }
 
-/// One thread's access to a [`Disk`]. Dropping it waits for what is in flight.
+/// One thread's access to a [`Disk`]. Dropping it waits for what is in flight;
+/// what was queued and not submitted may be dropped undone.
+///
+/// It belongs to the thread that first submits, and may pass to another one only
+/// while nothing is in flight. [`Self::completion_fd`] may be another one then.
 pub trait Io: Send {
     /// Takes an operation. It may start at once or with the next [`Self::submit`].
     ///
@@ -113,7 +136,7 @@ pub trait Io: Send {
     /// Appends what has completed to `done`, without waiting.
     fn reap(&mut self, done: &mut Vec<Completion>);
 
-    /// Operations queued or started, and not yet given out by [`Self::reap`].
+    /// Operations queued or started and not yet given out by [`Self::reap`].
     fn in_flight(&self) -> usize;
 
     /// A descriptor that polls readable while [`Self::reap`] has something to
@@ -168,4 +191,11 @@ pub trait Disk: Send + Sync + 'static {
     /// The unit in bytes, a power of two, in which the host file system gives
     /// space back (its block size).
     fn zero_granularity(&self) -> u32;
+
+    /// The unit in bytes, a power of two, that the offset and the length of an
+    /// [`Op::Write`] must be multiples of at present: what direct I/O demands of
+    /// the top file. It can become smaller, never larger.
+    fn write_alignment(&self) -> u32 {
+        1
+    }
 }

@@ -16,6 +16,11 @@ pub struct Segment {
 unsafe impl Send for Segment {}
 
 impl Segment {
+    /// For this floor's own use: nobody promised anything about the memory yet.
+    pub(super) fn new(ptr: *mut u8, len: usize) -> Self {
+        Self { ptr, len }
+    }
+
     /// Where it starts.
     pub fn as_ptr(&self) -> *mut u8 {
         self.ptr
@@ -105,6 +110,16 @@ impl Segments {
         self.list.drain(..whole);
         self.len -= len;
         front
+    }
+
+    /// The pieces without the first `skip` bytes; none, if there are no more.
+    pub(super) fn list_from(&self, skip: usize) -> Vec<Segment> {
+        let mut list = Vec::with_capacity(self.list.len());
+        let skip = skip.min(self.len);
+        self.for_range(skip, self.len - skip, |ptr, len| {
+            list.push(Segment { ptr, len });
+        });
+        list
     }
 
     /// Fills everything with zeros.

@@ -1,0 +1,357 @@
+//! The host's own files.
+//!
+//! A [`HostDisk`] knows the files; a [`HostIo`] is one thread's access to them,
+//! through io_uring or through plain system calls. Both take operations apart
+//! with the same [`job`], and differ only in how they ask the kernel.
+//!
+//! Knows system calls, direct I/O and what file systems refuse. Must not know
+//! what is in the files.
+
+mod file;
+mod job;
+mod psync;
+#[cfg(test)]
+mod tests;
+mod uring;
+
+use std::fs::File;
+use std::io;
+use std::os::fd::RawFd;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use rustix::io::Errno;
+
+use self::file::{Description, SharedFile};
+use self::psync::Psync;
+use self::uring::{Generation, Uring};
+use super::{AlignedBuf, Buffer, Completion, Disk, FileId, Io, Op, Segments};
+
+/// One of the files of a disk, as the caller opened it. Its locks stay with the
+/// caller's description.
+#[derive(Debug)]
+pub struct HostFile {
+    /// Open for reading, and for writing if `writable`.
+    pub file: File,
+    /// For messages.
+    pub path: PathBuf,
+    /// Whether it will be written to.
+    pub writable: bool,
+}
+
+/// What QEMU's `cache` option means, as far as it concerns the host.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Cache {
+    /// Around the host's page cache (`O_DIRECT`), where the file system can.
+    #[default]
+    None,
+    /// Through the host's page cache.
+    Writeback,
+}
+
+/// How the kernel is asked.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Aio {
+    /// io_uring, unless the kernel lacks it, or plain calls do not block on
+    /// these files and io_uring cannot know that.
+    #[default]
+    Auto,
+    /// io_uring.
+    IoUring,
+    /// Plain system calls, one after the other.
+    Psync,
+}
+
+/// How a [`HostDisk`] does its I/O.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct HostOptions {
+    /// Whether the host's page cache is used.
+    pub cache: Cache,
+    /// How the kernel is asked.
+    pub aio: Aio,
+}
+
+/// A [`Disk`] of host files.
+#[derive(Debug)]
+pub struct HostDisk {
+    files: Arc<[Arc<SharedFile>]>,
+    has_ring: bool,
+    block_size: u32,
+}
+
+impl HostDisk {
+    /// Takes the files, base first. Opens each once more, so that what this does
+    /// to the description (`O_DIRECT`) does not concern the caller's.
+    ///
+    /// # Errors
+    /// `InvalidInput` if there is no file or more than 256; any of `open(2)`;
+    /// any of `io_uring_setup(2)` if that is asked for by name.
+    pub fn new(files: Vec<HostFile>, options: HostOptions) -> io::Result<Self> {
+        if files.is_empty() || files.len() > usize::from(u8::MAX) + 1 {
+            let message = format!("a disk has 1 to 256 files, not {}", files.len());
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, message));
+        }
+        let files = files
+            .into_iter()
+            .map(|file| Ok(Arc::new(SharedFile::new(file, options.cache)?)))
+            .collect::<io::Result<Arc<[_]>>>()?;
+        let top = &files[files.len() - 1];
+        Ok(Self {
+            block_size: top.block_size()?,
+            has_ring: choose_ring(&files, options.aio)?,
+            files,
+        })
+    }
+
+    /// A disk of files as they are, for tests that want odd ones.
+    #[cfg(test)]
+    fn of_shared(files: Vec<Arc<SharedFile>>, has_ring: bool) -> Self {
+        Self {
+            files: files.into(),
+            has_ring,
+            block_size: 4096,
+        }
+    }
+
+    fn file(&self, file: FileId) -> io::Result<&Arc<SharedFile>> {
+        let found = self.files.get(usize::from(file.0));
+        found.ok_or_else(|| Errno::BADF.into())
+    }
+}
+
+/// Whether to use io_uring.
+fn choose_ring(files: &[Arc<SharedFile>], aio: Aio) -> io::Result<bool> {
+    match aio {
+        Aio::Psync => Ok(false),
+        Aio::IoUring => uring::try_out().map(|()| true),
+        Aio::Auto => {
+            if files
+                .iter()
+                .all(|file| file.is_served_best_by_plain_calls())
+            {
+                log::debug!("I/O by plain system calls: the files lie in memory");
+                return Ok(false);
+            }
+            match uring::try_out() {
+                Ok(()) => {
+                    log::debug!("I/O by io_uring");
+                    Ok(true)
+                }
+                Err(error) => {
+                    log::info!("I/O by plain system calls: no io_uring here ({error})");
+                    Ok(false)
+                }
+            }
+        }
+    }
+}
+
+/// How much a blocking transfer moves at once, in bytes.
+const BLOCKING_CHUNK: usize = 1 << 20;
+
+impl Disk for HostDisk {
+    type Io = HostIo;
+
+    fn open_io(&self, depth: u32) -> io::Result<HostIo> {
+        let files = Files::new(Arc::clone(&self.files));
+        Ok(if self.has_ring {
+            HostIo(Access::Uring(
+                Uring::new(files, depth, &Generation::ALL)?.into(),
+            ))
+        } else {
+            HostIo(Access::Psync(Psync::new(files, depth)))
+        })
+    }
+
+    fn len(&self, file: FileId) -> io::Result<u64> {
+        self.file(file)?.len()
+    }
+
+    fn set_len(&self, file: FileId, len: u64) -> io::Result<()> {
+        self.file(file)?.set_len(len)
+    }
+
+    fn read_exact_at(&self, file: FileId, bytes: &mut [u8], offset: u64) -> io::Result<()> {
+        let shared = self.file(file)?;
+        let end = offset.checked_add(bytes.len() as u64);
+        if end.is_none_or(|end| shared.len().is_ok_and(|len| len < end)) {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        let mut at = offset;
+        for chunk in bytes.chunks_mut(BLOCKING_CHUNK) {
+            let mut segments = Segments::new();
+            // SAFETY: the memory is borrowed mutably for longer than the
+            // operation lives, and not touched meanwhile.
+            unsafe { segments.push(chunk.as_mut_ptr(), chunk.len()) };
+            let op = Op::Read {
+                file,
+                offset: at,
+                buffer: Buffer::Client(segments),
+            };
+            psync::run(op, &mut Description::share(shared))?;
+            at += chunk.len() as u64;
+        }
+        Ok(())
+    }
+
+    fn write_all_at(&self, file: FileId, bytes: &[u8], offset: u64) -> io::Result<()> {
+        let shared = self.file(file)?;
+        let mut at = offset;
+        for chunk in bytes.chunks(BLOCKING_CHUNK) {
+            write_blocks(file, shared, chunk, at)?;
+            at += chunk.len() as u64;
+        }
+        Ok(())
+    }
+
+    fn sync(&self, file: FileId) -> io::Result<()> {
+        let mut description = Description::share(self.file(file)?);
+        psync::run(Op::Sync { file }, &mut description)?;
+        Ok(())
+    }
+
+    fn zero_granularity(&self) -> u32 {
+        self.block_size
+    }
+
+    fn write_alignment(&self) -> u32 {
+        self.files[self.files.len() - 1].alignment().offset
+    }
+}
+
+/// Writes `bytes`, with what is around them in their first and last block if
+/// only whole blocks can be written. Nobody else may write there meanwhile.
+fn write_blocks(
+    file: FileId,
+    shared: &Arc<SharedFile>,
+    bytes: &[u8],
+    offset: u64,
+) -> io::Result<()> {
+    let alignment = shared.alignment();
+    let end = offset.checked_add(bytes.len() as u64).ok_or(Errno::FBIG)?;
+    let (start, blocks_end) = (alignment.floor(offset), alignment.ceil(end));
+    let mut blocks = AlignedBuf::new(4096);
+    let mut description = Description::share(shared);
+    let mut cut_to = None;
+    if (start, blocks_end) == (offset, end) {
+        blocks.extend_from_slice(bytes);
+    } else {
+        blocks.resize((blocks_end - start) as usize, 0);
+        let around = Op::Read {
+            file,
+            offset: start,
+            buffer: Buffer::Owned(blocks),
+        };
+        blocks = owned(psync::run(around, &mut description)?)?;
+        let from = (offset - start) as usize;
+        blocks[from..from + bytes.len()].copy_from_slice(bytes);
+        let len = shared.len()?.max(end);
+        cut_to = (len < blocks_end).then_some(len);
+    }
+    let write = Op::Write {
+        file,
+        offset: start,
+        buffer: Buffer::Owned(blocks),
+        dsync: false,
+    };
+    psync::run(write, &mut description)?;
+    cut_to.map_or(Ok(()), |len| shared.set_len(len))
+}
+
+/// The memory of an operation that was given memory of our own.
+fn owned(op: Op) -> io::Result<AlignedBuf> {
+    match op {
+        Op::Read {
+            buffer: Buffer::Owned(bytes),
+            ..
+        } => Ok(bytes),
+        _ => Err(Errno::INVAL.into()),
+    }
+}
+
+/// The error number of an error of the system.
+fn errno(error: io::Error) -> Errno {
+    Errno::from_io_error(&error).unwrap_or(Errno::IO)
+}
+
+/// One thread's descriptions of the files of a disk.
+#[derive(Debug)]
+struct Files {
+    shared: Arc<[Arc<SharedFile>]>,
+    /// The top one from the start, the others when they are needed: a chain may
+    /// have many, and most threads never touch most of them.
+    open: Vec<Option<Description>>,
+}
+
+impl Files {
+    fn new(shared: Arc<[Arc<SharedFile>]>) -> Self {
+        let mut open: Vec<_> = shared.iter().map(|_| None).collect();
+        if let (Some(slot), Some(top)) = (open.last_mut(), shared.last()) {
+            *slot = Some(Description::open(top));
+        }
+        Self { shared, open }
+    }
+
+    /// Whether the description of a file is there already.
+    fn is_open(&self, file: FileId) -> bool {
+        matches!(self.open.get(usize::from(file.0)), Some(Some(_)))
+    }
+
+    /// The description of a file, opened if need be.
+    fn get(&mut self, file: FileId) -> Result<&mut Description, Errno> {
+        let index = usize::from(file.0);
+        let slot = self.open.get_mut(index).ok_or(Errno::BADF)?;
+        Ok(slot.get_or_insert_with(|| Description::open(&self.shared[index])))
+    }
+}
+
+/// One thread's access to a [`HostDisk`].
+#[derive(Debug)]
+pub struct HostIo(Access);
+
+#[derive(Debug)]
+enum Access {
+    Uring(Box<Uring>),
+    Psync(Psync),
+}
+
+impl Io for HostIo {
+    #[inline]
+    fn queue(&mut self, tag: u64, op: Op) -> Result<(), Op> {
+        match &mut self.0 {
+            Access::Uring(io) => io.queue(tag, op),
+            Access::Psync(io) => io.queue(tag, op),
+        }
+    }
+
+    #[inline]
+    fn submit(&mut self) {
+        match &mut self.0 {
+            Access::Uring(io) => io.submit(),
+            Access::Psync(io) => io.submit(),
+        }
+    }
+
+    #[inline]
+    fn reap(&mut self, done: &mut Vec<Completion>) {
+        match &mut self.0 {
+            Access::Uring(io) => io.reap(done),
+            Access::Psync(io) => io.reap(done),
+        }
+    }
+
+    #[inline]
+    fn in_flight(&self) -> usize {
+        match &self.0 {
+            Access::Uring(io) => io.in_flight(),
+            Access::Psync(io) => io.in_flight(),
+        }
+    }
+
+    fn completion_fd(&self) -> Option<RawFd> {
+        match &self.0 {
+            Access::Uring(io) => io.completion_fd(),
+            Access::Psync(_) => None,
+        }
+    }
+}

@@ -1,0 +1,436 @@
+//! One host file: what all threads know about it, and one thread's description.
+//!
+//! Direct I/O is decided here and nowhere else: whether the file is read and
+//! written around the page cache, what that demands of addresses, offsets and
+//! lengths, and the way back when it turns out that it does not work.
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use rustix::fs::{AtFlags, OFlags, StatxFlags};
+use rustix::io::Errno;
+
+use super::{Cache, HostFile};
+use crate::storage::AlignedBuf;
+
+/// Every [`AlignedBuf`] starts at a multiple of this, in bytes. A file that
+/// demands more of addresses is not accessed directly.
+const BUFFER_ALIGNMENT: u32 = 4096;
+
+/// What direct transfers must be multiples of. In bytes, powers of two.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Alignment {
+    /// The addresses of memory.
+    pub(super) memory: u32,
+    /// The offsets in the file and the lengths, those of single segments too.
+    pub(super) offset: u32,
+}
+
+impl Alignment {
+    /// No demand at all.
+    const NONE: Self = Self {
+        memory: 1,
+        offset: 1,
+    };
+
+    /// `value` rounded down to where a transfer may start.
+    pub(super) fn floor(self, value: u64) -> u64 {
+        value - self.beyond(value)
+    }
+
+    /// `value` rounded up to where a transfer may end.
+    pub(super) fn ceil(self, value: u64) -> u64 {
+        value.next_multiple_of(u64::from(self.offset))
+    }
+
+    /// How far `value` is beyond the last place where a transfer may start.
+    pub(super) fn beyond(self, value: u64) -> u64 {
+        value & u64::from(self.offset - 1)
+    }
+
+    /// Whether a transfer may start or end at `value`.
+    pub(super) fn fits(self, value: u64) -> bool {
+        self.beyond(value) == 0
+    }
+
+    /// Whether a transfer may use this piece of memory.
+    pub(super) fn fits_memory(self, address: usize, len: usize) -> bool {
+        address & (self.memory as usize - 1) == 0 && len & (self.offset as usize - 1) == 0
+    }
+}
+
+/// The uses of `fallocate(2)`. Which of them a file system knows shows when it
+/// is asked for the first time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Fallocation {
+    /// Give space back.
+    Punch,
+    /// Zero, keep the space.
+    ZeroRange,
+    /// Take space, make the file longer.
+    Allocate,
+}
+
+impl Fallocation {
+    /// The argument of the system call.
+    pub(super) fn mode(self) -> i32 {
+        match self {
+            Self::Punch => libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE,
+            Self::ZeroRange => libc::FALLOC_FL_ZERO_RANGE | libc::FALLOC_FL_KEEP_SIZE,
+            Self::Allocate => 0,
+        }
+    }
+}
+
+/// What all threads know about a file.
+#[derive(Debug)]
+pub(super) struct SharedFile {
+    /// For the methods that block, and for threads that cannot have their own.
+    file: File,
+    path: PathBuf,
+    writable: bool,
+    /// How `file` and the threads' descriptions are opened.
+    opened_direct: bool,
+    alignment: Alignment,
+    /// Cleared for good by the first transfer that the file refuses to do
+    /// directly. Each thread then clears `O_DIRECT` on its own description.
+    direct: AtomicBool,
+    /// Indexed by [`Fallocation`].
+    refused: [AtomicBool; 3],
+    /// Held to make the file longer or shorter where that takes a look at its
+    /// length first.
+    length: Mutex<()>,
+}
+
+impl SharedFile {
+    /// Opens a description for `given` as `cache` wants it, as far as the file
+    /// system lets it.
+    pub(super) fn new(given: HostFile, cache: Cache) -> io::Result<Self> {
+        let HostFile {
+            file: given,
+            path,
+            writable,
+        } = given;
+        let mut opened = None;
+        if cache == Cache::None {
+            match open_direct(&given, writable) {
+                Ok(direct) => opened = Some(direct),
+                Err(error) if is_refusal_of_direct(&error) => warn_buffered(&path, &error),
+                Err(error) => return Err(error),
+            }
+        }
+        let (file, alignment) = match opened {
+            Some((file, alignment)) => (file, Some(alignment)),
+            None => (reopen_or_share(given, writable, false)?, None),
+        };
+        Ok(Self {
+            file,
+            path,
+            writable,
+            opened_direct: alignment.is_some(),
+            alignment: alignment.unwrap_or(Alignment::NONE),
+            direct: AtomicBool::new(alignment.is_some()),
+            refused: Default::default(),
+            length: Mutex::new(()),
+        })
+    }
+
+    /// A file that is taken to be direct with this alignment, whatever it is.
+    #[cfg(test)]
+    pub(super) fn pretend_direct(file: File, alignment: Alignment) -> Self {
+        Self {
+            file,
+            path: PathBuf::from("pretended"),
+            writable: true,
+            opened_direct: true,
+            alignment,
+            direct: AtomicBool::new(true),
+            refused: Default::default(),
+            length: Mutex::new(()),
+        }
+    }
+
+    /// In bytes.
+    pub(super) fn len(&self) -> io::Result<u64> {
+        Ok(self.file.metadata()?.len())
+    }
+
+    /// Cuts or extends it to `len` bytes.
+    pub(super) fn set_len(&self, len: u64) -> io::Result<()> {
+        let _guard = self.length.lock().unwrap_or_else(PoisonError::into_inner);
+        self.file.set_len(len)
+    }
+
+    /// Extends it to `len` bytes if it is shorter.
+    pub(super) fn extend_to(&self, len: u64) -> io::Result<()> {
+        let _guard = self.length.lock().unwrap_or_else(PoisonError::into_inner);
+        if self.len()? < len {
+            self.file.set_len(len)?;
+        }
+        Ok(())
+    }
+
+    /// What transfers must be aligned to at present.
+    pub(super) fn alignment(&self) -> Alignment {
+        if self.direct.load(Relaxed) {
+            self.alignment
+        } else {
+            Alignment::NONE
+        }
+    }
+
+    /// Whether this was not refused so far.
+    pub(super) fn can(&self, what: Fallocation) -> bool {
+        !self.refused[what as usize].load(Relaxed)
+    }
+
+    /// Remembers that the file system does not know this.
+    pub(super) fn cannot(&self, what: Fallocation, error: Errno) {
+        if !self.refused[what as usize].swap(true, Relaxed) {
+            log::info!("{}: no {what:?} here ({error})", self.path.display());
+        }
+    }
+
+    /// The unit in bytes, a power of two, in which space is given back.
+    pub(super) fn block_size(&self) -> io::Result<u32> {
+        // Network file systems report their transfer size here, or anything.
+        const MAX: u64 = 64 << 10;
+        const USUAL: u32 = 4096;
+        let reported = rustix::fs::fstatvfs(&self.file)?.f_frsize;
+        Ok(u32::try_from(reported)
+            .ok()
+            .filter(|&size| size.is_power_of_two() && u64::from(size) <= MAX && size >= 512)
+            .unwrap_or(USUAL))
+    }
+
+    /// Whether io_uring would send each transfer to a kernel worker thread,
+    /// although the file lies in memory and a plain system call would not block.
+    pub(super) fn is_served_best_by_plain_calls(&self) -> bool {
+        in_memory(&self.file).unwrap_or(false) && self.refuses_nowait()
+    }
+
+    /// Whether reads cannot be asked not to block.
+    fn refuses_nowait(&self) -> bool {
+        let mut memory = AlignedBuf::from_slice(BUFFER_ALIGNMENT as usize, &[0; 4096]);
+        let iovec = libc::iovec {
+            iov_base: memory.as_mut_ptr().cast(),
+            iov_len: memory.len(),
+        };
+        // SAFETY: the descriptor is open; the vector describes `memory`, which
+        // outlives the call.
+        let read = unsafe { libc::preadv2(self.file.as_raw_fd(), &iovec, 1, 0, libc::RWF_NOWAIT) };
+        read == -1 && io::Error::last_os_error().raw_os_error() == Some(libc::EOPNOTSUPP)
+    }
+
+    fn stop_direct(&self, error: Errno) {
+        if self.direct.swap(false, Relaxed) {
+            warn_buffered(&self.path, &error.into());
+        }
+    }
+}
+
+/// One thread's description of a file.
+#[derive(Debug)]
+pub(super) struct Description {
+    shared: Arc<SharedFile>,
+    /// `None`: the shared one is used.
+    own: Option<File>,
+    /// Whether `O_DIRECT` is set.
+    direct: bool,
+}
+
+impl Description {
+    /// A new description. Where the file cannot be opened again (no `/proc`,
+    /// rights given up meanwhile, too many descriptors), the shared one: it
+    /// serves as well, with less speed.
+    pub(super) fn open(shared: &Arc<SharedFile>) -> Self {
+        let own = reopen(&shared.file, shared.writable, shared.opened_direct);
+        if let Err(error) = &own {
+            let path = shared.path.display();
+            log::debug!("{path}: cannot be opened again ({error}), sharing a description");
+        }
+        Self {
+            own: own.ok(),
+            ..Self::share(shared)
+        }
+    }
+
+    /// The shared description.
+    pub(super) fn share(shared: &Arc<SharedFile>) -> Self {
+        Self {
+            shared: Arc::clone(shared),
+            own: None,
+            direct: shared.opened_direct,
+        }
+    }
+
+    /// What all threads know.
+    pub(super) fn shared(&self) -> &SharedFile {
+        &self.shared
+    }
+
+    /// The alignment that the next transfer must have; `None`: it is not direct.
+    pub(super) fn direct(&mut self) -> Option<Alignment> {
+        if !self.direct {
+            return None;
+        }
+        if !self.shared.direct.load(Relaxed) {
+            self.clear_direct();
+            return None;
+        }
+        Some(self.shared.alignment)
+    }
+
+    /// Goes on without direct I/O: here, and soon in all threads.
+    pub(super) fn stop_direct(&mut self, error: Errno) {
+        self.shared.stop_direct(error);
+        if self.direct {
+            self.clear_direct();
+        }
+    }
+
+    fn clear_direct(&mut self) {
+        // Even if it fails: the transfers then fail with their own error, and
+        // are not tried for ever.
+        self.direct = false;
+        if let Err(error) = set_direct(self.as_fd(), false) {
+            let path = self.shared.path.display();
+            log::error!("{path}: cannot turn direct I/O off: {error}");
+        }
+    }
+}
+
+impl AsFd for Description {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.own.as_ref().unwrap_or(&self.shared.file).as_fd()
+    }
+}
+
+/// The errors that say that a file, or a transfer, cannot be direct.
+pub(super) fn refuses_direct(error: Errno) -> bool {
+    matches!(error, Errno::INVAL | Errno::NOTBLK | Errno::OPNOTSUPP)
+}
+
+fn is_refusal_of_direct(error: &io::Error) -> bool {
+    Errno::from_io_error(error).is_some_and(refuses_direct)
+}
+
+fn warn_buffered(path: &std::path::Path, error: &io::Error) {
+    let path = path.display();
+    log::warn!("{path}: no direct I/O here ({error}), using the page cache");
+}
+
+/// A direct description and its alignment, or the error that says that there is
+/// no direct I/O.
+fn open_direct(given: &File, writable: bool) -> io::Result<(File, Alignment)> {
+    let file = reopen_or_share(given.try_clone()?, writable, true)?;
+    let found = alignment_of(&file).and_then(|alignment| {
+        try_read(&file, alignment)?;
+        Ok(alignment)
+    });
+    match found {
+        Ok(alignment) => Ok((file, alignment)),
+        Err(error) => {
+            // It may be the caller's own description.
+            set_direct(file.as_fd(), false)?;
+            Err(error)
+        }
+    }
+}
+
+/// A new description of the same file; where that cannot be had, this one.
+fn reopen_or_share(file: File, writable: bool, direct: bool) -> io::Result<File> {
+    match reopen(&file, writable, direct) {
+        Ok(file) => Ok(file),
+        Err(error) if is_refusal_of_direct(&error) => Err(error),
+        Err(error) => {
+            log::debug!("a file cannot be opened again ({error}), sharing its description");
+            set_direct(file.as_fd(), direct)?;
+            Ok(file)
+        }
+    }
+}
+
+fn reopen(file: &File, writable: bool, direct: bool) -> io::Result<File> {
+    OpenOptions::new()
+        .read(true)
+        .write(writable)
+        .custom_flags(if direct { libc::O_DIRECT } else { 0 })
+        .open(format!("/proc/self/fd/{}", file.as_raw_fd()))
+}
+
+fn set_direct(fd: BorrowedFd<'_>, on: bool) -> io::Result<()> {
+    let mut flags = rustix::fs::fcntl_getfl(fd)?;
+    if flags.contains(OFlags::DIRECT) != on {
+        flags.set(OFlags::DIRECT, on);
+        rustix::fs::fcntl_setfl(fd, flags)?;
+    }
+    Ok(())
+}
+
+/// What the file system says that direct I/O demands; where it does not say,
+/// what is found by trying.
+fn alignment_of(file: &File) -> io::Result<Alignment> {
+    // Not in rustix's set of names; since Linux 6.1.
+    let wanted = StatxFlags::from_bits_retain(libc::STATX_DIOALIGN);
+    let refused = || io::Error::from(Errno::OPNOTSUPP);
+    if let Ok(stat) = rustix::fs::statx(file, "", AtFlags::EMPTY_PATH, wanted)
+        && stat.stx_mask & libc::STATX_DIOALIGN != 0
+    {
+        let (memory, offset) = (stat.stx_dio_mem_align, stat.stx_dio_offset_align);
+        let usable =
+            memory.is_power_of_two() && memory <= BUFFER_ALIGNMENT && offset.is_power_of_two();
+        // Zero says that there is no direct I/O.
+        return usable
+            .then_some(Alignment { memory, offset })
+            .ok_or_else(refused);
+    }
+    if in_memory(file)? {
+        return Ok(Alignment::NONE);
+    }
+    find_alignment(file)
+}
+
+fn find_alignment(file: &File) -> io::Result<Alignment> {
+    const LARGEST: Alignment = Alignment {
+        memory: BUFFER_ALIGNMENT,
+        offset: 4096,
+    };
+    const SMALLEST: Alignment = Alignment {
+        memory: 512,
+        offset: 512,
+    };
+    // Reads beyond the end succeed whatever their alignment.
+    if file.metadata()?.len() < u64::from(2 * LARGEST.offset) {
+        return Ok(LARGEST);
+    }
+    match try_read(file, SMALLEST) {
+        Ok(()) => Ok(SMALLEST),
+        Err(error) if is_refusal_of_direct(&error) => Ok(LARGEST),
+        Err(error) => Err(error),
+    }
+}
+
+/// Reads with this alignment and no better one. Errors that have nothing to do
+/// with direct I/O are left to those whom they concern.
+fn try_read(file: &File, alignment: Alignment) -> io::Result<()> {
+    let (memory, offset) = (alignment.memory as usize, alignment.offset as usize);
+    let mut bytes = AlignedBuf::new(BUFFER_ALIGNMENT as usize);
+    bytes.resize(memory + offset, 0);
+    match file.read_at(&mut bytes[memory..], offset as u64) {
+        Err(error) if is_refusal_of_direct(&error) => Err(error),
+        _ => Ok(()),
+    }
+}
+
+/// Whether the file lies in memory and not on any device.
+fn in_memory(file: &File) -> io::Result<bool> {
+    const RAMFS_MAGIC: u64 = 0x8584_58f6;
+    let kind = rustix::fs::fstatfs(file)?.f_type as u64;
+    Ok(kind == libc::TMPFS_MAGIC as u64 || kind == RAMFS_MAGIC)
+}

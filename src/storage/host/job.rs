@@ -1,0 +1,620 @@
+//! One operation as a sequence of steps for the kernel.
+//!
+//! Both back ends ask a [`Job`] what to do next and tell it how that ended, so
+//! they cannot differ in what they make of short transfers, of the end of the
+//! file, of memory that direct I/O cannot use, or of a file system that lacks
+//! something. Knows no system call but `fstat` and `ftruncate`; never blocks on
+//! data.
+
+#[cfg(test)]
+mod tests;
+
+use rustix::io::Errno;
+
+use super::errno;
+use super::file::{Alignment, Description, Fallocation, refuses_direct};
+use crate::storage::{AlignedBuf, Buffer, FileId, Op, Segment, ZeroMode};
+
+/// How many segments the kernel takes at once (`IOV_MAX`).
+const MAX_SEGMENTS: usize = 1024;
+/// How many bytes are taken at once: what Linux transfers at most, which is also
+/// a multiple of every alignment.
+const MAX_TRANSFER: usize = 0x7fff_f000;
+/// The most that is zeroed by one write, in bytes.
+const MAX_ZEROES: usize = 256 << 10;
+/// How often a step may make no progress before that is an error.
+const PATIENCE: u8 = 100;
+
+/// What the kernel is to do next.
+#[derive(Debug)]
+pub(super) enum Step {
+    /// Fill the memory.
+    Read { offset: u64, memory: Memory },
+    /// Write the memory; stable at once if `dsync`.
+    Write {
+        offset: u64,
+        memory: Memory,
+        dsync: bool,
+    },
+    /// `fallocate(2)`.
+    Fallocate {
+        what: Fallocation,
+        offset: u64,
+        len: u64,
+    },
+    /// `fdatasync(2)`.
+    Sync,
+    /// Nothing: the operation ends like this.
+    Nothing(Result<(), Errno>),
+}
+
+/// The memory of a step, valid until the job is told how the step ended.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Memory {
+    /// In one piece.
+    One { ptr: *mut u8, len: u32 },
+    /// In several, laid out like `struct iovec`.
+    Many { list: *const Segment, count: u32 },
+}
+
+/// What the end of a step means for the operation.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Verdict {
+    /// It takes another step.
+    Again,
+    /// It ends like this.
+    Done(Result<(), Errno>),
+}
+
+/// An operation on its way.
+#[derive(Debug)]
+pub(super) struct Job {
+    op: Op,
+    route: Route,
+    /// How much of the current transfer is through, in bytes.
+    through: usize,
+    /// The alignment of the step under way, if that is direct.
+    direct: Option<Alignment>,
+    /// Steps in a row that made no progress.
+    stalls: u8,
+}
+
+/// The way that the bytes take.
+#[derive(Debug)]
+enum Route {
+    /// Between the file and the memory of the operation.
+    Straight,
+    /// The same, from the middle on: what is left of the memory.
+    Rest(Vec<Segment>),
+    /// Through memory of our own, because direct I/O cannot use that of the
+    /// operation, or not from where it starts to where it ends.
+    Bounce(Box<Bounce>),
+    /// Zeros are written, because the file system cannot make them.
+    ZeroFill(Box<ZeroFill>),
+}
+
+#[derive(Debug)]
+struct Bounce {
+    memory: AlignedBuf,
+    /// Where in the file it starts.
+    start: u64,
+}
+
+/// Zeros from `at` to `end`, one chunk at a time. Where only whole blocks can be
+/// written, a file that ends inside a block is made to end with it.
+#[derive(Debug)]
+struct ZeroFill {
+    at: u64,
+    end: u64,
+    /// All zero, but for a chunk whose block is kept in part.
+    memory: AlignedBuf,
+    /// The current chunk, in bytes.
+    chunk_start: u64,
+    chunk_len: usize,
+    /// The chunk is a block that is zeroed in part: it is being read first.
+    reading: bool,
+}
+
+impl Job {
+    pub(super) fn new(op: Op) -> Self {
+        Self {
+            op,
+            route: Route::Straight,
+            through: 0,
+            direct: None,
+            stalls: 0,
+        }
+    }
+
+    /// The file that it is about.
+    pub(super) fn file(&self) -> FileId {
+        self.op.file()
+    }
+
+    /// Gives the operation back.
+    pub(super) fn into_op(self) -> Op {
+        self.op
+    }
+
+    /// Whether the last step could not be done without blocking.
+    pub(super) fn may_block(&self) -> bool {
+        self.stalls > 0
+    }
+
+    /// What to do next. Until [`Self::ended`] says otherwise, asking again gives
+    /// the same step.
+    pub(super) fn step(&mut self, file: &mut Description) -> Step {
+        if let Some(end) = self.nothing_to_do() {
+            return Step::Nothing(end);
+        }
+        match self.op {
+            Op::Read { .. } | Op::Write { .. } => self.transfer(file),
+            Op::Zero {
+                offset, len, mode, ..
+            } => {
+                let what = Self::fallocation(mode);
+                if matches!(self.route, Route::ZeroFill(_)) {
+                    self.zero_fill(file)
+                } else if file.shared().can(what) {
+                    Step::Fallocate { what, offset, len }
+                } else {
+                    match self.start_zero_fill(file) {
+                        Verdict::Again => self.zero_fill(file),
+                        Verdict::Done(end) => Step::Nothing(end),
+                    }
+                }
+            }
+            Op::Allocate { offset, len, .. } => {
+                let what = Fallocation::Allocate;
+                if file.shared().can(what) {
+                    Step::Fallocate { what, offset, len }
+                } else {
+                    Step::Nothing(extend(file, offset + len))
+                }
+            }
+            Op::Sync { .. } => Step::Sync,
+        }
+    }
+
+    /// Takes note of the end of a step: bytes transferred or zero, or the
+    /// negative error number, as io_uring reports it.
+    pub(super) fn ended(&mut self, result: i32, file: &mut Description) -> Verdict {
+        let Ok(count) = usize::try_from(result) else {
+            return self.failed(Errno::from_raw_os_error(result.saturating_neg()), file);
+        };
+        match (&self.op, &self.route) {
+            (Op::Read { .. } | Op::Write { .. }, _) | (Op::Zero { .. }, Route::ZeroFill(_)) => {
+                self.transferred(count, file)
+            }
+            _ => Verdict::Done(Ok(())),
+        }
+    }
+
+    /// The end of an operation on no byte, or on bytes that no file can have.
+    fn nothing_to_do(&self) -> Option<Result<(), Errno>> {
+        let (offset, len) = match &self.op {
+            Op::Read { offset, buffer, .. } | Op::Write { offset, buffer, .. } => {
+                (*offset, buffer.len() as u64)
+            }
+            Op::Zero { offset, len, .. } | Op::Allocate { offset, len, .. } => (*offset, *len),
+            Op::Sync { .. } => return None,
+        };
+        if offset
+            .checked_add(len)
+            .is_none_or(|end| end > i64::MAX as u64)
+        {
+            return Some(Err(Errno::INVAL));
+        }
+        (len == 0).then_some(Ok(()))
+    }
+
+    fn failed(&mut self, error: Errno, file: &mut Description) -> Verdict {
+        match (error, &self.op) {
+            (Errno::INTR, _) => Verdict::Again,
+            (Errno::AGAIN, _) => self.stalled(error),
+            (error, _) if self.direct.is_some() && refuses_direct(error) => {
+                file.stop_direct(error);
+                Verdict::Again
+            }
+            (Errno::OPNOTSUPP | Errno::NOSYS, Op::Zero { mode, .. })
+                if !matches!(self.route, Route::ZeroFill(_)) =>
+            {
+                file.shared().cannot(Self::fallocation(*mode), error);
+                self.start_zero_fill(file)
+            }
+            (Errno::OPNOTSUPP | Errno::NOSYS, Op::Allocate { offset, len, .. }) => {
+                file.shared().cannot(Fallocation::Allocate, error);
+                Verdict::Done(extend(file, offset + len))
+            }
+            _ => Verdict::Done(Err(error)),
+        }
+    }
+
+    /// Another try, if there were not too many.
+    fn stalled(&mut self, error: Errno) -> Verdict {
+        self.stalls += 1;
+        if self.stalls < PATIENCE {
+            Verdict::Again
+        } else {
+            Verdict::Done(Err(error))
+        }
+    }
+
+    fn fallocation(mode: ZeroMode) -> Fallocation {
+        match mode {
+            ZeroMode::Punch => Fallocation::Punch,
+            ZeroMode::KeepAllocated => Fallocation::ZeroRange,
+        }
+    }
+}
+
+/// Transfers.
+impl Job {
+    /// The next part of a read or a write.
+    fn transfer(&mut self, file: &mut Description) -> Step {
+        self.direct = file.direct();
+        if let Some(alignment) = self.direct
+            && matches!(self.route, Route::Straight)
+            && !is_usable(&self.op, alignment)
+            && let Err(error) = self.bounce(alignment)
+        {
+            return Step::Nothing(Err(error));
+        }
+        let through = self.through;
+        match (&mut self.op, &mut self.route) {
+            (Op::Read { offset, buffer, .. }, Route::Straight) => Step::Read {
+                offset: *offset,
+                memory: memory_of(buffer),
+            },
+            (
+                Op::Write {
+                    offset,
+                    buffer,
+                    dsync,
+                    ..
+                },
+                Route::Straight,
+            ) => Step::Write {
+                offset: *offset,
+                memory: memory_of(buffer),
+                dsync: *dsync,
+            },
+            (op, route) => {
+                let (start, memory) = match route {
+                    Route::Bounce(bounce) => {
+                        (bounce.start, memory_from(&mut bounce.memory, through))
+                    }
+                    Route::Rest(rest) => (op_offset(op), memory_of_list(rest)),
+                    // Not reached: these two were handled before.
+                    Route::Straight | Route::ZeroFill(_) => {
+                        return Step::Nothing(Err(Errno::INVAL));
+                    }
+                };
+                let offset = start + through as u64;
+                match *op {
+                    Op::Write { dsync, .. } => Step::Write {
+                        offset,
+                        memory,
+                        dsync,
+                    },
+                    _ => Step::Read { offset, memory },
+                }
+            }
+        }
+    }
+
+    /// Changes to memory of our own. A write can only be bounced if it starts
+    /// and ends where a transfer may: what else is in its first and last block
+    /// is the caller's to know, since it must not change between.
+    fn bounce(&mut self, alignment: Alignment) -> Result<(), Errno> {
+        let (start, memory) = match &self.op {
+            Op::Read { offset, buffer, .. } => {
+                let start = alignment.floor(*offset);
+                let end = alignment.ceil(*offset + buffer.len() as u64);
+                (start, zeroed((end - start) as usize))
+            }
+            Op::Write { offset, buffer, .. } => {
+                if !alignment.fits(*offset) || !alignment.fits(buffer.len() as u64) {
+                    return Err(Errno::INVAL);
+                }
+                (*offset, copy_of(buffer))
+            }
+            _ => return Err(Errno::INVAL),
+        };
+        self.route = Route::Bounce(Box::new(Bounce { memory, start }));
+        Ok(())
+    }
+
+    /// The start in the file and the length of the current transfer, in bytes,
+    /// and whether it is a read.
+    fn extent(&self) -> (u64, usize, bool) {
+        let is_read = matches!(self.op, Op::Read { .. });
+        match (&self.op, &self.route) {
+            (_, Route::Bounce(bounce)) => (bounce.start, bounce.memory.len(), is_read),
+            (_, Route::ZeroFill(fill)) => (fill.chunk_start, fill.chunk_len, fill.reading),
+            (Op::Read { offset, buffer, .. } | Op::Write { offset, buffer, .. }, _) => {
+                (*offset, buffer.len(), is_read)
+            }
+            _ => (0, 0, false),
+        }
+    }
+
+    fn transferred(&mut self, count: usize, file: &mut Description) -> Verdict {
+        let (start, total, is_read) = self.extent();
+        if count == 0 {
+            return if is_read {
+                self.reached_end_of_file(file)
+            } else {
+                Verdict::Done(Err(Errno::IO))
+            };
+        }
+        self.through = total.min(self.through.saturating_add(count));
+        if self.through == total {
+            return self.transfer_is_whole(file);
+        }
+        let mut progress = count;
+        if let Some(alignment) = self.direct {
+            let position = start + self.through as u64;
+            let beyond = alignment.beyond(position) as usize;
+            if beyond > 0 {
+                // A direct transfer cannot go on from here. A read that ends in
+                // the middle of a block has usually met the end of the file.
+                if is_read && matches!(file.shared().len(), Ok(len) if len <= position) {
+                    return self.reached_end_of_file(file);
+                }
+                self.through -= beyond;
+                progress = count.saturating_sub(beyond);
+            }
+        }
+        if progress > 0 {
+            self.stalls = 0;
+        } else if self.stalled(Errno::IO) != Verdict::Again {
+            return Verdict::Done(Err(Errno::IO));
+        }
+        self.point_at_rest();
+        Verdict::Again
+    }
+
+    /// After a part went through the memory of the operation itself.
+    fn point_at_rest(&mut self) {
+        if let (
+            Op::Read { buffer, .. } | Op::Write { buffer, .. },
+            Route::Straight | Route::Rest(_),
+        ) = (&mut self.op, &self.route)
+        {
+            self.route = Route::Rest(segments_from(buffer, self.through));
+        }
+    }
+
+    /// What is left of a read is beyond the end of the file: zeros.
+    fn reached_end_of_file(&mut self, file: &mut Description) -> Verdict {
+        let through = self.through;
+        match (&mut self.op, &mut self.route) {
+            (_, Route::Bounce(bounce)) => bounce.memory[through..].fill(0),
+            (_, Route::ZeroFill(fill)) => fill.memory[through..fill.chunk_len].fill(0),
+            (Op::Read { buffer, .. }, _) => fill_zero_from(buffer, through),
+            _ => {}
+        }
+        self.transfer_is_whole(file)
+    }
+
+    fn transfer_is_whole(&mut self, file: &mut Description) -> Verdict {
+        match (&mut self.op, &mut self.route) {
+            (Op::Read { offset, buffer, .. }, Route::Bounce(bounce)) => {
+                let skip = (*offset - bounce.start) as usize;
+                copy_to(buffer, &bounce.memory[skip..]);
+                Verdict::Done(Ok(()))
+            }
+            (_, Route::ZeroFill(fill)) => {
+                self.through = 0;
+                if fill.chunk_is_through(file.direct()) {
+                    Verdict::Again
+                } else {
+                    Verdict::Done(Ok(()))
+                }
+            }
+            _ => Verdict::Done(Ok(())),
+        }
+    }
+}
+
+/// Zeros by writing.
+impl Job {
+    fn start_zero_fill(&mut self, file: &mut Description) -> Verdict {
+        let Op::Zero { offset, len, .. } = self.op else {
+            return Verdict::Done(Err(Errno::INVAL));
+        };
+        // Writes beyond the end would make the file longer.
+        let file_len = match file.shared().len() {
+            Ok(len) => len,
+            Err(error) => return Verdict::Done(Err(errno(error))),
+        };
+        let end = file_len.min(offset + len);
+        if offset >= end {
+            return Verdict::Done(Ok(()));
+        }
+        let alignment = file.direct();
+        let block = alignment.map_or(1, |alignment| alignment.offset as usize);
+        let size = (end - offset).min(MAX_ZEROES as u64) as usize;
+        let mut fill = ZeroFill {
+            at: offset,
+            end,
+            memory: zeroed(size.next_multiple_of(block)),
+            chunk_start: 0,
+            chunk_len: 0,
+            reading: false,
+        };
+        fill.plan_chunk(alignment);
+        self.route = Route::ZeroFill(Box::new(fill));
+        Verdict::Again
+    }
+
+    fn zero_fill(&mut self, file: &mut Description) -> Step {
+        let through = self.through;
+        let Route::ZeroFill(fill) = &mut self.route else {
+            return Step::Nothing(Err(Errno::INVAL));
+        };
+        self.direct = file.direct();
+        let offset = fill.chunk_start + through as u64;
+        let memory = memory_from(&mut fill.memory[..fill.chunk_len], through);
+        if fill.reading {
+            Step::Read { offset, memory }
+        } else {
+            Step::Write {
+                offset,
+                memory,
+                dsync: false,
+            }
+        }
+    }
+}
+
+impl ZeroFill {
+    /// Chooses the chunk at `at`: a block that is zeroed in part, or as many
+    /// whole ones as there is memory for.
+    fn plan_chunk(&mut self, alignment: Option<Alignment>) {
+        let block = alignment.map_or(1, |alignment| u64::from(alignment.offset));
+        let start = self.at - self.at % block;
+        let len = self.end - self.at;
+        self.chunk_start = start;
+        self.reading = start < self.at || len < block;
+        self.chunk_len = if self.reading {
+            block as usize
+        } else {
+            let whole = (self.memory.len() as u64).min(len);
+            (whole - whole % block) as usize
+        };
+    }
+
+    /// Whether there is anything left to do.
+    fn chunk_is_through(&mut self, alignment: Option<Alignment>) -> bool {
+        if self.reading {
+            let from = (self.at - self.chunk_start) as usize;
+            let to = (self.end - self.chunk_start).min(self.chunk_len as u64) as usize;
+            self.memory[from..to].fill(0);
+            self.reading = false;
+            return true;
+        }
+        self.memory[..self.chunk_len].fill(0);
+        self.at = self.chunk_start + self.chunk_len as u64;
+        if self.at >= self.end {
+            return false;
+        }
+        self.plan_chunk(alignment);
+        true
+    }
+}
+
+/// Makes the file longer where it cannot be allocated.
+fn extend(file: &Description, len: u64) -> Result<(), Errno> {
+    file.shared().extend_to(len).map_err(errno)
+}
+
+fn op_offset(op: &Op) -> u64 {
+    match op {
+        Op::Read { offset, .. }
+        | Op::Write { offset, .. }
+        | Op::Zero { offset, .. }
+        | Op::Allocate { offset, .. } => *offset,
+        Op::Sync { .. } => 0,
+    }
+}
+
+/// Whether the memory and the place of a transfer are as direct I/O wants them.
+fn is_usable(op: &Op, alignment: Alignment) -> bool {
+    let (Op::Read { offset, buffer, .. } | Op::Write { offset, buffer, .. }) = op else {
+        return true;
+    };
+    alignment.fits(*offset)
+        && match buffer {
+            Buffer::Client(segments) => segments
+                .as_slice()
+                .iter()
+                .all(|segment| alignment.fits_memory(segment.as_ptr() as usize, segment.len())),
+            Buffer::Owned(bytes) => alignment.fits_memory(bytes.as_ptr() as usize, bytes.len()),
+        }
+}
+
+fn zeroed(len: usize) -> AlignedBuf {
+    let mut bytes = AlignedBuf::new(4096);
+    bytes.resize(len, 0);
+    bytes
+}
+
+fn copy_of(buffer: &Buffer) -> AlignedBuf {
+    match buffer {
+        Buffer::Client(segments) => {
+            let mut bytes = zeroed(segments.len());
+            segments.copy_to(0, &mut bytes);
+            bytes
+        }
+        Buffer::Owned(bytes) => bytes.clone(),
+    }
+}
+
+/// Fills the buffer from the start of `bytes`.
+fn copy_to(buffer: &mut Buffer, bytes: &[u8]) {
+    match buffer {
+        Buffer::Client(segments) => segments.copy_from(0, &bytes[..segments.len()]),
+        Buffer::Owned(to) => {
+            let len = to.len();
+            to.copy_from_slice(&bytes[..len]);
+        }
+    }
+}
+
+fn fill_zero_from(buffer: &mut Buffer, from: usize) {
+    match buffer {
+        Buffer::Client(segments) => {
+            const ZEROES: [u8; 4096] = [0; 4096];
+            let mut at = from;
+            while at < segments.len() {
+                let len = ZEROES.len().min(segments.len() - at);
+                segments.copy_from(at, &ZEROES[..len]);
+                at += len;
+            }
+        }
+        Buffer::Owned(bytes) => bytes[from..].fill(0),
+    }
+}
+
+fn one(ptr: *mut u8, len: usize) -> Memory {
+    Memory::One {
+        ptr,
+        // Not larger than 31 bits.
+        len: len.min(MAX_TRANSFER) as u32,
+    }
+}
+
+fn memory_from(bytes: &mut [u8], from: usize) -> Memory {
+    let rest = &mut bytes[from..];
+    one(rest.as_mut_ptr(), rest.len())
+}
+
+fn memory_of(buffer: &mut Buffer) -> Memory {
+    match buffer {
+        Buffer::Client(segments) => memory_of_list(segments.as_slice()),
+        Buffer::Owned(bytes) => one(bytes.as_mut_ptr(), bytes.len()),
+    }
+}
+
+fn memory_of_list(list: &[Segment]) -> Memory {
+    match list {
+        [segment] => one(segment.as_ptr(), segment.len()),
+        _ => Memory::Many {
+            list: list.as_ptr(),
+            count: list.len().min(MAX_SEGMENTS) as u32,
+        },
+    }
+}
+
+/// The memory of a buffer without its first `skip` bytes.
+fn segments_from(buffer: &mut Buffer, skip: usize) -> Vec<Segment> {
+    match buffer {
+        Buffer::Client(segments) => segments.list_from(skip),
+        Buffer::Owned(bytes) => {
+            let rest = &mut bytes[skip..];
+            vec![Segment::new(rest.as_mut_ptr(), rest.len())]
+        }
+    }
+}

@@ -1,0 +1,490 @@
+//! I/O by io_uring: one ring for one thread.
+//!
+//! Each operation in flight has a slot, which owns it, and at most one entry in
+//! the ring at a time; the rings have room for all slots, so that neither can
+//! overflow. An operation stays where it is in memory from the moment that it is
+//! queued until it is given out again: the kernel has pointers to it.
+//!
+//! The ring is made for a single thread, which also runs the kernel's deferred
+//! completion work (`IORING_SETUP_DEFER_TASKRUN`), but it may be made by another
+//! one: it is enabled by the thread that first submits.
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, RawFd};
+use std::thread;
+use std::time::Duration;
+
+use io_uring::{IoUring, Probe, opcode, squeue, types};
+use rustix::io::Errno;
+
+use super::job::{Job, Memory, Step, Verdict};
+use super::{Files, errno};
+use crate::storage::{Completion, Op};
+
+/// The most operations that one thread can have in flight: what the kernel
+/// allows as entries of a ring.
+const MAX_DEPTH: u32 = 32 << 10;
+/// `IORING_ENTER_GETEVENTS`: run deferred completion work, wait if so asked.
+const GETEVENTS: u32 = 1;
+/// How often a submission is tried that the kernel has no memory for, and the
+/// pause between: a second in all.
+const SUBMIT_TRIES: u32 = 10_000;
+const SUBMIT_PAUSE: Duration = Duration::from_micros(100);
+
+/// One thread's access through a ring.
+pub struct Uring {
+    ring: IoUring,
+    /// Those that the ring may be of.
+    generations: &'static [Generation],
+    /// Whether the thread that submits has enabled the ring.
+    enabled: bool,
+    files: Files,
+    /// Grows as needed up to its capacity, and never moves.
+    slots: Vec<Option<Task>>,
+    /// Slots that are free, the one used last on top.
+    free: Vec<u32>,
+    /// Slots with an entry in the ring that the kernel has not taken, in order.
+    staged: Vec<u32>,
+    /// Slots that ended without the kernel, because the ring is broken.
+    failed: Vec<u32>,
+    /// Entries that the kernel has taken and not completed.
+    in_kernel: usize,
+    /// What the ring failed with, if it is of no use any more.
+    broken: Option<Errno>,
+    /// System calls made, for tests of how few they are.
+    #[cfg(test)]
+    pub(super) calls: usize,
+}
+
+/// An operation in its slot.
+#[derive(Debug)]
+struct Task {
+    tag: u64,
+    job: Job,
+    /// How it ends, if that was clear before the kernel was asked. It then goes
+    /// through the ring as a no-op, so that its end wakes the poller too.
+    decided: Option<Result<(), Errno>>,
+}
+
+impl std::fmt::Debug for Uring {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Uring")
+            .field("in_flight", &self.in_flight())
+            .field("in_kernel", &self.in_kernel)
+            .field("broken", &self.broken)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Whether this kernel has an io_uring that can be used here.
+pub(super) fn try_out() -> io::Result<()> {
+    let ring = build(1, &Generation::ALL)?;
+    let mut probe = Probe::new();
+    ring.submitter().register_probe(&mut probe)?;
+    let needed = [
+        opcode::Nop::CODE,
+        opcode::Read::CODE,
+        opcode::Readv::CODE,
+        opcode::Write::CODE,
+        opcode::Writev::CODE,
+        opcode::Fallocate::CODE,
+        opcode::Fsync::CODE,
+    ];
+    if needed.iter().all(|&code| probe.is_supported(code)) {
+        Ok(())
+    } else {
+        Err(io::ErrorKind::Unsupported.into())
+    }
+}
+
+/// What a kernel can give a ring, by how new it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Generation {
+    /// The beginnings.
+    Plain,
+    /// Linux 5.19: completions do not interrupt the thread.
+    Cooperative,
+    /// Linux 6.1: completions are processed when the thread asks for them.
+    Deferred,
+    /// Linux 6.6: one indirection less.
+    DeferredNoArray,
+}
+
+impl Generation {
+    /// Newest first.
+    pub(super) const ALL: [Self; 4] = [
+        Self::DeferredNoArray,
+        Self::Deferred,
+        Self::Cooperative,
+        Self::Plain,
+    ];
+
+    fn build(self, entries: u32) -> io::Result<IoUring> {
+        let mut builder = IoUring::builder();
+        builder.setup_clamp();
+        match self {
+            Self::Plain => {}
+            Self::Cooperative => {
+                builder.setup_coop_taskrun();
+            }
+            Self::Deferred | Self::DeferredNoArray => {
+                builder
+                    .setup_single_issuer()
+                    .setup_defer_taskrun()
+                    .setup_r_disabled();
+            }
+        }
+        if self != Self::Plain {
+            builder.setup_submit_all().setup_taskrun_flag();
+        }
+        if self == Self::DeferredNoArray {
+            builder.setup_no_sqarray();
+        }
+        builder.build(entries)
+    }
+}
+
+/// A ring of the newest of these generations that the kernel can make.
+fn build(entries: u32, generations: &[Generation]) -> io::Result<IoUring> {
+    let mut refused = io::ErrorKind::Unsupported.into();
+    for generation in generations {
+        match generation.build(entries) {
+            // Without this, completions could be lost.
+            Ok(ring) if !ring.params().is_feature_nodrop() => break,
+            Ok(ring) => return Ok(ring),
+            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => refused = error,
+            Err(error) => return Err(error),
+        }
+    }
+    Err(refused)
+}
+
+impl Uring {
+    /// `depth` is in operations. The ring is of the newest of `generations` that
+    /// the kernel can make.
+    pub(super) fn new(
+        files: Files,
+        depth: u32,
+        generations: &'static [Generation],
+    ) -> io::Result<Self> {
+        let depth = depth.clamp(1, MAX_DEPTH);
+        let ring = build(depth, generations)?;
+        register_files(&ring, &files)?;
+        Ok(Self {
+            ring,
+            generations,
+            enabled: false,
+            files,
+            slots: Vec::with_capacity(depth as usize),
+            free: Vec::new(),
+            staged: Vec::with_capacity(depth as usize),
+            failed: Vec::new(),
+            in_kernel: 0,
+            broken: None,
+            #[cfg(test)]
+            calls: 0,
+        })
+    }
+
+    pub(super) fn queue(&mut self, tag: u64, op: Op) -> Result<(), Op> {
+        let index = match self.free.pop() {
+            Some(index) => index,
+            None if self.slots.len() < self.slots.capacity() => {
+                self.slots.push(None);
+                (self.slots.len() - 1) as u32
+            }
+            None => return Err(op),
+        };
+        self.slots[index as usize] = Some(Task {
+            tag,
+            job: Job::new(op),
+            decided: None,
+        });
+        self.stage(index);
+        Ok(())
+    }
+
+    pub(super) fn submit(&mut self) {
+        let mut tries = 0;
+        while !self.staged.is_empty() {
+            match self.enter(self.staged.len(), 0) {
+                Ok(0) | Err(Errno::AGAIN | Errno::BUSY) if tries < SUBMIT_TRIES => {
+                    tries += 1;
+                    thread::sleep(SUBMIT_PAUSE);
+                }
+                Ok(0) => self.give_up(Errno::AGAIN),
+                Ok(taken) => {
+                    self.in_kernel += taken;
+                    self.staged.drain(..taken);
+                }
+                Err(Errno::INTR) => {}
+                Err(Errno::EXIST) => self.adopt(),
+                Err(error) => self.give_up(error),
+            }
+        }
+    }
+
+    pub(super) fn reap(&mut self, done: &mut Vec<Completion>) {
+        while let Some(index) = self.failed.pop() {
+            let error = self.broken.unwrap_or(Errno::IO);
+            self.give_out(index, Err(error), done);
+        }
+        if self.in_kernel == 0 {
+            return;
+        }
+        self.run_deferred_work();
+        while let Some(entry) = self.next_completion() {
+            let index = entry.user_data() as u32;
+            match self.verdict(index, entry.result()) {
+                Verdict::Done(result) => self.give_out(index, result, done),
+                Verdict::Again => self.stage(index),
+            }
+        }
+        // Parts of short transfers: nobody else knows that they wait.
+        if !self.staged.is_empty() {
+            self.submit();
+        }
+    }
+
+    pub(super) fn in_flight(&self) -> usize {
+        self.slots.len() - self.free.len()
+    }
+
+    pub(super) fn completion_fd(&self) -> Option<RawFd> {
+        Some(self.ring.as_raw_fd())
+    }
+
+    /// Puts the next step of a task into the ring.
+    fn stage(&mut self, index: u32) {
+        if self.broken.is_some() {
+            self.failed.push(index);
+            return;
+        }
+        let entry = self.entry(index).user_data(u64::from(index));
+        // SAFETY: the task owns or vouches for what the entry points to. It stays
+        // in its slot, which does not move, until the kernel has completed the
+        // entry; if we go first, `drop` waits for that.
+        let pushed = unsafe { self.ring.submission().push(&entry) };
+        match pushed {
+            Ok(()) => self.staged.push(index),
+            // Not reached: there is room for an entry of each slot.
+            Err(_) => self.failed.push(index),
+        }
+    }
+
+    /// What the kernel shall do next for a task.
+    fn entry(&mut self, index: u32) -> squeue::Entry {
+        let Some(task) = &mut self.slots[index as usize] else {
+            return opcode::Nop::new().build();
+        };
+        let id = task.job.file();
+        let newly_open = !self.files.is_open(id);
+        let step = match self.files.get(id) {
+            Ok(file) => task.job.step(file),
+            Err(error) => Step::Nothing(Err(error)),
+        };
+        let entry = entry_for(&step, types::Fixed(u32::from(id.0)));
+        let entry = if task.job.may_block() {
+            entry.flags(squeue::Flags::ASYNC)
+        } else {
+            entry
+        };
+        if let Step::Nothing(end) = step {
+            task.decided = Some(end);
+        } else if newly_open && let Err(error) = self.register_file(id) {
+            return self.decide(index, error);
+        }
+        entry
+    }
+
+    /// Makes a task end with an error, by way of a no-op.
+    fn decide(&mut self, index: u32, error: Errno) -> squeue::Entry {
+        if let Some(task) = &mut self.slots[index as usize] {
+            task.decided = Some(Err(error));
+        }
+        opcode::Nop::new().build()
+    }
+
+    fn next_completion(&mut self) -> Option<io_uring::cqueue::Entry> {
+        let entry = self.ring.completion().next()?;
+        self.in_kernel -= 1;
+        Some(entry)
+    }
+
+    /// What the end of an entry means for its task.
+    fn verdict(&mut self, index: u32, result: i32) -> Verdict {
+        let Some(Some(task)) = self.slots.get_mut(index as usize) else {
+            return Verdict::Done(Err(Errno::IO));
+        };
+        if let Some(end) = task.decided {
+            return Verdict::Done(end);
+        }
+        match self.files.get(task.job.file()) {
+            Ok(file) => task.job.ended(result, file),
+            Err(error) => Verdict::Done(Err(error)),
+        }
+    }
+
+    fn give_out(&mut self, index: u32, result: Result<(), Errno>, done: &mut Vec<Completion>) {
+        if let Some(task) = self.slots[index as usize].take() {
+            self.free.push(index);
+            done.push(Completion {
+                tag: task.tag,
+                result,
+                op: task.job.into_op(),
+            });
+        }
+    }
+
+    /// The kernel posts completions only when this thread lets it. A submission
+    /// does; without one, it takes a call of its own, if there is anything.
+    fn run_deferred_work(&mut self) {
+        if self.ring.completion().is_empty() && self.ring.submission().taskrun() {
+            // What was interrupted is tried again: the flag still says so.
+            if self.enter(0, 0) == Err(Errno::EXIST) {
+                self.adopt();
+            }
+        }
+    }
+
+    fn enter(&mut self, submit: usize, wait_for: u32) -> Result<usize, Errno> {
+        if !self.enabled {
+            self.enable()?;
+        }
+        #[cfg(test)]
+        {
+            self.calls += 1;
+        }
+        // SAFETY: no argument is passed, and what the entries in the ring point
+        // to is vouched for in `stage`.
+        let entered = unsafe {
+            self.ring
+                .submitter()
+                .enter::<libc::sigset_t>(submit as u32, wait_for, GETEVENTS, None)
+        };
+        entered.map_err(errno)
+    }
+
+    /// Makes the ring this thread's.
+    fn enable(&mut self) -> Result<(), Errno> {
+        match self.ring.submitter().register_enable_rings() {
+            // Rings of older kernels are made enabled, and say so like this.
+            Err(error) if error.raw_os_error() != Some(libc::EBADFD) => Err(errno(error)),
+            _ => {
+                self.enabled = true;
+                Ok(())
+            }
+        }
+    }
+
+    /// Another thread than the one that enabled the ring has taken over: it
+    /// needs a ring of its own.
+    fn adopt(&mut self) {
+        if self.in_kernel > 0 {
+            // Only the other thread could complete what it has started, and its
+            // memory is in the kernel's hands until then.
+            log::error!("an Io was given to another thread with I/O in flight");
+            std::process::abort();
+        }
+        let entries = self.slots.capacity() as u32;
+        let made = build(entries, self.generations).and_then(|ring| {
+            register_files(&ring, &self.files)?;
+            Ok(ring)
+        });
+        match made {
+            Ok(ring) => {
+                self.ring = ring;
+                self.enabled = false;
+                for index in std::mem::take(&mut self.staged) {
+                    self.stage(index);
+                }
+            }
+            Err(error) => self.give_up(errno(error)),
+        }
+    }
+
+    /// The ring does not take entries any more. What it has taken goes on; all
+    /// else fails from now on.
+    fn give_up(&mut self, error: Errno) {
+        log::error!("io_uring does not take I/O any more: {error}");
+        self.broken = Some(error);
+        self.failed.append(&mut self.staged);
+    }
+
+    fn register_file(&mut self, id: super::FileId) -> Result<(), Errno> {
+        let fd = self.files.get(id)?.as_fd().as_raw_fd();
+        let submitter = self.ring.submitter();
+        let updated = submitter.register_files_update(u32::from(id.0), &[fd]);
+        match updated.map_err(errno) {
+            Ok(_) => Ok(()),
+            Err(Errno::EXIST) => {
+                self.adopt();
+                self.broken.map_or(Ok(()), Err)
+            }
+            Err(error) => Err(error),
+        }
+    }
+}
+
+impl Drop for Uring {
+    /// Closing a ring does not stop what it has started: waits for it.
+    fn drop(&mut self) {
+        while self.in_kernel > 0 {
+            match self.enter(0, 1) {
+                Ok(_) | Err(Errno::INTR) => {}
+                Err(Errno::EXIST) => self.adopt(),
+                Err(_) => thread::sleep(SUBMIT_PAUSE),
+            }
+            while self.next_completion().is_some() {}
+        }
+    }
+}
+
+/// Makes the descriptions that are open known to the ring.
+fn register_files(ring: &IoUring, files: &Files) -> io::Result<()> {
+    let fds: Vec<RawFd> = files
+        .open
+        .iter()
+        .map(|file| match file {
+            Some(file) => file.as_fd().as_raw_fd(),
+            None => -1,
+        })
+        .collect();
+    ring.submitter().register_files(&fds)
+}
+
+fn entry_for(step: &Step, fd: types::Fixed) -> squeue::Entry {
+    match *step {
+        Step::Read { offset, memory } => match memory {
+            Memory::One { ptr, len } => opcode::Read::new(fd, ptr, len).offset(offset).build(),
+            Memory::Many { list, count } => opcode::Readv::new(fd, list.cast(), count)
+                .offset(offset)
+                .build(),
+        },
+        Step::Write {
+            offset,
+            memory,
+            dsync,
+        } => {
+            let flags = if dsync { libc::RWF_DSYNC } else { 0 };
+            match memory {
+                Memory::One { ptr, len } => opcode::Write::new(fd, ptr, len)
+                    .offset(offset)
+                    .rw_flags(flags)
+                    .build(),
+                Memory::Many { list, count } => opcode::Writev::new(fd, list.cast(), count)
+                    .offset(offset)
+                    .rw_flags(flags)
+                    .build(),
+            }
+        }
+        Step::Fallocate { what, offset, len } => opcode::Fallocate::new(fd, len)
+            .offset(offset)
+            .mode(what.mode())
+            .build(),
+        Step::Sync => opcode::Fsync::new(fd)
+            .flags(types::FsyncFlags::DATASYNC)
+            .build(),
+        Step::Nothing(_) => opcode::Nop::new().build(),
+    }
+}
