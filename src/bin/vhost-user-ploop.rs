@@ -1,1 +1,2 @@
+//! Placeholder until its library part lands.
 fn main() {}

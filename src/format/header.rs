@@ -330,9 +330,19 @@ impl Geometry {
         self.metadata_len().div_ceil(Self::MD_PAGE) as u32
     }
 
+    /// Byte offset of a guest cluster on the guest's disk.
+    pub const fn cluster_start(&self, cluster: GuestCluster) -> u64 {
+        (cluster.0 as u64) << self.cluster.shift()
+    }
+
     /// The md page that holds the entry of `cluster`.
     pub const fn md_page(&self, cluster: GuestCluster) -> u32 {
         ((Header::LEN as u64 + 4 * cluster.0 as u64) / Self::MD_PAGE) as u32
+    }
+
+    /// Byte offset in the file of the entry of a guest cluster.
+    pub const fn entry_offset(&self, cluster: GuestCluster) -> u64 {
+        Header::LEN as u64 + 4 * cluster.0 as u64
     }
 
     /// The first guest cluster of md page `page` and the one after its last.

@@ -934,6 +934,10 @@ impl Disk for SimDisk {
         state.sync(file, now).map_err(io::Error::from)
     }
 
+    fn write_alignment(&self) -> u32 {
+        self.state().medium.write_alignment
+    }
+
     fn zero_granularity(&self) -> u32 {
         self.state().medium.block
     }

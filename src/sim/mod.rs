@@ -14,7 +14,7 @@
 #![allow(dead_code)] // The driver will use the rest.
 
 mod checker;
-mod disk;
+pub(crate) mod disk;
 mod file;
 mod model;
 mod pattern;

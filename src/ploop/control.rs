@@ -1,0 +1,67 @@
+//! Operations on the running engine as a whole, asked by the control thread and
+//! carried out by the metadata thread.
+
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+
+use super::EngineError;
+
+/// What the control thread can ask for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Control {
+    /// Wait for all I/O that has started, then flush.
+    Barrier,
+    /// Hold new requests, wait for those under way, flush.
+    Suspend,
+    /// Take requests again.
+    Resume,
+    /// Suspend for good, trim the file and mark it closed.
+    Close,
+}
+
+/// The answer, sooner or later.
+#[derive(Clone, Default)]
+pub(crate) struct Outcome {
+    shared: Arc<Shared>,
+}
+
+#[derive(Default)]
+struct Shared {
+    result: Mutex<Option<Result<(), EngineError>>>,
+    is_there: Condvar,
+}
+
+impl Outcome {
+    pub fn set(&self, result: Result<(), EngineError>) {
+        let mut outcome = self
+            .shared
+            .result
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        *outcome = Some(result);
+        self.shared.is_there.notify_all();
+    }
+
+    /// The answer, if it is there: for who drives the threads itself.
+    #[cfg(test)]
+    pub fn get(&self) -> Option<Result<(), EngineError>> {
+        *self
+            .shared
+            .result
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub fn wait(&self) -> Result<(), EngineError> {
+        let outcome = self
+            .shared
+            .result
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        let outcome = self
+            .shared
+            .is_there
+            .wait_while(outcome, |outcome| outcome.is_none())
+            .unwrap_or_else(PoisonError::into_inner);
+        outcome.unwrap_or(Err(EngineError::Stopped))
+    }
+}

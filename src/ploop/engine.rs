@@ -1,0 +1,449 @@
+//! What all threads of the engine share.
+//!
+//! Holds the mapping, the space, the epochs and the inboxes, and the plans that
+//! follow from them. Does no I/O: whoever made a plan carries it out on its own
+//! ring, outside any lock.
+
+use std::io;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+
+use crossbeam_utils::CachePadded;
+
+use super::EngineError;
+use super::alloc::{Allocator, Extent};
+use super::bat::Bat;
+use super::control::{Control, Outcome};
+use super::entry::{Entry, Place};
+use super::epoch::Epochs;
+use super::inbox::Inbox;
+use super::options::Options;
+use super::pio::{Pio, QueueMessage, Work};
+use super::queue::Queue;
+use crate::format::{Geometry, GuestCluster, HostCluster, Sector};
+use crate::storage::{Disk, FileId, Segments};
+
+/// How many neighbouring clusters meet the same runner: a large discard goes to
+/// few runners in few pios, and neighbours still spread over all runners.
+const RUNNER_GROUP: u32 = 64;
+
+/// One open disk. Shared by all threads that serve it.
+pub struct Engine<D: Disk> {
+    pub(super) disk: D,
+    pub(super) levels: Vec<LevelMap>,
+    pub(super) bat: Bat,
+    pub(super) alloc: Allocator,
+    pub(super) epochs: Arc<Epochs>,
+    pub(super) runners: Vec<Arc<Inbox<Pio>>>,
+    pub(super) md: Arc<Inbox<MdMessage>>,
+    pub(super) options: Options,
+    /// A power of two: what the offset and length of a write must be multiples of.
+    write_alignment: u32,
+    write_through: AtomicBool,
+    suspended: AtomicBool,
+    /// A sync failed: nothing becomes stable any more (I7).
+    sync_failed: AtomicBool,
+    /// [`Epochs::completed`] at the start of the last good sync that covered the
+    /// mapping too.
+    covered: CachePadded<AtomicU64>,
+    /// Pios on their way through runners; parked ones do not count.
+    pub(super) dispatched: AtomicUsize,
+    /// The metadata thread was woken because of [`Options::low_water`].
+    pub(super) space_is_low: AtomicBool,
+    /// Of the queues, to tell them that requests are taken again.
+    inboxes: Mutex<Vec<Weak<Inbox<QueueMessage>>>>,
+    #[cfg(test)]
+    abandoned: AtomicBool,
+}
+
+/// Where the clusters of one file of the chain are.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct LevelMap {
+    /// Of the file; for a plain one only the cluster size and disk size are meant.
+    pub geometry: Geometry,
+    /// A raw image: guest cluster and host cluster are the same.
+    pub plain: bool,
+}
+
+impl LevelMap {
+    pub fn offset(&self, host: HostCluster) -> u64 {
+        if self.plain {
+            u64::from(host.0) << self.geometry.cluster.shift()
+        } else {
+            self.geometry.host_offset(host)
+        }
+    }
+
+    /// Bytes of its disk: beyond, it reads as zeros.
+    pub fn disk_bytes(&self) -> u64 {
+        self.geometry.disk_size.bytes()
+    }
+}
+
+/// What the metadata thread is told.
+pub(super) enum MdMessage {
+    /// A flush, to be answered in the queue's inbox.
+    Flush {
+        inbox: Arc<Inbox<QueueMessage>>,
+        request: usize,
+    },
+    /// A cluster was unmapped; posted before its md page is marked dirty.
+    Freed { host: HostCluster, page: u32 },
+    /// Clusters were given out and then not used, but may have been written to.
+    Dropped { host: HostCluster },
+    /// A copy-on-write is complete, but for a sync; posted before its md page is
+    /// marked dirty.
+    Copied { cluster: GuestCluster },
+    /// A pio that needs space; `full` if the host answered that there is none.
+    Park { pio: Pio, full: bool },
+    /// Parked pios of this queue get one more try, then fail.
+    GiveUp { inbox: Arc<Inbox<QueueMessage>> },
+    /// From the control thread.
+    Control(Control, Outcome),
+}
+
+/// What to do for a write inside one cluster.
+pub(super) enum WritePlan {
+    /// Write there. `on_disk`: the mapping is stable on disk already.
+    At { offset: u64, on_disk: bool },
+    /// Zeros into a hole: nothing. `on_disk`: the disk knows of the hole.
+    Nothing { on_disk: bool },
+    /// The cluster's runner has to do it.
+    Runner,
+    /// There is no space at hand.
+    Space,
+}
+
+impl<D: Disk> Engine<D> {
+    pub(super) fn new(
+        disk: D,
+        levels: Vec<LevelMap>,
+        bat: Bat,
+        alloc: Allocator,
+        options: Options,
+    ) -> io::Result<Self> {
+        let runners = (0..options.runners)
+            .map(|_| Ok(Arc::new(Inbox::new()?)))
+            .collect::<io::Result<_>>()?;
+        let write_alignment = disk.write_alignment();
+        Ok(Self {
+            disk,
+            levels,
+            bat,
+            alloc,
+            epochs: Arc::new(Epochs::new(options.max_queues + options.runners)),
+            runners,
+            md: Arc::new(Inbox::new()?),
+            options,
+            write_alignment,
+            write_through: AtomicBool::new(false),
+            suspended: AtomicBool::new(false),
+            sync_failed: AtomicBool::new(false),
+            covered: CachePadded::new(AtomicU64::new(0)),
+            dispatched: AtomicUsize::new(0),
+            space_is_low: AtomicBool::new(false),
+            inboxes: Mutex::default(),
+            #[cfg(test)]
+            abandoned: AtomicBool::new(false),
+        })
+    }
+
+    /// Of the top delta.
+    pub fn geometry(&self) -> &Geometry {
+        &self.levels[usize::from(self.top().0)].geometry
+    }
+
+    /// Of the guest's disk.
+    pub fn disk_size(&self) -> Sector {
+        self.geometry().disk_size
+    }
+
+    /// Whether writes are refused.
+    pub fn is_read_only(&self) -> bool {
+        self.options.read_only
+    }
+
+    /// The unit in bytes in which discards give space back.
+    pub fn zero_granularity(&self) -> u32 {
+        self.disk.zero_granularity()
+    }
+
+    /// A new submitter, for one thread.
+    ///
+    /// # Errors
+    /// When its ring cannot be made, or there are more than
+    /// [`Options::max_queues`] at a time.
+    pub fn queue(self: &Arc<Self>) -> io::Result<Queue<D>> {
+        Queue::new(self.clone())
+    }
+
+    pub(super) fn write_alignment(&self) -> u32 {
+        self.write_alignment
+    }
+
+    pub(super) fn top(&self) -> FileId {
+        FileId((self.levels.len() - 1) as u8)
+    }
+
+    pub(super) fn has_lower(&self) -> bool {
+        self.levels.len() > 1
+    }
+
+    pub(super) fn level(&self, file: FileId) -> &LevelMap {
+        &self.levels[usize::from(file.0)]
+    }
+
+    pub(super) fn runner(&self, cluster: GuestCluster) -> &Inbox<Pio> {
+        &self.runners[(cluster.0 / RUNNER_GROUP) as usize % self.runners.len()]
+    }
+
+    /// How many bytes, from byte `start` of the disk on, belong to one runner.
+    pub(super) fn runner_span(&self, start: u64) -> u64 {
+        let group = u64::from(RUNNER_GROUP) << self.geometry().cluster.shift();
+        group - start % group
+    }
+
+    pub(super) fn dispatch(&self, cluster: GuestCluster, pio: Pio) {
+        self.dispatched.fetch_add(1, Ordering::AcqRel);
+        self.runner(cluster).post(pio);
+    }
+
+    pub(super) fn park(&self, pio: Pio, full: bool) {
+        self.md.post(MdMessage::Park { pio, full });
+    }
+
+    pub(super) fn is_write_through(&self) -> bool {
+        self.write_through.load(Ordering::Acquire)
+    }
+
+    pub(super) fn is_suspended(&self) -> bool {
+        self.suspended.load(Ordering::Acquire)
+    }
+
+    pub(super) fn set_suspended(&self, on: bool) {
+        self.suspended.store(on, Ordering::Release);
+    }
+
+    /// A queue wants to hear of the end of a suspension.
+    pub(super) fn add_inbox(&self, inbox: &Arc<Inbox<QueueMessage>>) {
+        let mut inboxes = self.inboxes.lock().unwrap_or_else(PoisonError::into_inner);
+        inboxes.retain(|inbox| inbox.strong_count() > 0);
+        inboxes.push(Arc::downgrade(inbox));
+    }
+
+    /// Takes requests again.
+    pub(super) fn end_suspension(&self) {
+        self.set_suspended(false);
+        let inboxes = self.inboxes.lock().unwrap_or_else(PoisonError::into_inner);
+        for inbox in inboxes.iter().filter_map(Weak::upgrade) {
+            inbox.post(QueueMessage::Resumed);
+        }
+    }
+
+    pub(super) fn has_sync_failed(&self) -> bool {
+        self.sync_failed.load(Ordering::Acquire)
+    }
+
+    pub(super) fn set_sync_failed(&self) {
+        self.sync_failed.store(true, Ordering::Release);
+    }
+
+    /// Whether a flush has nothing to do: no changing request has completed since
+    /// the start of the last good sync.
+    pub(super) fn is_covered(&self) -> bool {
+        self.covered.load(Ordering::Acquire) == self.epochs.completed()
+    }
+
+    pub(super) fn set_covered(&self, completed: u64) {
+        self.covered.store(completed, Ordering::Release);
+    }
+
+    /// The entry of a cluster, for a request that relies on it: from then on a
+    /// flush of the client covers the entry, even if whoever changed it has not
+    /// come to marking its page dirty.
+    pub(super) fn rely_on(&self, cluster: GuestCluster) -> Entry {
+        let entry = self.bat.get(cluster);
+        if entry.is_unmarked() {
+            self.mark_dirty(cluster);
+        }
+        entry
+    }
+
+    /// What a write inside a cluster takes. To be called, and carried out, inside
+    /// an epoch. May map the cluster: then other threads see it at once, though
+    /// nothing is written yet, as the new cluster reads as zeros (I2).
+    pub(super) fn plan_write(
+        &self,
+        cluster: GuestCluster,
+        offset: u32,
+        data: &Segments,
+    ) -> WritePlan {
+        let align = self.write_alignment as usize - 1;
+        if (offset as usize | data.len()) & align != 0 {
+            return WritePlan::Runner;
+        }
+        loop {
+            let entry = self.rely_on(cluster);
+            if entry.is_locked() {
+                return WritePlan::Runner;
+            }
+            let at = |file: FileId, host, on_disk: bool| {
+                if !on_disk && self.is_write_through() {
+                    // The write will wait for its mapping.
+                    self.bat.mark_urgent(self.geometry().md_page(cluster));
+                }
+                WritePlan::At {
+                    offset: self.level(file).offset(host) + u64::from(offset),
+                    on_disk,
+                }
+            };
+            match entry.place() {
+                Place::In(file, host) if file == self.top() => {
+                    return at(file, host, !entry.is_changed());
+                }
+                Place::In(..) => return WritePlan::Runner,
+                Place::Hole if data.is_zero() => {
+                    return WritePlan::Nothing {
+                        on_disk: !entry.is_changed(),
+                    };
+                }
+                Place::Hole => {
+                    let Some(host) = self.allocate() else {
+                        return WritePlan::Space;
+                    };
+                    if self.change(cluster, entry, Entry::mapped(self.top(), host)) {
+                        return at(self.top(), host, false);
+                    }
+                    self.put_back(host);
+                }
+            }
+        }
+    }
+
+    /// A cluster that reads as zeros and is mapped nowhere.
+    pub(super) fn allocate(&self) -> Option<HostCluster> {
+        let host = self.alloc.take();
+        let low = self.alloc.available() <= self.options.low_water;
+        if low && !self.space_is_low.swap(true, Ordering::AcqRel) {
+            self.md.waker().wake();
+        }
+        host
+    }
+
+    /// Gives back a cluster that was not written to.
+    pub(super) fn put_back(&self, host: HostCluster) {
+        self.alloc.put(Extent {
+            start: host.0,
+            end: host.0 + 1,
+        });
+    }
+
+    /// Changes an entry and has its page written; false if it was not `from` any
+    /// more.
+    pub(super) fn change(&self, cluster: GuestCluster, from: Entry, to: Entry) -> bool {
+        self.change_and_tell(cluster, from, to, None)
+    }
+
+    /// Makes a cluster a hole. False if it was not `from` any more.
+    pub(super) fn unmap(&self, cluster: GuestCluster, from: Entry, host: HostCluster) -> bool {
+        let page = self.geometry().md_page(cluster);
+        let freed = MdMessage::Freed { host, page };
+        self.change_and_tell(cluster, from, Entry::HOLE, Some(freed))
+    }
+
+    /// The message is posted before the page is marked dirty: so the write of the
+    /// page that takes the mark is known to contain the change (see `MdWriter`).
+    pub(super) fn change_and_tell(
+        &self,
+        cluster: GuestCluster,
+        from: Entry,
+        to: Entry,
+        message: Option<MdMessage>,
+    ) -> bool {
+        if self.bat.replace(cluster, from, to.changed()).is_err() {
+            return false;
+        }
+        if let Some(message) = message {
+            self.md.post(message);
+        }
+        self.mark_dirty(cluster);
+        self.bat.set_marked(cluster);
+        true
+    }
+
+    pub(super) fn mark_dirty(&self, cluster: GuestCluster) {
+        if self.bat.mark_dirty(self.geometry().md_page(cluster)) {
+            self.md.waker().wake();
+        }
+    }
+
+    /// Write-through on: every request that changes the disk is stable when it
+    /// completes; turning it on makes what completed before stable first. Blocks
+    /// until no request of the old mode is left; for the control thread.
+    ///
+    /// # Errors
+    /// What went wrong with that flush; the mode is on all the same.
+    pub fn set_write_through(&self, on: bool) -> Result<(), EngineError> {
+        let before = self.write_through.swap(on, Ordering::AcqRel);
+        if on && !before && !self.options.read_only {
+            return self.control(Control::Barrier).wait();
+        }
+        Ok(())
+    }
+
+    /// Holds new requests, waits for those under way (parked ones stay parked)
+    /// and makes everything stable. Blocks; for the control thread.
+    ///
+    /// # Errors
+    /// What went wrong with the flush; the engine is suspended all the same.
+    pub fn suspend(&self) -> Result<(), EngineError> {
+        self.control(Control::Suspend).wait()
+    }
+
+    /// Takes requests again, those held since [`Self::suspend`] first.
+    pub fn resume(&self) {
+        drop(self.control(Control::Resume));
+    }
+
+    /// Whether the simulated power is gone: nobody is left to drain anything.
+    #[cfg(test)]
+    pub(crate) fn is_abandoned(&self) -> bool {
+        self.abandoned.load(Ordering::Acquire)
+    }
+
+    #[cfg(not(test))]
+    pub(super) fn is_abandoned(&self) -> bool {
+        false
+    }
+
+    /// [`Self::set_write_through`] for who drives the threads itself: the barrier
+    /// is the caller's to wait for.
+    #[cfg(test)]
+    pub(crate) fn set_write_through_for_test(&self, on: bool) {
+        self.write_through.store(on, Ordering::Release);
+    }
+
+    /// The simulated power is gone.
+    #[cfg(test)]
+    pub(crate) fn abandon(&self) {
+        self.abandoned.store(true, Ordering::Release);
+    }
+
+    /// Asks the metadata thread for something; the result is where the answer
+    /// will be.
+    pub(crate) fn control(&self, what: Control) -> Outcome {
+        let outcome = Outcome::default();
+        self.md.post(MdMessage::Control(what, outcome.clone()));
+        outcome
+    }
+}
+
+impl Work {
+    /// The cluster whose runner has to do it.
+    pub(super) fn cluster(&self, geometry: &Geometry) -> GuestCluster {
+        match self {
+            Self::Write { cluster, .. } => *cluster,
+            Self::Zero { start, .. } => GuestCluster((start >> geometry.cluster.shift()) as u32),
+        }
+    }
+}

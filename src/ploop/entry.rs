@@ -1,0 +1,154 @@
+//! A BAT entry in memory: where a guest cluster is, in one atomic word.
+
+use crate::format::HostCluster;
+use crate::storage::FileId;
+
+const LEVEL_SHIFT: u32 = 32;
+const MAPPED: u64 = 1 << 40;
+const LOCKED: u64 = 1 << 41;
+const UNSTABLE: u64 = 1 << 42;
+const CHANGED: u64 = 1 << 43;
+const UNMARKED: u64 = 1 << 44;
+const WRITTEN: u64 = 1 << 45;
+
+/// What an entry says. The whole of it is read and changed at once.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Entry(u64);
+
+/// Where the data of a guest cluster is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// Nowhere: it reads as zeros.
+    Hole,
+    /// In this cluster of this file of the chain.
+    In(FileId, HostCluster),
+}
+
+impl Entry {
+    /// Reads as zeros; also the bits of a fresh entry.
+    pub const HOLE: Self = Self(0);
+
+    /// Mapped to a cluster of a level of the chain.
+    pub const fn mapped(file: FileId, host: HostCluster) -> Self {
+        Self(MAPPED | (file.0 as u64) << LEVEL_SHIFT | host.0 as u64)
+    }
+
+    /// From the bits of the atomic.
+    pub const fn from_bits(bits: u64) -> Self {
+        Self(bits)
+    }
+
+    /// For the atomic.
+    pub const fn bits(self) -> u64 {
+        self.0
+    }
+
+    /// Where the data is. A lock does not matter to readers: what is locked is
+    /// about to move, and stays valid where it was until it has.
+    pub const fn place(self) -> Place {
+        if self.0 & MAPPED == 0 {
+            Place::Hole
+        } else {
+            Place::In(
+                FileId((self.0 >> LEVEL_SHIFT) as u8),
+                HostCluster(self.0 as u32),
+            )
+        }
+    }
+
+    /// Whether the cluster's runner alone may write to it or change it: a
+    /// copy-on-write or a read-modify-write is under way.
+    pub const fn is_locked(self) -> bool {
+        self.0 & LOCKED != 0
+    }
+
+    /// The same, locked.
+    pub const fn locked(self) -> Self {
+        Self(self.0 | LOCKED)
+    }
+
+    /// The same, not locked.
+    pub const fn unlocked(self) -> Self {
+        Self(self.0 & !LOCKED)
+    }
+
+    /// Whether the cluster was copied from a lower level and the copy is not
+    /// known to be stable: the entry may not reach the disk yet (I6).
+    pub const fn is_unstable(self) -> bool {
+        self.0 & UNSTABLE != 0
+    }
+
+    /// The same, marked as a copy that is not stable yet.
+    pub const fn unstable(self) -> Self {
+        Self(self.0 | UNSTABLE)
+    }
+
+    /// The same, fit for the disk.
+    pub const fn stable(self) -> Self {
+        Self(self.0 & !UNSTABLE)
+    }
+
+    /// Whether the entry on disk may be another: no sync has covered its write.
+    pub const fn is_changed(self) -> bool {
+        self.0 & CHANGED != 0
+    }
+
+    /// The same, just changed: not on disk, and its md page not marked dirty yet.
+    pub const fn changed(self) -> Self {
+        Self(self.0 | CHANGED | UNMARKED)
+    }
+
+    /// The same; a write of its page contains it.
+    pub const fn written(self) -> Self {
+        Self(self.0 | WRITTEN)
+    }
+
+    /// The same after a sync: on disk, if a write of its page contained it.
+    pub const fn synced(self) -> Self {
+        if self.0 & WRITTEN != 0 {
+            Self(self.0 & !(CHANGED | WRITTEN))
+        } else {
+            self
+        }
+    }
+
+    /// Whether whoever changed the entry has not marked its md page dirty yet.
+    /// Who relies on the entry meanwhile has to mark the page instead: else a
+    /// flush of theirs could miss it.
+    pub const fn is_unmarked(self) -> bool {
+        self.0 & UNMARKED != 0
+    }
+
+    /// The same, its page marked.
+    pub const fn marked(self) -> Self {
+        Self(self.0 & !UNMARKED)
+    }
+}
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn keeps_cluster_level_and_flags_apart() {
+        for (level, host) in [(0, 0), (0, u32::MAX), (255, 0), (125, 0x8000_0001)] {
+            let place = Place::In(FileId(level), HostCluster(host));
+            let entry = Entry::mapped(FileId(level), HostCluster(host));
+            for entry in [
+                entry,
+                entry.locked(),
+                entry.unstable(),
+                entry.unstable().locked(),
+            ] {
+                assert_eq!(entry.place(), place);
+                assert_eq!(entry.locked().unlocked(), entry.unlocked());
+                assert_eq!(entry.unstable().stable(), entry.stable());
+                assert_eq!(entry.changed().marked().written().synced(), entry);
+                assert!(entry.changed().synced().is_changed());
+            }
+            assert!(entry.locked().is_locked() && !entry.is_locked());
+            assert!(entry.unstable().is_unstable() && !entry.is_unstable());
+        }
+        assert_eq!(Entry::HOLE.locked().place(), Place::Hole);
+    }
+}

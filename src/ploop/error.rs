@@ -1,0 +1,133 @@
+//! What can go wrong in the engine.
+
+use std::io;
+
+use rustix::io::Errno;
+use thiserror::Error;
+
+use crate::format::{HeaderError, Sector};
+use crate::storage::FileId;
+
+/// Why a request failed. Cheap to copy: one failed sync fails many requests.
+#[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
+pub enum EngineError {
+    /// The host file answered this to the I/O of this very request.
+    #[error("host I/O failed: {0}")]
+    Io(Errno),
+    /// The host file system is full, and the request may not wait any longer.
+    #[error("no space left on the host file system")]
+    NoSpace,
+    /// The request lies outside the disk, or runs past its end.
+    #[error("{count} sectors at sector {start} are not on the disk")]
+    PastEnd {
+        /// First sector.
+        start: u64,
+        /// How many.
+        count: u64,
+    },
+    /// The length of the memory is no multiple of a sector.
+    #[error("{0} bytes are not a whole number of sectors")]
+    PartialSector(usize),
+    /// The disk is served read-only.
+    #[error("the disk is read-only")]
+    ReadOnly,
+    /// A page of the BAT could not be written. It stays dirty and is tried again.
+    #[error("the block allocation table could not be written: {0}")]
+    Metadata(Errno),
+    /// A sync failed, so nothing written since the last good one can be relied
+    /// on. Nothing becomes stable any more until the image is opened again.
+    #[error("a sync of the image failed earlier: open it again and check it")]
+    SyncFailed,
+    /// The image has no room for another cluster: its version cannot address it.
+    #[error("the image cannot hold more clusters")]
+    ImageFull,
+    /// The engine was closed, or has dropped the request because it is stopping.
+    #[error("the engine is stopped")]
+    Stopped,
+}
+
+/// Why an image was not opened.
+#[derive(Debug, Error)]
+pub enum OpenError {
+    /// A file of the chain could not be read, written or synced.
+    #[error("cannot {what} of level {level}")]
+    Io {
+        /// "read the header", say.
+        what: &'static str,
+        /// Of the chain, 0 is the base.
+        level: u8,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// A header is wrong.
+    #[error("the header of level {level} is wrong")]
+    Header {
+        /// Of the chain, 0 is the base.
+        level: u8,
+        /// What is wrong with it.
+        source: HeaderError,
+    },
+    /// The file is shorter than its header and BAT.
+    #[error("level {level} is cut off: its header and BAT need {needed} bytes, the file has {len}")]
+    Truncated {
+        /// Of the chain, 0 is the base.
+        level: u8,
+        /// Bytes of header and BAT.
+        needed: u64,
+        /// Bytes of the file.
+        len: u64,
+    },
+    /// The BAT is corrupt: leaks apart, no crash of ours leaves this.
+    #[error(
+        "the BAT of level {level} is corrupt ({problems} wrong entries, the first: {first}); run `ploop-img check --repair all`"
+    )]
+    CorruptBat {
+        /// Of the chain, 0 is the base.
+        level: u8,
+        /// How many entries.
+        problems: u32,
+        /// The first of them.
+        first: String,
+    },
+    /// A conversion between format versions was cut off half-way.
+    #[error(
+        "a conversion between format versions of level {level} was cut off; run `ploop-img check --repair all`"
+    )]
+    Converting {
+        /// Of the chain, 0 is the base.
+        level: u8,
+    },
+    /// A level does not fit the one above it.
+    #[error("level {level} does not fit the chain: {why}")]
+    Misfit {
+        /// Of the chain, 0 is the base.
+        level: u8,
+        /// What does not fit.
+        why: &'static str,
+    },
+    /// A chain has at least one level and at most 126.
+    #[error("a chain of {0} levels is not supported (1 to 126 are)")]
+    Levels(usize),
+    /// Threads, rings or descriptors could not be made.
+    #[error("cannot set up the I/O of the engine")]
+    Setup(#[source] io::Error),
+}
+
+impl OpenError {
+    pub(super) fn io(what: &'static str, file: FileId) -> impl FnOnce(io::Error) -> Self {
+        move |source| Self::Io {
+            what,
+            level: file.0,
+            source,
+        }
+    }
+}
+
+impl EngineError {
+    pub(super) fn past_end(start: Sector, count: Sector) -> Self {
+        Self::PastEnd {
+            start: start.0,
+            count: count.0,
+        }
+    }
+}

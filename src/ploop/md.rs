@@ -1,0 +1,810 @@
+//! The metadata thread: everything about the image that is not one pio's business.
+//!
+//! - writeback of dirty md pages, after their delay or when somebody waits;
+//! - flush: all waiting ones share one round, whose sync starts after them;
+//! - the way of unmapped clusters back to the allocator ([`reclaim`]);
+//! - growing the file, and the pios that wait for space ([`space`]);
+//! - suspend, resume and close.
+//!
+//! Pages are written and the file is synced in *rounds*, one after the other, so
+//! that of each page one write is in flight at a time (I11) and what a sync covers
+//! is known. A round has up to three phases:
+//!
+//! 1. a sync, if entries wait for one before they may reach the disk: copies (I6),
+//!    or clusters in a part of the file whose length is not stable (I8);
+//! 2. the writes of the pages, neighbours in one;
+//! 3. a sync, if a flush waits or clusters can be reclaimed by it.
+
+mod reclaim;
+mod space;
+
+use std::collections::{BTreeMap, VecDeque};
+use std::io;
+use std::mem;
+use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use rustix::io::Errno;
+use slab::Slab;
+
+use self::reclaim::Reclaim;
+use self::space::{Space, SpaceStep};
+use super::EngineError;
+use super::alloc::Extent;
+use super::control::{Control, Outcome};
+use super::engine::{Engine, MdMessage};
+use super::entry::Place;
+use super::inbox::{Inbox, Waker};
+use super::options::OnEnospc;
+use super::pio::{Pio, QueueMessage};
+use crate::format::{Geometry, GuestCluster, Header, HostCluster, InUse};
+use crate::storage::{AlignedBuf, Buffer, Completion, Disk, FileId, Io, Op, ZeroMode};
+
+/// Operations that the thread keeps in flight.
+const DEPTH: u32 = 64;
+
+/// How often it looks whether older I/O is over, while somebody waits for that.
+const GRACE_POLL: Duration = Duration::from_millis(1);
+
+/// When a page that could not be written is tried again, at the earliest.
+const RETRY: Duration = Duration::from_millis(500);
+
+/// Pages that are written at once, at most: 1 MiB.
+const PAGES_PER_WRITE: usize = 256;
+
+/// What of the file the metadata thread alone writes.
+pub(super) struct Metadata {
+    pub header: Header,
+    /// What follows the last entry of the BAT, up to the end of its md page or to
+    /// the first data, whichever comes first.
+    pub bat_tail: Vec<u8>,
+    /// Clusters of the file that nothing maps.
+    pub leaked: Vec<Extent>,
+}
+
+/// Who waits for a round.
+enum Waiter {
+    Queue(Arc<Inbox<QueueMessage>>, usize),
+    Control,
+}
+
+enum MdOp {
+    Pages(Range<u32>),
+    Sync,
+    Punch { batch: u64, extent: Extent },
+    Extend { clusters: u32 },
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Phase {
+    Idle,
+    PreSync,
+    Pages { left: usize },
+    FinalSync,
+}
+
+/// The round under way.
+struct Round {
+    number: u64,
+    phase: Phase,
+    /// The flushes that it answers.
+    waiters: Vec<Waiter>,
+    /// [`super::epoch::Epochs::completed`] when it started.
+    completed: u64,
+    error: Option<EngineError>,
+}
+
+/// What the sync in flight makes stable.
+#[derive(Default)]
+struct Covered {
+    file_end: u32,
+    copied: Vec<GuestCluster>,
+    pages: Vec<u32>,
+}
+
+/// A control operation under way.
+struct ControlJob {
+    what: Control,
+    outcome: Outcome,
+    stage: ControlStage,
+}
+
+enum ControlStage {
+    Grace(u64),
+    Flush,
+    Flushed(Result<(), EngineError>),
+}
+
+/// See the module's text.
+pub struct MdWriter<D: Disk> {
+    engine: Arc<Engine<D>>,
+    io: D::Io,
+    metadata: Metadata,
+    ops: Slab<MdOp>,
+    /// Operations that the ring had no room for.
+    backlog: VecDeque<(u64, Op)>,
+    completions: Vec<Completion>,
+    /// Dirty pages, with when they are due.
+    dirty: BTreeMap<u32, Duration>,
+    /// Pages written, and covered by no sync.
+    written: Vec<u32>,
+    /// Clusters copied, and covered by no sync.
+    copied: Vec<GuestCluster>,
+    waiters: Vec<Waiter>,
+    round: Round,
+    covered: Covered,
+    reclaim: Reclaim,
+    space: Space,
+    control: VecDeque<ControlJob>,
+    /// After a failed write of a page: when pages are written again unasked.
+    retry_at: Duration,
+    closed: bool,
+}
+
+impl<D: Disk> MdWriter<D> {
+    pub(super) fn new(engine: Arc<Engine<D>>, mut metadata: Metadata) -> io::Result<Self> {
+        let mut reclaim = Reclaim::default();
+        reclaim.add_leaked(mem::take(&mut metadata.leaked));
+        Ok(Self {
+            io: engine.disk.open_io(DEPTH)?,
+            metadata,
+            ops: Slab::with_capacity(DEPTH as usize),
+            backlog: VecDeque::new(),
+            completions: Vec::new(),
+            dirty: BTreeMap::new(),
+            written: Vec::new(),
+            copied: Vec::new(),
+            waiters: Vec::new(),
+            round: Round {
+                number: 0,
+                phase: Phase::Idle,
+                waiters: Vec::new(),
+                completed: 0,
+                error: None,
+            },
+            covered: Covered::default(),
+            reclaim,
+            space: Space::default(),
+            control: VecDeque::new(),
+            retry_at: Duration::ZERO,
+            closed: false,
+            engine,
+        })
+    }
+
+    /// Does what there is to do, without waiting. `now` counts from any moment.
+    /// Returns after how long it wants to be called again if nothing wakes it
+    /// before.
+    pub fn poll(&mut self, now: Duration) -> Option<Duration> {
+        self.engine.md.waker().arm();
+        let mut completions = mem::take(&mut self.completions);
+        self.io.reap(&mut completions);
+        for completion in completions.drain(..) {
+            self.op_done(completion, now);
+        }
+        self.completions = completions;
+        self.collect_dirtied(now);
+        self.hear_all(now);
+        self.step_control();
+        self.step_space(now);
+        self.step_reclaim();
+        self.step_round(now);
+        self.queue_backlog();
+        self.next_call(now)
+    }
+
+    /// Whether the engine was closed: there is nothing to do any more.
+    pub fn is_closed(&self) -> bool {
+        self.closed
+    }
+
+    /// What wakes the thread, beside [`Io::completion_fd`].
+    pub(super) fn waker(&self) -> &Waker {
+        self.engine.md.waker()
+    }
+
+    pub(super) fn io(&self) -> &D::Io {
+        &self.io
+    }
+
+    fn next_call(&self, now: Duration) -> Option<Duration> {
+        if self.io.completion_fd().is_none() && self.io.in_flight() > 0 {
+            return Some(Duration::ZERO);
+        }
+        let steps = |job: &ControlJob| !matches!(job.stage, ControlStage::Flush);
+        let awaits_io = self.reclaim.awaits_io() || self.control.front().is_some_and(steps);
+        let due = (self.round.phase == Phase::Idle)
+            .then(|| self.dirty.values().min())
+            .flatten()
+            .map(|due| (*due).max(self.retry_at));
+        [
+            awaits_io.then_some(GRACE_POLL),
+            due.map(|due| due.saturating_sub(now)),
+            self.space.deadline().map(|at| at.saturating_sub(now)),
+        ]
+        .into_iter()
+        .flatten()
+        .min()
+    }
+
+    fn collect_dirtied(&mut self, now: Duration) {
+        let due = now + self.engine.options.writeback_delay;
+        for page in self.engine.bat.take_dirtied() {
+            self.dirty.entry(page).or_insert(due);
+        }
+    }
+
+    fn hear_all(&mut self, now: Duration) {
+        let engine = self.engine.clone();
+        for message in engine.md.take_all() {
+            self.hear(message, now);
+        }
+    }
+
+    fn hear(&mut self, message: MdMessage, now: Duration) {
+        match message {
+            MdMessage::Flush { inbox, request } => {
+                self.waiters.push(Waiter::Queue(inbox, request));
+            }
+            MdMessage::Freed { host, page } => {
+                // While the pages of a round are being written, its write of the
+                // page may be without the removal.
+                let writing = matches!(self.round.phase, Phase::Pages { .. });
+                let round = self.round.number + u64::from(writing);
+                self.reclaim.add_freed(host, page, round);
+            }
+            MdMessage::Dropped { host } => self.reclaim.add_dropped(host),
+            MdMessage::Copied { cluster } => self.copied.push(cluster),
+            MdMessage::Park { pio, full } => self.park(pio, full, now),
+            MdMessage::GiveUp { inbox } => {
+                let pios = self.space.give_up(&inbox);
+                self.try_again(pios);
+            }
+            MdMessage::Control(what, outcome) => self.begin_control(what, outcome),
+        }
+    }
+
+    fn queue(&mut self, op: MdOp, io: Op) {
+        let tag = self.ops.insert(op) as u64;
+        self.backlog.push_back((tag, io));
+        self.queue_backlog();
+    }
+
+    fn queue_backlog(&mut self) {
+        while let Some((tag, op)) = self.backlog.pop_front() {
+            if let Err(op) = self.io.queue(tag, op) {
+                self.backlog.push_front((tag, op));
+                break;
+            }
+        }
+        self.io.submit();
+    }
+
+    fn op_done(&mut self, completion: Completion, now: Duration) {
+        let result = completion.result;
+        match self.ops.remove(completion.tag as usize) {
+            MdOp::Pages(pages) => self.pages_written(pages, result, now),
+            MdOp::Sync => self.synced(result, now),
+            MdOp::Punch { batch, extent } => {
+                if let Err(errno) = result {
+                    log::warn!(
+                        "cannot punch {} clusters at host cluster {}: {errno}; they are not used again until the image is reopened",
+                        extent.len(),
+                        extent.start
+                    );
+                }
+                self.reclaim.punched(batch, extent, result.is_ok());
+            }
+            MdOp::Extend { clusters } => self.extended(clusters, result, now),
+        }
+    }
+}
+
+// Rounds.
+impl<D: Disk> MdWriter<D> {
+    fn step_round(&mut self, now: Duration) {
+        if self.round.phase != Phase::Idle {
+            return;
+        }
+        if self.engine.has_sync_failed() && !self.waiters.is_empty() {
+            let waiters = mem::take(&mut self.waiters);
+            self.answer(waiters, Err(EngineError::SyncFailed));
+        }
+        let reclaims = self.wants_reclaim_sync();
+        if self.waiters.is_empty() && !reclaims && !self.has_due(now) {
+            return;
+        }
+        self.round.number += 1;
+        self.round.waiters = mem::take(&mut self.waiters);
+        self.round.error = None;
+        // Before the pages are collected: what has completed until now is in them.
+        self.round.completed = self.engine.epochs.completed();
+        let needs_sync = !self.copied.is_empty() || self.engine.alloc.has_unstable_length();
+        if needs_sync && !self.engine.has_sync_failed() {
+            self.begin_sync(Phase::PreSync);
+        } else {
+            self.write_pages(now);
+        }
+    }
+
+    fn has_due(&self, now: Duration) -> bool {
+        self.dirty.keys().any(|page| self.is_due(*page, now))
+    }
+
+    fn is_due(&self, page: u32, now: Duration) -> bool {
+        let due = self.dirty.get(&page).is_some_and(|due| *due <= now);
+        (due || self.engine.bat.is_urgent(page)) && self.retry_at <= now
+    }
+
+    /// Whether clusters can come back by writing pages and a sync, and are needed.
+    fn wants_reclaim_pages(&self) -> bool {
+        self.reclaim.is_under_way()
+            && self.engine.alloc.available() <= self.engine.options.low_water
+    }
+
+    /// Whether clusters can come back by a sync, and are needed.
+    fn wants_reclaim_sync(&self) -> bool {
+        self.reclaim.wants_sync()
+            && !self.engine.has_sync_failed()
+            && self.engine.alloc.available() <= self.engine.options.low_water
+    }
+
+    fn begin_sync(&mut self, phase: Phase) {
+        self.round.phase = phase;
+        self.covered = Covered {
+            file_end: self.engine.alloc.end(),
+            copied: mem::take(&mut self.copied),
+            pages: mem::take(&mut self.written),
+        };
+        self.reclaim.begin_sync();
+        let file = self.engine.top();
+        self.queue(MdOp::Sync, Op::Sync { file });
+    }
+
+    fn synced(&mut self, result: Result<(), Errno>, now: Duration) {
+        if let Err(errno) = result {
+            log::error!(
+                "a sync of the image failed: {errno}; flushes fail until it is opened again"
+            );
+            self.engine.set_sync_failed();
+            return self.end_round(Err(EngineError::SyncFailed));
+        }
+        let engine = self.engine.clone();
+        let covered = mem::take(&mut self.covered);
+        engine.alloc.set_stable_end(covered.file_end);
+        for cluster in covered.copied {
+            engine.bat.set_stable(cluster);
+            // The page may have been written without it.
+            engine.mark_dirty(cluster);
+        }
+        for page in covered.pages {
+            for cluster in engine.geometry().md_page_entries(page) {
+                engine.bat.set_synced(GuestCluster(cluster));
+            }
+        }
+        for extent in self.reclaim.end_sync() {
+            engine.alloc.put(extent);
+        }
+        if self.space.has_parked() {
+            let pios = self.space.take_all();
+            self.try_again(pios);
+        }
+        if self.round.phase == Phase::PreSync {
+            self.write_pages(now);
+        } else {
+            engine.set_covered(self.round.completed);
+            self.end_round(Ok(()));
+        }
+    }
+
+    fn write_pages(&mut self, now: Duration) {
+        self.collect_dirtied(now);
+        let writes = self.choose_pages(now);
+        for page in writes.iter().cloned().flatten() {
+            self.dirty.remove(&page);
+            self.engine.bat.begin_writeback(page);
+        }
+        // Messages about changes whose mark was taken just now are here already:
+        // they are posted before the mark is made.
+        self.hear_all(now);
+        self.round.phase = Phase::Pages { left: writes.len() };
+        let nothing = writes.is_empty();
+        for pages in writes {
+            let op = Op::Write {
+                file: self.engine.top(),
+                offset: u64::from(pages.start) * Geometry::MD_PAGE,
+                buffer: Buffer::Owned(self.page_bytes(pages.clone())),
+                dsync: false,
+            };
+            self.queue(MdOp::Pages(pages), op);
+        }
+        if nothing {
+            self.pages_done();
+        }
+    }
+
+    /// The runs of neighbouring pages to write, those first that somebody waits
+    /// for. For a flush these are all dirty pages; else those that are due, and
+    /// their neighbours, which cost no further write.
+    fn choose_pages(&self, now: Duration) -> Vec<Range<u32>> {
+        let all = !self.round.waiters.is_empty() || self.wants_reclaim_pages();
+        let pages: Vec<_> = self.dirty.keys().copied().collect();
+        let mut runs: Vec<_> = pages
+            .chunk_by(|a, b| a + 1 == *b)
+            .filter(|run| all || run.iter().any(|page| self.is_due(*page, now)))
+            .flat_map(|run| run.chunks(PAGES_PER_WRITE))
+            .map(|run| run[0]..run[0] + run.len() as u32)
+            .collect();
+        let is_urgent = |run: &Range<u32>| run.clone().any(|page| self.engine.bat.is_urgent(page));
+        runs.sort_by_cached_key(|run| !is_urgent(run));
+        runs
+    }
+
+    /// Md pages as they may be on disk now. Entries that may not, keep the value
+    /// "not allocated", which is what the disk has for them.
+    fn page_bytes(&self, pages: Range<u32>) -> AlignedBuf {
+        let engine = self.engine.clone();
+        let geometry = engine.geometry();
+        let start = u64::from(pages.start) * Geometry::MD_PAGE;
+        let end = (u64::from(pages.end) * Geometry::MD_PAGE).min(geometry.data_start);
+        let len = (end - start) as usize;
+        let mut bytes = AlignedBuf::from_iter(4096, std::iter::repeat_n(0, len));
+        let mut put = |at: u64, part: &[u8]| {
+            let at = (at - start) as usize;
+            bytes[at..at + part.len()].copy_from_slice(part);
+        };
+        if pages.start == 0 {
+            put(0, &self.metadata.header.to_bytes());
+        }
+        if pages.end == geometry.md_pages() {
+            put(geometry.metadata_len(), &self.metadata.bat_tail);
+        }
+        for page in pages {
+            let mut withheld = false;
+            for cluster in geometry.md_page_entries(page).map(GuestCluster) {
+                let (value, written) = self.entry_on_disk(cluster);
+                withheld |= !written;
+                put(geometry.entry_offset(cluster), &value.to_le_bytes());
+            }
+            if withheld {
+                engine.bat.mark_dirty(page);
+            }
+        }
+        bytes
+    }
+
+    /// The value of an entry on disk, and whether it is the one in memory.
+    fn entry_on_disk(&self, cluster: GuestCluster) -> (u32, bool) {
+        let engine = &self.engine;
+        let entry = engine.bat.get(cluster);
+        let value = match entry.place() {
+            Place::In(file, host) if file == engine.top() => {
+                if entry.is_unstable() || !engine.alloc.is_length_stable(host) {
+                    return (0, false);
+                }
+                engine.geometry().bat_value(host)
+            }
+            _ => 0,
+        };
+        if entry.is_changed() {
+            engine.bat.set_written(cluster, entry);
+        }
+        (value, true)
+    }
+
+    fn pages_written(&mut self, pages: Range<u32>, result: Result<(), Errno>, now: Duration) {
+        for page in pages.clone() {
+            self.engine.bat.end_writeback(page, result.is_ok());
+            if result.is_ok() {
+                self.written.push(page);
+                self.reclaim.page_written(page, self.round.number);
+            }
+        }
+        if let Err(errno) = result {
+            if self.retry_at <= now {
+                log::error!("cannot write the BAT: {errno}; it is tried again");
+            }
+            self.retry_at = now + RETRY;
+            // Entries that the failed write contained are not on disk.
+            self.written.retain(|page| !pages.contains(page));
+            self.round.error = Some(EngineError::Metadata(errno));
+        }
+        if let Phase::Pages { left } = &mut self.round.phase {
+            *left -= 1;
+            if *left == 0 {
+                self.pages_done();
+            }
+        }
+    }
+
+    fn pages_done(&mut self) {
+        let wants_sync = !self.round.waiters.is_empty() || self.wants_reclaim_sync();
+        if let Some(error) = self.round.error {
+            self.end_round(Err(error));
+        } else if wants_sync && !self.engine.is_read_only() {
+            self.begin_sync(Phase::FinalSync);
+        } else {
+            self.end_round(Ok(()));
+        }
+    }
+
+    fn end_round(&mut self, result: Result<(), EngineError>) {
+        self.round.phase = Phase::Idle;
+        let waiters = mem::take(&mut self.round.waiters);
+        self.answer(waiters, result);
+    }
+
+    fn answer(&mut self, waiters: Vec<Waiter>, result: Result<(), EngineError>) {
+        for waiter in waiters {
+            match waiter {
+                Waiter::Queue(inbox, request) => {
+                    inbox.post(QueueMessage::FlushDone { request, result });
+                }
+                Waiter::Control => {
+                    if let Some(job) = self.control.front_mut() {
+                        job.stage = ControlStage::Flushed(result);
+                    }
+                }
+            }
+        }
+    }
+}
+
+// Space and reclaim.
+impl<D: Disk> MdWriter<D> {
+    fn step_reclaim(&mut self) {
+        if self.is_closing() {
+            return;
+        }
+        let engine = self.engine.clone();
+        if self.reclaim.has_open() && !self.reclaim.awaits_io() {
+            self.reclaim.close_batch(engine.epochs.advance());
+        }
+        let holes = self
+            .reclaim
+            .begin_punching(|epoch| engine.epochs.all_reached(epoch));
+        for (batch, extent) in holes {
+            let shift = engine.geometry().cluster.shift();
+            let op = Op::Zero {
+                file: engine.top(),
+                offset: engine.geometry().host_offset(HostCluster(extent.start)),
+                len: u64::from(extent.len()) << shift,
+                mode: ZeroMode::Punch,
+            };
+            self.queue(MdOp::Punch { batch, extent }, op);
+        }
+    }
+
+    fn step_space(&mut self, now: Duration) {
+        if self.is_closing() {
+            return;
+        }
+        let pios = self.space.due(now);
+        self.try_again(pios);
+        let engine = self.engine.clone();
+        // Space that is in the file already comes before more of it.
+        if self.reclaim.has_leaked() && !engine.has_sync_failed() {
+            return;
+        }
+        let step = self.extension();
+        let low_water = engine.options.low_water;
+        if let SpaceStep::Extend(clusters) =
+            self.space.step(engine.alloc.available(), low_water, step)
+        {
+            self.extend(clusters, now);
+        }
+        self.fail_hopeless();
+    }
+
+    /// By how many clusters the file shall grow: in large steps, but not beyond
+    /// what the whole disk takes.
+    fn extension(&self) -> u32 {
+        let geometry = self.engine.geometry();
+        let step = self.engine.options.preallocation >> geometry.cluster.shift();
+        let in_file = self.engine.alloc.end() - geometry.first_host_cluster().0;
+        let missing = geometry.entries.saturating_sub(in_file);
+        (step as u32).min(missing).max(1)
+    }
+
+    fn extend(&mut self, clusters: u32, now: Duration) {
+        let engine = self.engine.clone();
+        let end = engine.alloc.end();
+        let limit = engine.geometry().host_cluster_limit();
+        self.space.begin_extending();
+        if engine.has_sync_failed() || end >= limit {
+            let error = if end >= limit {
+                EngineError::ImageFull
+            } else {
+                EngineError::SyncFailed
+            };
+            self.space.extension_failed(1, OnEnospc::Stop, now);
+            for pio in self.space.take_all() {
+                pio.home.complete(Err(error));
+            }
+            return;
+        }
+        let clusters = clusters.min(limit - end);
+        let op = Op::Allocate {
+            file: engine.top(),
+            offset: engine.geometry().host_offset(HostCluster(end)),
+            len: u64::from(clusters) << engine.geometry().cluster.shift(),
+        };
+        self.queue(MdOp::Extend { clusters }, op);
+    }
+
+    fn extended(&mut self, clusters: u32, result: Result<(), Errno>, now: Duration) {
+        match result {
+            Ok(()) => {
+                self.engine.alloc.extend(self.engine.alloc.end() + clusters);
+                self.engine.space_is_low.store(false, Ordering::Release);
+                let pios = self.space.extended();
+                self.try_again(pios);
+            }
+            Err(Errno::NOSPC | Errno::DQUOT) => {
+                let policy = self.engine.options.on_enospc;
+                if self.space.extension_failed(clusters, policy, now) {
+                    self.extend(1, now);
+                }
+            }
+            Err(errno) => {
+                log::error!("cannot make the image file longer: {errno}");
+                self.space.extension_failed(1, OnEnospc::Stop, now);
+                for pio in self.space.take_all() {
+                    pio.home.complete(Err(EngineError::Io(errno)));
+                }
+            }
+        }
+        self.fail_hopeless();
+    }
+
+    fn park(&mut self, pio: Pio, full: bool, now: Duration) {
+        if self.closed {
+            return pio.home.complete(Err(EngineError::Stopped));
+        }
+        if !full && self.engine.alloc.available() > 0 {
+            return self.try_again([pio]);
+        }
+        let policy = self.engine.options.on_enospc;
+        self.space.park(pio, full, policy, now);
+        self.fail_hopeless();
+    }
+
+    fn fail_hopeless(&mut self) {
+        for pio in self.space.take_hopeless() {
+            pio.home.complete(Err(EngineError::NoSpace));
+        }
+    }
+
+    fn try_again(&self, pios: impl IntoIterator<Item = Pio>) {
+        for pio in pios {
+            let cluster = pio.work.cluster(self.engine.geometry());
+            self.engine.dispatch(cluster, pio);
+        }
+    }
+}
+
+// Suspend, resume, close.
+impl<D: Disk> MdWriter<D> {
+    fn is_closing(&self) -> bool {
+        self.closed
+            || self.control.front().is_some_and(|job| {
+                job.what == Control::Close && matches!(job.stage, ControlStage::Flushed(_))
+            })
+    }
+
+    fn begin_control(&mut self, what: Control, outcome: Outcome) {
+        if self.closed {
+            return outcome.set(Err(EngineError::Stopped));
+        }
+        self.control.push_back(ControlJob {
+            what,
+            outcome,
+            stage: ControlStage::Grace(0),
+        });
+        if self.control.len() == 1 {
+            self.start_control();
+        }
+    }
+
+    fn start_control(&mut self) {
+        let Some(job) = self.control.front_mut() else {
+            return;
+        };
+        if matches!(job.what, Control::Suspend | Control::Close) {
+            self.engine.set_suspended(true);
+        }
+        job.stage = ControlStage::Grace(self.engine.epochs.advance());
+    }
+
+    fn step_control(&mut self) {
+        let Some(job) = self.control.front_mut() else {
+            return;
+        };
+        match job.stage {
+            _ if job.what == Control::Resume => {
+                self.engine.end_suspension();
+                self.end_control(Ok(()));
+            }
+            ControlStage::Grace(epoch) => {
+                let is_quiet = job.what == Control::Barrier
+                    || self.engine.dispatched.load(Ordering::Acquire) == 0;
+                if is_quiet && self.engine.epochs.all_reached(epoch) {
+                    job.stage = ControlStage::Flush;
+                    self.waiters.push(Waiter::Control);
+                }
+            }
+            ControlStage::Flush => {}
+            ControlStage::Flushed(result) if job.what == Control::Close => {
+                // Holes being punched and space being added must be over before
+                // the tail is cut.
+                if self.ops.is_empty() {
+                    let result = result.and_then(|()| self.close_file());
+                    self.closed = true;
+                    self.end_control(result);
+                    self.dismiss();
+                }
+            }
+            ControlStage::Flushed(result) => self.end_control(result),
+        }
+    }
+
+    fn end_control(&mut self, result: Result<(), EngineError>) {
+        if let Some(job) = self.control.pop_front() {
+            job.outcome.set(result);
+        }
+        self.start_control();
+    }
+
+    /// Nothing that waits now will get what it waits for.
+    fn dismiss(&mut self) {
+        for pio in self.space.take_all() {
+            pio.home.complete(Err(EngineError::Stopped));
+        }
+        let waiters = mem::take(&mut self.waiters);
+        self.answer(waiters, Err(EngineError::Stopped));
+        for job in mem::take(&mut self.control) {
+            job.outcome.set(Err(EngineError::Stopped));
+        }
+    }
+
+    /// Gives back the space behind the last mapped cluster and marks the image as
+    /// closed, last and after a sync (I12). Everything is flushed, so what the
+    /// disk maps is what memory maps.
+    fn close_file(&mut self) -> Result<(), EngineError> {
+        let engine = self.engine.clone();
+        if engine.is_read_only() {
+            return Ok(());
+        }
+        if engine.has_sync_failed() {
+            return Err(EngineError::SyncFailed);
+        }
+        let top = engine.top();
+        let end = engine
+            .bat
+            .iter()
+            .filter_map(|entry| match entry.place() {
+                Place::In(file, host) if file == top => Some(host.0 + 1),
+                _ => None,
+            })
+            .max()
+            .unwrap_or(engine.geometry().first_host_cluster().0);
+        self.cut_and_mark(top, engine.geometry().host_offset(HostCluster(end)))
+            .map_err(|error| {
+                log::error!("cannot mark the image as closed: {error}");
+                EngineError::Io(Errno::from_io_error(&error).unwrap_or(Errno::IO))
+            })
+    }
+
+    fn cut_and_mark(&mut self, top: FileId, len: u64) -> io::Result<()> {
+        let disk = &self.engine.disk;
+        if disk.len(top)? > len {
+            disk.set_len(top, len)?;
+        }
+        disk.sync(top)?;
+        self.metadata.header.in_use = InUse::Closed;
+        disk.write_all_at(top, &self.metadata.header.to_bytes(), 0)?;
+        disk.sync(top)
+    }
+}

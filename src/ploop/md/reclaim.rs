@@ -1,0 +1,248 @@
+//! The way of an unmapped host cluster back to the allocator (I2).
+//!
+//! It may be given out again only when (a) its removal from the BAT is stable,
+//! (b) no I/O that started before the removal is in flight, and (c) its hole is
+//! punched, after (b), and that is stable. Clusters go this way in batches; one
+//! sync serves for (a) and (c).
+
+use std::collections::HashMap;
+
+use super::super::alloc::Extent;
+use crate::format::HostCluster;
+
+/// A number of a round of the metadata thread; they count up.
+pub(super) type RoundNumber = u64;
+
+/// What a batch waits for next.
+#[derive(Debug, PartialEq, Eq)]
+enum Stage {
+    /// I/O of older epochs.
+    Grace { epoch: u64 },
+    /// Its holes; `left` are being punched.
+    Punching { left: usize },
+    /// The writes of its md pages, and then the start of a sync.
+    Punched,
+    /// The end of that sync.
+    Syncing,
+}
+
+struct Batch {
+    id: u64,
+    stage: Stage,
+    leaked: bool,
+    extents: Vec<Extent>,
+    /// Md pages whose write, in that round or a later one, makes removals reach
+    /// the disk.
+    pages: HashMap<u32, RoundNumber>,
+}
+
+/// All batches on the way.
+#[derive(Default)]
+pub(super) struct Reclaim {
+    /// Clusters unmapped since the youngest batch was made.
+    clusters: Vec<u32>,
+    pages: HashMap<u32, RoundNumber>,
+    batches: Vec<Batch>,
+    next_id: u64,
+}
+
+impl Reclaim {
+    /// Clusters that nobody maps, on disk or in memory, and no I/O uses: left by
+    /// a crash or by another tool.
+    pub fn add_leaked(&mut self, extents: Vec<Extent>) {
+        if !extents.is_empty() {
+            self.add_batch(Stage::Grace { epoch: 0 }, extents, HashMap::new());
+        }
+    }
+
+    /// A cluster was unmapped; the write of `page` in `round` will contain that.
+    pub fn add_freed(&mut self, host: HostCluster, page: u32, round: RoundNumber) {
+        self.clusters.push(host.0);
+        let needed = self.pages.entry(page).or_insert(round);
+        *needed = (*needed).max(round);
+    }
+
+    /// A cluster was written to and never mapped.
+    pub fn add_dropped(&mut self, host: HostCluster) {
+        self.clusters.push(host.0);
+    }
+
+    /// Whether clusters wait for [`Self::close_batch`].
+    pub fn has_open(&self) -> bool {
+        !self.clusters.is_empty()
+    }
+
+    /// Makes a batch of what was unmapped so far; all of it before `epoch`.
+    pub fn close_batch(&mut self, epoch: u64) {
+        let mut clusters = std::mem::take(&mut self.clusters);
+        clusters.sort_unstable();
+        let mut extents: Vec<Extent> = Vec::new();
+        for cluster in clusters {
+            match extents.last_mut() {
+                Some(last) if last.end == cluster => last.end += 1,
+                _ => extents.push(Extent {
+                    start: cluster,
+                    end: cluster + 1,
+                }),
+            }
+        }
+        let pages = std::mem::take(&mut self.pages);
+        self.add_batch(Stage::Grace { epoch }, extents, pages);
+    }
+
+    fn add_batch(&mut self, stage: Stage, extents: Vec<Extent>, pages: HashMap<u32, RoundNumber>) {
+        let id = self.next_id;
+        self.next_id += 1;
+        self.batches.push(Batch {
+            id,
+            leaked: matches!(stage, Stage::Grace { epoch: 0 }),
+            stage,
+            extents,
+            pages,
+        });
+    }
+
+    /// Whether any cluster is on the way.
+    pub fn is_under_way(&self) -> bool {
+        self.has_open() || !self.batches.is_empty()
+    }
+
+    /// Whether clusters that were found leaked are on the way: they need no page.
+    pub fn has_leaked(&self) -> bool {
+        let mut batches = self.batches.iter();
+        batches.any(|batch| batch.leaked)
+    }
+
+    /// Whether a batch waits for the end of older I/O.
+    pub fn awaits_io(&self) -> bool {
+        let awaits = |batch: &Batch| matches!(batch.stage, Stage::Grace { .. });
+        self.batches.iter().any(awaits)
+    }
+
+    /// The holes to punch now, with the batch that each belongs to.
+    pub fn begin_punching(&mut self, is_reached: impl Fn(u64) -> bool) -> Vec<(u64, Extent)> {
+        let mut holes = Vec::new();
+        for batch in &mut self.batches {
+            if matches!(batch.stage, Stage::Grace { epoch } if is_reached(epoch)) {
+                batch.stage = Stage::Punching {
+                    left: batch.extents.len(),
+                };
+                holes.extend(batch.extents.iter().map(|extent| (batch.id, *extent)));
+            }
+        }
+        holes
+    }
+
+    /// A hole was punched, or could not be: then its clusters are not used again.
+    pub fn punched(&mut self, id: u64, extent: Extent, succeeded: bool) {
+        let Some(batch) = self.batches.iter_mut().find(|batch| batch.id == id) else {
+            return;
+        };
+        if !succeeded {
+            batch.extents.retain(|other| *other != extent);
+        }
+        if let Stage::Punching { left } = &mut batch.stage {
+            *left -= 1;
+            if *left == 0 {
+                batch.stage = Stage::Punched;
+            }
+        }
+    }
+
+    /// A write of `page` in `round` is complete.
+    pub fn page_written(&mut self, page: u32, round: RoundNumber) {
+        let open = std::iter::once(&mut self.pages);
+        let closed = self.batches.iter_mut().map(|batch| &mut batch.pages);
+        for pages in open.chain(closed) {
+            if pages.get(&page).is_some_and(|needed| *needed <= round) {
+                pages.remove(&page);
+            }
+        }
+    }
+
+    /// Whether a sync would give clusters back to the allocator.
+    pub fn wants_sync(&self) -> bool {
+        self.batches.iter().any(Batch::is_ready)
+    }
+
+    /// A sync starts.
+    pub fn begin_sync(&mut self) {
+        for batch in self.batches.iter_mut().filter(|batch| batch.is_ready()) {
+            batch.stage = Stage::Syncing;
+        }
+    }
+
+    /// The sync has succeeded: these may be given out.
+    pub fn end_sync(&mut self) -> Vec<Extent> {
+        let (synced, rest) = std::mem::take(&mut self.batches)
+            .into_iter()
+            .partition(|batch| batch.stage == Stage::Syncing);
+        self.batches = rest;
+        let synced: Vec<Batch> = synced;
+        synced.into_iter().flat_map(|batch| batch.extents).collect()
+    }
+}
+
+impl Batch {
+    fn is_ready(&self) -> bool {
+        self.stage == Stage::Punched && self.pages.is_empty()
+    }
+}
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use super::*;
+
+    fn extent(start: u32, end: u32) -> Extent {
+        Extent { start, end }
+    }
+
+    #[test]
+    fn a_cluster_comes_back_after_page_write_grace_punch_and_sync() {
+        let mut reclaim = Reclaim::default();
+        for host in [9, 7, 8, 3] {
+            reclaim.add_freed(HostCluster(host), 5, 2);
+        }
+        reclaim.close_batch(10);
+        assert!(reclaim.begin_punching(|epoch| epoch < 10).is_empty());
+        let holes = reclaim.begin_punching(|epoch| epoch <= 10);
+        assert_eq!(holes, [(0, extent(3, 4)), (0, extent(7, 10))]);
+        for (id, hole) in holes {
+            reclaim.punched(id, hole, true);
+        }
+        reclaim.page_written(5, 1);
+        assert!(
+            !reclaim.wants_sync(),
+            "that write was made before the removal"
+        );
+        reclaim.begin_sync();
+        assert!(reclaim.end_sync().is_empty());
+        reclaim.page_written(5, 2);
+        assert!(reclaim.wants_sync());
+        reclaim.begin_sync();
+        assert_eq!(reclaim.end_sync(), [extent(3, 4), extent(7, 10)]);
+    }
+
+    #[test]
+    fn what_could_not_be_punched_does_not_come_back() {
+        let mut reclaim = Reclaim::default();
+        reclaim.add_leaked(vec![extent(1, 2), extent(4, 6)]);
+        for (id, hole) in reclaim.begin_punching(|_| true) {
+            reclaim.punched(id, hole, hole.start != 4);
+        }
+        reclaim.begin_sync();
+        assert_eq!(reclaim.end_sync(), [extent(1, 2)]);
+    }
+
+    #[test]
+    fn what_is_punched_after_the_start_of_a_sync_waits_for_the_next() {
+        let mut reclaim = Reclaim::default();
+        reclaim.add_leaked(vec![extent(1, 2)]);
+        let holes = reclaim.begin_punching(|_| true);
+        reclaim.begin_sync();
+        reclaim.punched(holes[0].0, holes[0].1, true);
+        assert!(reclaim.end_sync().is_empty());
+        reclaim.begin_sync();
+        assert_eq!(reclaim.end_sync(), [extent(1, 2)]);
+    }
+}

@@ -1,0 +1,164 @@
+//! Space for new clusters: growing the file ahead of its writers, and the pios
+//! that wait for space.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::super::inbox::Inbox;
+use super::super::options::OnEnospc;
+use super::super::pio::{Pio, QueueMessage};
+
+/// How long after the host said that it is full it is asked again.
+const RETRY: Duration = Duration::from_millis(500);
+
+/// What the metadata thread shall do next about space.
+pub(super) enum SpaceStep {
+    Nothing,
+    /// Make the file so many clusters longer.
+    Extend(u32),
+}
+
+/// See the module's text.
+#[derive(Default)]
+pub(super) struct Space {
+    parked: Vec<Pio>,
+    /// Parked pios that have had their last try.
+    hopeless: Vec<Pio>,
+    extending: bool,
+    /// Somebody has needed space: from then on the file grows ahead.
+    needed: bool,
+    /// The host is full. When to look again.
+    retry_at: Option<Duration>,
+    /// It is time to ask a full host once more.
+    ask_again: bool,
+    /// That was said in the log.
+    announced: bool,
+    /// Since the last retry the host has said again that it is full.
+    still_full: bool,
+}
+
+impl Space {
+    /// A pio has come that needs space. `full`: the host said that it has none.
+    pub fn park(&mut self, pio: Pio, full: bool, policy: OnEnospc, now: Duration) {
+        if full {
+            self.is_full(policy, now);
+            if pio.last_try || policy == OnEnospc::Report {
+                return self.hopeless.push(pio);
+            }
+        }
+        self.needed = true;
+        self.parked.push(pio);
+    }
+
+    fn is_full(&mut self, policy: OnEnospc, now: Duration) {
+        self.still_full = true;
+        if self.retry_at.is_none() {
+            self.retry_at = Some(now + RETRY);
+        }
+        if !self.announced {
+            self.announced = true;
+            match policy {
+                OnEnospc::Stop => log::warn!(
+                    "the host file system is full: writes that need space wait until there is some"
+                ),
+                OnEnospc::Report => {
+                    log::warn!("the host file system is full: writes that need space fail");
+                }
+            }
+        }
+    }
+
+    /// Pios of a queue that must not wait any longer: to be tried once more now.
+    pub fn give_up(&mut self, inbox: &Arc<Inbox<QueueMessage>>) -> Vec<Pio> {
+        let (mut of_queue, rest): (Vec<_>, Vec<_>) = std::mem::take(&mut self.parked)
+            .into_iter()
+            .partition(|pio| pio.home.is_of(inbox) && !pio.last_try);
+        self.parked = rest;
+        for pio in &mut of_queue {
+            pio.last_try = true;
+        }
+        of_queue
+    }
+
+    /// What shall be done now, with so many clusters to be given out.
+    pub fn step(&self, available: u32, low_water: u32, step: u32) -> SpaceStep {
+        let may_ask =
+            self.retry_at.is_none() || self.ask_again || self.parked.iter().any(|pio| pio.last_try);
+        if self.extending || !may_ask || !self.needed || available > low_water {
+            return SpaceStep::Nothing;
+        }
+        // A full host may still have space for one.
+        let clusters = if self.announced { 1 } else { step };
+        SpaceStep::Extend(clusters.max(1))
+    }
+
+    /// The file is being made longer.
+    pub fn begin_extending(&mut self) {
+        self.extending = true;
+        self.ask_again = false;
+    }
+
+    /// The file could not be made longer by so many clusters. True if it should
+    /// be tried with one at once.
+    pub fn extension_failed(&mut self, clusters: u32, policy: OnEnospc, now: Duration) -> bool {
+        self.extending = false;
+        if clusters > 1 {
+            return true;
+        }
+        self.retry_at = Some(now + RETRY);
+        if self.parked.is_empty() {
+            return false;
+        }
+        self.is_full(policy, now);
+        let (hopeless, rest): (Vec<_>, _) = std::mem::take(&mut self.parked)
+            .into_iter()
+            .partition(|pio| pio.last_try || policy == OnEnospc::Report);
+        self.hopeless.extend(hopeless);
+        self.parked = rest;
+        false
+    }
+
+    /// The file is longer now: all may try again.
+    pub fn extended(&mut self) -> Vec<Pio> {
+        self.extending = false;
+        if !self.announced {
+            self.retry_at = None;
+        }
+        std::mem::take(&mut self.parked)
+    }
+
+    /// Pios that shall be tried again because their time has come.
+    pub fn due(&mut self, now: Duration) -> Vec<Pio> {
+        if self.retry_at.is_none_or(|at| at > now) {
+            return Vec::new();
+        }
+        if self.announced && !self.still_full && self.parked.is_empty() {
+            log::warn!("the host file system has space again");
+            self.announced = false;
+        }
+        self.still_full = false;
+        self.ask_again = true;
+        self.retry_at = self.announced.then(|| now + RETRY);
+        std::mem::take(&mut self.parked)
+    }
+
+    /// Pios whose last try has failed.
+    pub fn take_hopeless(&mut self) -> Vec<Pio> {
+        std::mem::take(&mut self.hopeless)
+    }
+
+    /// All that wait, for an engine that closes.
+    pub fn take_all(&mut self) -> Vec<Pio> {
+        std::mem::take(&mut self.parked)
+    }
+
+    /// Whether anybody waits.
+    pub fn has_parked(&self) -> bool {
+        !self.parked.is_empty()
+    }
+
+    /// When [`Self::due`] or [`Self::step`] has something.
+    pub fn deadline(&self) -> Option<Duration> {
+        self.retry_at
+    }
+}

@@ -1,0 +1,43 @@
+//! The engine: a ploop disk served in parallel.
+//!
+//! Knows clusters, the BAT, pios, and what may reach the disk in which order.
+//! Must not know virtio, sockets, file names or how host I/O is made.
+//!
+//! Threads, each with its own [`Io`](crate::storage::Io): any number of
+//! [`Queue`]s (one for each virtqueue) submit; [`Runner`]s do the pios that a
+//! queue does not do on the spot; one [`MdWriter`] writes the mapping, flushes and
+//! manages space. They share the [`Engine`]. All three are state machines that
+//! never block, so that a test can drive them in any order; [`Running`] gives
+//! each its thread.
+
+mod alloc;
+mod bat;
+pub(crate) mod control;
+mod engine;
+mod entry;
+mod epoch;
+mod error;
+mod inbox;
+mod llist;
+mod md;
+mod open;
+mod options;
+mod pio;
+mod queue;
+mod request;
+mod runner;
+mod running;
+mod sync;
+
+pub use engine::Engine;
+pub use error::{EngineError, OpenError};
+pub use md::MdWriter;
+pub use open::{Chain, Level, Opened};
+pub use options::{OnEnospc, Options};
+pub use queue::Queue;
+pub use request::{Command, Done, Request, SectorRange};
+pub use runner::Runner;
+pub use running::Running;
+
+#[cfg(all(test, not(loom)))]
+mod tests;

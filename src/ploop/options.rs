@@ -1,0 +1,50 @@
+//! How an engine shall work.
+
+use std::time::Duration;
+
+/// What becomes of writes when the host file system is full.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum OnEnospc {
+    /// They wait until there is space again; the guest sees a slow disk.
+    #[default]
+    Stop,
+    /// They fail, and the guest sees an I/O error.
+    Report,
+}
+
+/// See the fields.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Write nothing at all.
+    pub read_only: bool,
+    /// Threads for pios that change the mapping; at least 1.
+    pub runners: usize,
+    /// How many [`Queue`](super::Queue)s there can be at a time.
+    pub max_queues: usize,
+    /// How many host operations a queue can have in flight.
+    pub queue_depth: u32,
+    /// How long a changed page of the BAT may wait to be written with others.
+    /// A flush does not wait for it.
+    pub writeback_delay: Duration,
+    /// What to do when the host file system is full.
+    pub on_enospc: OnEnospc,
+    /// By how many bytes the file grows ahead of its writers.
+    pub preallocation: u64,
+    /// When no more clusters than this are left to be given out, the file grows. Set by the engine.
+    pub(super) low_water: u32,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            read_only: false,
+            runners: 2,
+            max_queues: 64,
+            queue_depth: 256,
+            writeback_delay: Duration::from_millis(100),
+            on_enospc: OnEnospc::Stop,
+            preallocation: 128 << 20,
+            low_water: 0,
+        }
+    }
+}

@@ -1,0 +1,525 @@
+//! The submitter's half of the engine: one for each virtqueue thread.
+//!
+//! Requests are split at cluster borders and looked up here. Reads, and writes to
+//! clusters that are mapped or can be mapped on the spot, go straight to this
+//! thread's own ring; the rest is dispatched to runners and comes back through
+//! the inbox.
+
+use std::collections::VecDeque;
+use std::io;
+use std::os::fd::RawFd;
+use std::sync::Arc;
+
+use rustix::event::Timespec;
+use rustix::io::Errno;
+use slab::Slab;
+use smallvec::SmallVec;
+
+use super::EngineError;
+use super::engine::{Engine, MdMessage, WritePlan};
+use super::entry::Place;
+use super::epoch::{Epoch, Participant};
+use super::inbox::Inbox;
+use super::pio::{Home, Pio, QueueMessage, Work, ZeroKind};
+use super::request::{Command, Done, Request, SectorRange};
+use crate::format::{GuestCluster, SECTOR_SIZE, Sector};
+use crate::storage::{Buffer, Completion, Disk, Io, Op, Segments};
+
+/// How often a drain looks for writes that wait for space.
+const DRAIN_POLL: Timespec = Timespec {
+    tv_sec: 0,
+    tv_nsec: 20_000_000,
+};
+
+/// A request under way.
+struct Active {
+    tag: u64,
+    /// Parts that have not ended, and one more while it is being split.
+    parts: usize,
+    result: Result<(), EngineError>,
+    changes_disk: bool,
+    /// Each part is stable, mapping included.
+    stable: bool,
+}
+
+/// An operation on this queue's ring.
+struct LocalOp {
+    request: usize,
+    epoch: Epoch,
+    /// Where a write goes, should it have to be tried again.
+    target: Option<(GuestCluster, u32)>,
+}
+
+/// See the module's text.
+pub struct Queue<D: Disk> {
+    engine: Arc<Engine<D>>,
+    io: D::Io,
+    participant: Participant,
+    inbox: Arc<Inbox<QueueMessage>>,
+    active: Slab<Active>,
+    ops: Slab<LocalOp>,
+    /// Operations that the ring had no room for.
+    backlog: VecDeque<(u64, Op)>,
+    /// Requests that came while the engine was suspended.
+    held: VecDeque<Request>,
+    finished: Vec<Done>,
+    /// Kept for its memory.
+    completions: Vec<Completion>,
+}
+
+impl<D: Disk> Queue<D> {
+    pub(super) fn new(engine: Arc<Engine<D>>) -> io::Result<Self> {
+        let participant = engine
+            .epochs
+            .join()
+            .ok_or_else(|| io::Error::other("too many queues at a time"))?;
+        let inbox = Arc::new(Inbox::new()?);
+        engine.add_inbox(&inbox);
+        Ok(Self {
+            io: engine.disk.open_io(engine.options.queue_depth)?,
+            participant,
+            inbox,
+            active: Slab::with_capacity(engine.options.queue_depth as usize),
+            ops: Slab::with_capacity(engine.options.queue_depth as usize),
+            backlog: VecDeque::new(),
+            held: VecDeque::new(),
+            finished: Vec::new(),
+            completions: Vec::new(),
+            engine,
+        })
+    }
+
+    /// Starts a request: splits it, looks it up, queues its I/O on this thread's
+    /// ring or dispatches it. [`Self::submit`] starts what was queued.
+    pub fn push(&mut self, request: Request) {
+        let epoch = self.participant.enter();
+        // Looked at inside the epoch: whoever suspends waits for it.
+        if self.engine.is_suspended() {
+            self.held.push_back(request);
+        } else {
+            self.start(request);
+        }
+        self.participant.leave(epoch);
+    }
+
+    /// Starts everything queued, with one system call.
+    pub fn submit(&mut self) {
+        self.io.submit();
+    }
+
+    /// Appends the requests that have ended to `done`. Never blocks. Queues more
+    /// I/O where an end makes that necessary; starts it, too.
+    pub fn poll(&mut self, done: &mut Vec<Done>) {
+        loop {
+            let epoch = self.participant.enter();
+            self.look();
+            self.participant.leave(epoch);
+            // A message that comes after this look must wake the thread.
+            self.inbox.waker().arm();
+            if self.inbox.is_empty() {
+                break;
+            }
+        }
+        done.append(&mut self.finished);
+    }
+
+    fn look(&mut self) {
+        let mut completions = std::mem::take(&mut self.completions);
+        self.io.reap(&mut completions);
+        for completion in completions.drain(..) {
+            self.local_done(completion);
+        }
+        self.completions = completions;
+        for message in self.inbox.take_all() {
+            self.hear(message);
+        }
+        if !self.held.is_empty() && !self.engine.is_suspended() {
+            for request in std::mem::take(&mut self.held) {
+                self.start(request);
+            }
+        }
+        self.queue_backlog();
+    }
+
+    /// Requests pushed and not yet given out by [`Self::poll`].
+    pub fn in_flight(&self) -> usize {
+        self.active.len() + self.held.len() + self.finished.len()
+    }
+
+    /// Requests that came while the engine was suspended: nothing is in flight
+    /// for them.
+    pub fn held(&self) -> usize {
+        self.held.len()
+    }
+
+    /// Descriptors that poll readable (level-triggered) while [`Self::poll`] has
+    /// something to do.
+    pub fn fds(&self) -> SmallVec<[RawFd; 2]> {
+        let inbox = self.inbox.waker().as_raw_fd();
+        self.io.completion_fd().into_iter().chain([inbox]).collect()
+    }
+
+    /// Whether [`Self::poll`] should be called without waiting for a descriptor.
+    pub fn has_ready(&self) -> bool {
+        !self.finished.is_empty()
+            || !self.backlog.is_empty()
+            || (self.io.completion_fd().is_none() && self.io.in_flight() > 0)
+    }
+
+    /// Requests that wait for space on the host get one more try and then fail:
+    /// for a ring that stops, as its guest waits for the end of the drain.
+    pub fn give_up_parked(&mut self) {
+        self.engine.md.post(MdMessage::GiveUp {
+            inbox: self.inbox.clone(),
+        });
+    }
+
+    /// Waits until every request has ended. Parked ones fail, and requests held
+    /// by a suspended engine end with [`EngineError::Stopped`].
+    pub fn drain(&mut self, done: &mut Vec<Done>) {
+        self.submit();
+        self.poll(done);
+        for request in std::mem::take(&mut self.held) {
+            done.push(Done {
+                tag: request.tag,
+                result: Err(EngineError::Stopped),
+            });
+        }
+        while self.in_flight() > 0 {
+            // Again and again: a write may find only now that there is no space.
+            self.give_up_parked();
+            self.wait(DRAIN_POLL);
+            self.poll(done);
+        }
+    }
+
+    /// Blocks until [`Self::poll`] may have something to do, or the time is over.
+    fn wait(&self, at_most: Timespec) {
+        use rustix::event::{PollFd, PollFlags, poll};
+        use std::os::fd::BorrowedFd;
+        if self.has_ready() {
+            return;
+        }
+        let raw = self.fds();
+        let mut fds: SmallVec<[PollFd<'_>; 2]> = raw
+            .iter()
+            .map(|&fd| {
+                // SAFETY: the descriptors belong to `self.io` and `self.inbox`,
+                // which live as long as `self` is borrowed.
+                let fd = unsafe { BorrowedFd::borrow_raw(fd) };
+                PollFd::from_borrowed_fd(fd, PollFlags::IN)
+            })
+            .collect();
+        let _ = poll(&mut fds, Some(&at_most));
+    }
+
+    fn start(&mut self, request: Request) {
+        let key = self.active.insert(Active {
+            tag: request.tag,
+            parts: 1,
+            result: Ok(()),
+            changes_disk: !matches!(request.command, Command::Read { .. } | Command::Flush),
+            stable: true,
+        });
+        match self.check(&request.command) {
+            Ok(()) => self.split(key, request.command),
+            Err(error) => self.active[key].result = Err(error),
+        }
+        self.part_done(key);
+    }
+
+    fn check(&self, command: &Command) -> Result<(), EngineError> {
+        let changes = |result: Result<(), EngineError>| {
+            if self.engine.is_read_only() {
+                Err(EngineError::ReadOnly)
+            } else {
+                result
+            }
+        };
+        match command {
+            Command::Read { start, data } => self.check_data(*start, data),
+            Command::Write { start, data } => changes(self.check_data(*start, data)),
+            Command::Flush => Ok(()),
+            Command::Discard { ranges } | Command::WriteZeroes { ranges, .. } => {
+                changes(ranges.iter().try_for_each(|range| self.check_range(*range)))
+            }
+        }
+    }
+
+    fn check_data(&self, start: Sector, data: &Segments) -> Result<(), EngineError> {
+        if !(data.len() as u64).is_multiple_of(SECTOR_SIZE) {
+            return Err(EngineError::PartialSector(data.len()));
+        }
+        let count = Sector(data.len() as u64 / SECTOR_SIZE);
+        self.check_range(SectorRange { start, count })
+    }
+
+    fn check_range(&self, range: SectorRange) -> Result<(), EngineError> {
+        let end = range.start.0.checked_add(range.count.0);
+        if end.is_some_and(|end| end <= self.engine.disk_size().0) {
+            Ok(())
+        } else {
+            Err(EngineError::past_end(range.start, range.count))
+        }
+    }
+
+    fn split(&mut self, key: usize, command: Command) {
+        match command {
+            Command::Read { start, data } => self.split_data(key, start, data, Self::read),
+            Command::Write { start, data } => self.split_data(key, start, data, Self::write),
+            Command::Flush => self.flush(key),
+            Command::Discard { ranges } => self.split_ranges(key, &ranges, ZeroKind::Discard),
+            Command::WriteZeroes { ranges, unmap } => {
+                let kind = if unmap {
+                    ZeroKind::Unmap
+                } else {
+                    ZeroKind::KeepAllocated
+                };
+                self.split_ranges(key, &ranges, kind);
+            }
+        }
+    }
+
+    /// Cuts a transfer at cluster borders.
+    fn split_data(
+        &mut self,
+        key: usize,
+        start: Sector,
+        mut data: Segments,
+        each: fn(&mut Self, usize, GuestCluster, u32, Segments),
+    ) {
+        let cluster_size = self.engine.geometry().cluster;
+        let mut at = start.bytes();
+        while !data.is_empty() {
+            let offset = at & (cluster_size.bytes() - 1);
+            let piece = data.take_front((cluster_size.bytes() - offset) as usize);
+            let cluster = GuestCluster((at >> cluster_size.shift()) as u32);
+            at += piece.len() as u64;
+            each(self, key, cluster, offset as u32, piece);
+        }
+    }
+
+    /// Cuts ranges where the runner changes.
+    fn split_ranges(&mut self, key: usize, ranges: &[SectorRange], kind: ZeroKind) {
+        for range in ranges {
+            let (mut start, mut len) = (range.start.bytes(), range.count.bytes());
+            while len > 0 {
+                let piece = len.min(self.engine.runner_span(start));
+                let work = Work::Zero {
+                    start,
+                    len: piece,
+                    kind,
+                };
+                self.dispatch(key, work);
+                start += piece;
+                len -= piece;
+            }
+        }
+    }
+
+    fn read(&mut self, key: usize, cluster: GuestCluster, offset: u32, mut data: Segments) {
+        let Place::In(file, host) = self.engine.bat.get(cluster).place() else {
+            data.fill_zero();
+            return;
+        };
+        let level = self.engine.level(file);
+        let at = level.offset(host) + u64::from(offset);
+        if file != self.engine.top() {
+            // A disk that has grown since the snapshot reads as zeros beyond the
+            // size that it had then.
+            let start = self.engine.geometry().cluster_start(cluster) + u64::from(offset);
+            let within = level.disk_bytes().saturating_sub(start);
+            let inside = data.take_front(usize::try_from(within).unwrap_or(usize::MAX));
+            data.fill_zero();
+            data = inside;
+            if data.is_empty() {
+                return;
+            }
+        }
+        let op = Op::Read {
+            file,
+            offset: at,
+            buffer: Buffer::Client(data),
+        };
+        self.local(key, op, None);
+    }
+
+    fn write(&mut self, key: usize, cluster: GuestCluster, offset: u32, data: Segments) {
+        match self.engine.plan_write(cluster, offset, &data) {
+            WritePlan::At {
+                offset: at,
+                on_disk,
+            } => {
+                let dsync = on_disk && self.engine.is_write_through();
+                self.active[key].stable &= dsync;
+                let op = Op::Write {
+                    file: self.engine.top(),
+                    offset: at,
+                    buffer: Buffer::Client(data),
+                    dsync,
+                };
+                self.local(key, op, Some((cluster, offset)));
+            }
+            WritePlan::Nothing { on_disk } => self.active[key].stable &= on_disk,
+            WritePlan::Runner => {
+                let work = Work::Write {
+                    cluster,
+                    offset,
+                    data,
+                };
+                self.dispatch(key, work);
+            }
+            WritePlan::Space => {
+                let pio = self.pio(key, cluster, offset, data);
+                self.engine.park(pio, false);
+            }
+        }
+    }
+
+    /// A write as a pio that others do.
+    fn pio(&mut self, key: usize, cluster: GuestCluster, offset: u32, data: Segments) -> Pio {
+        self.new_pio(
+            key,
+            Work::Write {
+                cluster,
+                offset,
+                data,
+            },
+        )
+    }
+
+    fn new_pio(&mut self, key: usize, work: Work) -> Pio {
+        self.active[key].parts += 1;
+        self.active[key].stable = false;
+        Pio {
+            home: Home::new(self.inbox.clone(), key),
+            work,
+            last_try: false,
+        }
+    }
+
+    fn dispatch(&mut self, key: usize, work: Work) {
+        let cluster = work.cluster(self.engine.geometry());
+        let pio = self.new_pio(key, work);
+        self.engine.dispatch(cluster, pio);
+    }
+
+    fn flush(&mut self, key: usize) {
+        if self.engine.has_sync_failed() {
+            self.active[key].result = Err(EngineError::SyncFailed);
+        } else if !self.engine.is_covered() {
+            self.wait_for_flush(key);
+        }
+    }
+
+    fn wait_for_flush(&mut self, key: usize) {
+        self.active[key].parts += 1;
+        self.engine.md.post(MdMessage::Flush {
+            inbox: self.inbox.clone(),
+            request: key,
+        });
+    }
+
+    /// Queues an operation on this thread's ring.
+    fn local(&mut self, key: usize, op: Op, target: Option<(GuestCluster, u32)>) {
+        self.active[key].parts += 1;
+        let epoch = self.participant.enter();
+        let tag = self.ops.insert(LocalOp {
+            request: key,
+            epoch,
+            target,
+        }) as u64;
+        if !self.backlog.is_empty() {
+            self.backlog.push_back((tag, op));
+        } else if let Err(op) = self.io.queue(tag, op) {
+            self.backlog.push_back((tag, op));
+        }
+    }
+
+    fn queue_backlog(&mut self) {
+        while let Some((tag, op)) = self.backlog.pop_front() {
+            if let Err(op) = self.io.queue(tag, op) {
+                self.backlog.push_front((tag, op));
+                break;
+            }
+        }
+        self.io.submit();
+    }
+
+    fn local_done(&mut self, completion: Completion) {
+        let local = self.ops.remove(completion.tag as usize);
+        self.participant.leave(local.epoch);
+        let key = local.request;
+        match (completion.result, completion.op, local.target) {
+            (Ok(()), ..) => {}
+            (
+                Err(Errno::NOSPC | Errno::DQUOT),
+                Op::Write {
+                    buffer: Buffer::Client(data),
+                    ..
+                },
+                Some((cluster, offset)),
+            ) => {
+                let pio = self.pio(key, cluster, offset, data);
+                self.engine.park(pio, true);
+            }
+            (Err(errno), ..) => self.active[key].result = Err(EngineError::Io(errno)),
+        }
+        self.part_done(key);
+    }
+
+    fn hear(&mut self, message: QueueMessage) {
+        match message {
+            QueueMessage::PioDone { request, result } => {
+                if result.is_err() {
+                    self.active[request].result = result;
+                }
+                self.part_done(request);
+            }
+            QueueMessage::FlushDone { request, result } => {
+                self.active[request].stable = true;
+                if self.active[request].result.is_ok() {
+                    self.active[request].result = result;
+                }
+                self.part_done(request);
+            }
+            QueueMessage::Resumed => {}
+        }
+    }
+
+    /// A part of the request has ended; if it was the last, the request ends, or,
+    /// in write-through, is made stable first.
+    fn part_done(&mut self, key: usize) {
+        let request = &mut self.active[key];
+        request.parts -= 1;
+        if request.parts > 0 {
+            return;
+        }
+        let succeeded = request.changes_disk && request.result.is_ok();
+        if succeeded && self.engine.is_write_through() {
+            if self.engine.has_sync_failed() {
+                request.result = Err(EngineError::SyncFailed);
+            } else if !request.stable {
+                return self.wait_for_flush(key);
+            }
+        }
+        let request = self.active.remove(key);
+        if request.changes_disk && !(request.stable && request.result.is_ok()) {
+            self.participant.count_completed();
+        }
+        self.finished.push(Done {
+            tag: request.tag,
+            result: request.result,
+        });
+    }
+}
+
+impl<D: Disk> Drop for Queue<D> {
+    /// Memory of the client must not be used any more after this: waits for
+    /// everything in flight.
+    fn drop(&mut self) {
+        if !self.engine.is_abandoned() {
+            self.drain(&mut Vec::new());
+        }
+    }
+}

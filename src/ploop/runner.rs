@@ -1,0 +1,288 @@
+//! A runner: does the pios that the queue threads do not do on the spot.
+//!
+//! These are discards and zeroing, copy-on-write from lower deltas, writes that
+//! direct I/O takes only as a read-modify-write, and whatever waits behind one of
+//! these. All pios of a cluster that need a runner meet the same one, so a locked
+//! cluster is the business of one thread: what comes meanwhile waits in its list.
+
+use std::collections::{HashMap, VecDeque};
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use rustix::io::Errno;
+use slab::Slab;
+
+mod cow;
+mod rmw;
+mod zero;
+
+use self::cow::Cow;
+use self::rmw::Rmw;
+use super::EngineError;
+use super::engine::{Engine, WritePlan};
+use super::entry::{Entry, Place};
+use super::epoch::{Epoch, Participant};
+use super::inbox::{Inbox, Waker};
+use super::pio::{Pio, Work};
+use crate::format::GuestCluster;
+use crate::storage::{Buffer, Completion, Disk, Io, Op};
+
+/// How often a runner looks whether older I/O on a locked cluster is over.
+const GRACE_POLL: Duration = Duration::from_micros(100);
+
+/// Operations that a runner keeps in flight.
+const DEPTH: u32 = 64;
+
+/// See the module's text.
+pub struct Runner<D: Disk> {
+    engine: Arc<Engine<D>>,
+    io: D::Io,
+    participant: Participant,
+    inbox: Arc<Inbox<Pio>>,
+    ops: Slab<(Epoch, RunnerOp)>,
+    /// Operations that the ring had no room for.
+    backlog: VecDeque<(u64, Op)>,
+    /// Clusters that this runner has locked.
+    busy: HashMap<GuestCluster, Busy>,
+    completions: Vec<Completion>,
+}
+
+/// What an operation in flight is for.
+enum RunnerOp {
+    /// The write of a pio, given back if it has to be tried again.
+    Write(Pio, GuestCluster, u32),
+    /// Zeroing inside a cluster; the pio has what is left to do.
+    Zero(Pio),
+    /// A step of the job of a locked cluster.
+    Job(GuestCluster),
+}
+
+/// A locked cluster.
+struct Busy {
+    job: Job,
+    /// Came meanwhile, oldest first.
+    waiting: VecDeque<Pio>,
+}
+
+enum Job {
+    /// A read-modify-write: I/O that started before the lock must end first.
+    AwaitIo {
+        epoch: u64,
+        rmw: Rmw,
+    },
+    Rmw(Rmw),
+    Cow(Cow),
+}
+
+impl<D: Disk> Runner<D> {
+    pub(super) fn new(engine: Arc<Engine<D>>, index: usize) -> io::Result<Self> {
+        let participant = engine
+            .epochs
+            .join()
+            .ok_or_else(|| io::Error::other("too many threads"))?;
+        Ok(Self {
+            io: engine.disk.open_io(DEPTH)?,
+            participant,
+            inbox: engine.runners[index].clone(),
+            ops: Slab::with_capacity(DEPTH as usize),
+            backlog: VecDeque::new(),
+            busy: HashMap::new(),
+            completions: Vec::new(),
+            engine,
+        })
+    }
+
+    /// Does what there is to do, without waiting. Returns after how long it wants
+    /// to be called again if nothing wakes it before.
+    pub fn poll(&mut self, _now: Duration) -> Option<Duration> {
+        self.inbox.waker().arm();
+        let mut completions = std::mem::take(&mut self.completions);
+        self.io.reap(&mut completions);
+        for completion in completions.drain(..) {
+            self.op_done(completion);
+        }
+        self.completions = completions;
+        self.end_graces();
+        for pio in self.inbox.take_all() {
+            self.run(pio);
+        }
+        self.queue_backlog();
+        let waits_for_io = |busy: &Busy| matches!(busy.job, Job::AwaitIo { .. });
+        if self.io.completion_fd().is_none() && self.io.in_flight() > 0 {
+            return Some(Duration::ZERO);
+        }
+        self.busy.values().any(waits_for_io).then_some(GRACE_POLL)
+    }
+
+    /// What wakes the thread, beside [`Io::completion_fd`].
+    pub(super) fn waker(&self) -> &Waker {
+        self.inbox.waker()
+    }
+
+    pub(super) fn io(&self) -> &D::Io {
+        &self.io
+    }
+
+    /// Whether it has nothing under way.
+    pub(super) fn is_idle(&self) -> bool {
+        self.ops.is_empty() && self.busy.is_empty() && self.inbox.is_empty()
+    }
+
+    fn run(&mut self, pio: Pio) {
+        let epoch = self.participant.enter();
+        let cluster = pio.work.cluster(self.engine.geometry());
+        if let Some(busy) = self.busy.get_mut(&cluster) {
+            busy.waiting.push_back(pio);
+        } else {
+            match pio.work {
+                Work::Write { .. } => self.write(pio),
+                Work::Zero { .. } => self.zero(pio),
+            }
+        }
+        self.participant.leave(epoch);
+    }
+
+    fn complete(&self, pio: Pio, result: Result<(), EngineError>) {
+        pio.home.complete(result);
+        self.engine.dispatched.fetch_sub(1, Ordering::AcqRel);
+    }
+
+    /// The pio needs space that is not there; `full` if the host said so.
+    fn park(&self, pio: Pio, full: bool) {
+        self.engine.park(pio, full);
+        self.engine.dispatched.fetch_sub(1, Ordering::AcqRel);
+    }
+
+    fn fail(&self, pio: Pio, errno: Errno) {
+        match errno {
+            Errno::NOSPC | Errno::DQUOT => self.park(pio, true),
+            _ => self.complete(pio, Err(EngineError::Io(errno))),
+        }
+    }
+
+    fn queue(&mut self, op: RunnerOp, io: Op) {
+        let epoch = self.participant.enter();
+        let tag = self.ops.insert((epoch, op)) as u64;
+        if !self.backlog.is_empty() {
+            self.backlog.push_back((tag, io));
+        } else if let Err(io) = self.io.queue(tag, io) {
+            self.backlog.push_back((tag, io));
+        }
+    }
+
+    fn queue_backlog(&mut self) {
+        while let Some((tag, op)) = self.backlog.pop_front() {
+            if let Err(op) = self.io.queue(tag, op) {
+                self.backlog.push_front((tag, op));
+                break;
+            }
+        }
+        self.io.submit();
+    }
+
+    fn op_done(&mut self, completion: Completion) {
+        let (epoch, op) = self.ops.remove(completion.tag as usize);
+        self.participant.leave(epoch);
+        match op {
+            RunnerOp::Write(mut pio, cluster, offset) => {
+                let result = completion.result;
+                if let Op::Write {
+                    buffer: Buffer::Client(data),
+                    ..
+                } = completion.op
+                {
+                    pio.work = Work::Write {
+                        cluster,
+                        offset,
+                        data,
+                    };
+                }
+                match result {
+                    Ok(()) => self.complete(pio, Ok(())),
+                    Err(errno) => self.fail(pio, errno),
+                }
+            }
+            RunnerOp::Zero(pio) => match completion.result {
+                Ok(()) => self.run(pio),
+                Err(errno) => self.fail(pio, errno),
+            },
+            RunnerOp::Job(cluster) => self.step(cluster, completion),
+        }
+    }
+
+    fn write(&mut self, mut pio: Pio) {
+        let Work::Write {
+            cluster,
+            offset,
+            data,
+        } = &mut pio.work
+        else {
+            return self.zero(pio);
+        };
+        let (cluster, offset) = (*cluster, *offset);
+        match self.engine.plan_write(cluster, offset, data) {
+            WritePlan::At { offset: at, .. } => {
+                let op = Op::Write {
+                    file: self.engine.top(),
+                    offset: at,
+                    buffer: Buffer::Client(std::mem::take(data)),
+                    dsync: false,
+                };
+                self.queue(RunnerOp::Write(pio, cluster, offset), op);
+            }
+            WritePlan::Nothing { .. } => self.complete(pio, Ok(())),
+            WritePlan::Space => self.park(pio, false),
+            WritePlan::Runner => {
+                let entry = self.engine.rely_on(cluster);
+                match entry.place() {
+                    Place::In(file, _) if file != self.engine.top() => {
+                        self.begin_cow(pio, cluster, entry);
+                    }
+                    place => self.begin_rmw(pio, cluster, offset, entry, place),
+                }
+            }
+        }
+    }
+
+    /// Makes the cluster this runner's own; false if its entry is not `from` any
+    /// more. Reads go on.
+    fn lock(&self, cluster: GuestCluster, from: Entry) -> bool {
+        self.engine
+            .bat
+            .replace(cluster, from, from.locked())
+            .is_ok()
+    }
+
+    fn unlock(&mut self, cluster: GuestCluster, waiting: VecDeque<Pio>) {
+        self.engine.bat.unlock(cluster);
+        self.run_waiting(waiting);
+    }
+
+    /// Goes on with the job of a locked cluster.
+    fn queue_job(&mut self, cluster: GuestCluster, job: Job, waiting: VecDeque<Pio>, op: Op) {
+        self.busy.insert(cluster, Busy { job, waiting });
+        self.queue(RunnerOp::Job(cluster), op);
+    }
+
+    /// Runs what waited for a cluster that is not locked any more.
+    fn run_waiting(&mut self, waiting: VecDeque<Pio>) {
+        for pio in waiting {
+            self.run(pio);
+        }
+    }
+
+    /// An operation of the job of a locked cluster has ended.
+    fn step(&mut self, cluster: GuestCluster, completion: Completion) {
+        let Some(Busy { job, waiting }) = self.busy.remove(&cluster) else {
+            return;
+        };
+        match job {
+            Job::Rmw(rmw) => self.step_rmw(cluster, rmw, waiting, completion),
+            Job::Cow(cow) => self.step_cow(cluster, cow, waiting, completion),
+            // Has no operation in flight.
+            Job::AwaitIo { .. } => self.unlock(cluster, waiting),
+        }
+    }
+}

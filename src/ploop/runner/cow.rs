@@ -1,0 +1,227 @@
+//! Copy-on-write: a cluster that a lower delta has is copied up with the written
+//! data over it.
+//!
+//! Read what the write does not cover, write the whole new cluster once, publish.
+//! The lower deltas never change, so readers go on reading there until the new
+//! cluster is published; other writes wait, or become part of the copy if they
+//! come in time. The new mapping reaches the disk after a sync of the copy (I6).
+
+use std::collections::VecDeque;
+
+use rustix::io::Errno;
+
+use super::super::engine::{Engine, MdMessage};
+use super::super::entry::{Entry, Place};
+use super::super::pio::{Pio, Work};
+use super::{Job, Runner};
+use crate::format::{Geometry, GuestCluster, HostCluster};
+use crate::storage::{AlignedBuf, Buffer, Completion, Disk, Op};
+
+/// Reads of a lower level are made at whole blocks, as direct I/O likes it.
+const BLOCK: u64 = 4096;
+
+/// The copy of one cluster.
+pub(super) struct Cow {
+    /// The entry before it was locked.
+    from: Entry,
+    /// The new cluster.
+    host: HostCluster,
+    /// The writes that the copy contains, the one that made it necessary first.
+    pios: Vec<Pio>,
+    writing: bool,
+}
+
+impl Cow {
+    /// The read of what the first write does not cover; `None` if that is nothing.
+    fn read<D: Disk>(&self, engine: &Engine<D>, cluster: GuestCluster) -> Option<Op> {
+        let Place::In(file, host) = self.from.place() else {
+            return None;
+        };
+        let geometry = engine.geometry();
+        let level = engine.level(file);
+        // Beyond the size that the disk had then, the lower level counts as zeros.
+        let valid = level
+            .disk_bytes()
+            .saturating_sub(geometry.cluster_start(cluster))
+            .min(geometry.cluster.bytes());
+        let covered = self
+            .pios
+            .first()
+            .map(|pio| covered(pio, cluster, geometry))?;
+        let wanted = match covered {
+            (0, end) => end - end % BLOCK..valid,
+            (start, end) if end >= valid => 0..start.next_multiple_of(BLOCK).min(valid),
+            _ => 0..valid,
+        };
+        (wanted.start < wanted.end).then(|| Op::Read {
+            file,
+            offset: level.offset(host) + wanted.start,
+            buffer: Buffer::zeroed((wanted.end - wanted.start) as usize),
+        })
+    }
+
+    /// The write of the new cluster: what was read, the data of the first write
+    /// over it, and that of others which came in time.
+    fn write<D: Disk>(
+        &mut self,
+        engine: &Engine<D>,
+        cluster: GuestCluster,
+        read: Option<(u64, AlignedBuf)>,
+        waiting: &mut VecDeque<Pio>,
+    ) -> Op {
+        while waiting
+            .front()
+            .is_some_and(|pio| matches!(pio.work, Work::Write { .. }))
+        {
+            self.pios.extend(waiting.pop_front());
+        }
+        let geometry = engine.geometry();
+        let size = geometry.cluster.bytes() as usize;
+        let mut bytes = match read {
+            Some((0, mut bytes)) => {
+                bytes.resize(size, 0);
+                bytes
+            }
+            Some((from, read)) => {
+                let mut bytes = AlignedBuf::from_iter(BLOCK as usize, std::iter::repeat_n(0, size));
+                let from = from as usize;
+                bytes[from..from + read.len()].copy_from_slice(&read);
+                bytes
+            }
+            None => AlignedBuf::from_iter(BLOCK as usize, std::iter::repeat_n(0, size)),
+        };
+        for pio in &self.pios {
+            let (start, end) = covered(pio, cluster, geometry);
+            let place = &mut bytes[start as usize..end as usize];
+            match &pio.work {
+                Work::Write { data, .. } => data.copy_to(0, place),
+                Work::Zero { .. } => place.fill(0),
+            }
+        }
+        self.writing = true;
+        Op::Write {
+            file: engine.top(),
+            offset: engine.level(engine.top()).offset(self.host),
+            buffer: Buffer::Owned(bytes),
+            dsync: false,
+        }
+    }
+}
+
+/// The bytes of the cluster that a pio writes.
+fn covered(pio: &Pio, cluster: GuestCluster, geometry: &Geometry) -> (u64, u64) {
+    match &pio.work {
+        Work::Write { offset, data, .. } => {
+            (u64::from(*offset), u64::from(*offset) + data.len() as u64)
+        }
+        Work::Zero { start, len, .. } => {
+            let start = start - geometry.cluster_start(cluster);
+            (start, (start + len).min(geometry.cluster.bytes()))
+        }
+    }
+}
+
+impl<D: Disk> Runner<D> {
+    pub(super) fn begin_cow(&mut self, pio: Pio, cluster: GuestCluster, entry: Entry) {
+        let Some(host) = self.engine.allocate() else {
+            return self.park(pio, false);
+        };
+        if !self.lock(cluster, entry) {
+            self.engine.put_back(host);
+            return self.run(pio);
+        }
+        let mut cow = Cow {
+            from: entry,
+            host,
+            pios: vec![pio],
+            writing: false,
+        };
+        let mut waiting = VecDeque::new();
+        let op = cow
+            .read(&self.engine, cluster)
+            .unwrap_or_else(|| cow.write(&self.engine, cluster, None, &mut waiting));
+        self.queue_job(cluster, Job::Cow(cow), waiting, op);
+    }
+
+    pub(super) fn step_cow(
+        &mut self,
+        cluster: GuestCluster,
+        mut cow: Cow,
+        mut waiting: VecDeque<Pio>,
+        completion: Completion,
+    ) {
+        match (completion.result, completion.op) {
+            (
+                Ok(()),
+                Op::Read {
+                    file,
+                    offset,
+                    buffer: Buffer::Owned(bytes),
+                },
+            ) => {
+                let Place::In(_, host) = cow.from.place() else {
+                    return self.end_cow(cluster, cow, waiting, Err(Errno::IO));
+                };
+                let from = offset - self.engine.level(file).offset(host);
+                let op = cow.write(&self.engine, cluster, Some((from, bytes)), &mut waiting);
+                self.queue_job(cluster, Job::Cow(cow), waiting, op);
+            }
+            (result, _) => self.end_cow(cluster, cow, waiting, result),
+        }
+    }
+
+    fn end_cow(
+        &mut self,
+        cluster: GuestCluster,
+        cow: Cow,
+        mut waiting: VecDeque<Pio>,
+        result: Result<(), Errno>,
+    ) {
+        match result {
+            Ok(()) => {
+                let copy = Entry::mapped(self.engine.top(), cow.host).unstable();
+                let copied = MdMessage::Copied { cluster };
+                let published =
+                    self.engine
+                        .change_and_tell(cluster, cow.from.locked(), copy, Some(copied));
+                debug_assert!(published, "nobody else changes a locked entry");
+                for pio in cow.pios {
+                    self.finish_copied(pio, cluster);
+                }
+                return self.run_waiting(waiting);
+            }
+            Err(errno) => {
+                // Something of the copy may have been written.
+                if cow.writing {
+                    self.engine.md.post(MdMessage::Dropped { host: cow.host });
+                } else {
+                    self.engine.put_back(cow.host);
+                }
+                let mut pios = cow.pios.into_iter();
+                if let Some(first) = pios.next() {
+                    self.fail(first, errno);
+                }
+                // The others did not ask for the copy: each tries for itself.
+                for pio in pios.rev() {
+                    waiting.push_front(pio);
+                }
+            }
+        }
+        self.unlock(cluster, waiting);
+    }
+
+    /// A pio of a copy is done; one that zeroes may have more to do behind.
+    fn finish_copied(&mut self, mut pio: Pio, cluster: GuestCluster) {
+        let geometry = self.engine.geometry();
+        let end = geometry.cluster_start(cluster) + geometry.cluster.bytes();
+        if let Work::Zero { start, len, .. } = &mut pio.work {
+            let done = (*len).min(end - *start);
+            *start += done;
+            *len -= done;
+            if *len > 0 {
+                return self.run(pio);
+            }
+        }
+        self.complete(pio, Ok(()));
+    }
+}

@@ -1,0 +1,139 @@
+//! The engine's threads.
+
+use std::os::fd::{AsFd, BorrowedFd, RawFd};
+use std::sync::Arc;
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+use std::{io, sync::atomic::AtomicBool, sync::atomic::Ordering};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+
+use super::EngineError;
+use super::control::Control;
+use super::engine::Engine;
+use super::inbox::Waker;
+use super::md::MdWriter;
+use super::open::Opened;
+use super::runner::Runner;
+use crate::storage::{Disk, Io};
+
+/// An open disk whose threads run. Make [`Queue`](super::Queue)s of its engine,
+/// drop them, then [`Self::close`] it.
+pub struct Running<D: Disk> {
+    engine: Arc<Engine<D>>,
+    stopped: Arc<AtomicBool>,
+    runners: Vec<JoinHandle<()>>,
+    md: Option<JoinHandle<()>>,
+}
+
+impl<D: Disk> Running<D> {
+    /// Starts the threads.
+    ///
+    /// # Errors
+    /// When there can be no more threads.
+    pub fn start(opened: Opened<D>) -> io::Result<Self> {
+        let mut running = Self {
+            engine: opened.engine,
+            stopped: Arc::default(),
+            runners: Vec::new(),
+            md: None,
+        };
+        let md = opened.md;
+        running.md = Some(
+            thread::Builder::new()
+                .name("md".into())
+                .spawn(move || run_md(md))?,
+        );
+        for (index, runner) in opened.runners.into_iter().enumerate() {
+            let stopped = running.stopped.clone();
+            let runner = thread::Builder::new()
+                .name(format!("runner{index}"))
+                .spawn(move || run_runner(runner, &stopped))?;
+            running.runners.push(runner);
+        }
+        Ok(running)
+    }
+
+    /// What the threads share.
+    pub fn engine(&self) -> &Arc<Engine<D>> {
+        &self.engine
+    }
+
+    /// Waits for what is in flight, makes it stable, gives unused space back,
+    /// marks the image as closed and ends the threads. All queues must have been
+    /// dropped.
+    ///
+    /// # Errors
+    /// When not everything could be made stable: then the image stays marked as
+    /// in use.
+    pub fn close(mut self) -> Result<(), EngineError> {
+        self.stop()
+    }
+
+    fn stop(&mut self) -> Result<(), EngineError> {
+        let Some(md) = self.md.take() else {
+            return Ok(());
+        };
+        let result = self.engine.control(Control::Close).wait();
+        let _ = md.join();
+        self.stopped.store(true, Ordering::Release);
+        for inbox in &self.engine.runners {
+            inbox.waker().wake();
+        }
+        for runner in self.runners.drain(..) {
+            let _ = runner.join();
+        }
+        result
+    }
+}
+
+impl<D: Disk> Drop for Running<D> {
+    fn drop(&mut self) {
+        if let Err(error) = self.stop() {
+            log::error!("the image was not closed cleanly: {error}");
+        }
+    }
+}
+
+fn run_md<D: Disk>(mut md: MdWriter<D>) {
+    let start = Instant::now();
+    while !md.is_closed() {
+        let at_most = md.poll(start.elapsed());
+        if !md.is_closed() {
+            sleep(md.waker(), md.io().completion_fd(), at_most);
+        }
+    }
+}
+
+fn run_runner<D: Disk>(mut runner: Runner<D>, stopped: &AtomicBool) {
+    let start = Instant::now();
+    loop {
+        let at_most = runner.poll(start.elapsed());
+        if stopped.load(Ordering::Acquire) && runner.is_idle() {
+            break;
+        }
+        sleep(runner.waker(), runner.io().completion_fd(), at_most);
+    }
+}
+
+/// Sleeps until the thread is woken, its ring has something, or time is over.
+fn sleep(waker: &Waker, completions: Option<RawFd>, at_most: Option<Duration>) {
+    if at_most == Some(Duration::ZERO) {
+        return;
+    }
+    let at_most = at_most.map(|time| Timespec {
+        tv_sec: time.as_secs() as i64,
+        tv_nsec: i64::from(time.subsec_nanos()),
+    });
+    let waker = PollFd::from_borrowed_fd(waker.as_fd(), PollFlags::IN);
+    let _ = match completions {
+        None => poll(&mut [waker], at_most.as_ref()),
+        Some(fd) => {
+            // SAFETY: the descriptor is that of the ring of the calling thread,
+            // which outlives this call.
+            let fd = unsafe { BorrowedFd::borrow_raw(fd) };
+            let ring = PollFd::from_borrowed_fd(fd, PollFlags::IN);
+            poll(&mut [waker, ring], at_most.as_ref())
+        }
+    };
+}

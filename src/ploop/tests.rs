@@ -1,0 +1,390 @@
+//! The engine on a simulated disk, all its threads driven by the test.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use smallvec::smallvec;
+
+use super::control::Control;
+use super::*;
+use crate::format::{ClusterSize, Header, Sector};
+use crate::sim::disk::{Medium, SimDisk};
+use crate::storage::{Disk, FileId, Segments};
+
+const CLUSTER: u64 = 32 << 10;
+
+/// An engine, one queue, and the memory of its client.
+struct Rig {
+    disk: SimDisk,
+    engine: Arc<Engine<SimDisk>>,
+    runners: Vec<Runner<SimDisk>>,
+    md: MdWriter<SimDisk>,
+    queue: Queue<SimDisk>,
+    /// Memory of requests, kept until the end.
+    memory: Vec<Box<[u8]>>,
+    done: Vec<Done>,
+    now: Duration,
+    next_tag: u64,
+}
+
+/// An image for a disk of so many bytes, and nothing in it.
+fn empty_image(medium: Medium, files: usize, bytes: u64) -> SimDisk {
+    let disk = SimDisk::new(files, medium, 1);
+    let cluster = ClusterSize::from_bytes(CLUSTER).unwrap();
+    let header = Header::new(Sector(bytes / 512), cluster).unwrap();
+    for file in (0..files as u8).map(FileId) {
+        disk.set_len(file, header.geometry().data_start).unwrap();
+        disk.write_all_at(file, &header.to_bytes(), 0).unwrap();
+        disk.sync(file).unwrap();
+    }
+    disk
+}
+
+fn options() -> Options {
+    Options {
+        preallocation: 8 * CLUSTER,
+        ..Options::default()
+    }
+}
+
+impl Rig {
+    fn open(disk: &SimDisk, levels: usize, options: Options) -> Self {
+        let chain = Chain {
+            levels: vec![Level::Ploop; levels],
+        };
+        let Opened {
+            engine,
+            runners,
+            md,
+        } = Engine::open(disk.clone(), &chain, options).unwrap();
+        Self {
+            disk: disk.clone(),
+            queue: engine.queue().unwrap(),
+            engine,
+            runners,
+            md,
+            memory: Vec::new(),
+            done: Vec::new(),
+            now: Duration::ZERO,
+            next_tag: 0,
+        }
+    }
+
+    fn new(bytes: u64) -> Self {
+        Self::open(&empty_image(Medium::default(), 1, bytes), 1, options())
+    }
+
+    /// Lets every thread have its turn until nothing is left to be done.
+    fn turn(&mut self) {
+        self.queue.submit();
+        self.queue.poll(&mut self.done);
+        for runner in &mut self.runners {
+            runner.poll(self.now);
+        }
+        self.md.poll(self.now);
+        if self.disk.is_busy() {
+            self.disk.step();
+        }
+        self.now += Duration::from_millis(1);
+    }
+
+    fn segments(&mut self, bytes: &[u8]) -> Segments {
+        let mut memory: Box<[u8]> = bytes.into();
+        let mut segments = Segments::new();
+        // SAFETY: the box lives until the rig is dropped, after its queue, and is
+        // not touched but by `bytes_of`, when the request has ended.
+        unsafe { segments.push(memory.as_mut_ptr(), memory.len()) };
+        self.memory.push(memory);
+        segments
+    }
+
+    fn push(&mut self, command: Command) -> u64 {
+        self.next_tag += 1;
+        self.queue.push(Request {
+            tag: self.next_tag,
+            command,
+        });
+        self.next_tag
+    }
+
+    fn result(&mut self, tag: u64) -> Result<(), EngineError> {
+        for _ in 0..100_000 {
+            if let Some(at) = self.done.iter().position(|done| done.tag == tag) {
+                return self.done.remove(at).result;
+            }
+            self.turn();
+        }
+        panic!("request {tag} did not end");
+    }
+
+    fn run(&mut self, command: Command) -> Result<(), EngineError> {
+        let tag = self.push(command);
+        self.result(tag)
+    }
+
+    fn write(&mut self, start: u64, bytes: &[u8]) -> Result<(), EngineError> {
+        let data = self.segments(bytes);
+        let start = Sector(start / 512);
+        self.run(Command::Write { start, data })
+    }
+
+    fn read(&mut self, start: u64, len: usize) -> Vec<u8> {
+        let data = self.segments(&vec![0xee; len]);
+        let start = Sector(start / 512);
+        self.run(Command::Read { start, data }).unwrap();
+        self.memory.pop().unwrap().into()
+    }
+
+    fn discard(&mut self, start: u64, len: u64) -> Result<(), EngineError> {
+        let ranges = smallvec![range(start, len)];
+        self.run(Command::Discard { ranges })
+    }
+
+    fn zero(&mut self, start: u64, len: u64, unmap: bool) -> Result<(), EngineError> {
+        let ranges = smallvec![range(start, len)];
+        self.run(Command::WriteZeroes { ranges, unmap })
+    }
+
+    fn flush(&mut self) -> Result<(), EngineError> {
+        self.run(Command::Flush)
+    }
+
+    fn control(&mut self, what: Control) -> Result<(), EngineError> {
+        let outcome = self.engine.control(what);
+        for _ in 0..100_000 {
+            if let Some(result) = outcome.get() {
+                return result;
+            }
+            self.turn();
+        }
+        panic!("{what:?} did not end");
+    }
+
+    /// Closes the image and opens it again.
+    fn reopen(mut self) -> Self {
+        self.control(Control::Close).unwrap();
+        let levels = self.engine.levels.len();
+        Self::open(&self.disk.clone(), levels, options())
+    }
+}
+
+impl Drop for Rig {
+    fn drop(&mut self) {
+        self.engine.abandon();
+    }
+}
+
+fn range(start: u64, len: u64) -> SectorRange {
+    SectorRange {
+        start: Sector(start / 512),
+        count: Sector(len / 512),
+    }
+}
+
+#[test]
+fn what_is_written_is_read_also_after_reopening() {
+    let mut rig = Rig::new(64 * CLUSTER + 512);
+    assert_eq!(rig.read(0, 4096), [0; 4096]);
+    rig.write(CLUSTER - 1024, &[7; 4096]).unwrap();
+    rig.write(64 * CLUSTER, &[9; 512]).unwrap();
+    let mut rig = rig.reopen();
+    assert_eq!(rig.read(CLUSTER - 1024, 4096), [7; 4096]);
+    assert_eq!(rig.read(CLUSTER + 3072, 512), [0; 512]);
+    assert_eq!(rig.read(64 * CLUSTER, 512), [9; 512]);
+}
+
+#[test]
+fn zeros_into_a_hole_allocate_nothing() {
+    let mut rig = Rig::new(8 * CLUSTER);
+    let before = rig.disk.live_len(FileId(0));
+    rig.write(0, &[0; 8192]).unwrap();
+    assert_eq!(rig.disk.live_len(FileId(0)), before);
+}
+
+#[test]
+fn requests_beyond_the_end_fail_and_the_next_one_works() {
+    let mut rig = Rig::new(2 * CLUSTER);
+    let error = rig.write(2 * CLUSTER - 512, &[1; 1024]).unwrap_err();
+    assert_eq!(
+        error,
+        EngineError::PastEnd {
+            start: 127,
+            count: 2
+        }
+    );
+    let data = rig.segments(&[1; 100]);
+    let start = Sector(0);
+    let error = rig.run(Command::Write { start, data }).unwrap_err();
+    assert_eq!(error, EngineError::PartialSector(100));
+    let ranges = smallvec![SectorRange {
+        start: Sector(u64::MAX),
+        count: Sector(2),
+    }];
+    assert!(rig.run(Command::Discard { ranges }).is_err());
+    rig.write(0, &[1; 512]).unwrap();
+}
+
+#[test]
+fn discarded_clusters_read_as_zeros_and_are_used_again() {
+    let mut rig = Rig::new(8 * CLUSTER);
+    for round in 1..20 {
+        rig.write(0, &vec![round; 4 * CLUSTER as usize]).unwrap();
+        rig.discard(0, 4 * CLUSTER).unwrap();
+        assert_eq!(rig.read(CLUSTER, 512), [0; 512]);
+        rig.flush().unwrap();
+    }
+    let header = CLUSTER;
+    assert!(rig.disk.live_len(FileId(0)) <= header + 16 * CLUSTER);
+}
+
+#[test]
+fn parts_of_clusters_are_zeroed_in_place() {
+    let mut rig = Rig::new(4 * CLUSTER);
+    rig.write(0, &vec![5; 2 * CLUSTER as usize]).unwrap();
+    rig.zero(512, CLUSTER, true).unwrap();
+    assert_eq!(rig.read(0, 512), [5; 512]);
+    assert_eq!(rig.read(512, CLUSTER as usize), vec![0; CLUSTER as usize]);
+    assert_eq!(rig.read(CLUSTER + 512, 512), [5; 512]);
+    rig.zero(CLUSTER, CLUSTER, false).unwrap();
+    assert_eq!(
+        rig.read(CLUSTER, CLUSTER as usize),
+        vec![0; CLUSTER as usize]
+    );
+}
+
+#[test]
+fn a_flush_with_nothing_to_do_asks_nobody() {
+    let mut rig = Rig::new(4 * CLUSTER);
+    rig.write(0, &[5; 512]).unwrap();
+    rig.flush().unwrap();
+    let tag = rig.push(Command::Flush);
+    rig.queue.poll(&mut rig.done);
+    assert_eq!(rig.done.pop().map(|done| done.tag), Some(tag));
+}
+
+#[test]
+fn write_through_makes_stable_before_completion() {
+    let mut rig = Rig::new(4 * CLUSTER);
+    let _ = rig.engine.control(Control::Barrier);
+    rig.engine.set_write_through_for_test(true);
+    rig.write(0, &[5; 512]).unwrap();
+    rig.write(512, &[6; 512]).unwrap();
+    rig.disk.power_off();
+    rig.engine.abandon();
+    rig.disk.power_on();
+    let mut rig = Rig::open(&rig.disk.clone(), 1, options());
+    assert_eq!(rig.read(0, 512), [5; 512]);
+    assert_eq!(rig.read(512, 512), [6; 512]);
+}
+
+#[test]
+fn misaligned_writes_are_read_modify_writes() {
+    let medium = Medium {
+        write_alignment: 4096,
+        ..Medium::default()
+    };
+    let disk = empty_image(medium, 1, 4 * CLUSTER);
+    let mut rig = Rig::open(&disk, 1, options());
+    rig.write(512, &[1; 512]).unwrap();
+    rig.write(4096, &[2; 4096]).unwrap();
+    rig.write(3584, &[3; 1024]).unwrap();
+    let mut expected = [0; 8192];
+    expected[512..1024].fill(1);
+    expected[4096..].fill(2);
+    expected[3584..4608].fill(3);
+    assert_eq!(rig.read(0, 8192), expected);
+}
+
+#[test]
+fn a_write_over_a_lower_delta_copies_the_cluster() {
+    let disk = empty_image(Medium::default(), 2, 4 * CLUSTER);
+    let mut base = Rig::open(&disk, 1, options());
+    base.write(0, &vec![1; 2 * CLUSTER as usize]).unwrap();
+    base.control(Control::Close).unwrap();
+    let lower = disk.snapshot(FileId(0)).len();
+
+    let mut rig = Rig::open(&disk, 2, options());
+    assert_eq!(rig.read(512, 512), [1; 512]);
+    rig.write(1024, &[2; 512]).unwrap();
+    rig.write(CLUSTER, &vec![3; CLUSTER as usize]).unwrap();
+    rig.discard(2 * CLUSTER, CLUSTER).unwrap();
+    let mut rig = rig.reopen();
+    let mut expected = vec![1; CLUSTER as usize];
+    expected[1024..1536].fill(2);
+    assert_eq!(rig.read(0, CLUSTER as usize), expected);
+    assert_eq!(
+        rig.read(CLUSTER, CLUSTER as usize),
+        vec![3; CLUSTER as usize]
+    );
+    rig.discard(0, CLUSTER).unwrap();
+    assert_eq!(rig.read(0, CLUSTER as usize), vec![0; CLUSTER as usize]);
+    assert_eq!(disk.live_len(FileId(0)), lower);
+}
+
+#[test]
+fn a_full_host_parks_writes_until_there_is_space() {
+    let medium = Medium {
+        capacity: Some(8 * CLUSTER / 4096),
+        ..Medium::default()
+    };
+    let disk = empty_image(medium, 1, 64 * CLUSTER);
+    let mut rig = Rig::open(&disk, 1, options());
+    let mut tags = Vec::new();
+    for cluster in 0..16 {
+        let data = rig.segments(&vec![cluster as u8 + 1; CLUSTER as usize]);
+        let start = Sector(cluster * CLUSTER / 512);
+        tags.push(rig.push(Command::Write { start, data }));
+    }
+    for _ in 0..3000 {
+        rig.turn();
+    }
+    assert!(rig.queue.in_flight() > 0);
+    rig.read(0, 512);
+    disk.change_medium(|medium| medium.capacity = None);
+    for tag in tags {
+        rig.result(tag).unwrap();
+    }
+    let mut rig = rig.reopen();
+    for cluster in 0..16 {
+        assert_eq!(rig.read(cluster * CLUSTER, 512), [cluster as u8 + 1; 512]);
+    }
+}
+
+#[test]
+fn suspension_holds_requests_and_resuming_does_them() {
+    let mut rig = Rig::new(4 * CLUSTER);
+    rig.write(0, &[5; 512]).unwrap();
+    rig.control(Control::Suspend).unwrap();
+    let data = rig.segments(&[6; 512]);
+    let start = Sector(0);
+    let tag = rig.push(Command::Write { start, data });
+    for _ in 0..100 {
+        rig.turn();
+    }
+    assert!(rig.done.is_empty());
+    rig.control(Control::Resume).unwrap();
+    rig.result(tag).unwrap();
+    assert_eq!(rig.read(0, 512), [6; 512]);
+}
+
+#[test]
+fn closing_cuts_the_tail_and_clears_the_mark() {
+    let mut rig = Rig::new(16 * CLUSTER);
+    rig.write(0, &[5; 512]).unwrap();
+    assert!(rig.disk.live_len(FileId(0)) > 2 * CLUSTER);
+    rig.control(Control::Close).unwrap();
+    assert_eq!(rig.disk.live_len(FileId(0)), 2 * CLUSTER);
+    assert_eq!(rig.disk.read_live(FileId(0), 44, 4), [0; 4]);
+}
+
+#[test]
+fn leaked_clusters_are_used_before_the_file_grows() {
+    let mut rig = Rig::new(16 * CLUSTER);
+    rig.write(0, &vec![5; 8 * CLUSTER as usize]).unwrap();
+    rig.discard(0, 6 * CLUSTER).unwrap();
+    let mut rig = rig.reopen();
+    let before = rig.disk.live_len(FileId(0));
+    rig.write(8 * CLUSTER, &[6; 512]).unwrap();
+    assert_eq!(rig.read(8 * CLUSTER + 512, 512), [0; 512]);
+    assert_eq!(rig.disk.live_len(FileId(0)), before);
+}
