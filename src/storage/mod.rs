@@ -188,10 +188,6 @@ pub trait Disk: Send + Sync + 'static {
     /// Any of `fdatasync(2)`; after one, nothing written before is to be relied on.
     fn sync(&self, file: FileId) -> io::Result<()>;
 
-    /// The unit in bytes, a power of two, that offset and length of every
-    /// [`Op::Write`] must be a multiple of; 1 if any will do.
-    fn write_alignment(&self) -> u32;
-
     /// The unit in bytes, a power of two, in which the host file system gives
     /// space back (its block size).
     fn zero_granularity(&self) -> u32;
