@@ -26,8 +26,8 @@ stage_format() {
 }
 
 stage_lint() {
-    cargo clippy --locked --all-targets -- -D warnings
-    RUSTDOCFLAGS="-D warnings" cargo doc --locked --no-deps --document-private-items
+    cargo clippy --locked --workspace --all-targets -- -D warnings
+    RUSTDOCFLAGS="-D warnings" cargo doc --locked --workspace --no-deps --document-private-items
 }
 
 stage_scripts() {
@@ -41,7 +41,7 @@ stage_guest() {
 }
 
 stage_tests() {
-    cargo test --locked
+    cargo test --locked --workspace
 }
 
 stage_release() {

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Installs what is missing for the demonstration and the tests, with apt.
+# Installs what is missing for the demonstration, the benchmark and the tests, with apt.
 #
-# usage: install-tools.sh [demo|ci]      (default: demo)
+# usage: install-tools.sh [demo|bench|ci]      (default: demo)
 #
 # A machine that has everything is left alone, and no package is ever removed
 # or brought to another version. Rust is not installed, only asked for.
@@ -23,6 +23,11 @@ cpio cpio
 depmod kmod
 xz xz-utils
 zstd zstd
+cc gcc
+"
+bench_tools="
+qemu-img qemu-utils
+qemu-storage-daemon qemu-utils
 cc gcc
 "
 ci_tools="
@@ -105,8 +110,9 @@ install_missing() {
 
 case ${1:-demo} in
     demo) tools=$demo_tools ;;
+    bench) tools=$bench_tools ;;
     ci) tools=$demo_tools$ci_tools ;;
-    *) die "unknown set '$1': demo or ci" ;;
+    *) die "unknown set '$1': demo, bench or ci" ;;
 esac
 install_missing "$tools"
 
@@ -115,6 +121,6 @@ missing=$(missing_packages "$tools" | tr '\n' ' ')
 command -v cargo >/dev/null || die "Rust is missing: https://rustup.rs or your distribution's rustc and cargo, 1.88 or newer"
 
 # Compiling or booting needs no package lists, fetching the guest's kernel does.
-if ! apt-cache show linux-image-amd64 linux-image-generic >/dev/null 2>&1; then
+if [ "${1:-demo}" != bench ] && ! apt-cache show linux-image-amd64 linux-image-generic >/dev/null 2>&1; then
     as_root apt-get update -q
 fi

@@ -1,0 +1,190 @@
+//! Who is compared: the programs, the formats, and how each is started.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use serde::{Serialize, Serializer};
+
+use crate::bed::Bed;
+
+/// A format of an image file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Format {
+    /// ploop version 2, which QEMU calls parallels.
+    Ploop,
+    /// QEMU's own.
+    Qcow2,
+    /// The disk itself.
+    Raw,
+}
+
+impl Format {
+    /// The name that qemu-img knows it by.
+    pub fn qemu_name(self) -> &'static str {
+        match self {
+            Self::Ploop => "parallels",
+            Self::Qcow2 => "qcow2",
+            Self::Raw => "raw",
+        }
+    }
+}
+
+/// One side of a comparison.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Contestant {
+    /// vhost-user-ploop; `None` leaves the number of runners at its default.
+    Ours {
+        /// `--runners`.
+        runners: Option<u32>,
+    },
+    /// qemu-storage-daemon with a driver for the format.
+    Qsd(Format),
+    /// No server: io_uring on the plain file, in the client. What the host can do.
+    PlainFile,
+}
+
+/// vhost-user-ploop as it comes.
+pub const OURS: Contestant = Contestant::Ours { runners: None };
+/// qemu-storage-daemon on a ploop image.
+pub const QSD_PARALLELS: Contestant = Contestant::Qsd(Format::Ploop);
+/// qemu-storage-daemon on a qcow2 image.
+pub const QSD_QCOW2: Contestant = Contestant::Qsd(Format::Qcow2);
+/// qemu-storage-daemon on a raw image.
+pub const QSD_RAW: Contestant = Contestant::Qsd(Format::Raw);
+/// The limit of the host.
+pub const PLAIN_FILE: Contestant = Contestant::PlainFile;
+
+impl Contestant {
+    /// What its image is made as.
+    pub fn format(self) -> Format {
+        match self {
+            Self::Ours { .. } => Format::Ploop,
+            Self::Qsd(format) => format,
+            Self::PlainFile => Format::Raw,
+        }
+    }
+
+    /// As printed.
+    pub fn label(self) -> String {
+        match self {
+            Self::Ours { runners: None } => "vhost-user-ploop".into(),
+            Self::Ours {
+                runners: Some(runners),
+            } => format!(
+                "vhost-user-ploop, {runners} runner{}",
+                if runners == 1 { "" } else { "s" }
+            ),
+            Self::Qsd(format) => format!("qsd {}", format.qemu_name()),
+            Self::PlainFile => "plain file".into(),
+        }
+    }
+}
+
+impl Serialize for Contestant {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(&self.label())
+    }
+}
+
+/// The programs and how they are called.
+#[derive(Clone, Debug)]
+pub struct Programs {
+    /// vhost-user-ploop.
+    pub server: PathBuf,
+    /// More arguments for it, to try out an option.
+    pub server_args: Vec<String>,
+    /// ploop-img.
+    pub img: PathBuf,
+}
+
+/// How a server is started.
+#[derive(Clone, Copy, Debug)]
+pub struct Launch<'a> {
+    /// What it serves.
+    pub image: &'a Path,
+    /// The qcow2 image below it, if there is one.
+    pub backing: Option<&'a Path>,
+    /// Where it listens.
+    pub socket: &'a Path,
+    /// On what the image lies, which decides about O_DIRECT.
+    pub bed: Bed,
+    /// Virtqueues.
+    pub queues: u32,
+    /// Only for qemu-storage-daemon, whose exports write through when told so and
+    /// do not look at what the client negotiated.
+    pub write_through: bool,
+}
+
+impl Contestant {
+    /// The command that serves an image; `None` where no server is needed.
+    pub fn command(self, programs: &Programs, launch: Launch<'_>) -> Option<Command> {
+        match self {
+            Self::Ours { runners } => Some(ours(programs, runners, launch)),
+            Self::Qsd(format) => Some(qsd(format, launch)),
+            Self::PlainFile => None,
+        }
+    }
+}
+
+fn ours(programs: &Programs, runners: Option<u32>, launch: Launch<'_>) -> Command {
+    let mut command = Command::new(&programs.server);
+    command
+        .arg("--socket-path")
+        .arg(launch.socket)
+        .arg("--blk-file")
+        .arg(launch.image)
+        .arg("--num-queues")
+        .arg(launch.queues.to_string())
+        .arg("--cache")
+        .arg(if launch.bed.is_direct() {
+            "none"
+        } else {
+            "writeback"
+        });
+    if let Some(runners) = runners {
+        command.arg("--runners").arg(runners.to_string());
+    }
+    command.args(&programs.server_args);
+    command
+}
+
+fn qsd(format: Format, launch: Launch<'_>) -> Command {
+    let direct = if launch.bed.is_direct() { "on" } else { "off" };
+    // The format's node needs discard=unmap too: without it, it drops discards.
+    let write_through = if launch.write_through { "on" } else { "off" };
+    let mut command = Command::new("qemu-storage-daemon");
+    command
+        .args(["--object", "iothread,id=iot0"])
+        .arg("--blockdev")
+        .arg(format!(
+            "driver=file,node-name=prot,filename={},cache.direct={direct},aio=io_uring,discard=unmap",
+            launch.image.display()
+        ))
+        .arg("--blockdev")
+        .arg(format!(
+            "driver={},node-name=fmt,file=prot,discard=unmap{}",
+            format.qemu_name(),
+            backing(launch, direct)
+        ))
+        .arg("--export")
+        .arg(format!(
+            "type=vhost-user-blk,id=e,node-name=fmt,addr.type=unix,addr.path={},\
+             writable=on,writethrough={write_through},num-queues={},iothread=iot0",
+            launch.socket.display(),
+            launch.queues
+        ));
+    command
+}
+
+/// A backing file does not inherit the cache mode of the image, so it is given.
+fn backing(launch: Launch<'_>, direct: &str) -> String {
+    let Some(base) = launch.backing else {
+        return String::new();
+    };
+    format!(
+        ",backing.driver=qcow2,backing.read-only=on,backing.file.driver=file,\
+         backing.file.filename={},backing.file.cache.direct={direct},\
+         backing.file.aio=io_uring",
+        base.display()
+    )
+}

@@ -1,0 +1,323 @@
+//! Measures vhost-user-ploop against qemu-storage-daemon and against the plain file.
+//!
+//! `ci/bench.sh` builds what it needs and calls it. How the figures are taken, and
+//! what they are: `docs/performance.md`.
+
+mod bed;
+mod client;
+mod content;
+mod contestant;
+mod idle;
+mod image;
+mod machine;
+mod measure;
+mod opening;
+mod report;
+mod run;
+mod scenario;
+mod server;
+mod stats;
+mod workload;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use clap::Parser;
+
+use bed::{Bed, Directories};
+use contestant::Programs;
+use machine::Machine;
+use measure::{Lab, Setting};
+use report::{IdleSummary, OpeningSummary, Report, ScenarioSummary};
+use scenario::{FULL, Scenario, TINY};
+
+/// Measures vhost-user-ploop against qemu-storage-daemon and the plain file.
+///
+/// All sides are measured in turn within one run, on images of the same size, by
+/// the same client. Prints tables; `--out` writes JSON, Markdown and SVG plots.
+#[derive(Parser)]
+#[command(version)]
+#[command(group = clap::ArgGroup::new("mode").required(true))]
+struct Arguments {
+    /// See that everything runs, in about two minutes. Judges nothing.
+    #[arg(long, group = "mode")]
+    short: bool,
+    /// Measure what has a target, in about twenty minutes, and judge it.
+    #[arg(long, group = "mode")]
+    targets: bool,
+    /// Measure everything, in about two hours.
+    #[arg(long, group = "mode")]
+    all: bool,
+    /// Print the names of the scenarios of the mode, and measure nothing.
+    #[arg(long)]
+    list: bool,
+    /// Measure only the scenarios whose name contains TEXT (one of them, if given
+    /// several times).
+    #[arg(long, value_name = "TEXT")]
+    only: Vec<String>,
+    /// Rounds of each scenario, in place of the mode's.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    rounds: Option<u32>,
+    /// Length of a run in milliseconds, in place of the mode's.
+    #[arg(long, value_name = "MS", value_parser = clap::value_parser!(u64).range(1..))]
+    run_ms: Option<u64>,
+    /// Our back-end.
+    #[arg(
+        long,
+        value_name = "PATH",
+        default_value = "target/release/vhost-user-ploop"
+    )]
+    server: PathBuf,
+    /// One more argument for our back-end; may be given several times.
+    #[arg(long, value_name = "ARGUMENT", allow_hyphen_values = true)]
+    server_arg: Vec<String>,
+    /// Our image tool.
+    #[arg(long, value_name = "PATH", default_value = "target/release/ploop-img")]
+    img: PathBuf,
+    /// A directory on a real file system, with 20 GiB free.
+    #[arg(long, value_name = "DIR", default_value = "/var/tmp")]
+    disk_dir: PathBuf,
+    /// A directory on tmpfs, with 18 GiB free.
+    #[arg(long, value_name = "DIR", default_value = "/dev/shm")]
+    tmpfs_dir: PathBuf,
+    /// Write figures.json, figures.md and the plots into DIR.
+    #[arg(long, value_name = "DIR")]
+    out: Option<PathBuf>,
+    /// Put the figures into FILE, between its marks, and the plots beside it.
+    #[arg(long, value_name = "FILE")]
+    document: Option<PathBuf>,
+}
+
+/// How much is measured.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Mode {
+    Short,
+    Targets,
+    All,
+}
+
+impl Mode {
+    fn label(self) -> &'static str {
+        match self {
+            Self::Short => "short",
+            Self::Targets => "targets",
+            Self::All => "all",
+        }
+    }
+
+    fn scenarios(self) -> Vec<Scenario> {
+        match self {
+            Self::Short => scenario::targets(TINY),
+            Self::Targets => scenario::targets(FULL),
+            Self::All => scenario::all(FULL),
+        }
+    }
+
+    fn run_time(self) -> Duration {
+        match self {
+            Self::Short => Duration::from_millis(200),
+            Self::Targets | Self::All => Duration::from_secs(1),
+        }
+    }
+
+    fn opening_rounds(self) -> u32 {
+        match self {
+            Self::Short => 2,
+            Self::Targets | Self::All => 20,
+        }
+    }
+
+    fn idle_time(self) -> Duration {
+        match self {
+            Self::Short => Duration::from_secs(1),
+            Self::Targets | Self::All => Duration::from_secs(10),
+        }
+    }
+}
+
+/// The names by which the two measurements without a workload are selected.
+const OPENING: &str = "opening an 8 TiB image";
+const IDLE: &str = "idle";
+
+fn main() -> ExitCode {
+    match bench(&Arguments::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("ploop-bench: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn bench(arguments: &Arguments) -> Result<()> {
+    let mode = if arguments.all {
+        Mode::All
+    } else if arguments.targets {
+        Mode::Targets
+    } else {
+        Mode::Short
+    };
+    let selected = |name: &str| {
+        arguments.only.is_empty() || arguments.only.iter().any(|text| name.contains(text))
+    };
+    let mut scenarios = mode.scenarios();
+    scenarios.retain(|scenario| selected(&scenario.title()));
+    scenarios.sort_by_key(|scenario| scenario.bed);
+    for scenario in &mut scenarios {
+        scenario.rounds = arguments.rounds.unwrap_or(scenario.rounds);
+    }
+    let others = [OPENING, IDLE].map(&selected);
+    if arguments.list {
+        return list(&scenarios, others);
+    }
+    ensure!(
+        !scenarios.is_empty() || others.contains(&true),
+        "nothing is called {:?}; --list shows the names",
+        arguments.only
+    );
+    let setting = setting(arguments, mode)?;
+    let report = measure(&setting, mode, arguments, &scenarios, others)?;
+    print!("{}", report.other_tables());
+    if !report.verdicts.is_empty() {
+        print!("\n{}", report.verdict_table());
+    }
+    if let Some(dir) = &arguments.out {
+        report.write(dir)?;
+    }
+    if let Some(document) = &arguments.document {
+        report.write_into(document)?;
+    }
+    Ok(())
+}
+
+fn list(scenarios: &[Scenario], others: [bool; 2]) -> Result<()> {
+    for scenario in scenarios {
+        println!("{}", scenario.title());
+    }
+    for (name, _) in [OPENING, IDLE].iter().zip(others).filter(|(_, is)| *is) {
+        println!("{name}");
+    }
+    Ok(())
+}
+
+fn setting(arguments: &Arguments, mode: Mode) -> Result<Setting> {
+    for program in [&arguments.server, &arguments.img] {
+        ensure!(
+            program.exists(),
+            "{} is missing: cargo build --release, or --server and --img",
+            program.display()
+        );
+    }
+    let directories = Directories {
+        disk: arguments.disk_dir.clone(),
+        tmpfs: arguments.tmpfs_dir.clone(),
+    };
+    for bed in Bed::ALL {
+        check_kind(bed, &directories)?;
+    }
+    let interrupted = Arc::new(AtomicBool::new(false));
+    for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM] {
+        signal_hook::flag::register(signal, Arc::clone(&interrupted))
+            .context("catching signals")?;
+    }
+    Ok(Setting {
+        programs: Programs {
+            server: arguments.server.clone(),
+            server_args: arguments.server_arg.clone(),
+            img: arguments.img.clone(),
+        },
+        directories,
+        run_time: arguments
+            .run_ms
+            .map_or(mode.run_time(), Duration::from_millis),
+        interrupted,
+    })
+}
+
+/// A bed on the wrong kind of file system would measure something else under its
+/// name.
+fn check_kind(bed: Bed, directories: &Directories) -> Result<()> {
+    const TMPFS_MAGIC: i64 = 0x0102_1994;
+    let dir = directories.of(bed);
+    let kind = rustix::fs::statfs(dir).with_context(|| format!("statfs of {}", dir.display()))?;
+    let is_tmpfs = kind.f_type == TMPFS_MAGIC;
+    match (bed, is_tmpfs) {
+        (Bed::Tmpfs, false) => bail!("{} is not on tmpfs: --tmpfs-dir", dir.display()),
+        (Bed::Disk | Bed::PageCache, true) => {
+            bail!("{} is on tmpfs, not on a disk: --disk-dir", dir.display())
+        }
+        _ => Ok(()),
+    }
+}
+
+fn measure(
+    setting: &Setting,
+    mode: Mode,
+    arguments: &Arguments,
+    scenarios: &[Scenario],
+    [opening, idle]: [bool; 2],
+) -> Result<Report> {
+    let start = Instant::now();
+    let mut report = Report {
+        machine: Machine::look(&setting.programs, &setting.directories),
+        mode: mode.label().into(),
+        run_ms: u64::try_from(setting.run_time.as_millis())?,
+        server_args: setting.programs.server_args.clone(),
+        scenarios: Vec::new(),
+        opening: Vec::new(),
+        idle: Vec::new(),
+        verdicts: Vec::new(),
+    };
+    let mut lab = Lab::new(setting);
+    for (index, scenario) in scenarios.iter().enumerate() {
+        eprintln!(
+            "[{:4.0} s, {} of {}] {}",
+            start.elapsed().as_secs_f64(),
+            index + 1,
+            scenarios.len(),
+            scenario.title()
+        );
+        lab.keep_only(scenario.bed);
+        let sides = lab.measure(scenario)?;
+        let summary = ScenarioSummary::new(scenario, &sides)
+            .with_context(|| format!("{}: a figure is missing", scenario.title()))?;
+        println!("{}", report::scenario_table(&summary));
+        report.scenarios.push(summary);
+    }
+    drop(lab);
+    if opening {
+        eprintln!("[{:4.0} s] {OPENING}", start.elapsed().as_secs_f64());
+        let rounds = arguments.rounds.unwrap_or(mode.opening_rounds());
+        let openings = opening::measure(setting, rounds)?;
+        report.opening = openings.iter().filter_map(OpeningSummary::new).collect();
+    }
+    if idle {
+        eprintln!("[{:4.0} s] {IDLE}", start.elapsed().as_secs_f64());
+        let idles = idle::measure(setting, mode.idle_time())?;
+        report.idle = idles.iter().map(IdleSummary::new).collect();
+    }
+    if mode != Mode::Short {
+        judge(&mut report)?;
+    }
+    Ok(report)
+}
+
+fn judge(report: &mut Report) -> Result<()> {
+    for scenario in &report.scenarios {
+        let verdicts = scenario
+            .verdicts()
+            .with_context(|| format!("{}: a figure is missing", scenario.title))?;
+        report.verdicts.extend(verdicts);
+    }
+    if let Some(ours) = report.opening.first() {
+        report.verdicts.extend(ours.verdicts());
+    }
+    if let Some(ours) = report.idle.first() {
+        report.verdicts.push(ours.verdict());
+    }
+    Ok(())
+}

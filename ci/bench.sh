@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# Measures vhost-user-ploop against qemu-storage-daemon and the plain file.
+#
+# usage: ci/bench.sh [--short | --targets | --all] [OPTION...]     (default: --targets)
+#
+#   --short    two minutes: shows that everything runs, judges nothing
+#   --targets  twenty minutes: what has a target, with PASS or BELOW
+#   --all      two hours: everything
+#
+# Installs what is missing (qemu/install-tools.sh) and builds in release mode.
+# --help shows the other options: --document docs/performance.md renews the figures
+# there, --only TEXT picks scenarios by name. How the figures are taken is said in
+# docs/performance.md. Nothing else should run on the machine meanwhile.
+set -euo pipefail
+
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+case " $* " in
+    *" --short "* | *" --targets "* | *" --all "* | *" --help "* | *" -h "*) ;;
+    *) set -- --targets "$@" ;;
+esac
+
+qemu/install-tools.sh bench
+# Each on its own: built together, the features of their dependencies would mix.
+cargo build --release --locked --bins
+cargo build --release --locked --package ploop-bench
+
+target=${CARGO_TARGET_DIR:-target}/release
+exec "$target/ploop-bench" --server "$target/vhost-user-ploop" --img "$target/ploop-img" "$@"
