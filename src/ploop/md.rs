@@ -51,6 +51,10 @@ const GRACE_POLL: Duration = Duration::from_millis(1);
 /// When a page that could not be written is tried again, at the earliest.
 const RETRY: Duration = Duration::from_millis(500);
 
+/// Holes that are punched at the same time, at most: they wait for each other in
+/// the kernel, and pages and syncs for them.
+const PUNCHES: usize = 2;
+
 /// Pages that are written at once, at most: 1 MiB.
 const PAGES_PER_WRITE: usize = 256;
 
@@ -136,6 +140,10 @@ pub struct MdWriter<D: Disk> {
     round: Round,
     covered: Covered,
     reclaim: Reclaim,
+    /// Holes to be punched, with the batch that each belongs to.
+    holes: VecDeque<(u64, Extent)>,
+    /// How many are being punched.
+    punching: usize,
     space: Space,
     control: VecDeque<ControlJob>,
     /// After a failed write of a page: when pages are written again unasked.
@@ -166,6 +174,8 @@ impl<D: Disk> MdWriter<D> {
             },
             covered: Covered::default(),
             reclaim,
+            holes: VecDeque::new(),
+            punching: 0,
             space: Space::default(),
             control: VecDeque::new(),
             retry_at: Duration::ZERO,
@@ -295,6 +305,7 @@ impl<D: Disk> MdWriter<D> {
                         extent.start
                     );
                 }
+                self.punching -= 1;
                 self.reclaim.punched(batch, extent, result.is_ok());
             }
             MdOp::Extend { clusters } => self.extended(clusters, result, now),
@@ -565,7 +576,11 @@ impl<D: Disk> MdWriter<D> {
         let holes = self
             .reclaim
             .begin_punching(|epoch| engine.epochs.all_reached(epoch));
-        for (batch, extent) in holes {
+        self.holes.extend(holes);
+        while self.punching < PUNCHES
+            && let Some((batch, extent)) = self.holes.pop_front()
+        {
+            self.punching += 1;
             let shift = engine.geometry().cluster.shift();
             let op = Op::Zero {
                 file: engine.top(),

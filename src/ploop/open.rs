@@ -60,6 +60,7 @@ impl<D: Disk> Engine<D> {
     /// See [`OpenError`].
     pub fn open(disk: D, chain: &Chain, mut options: Options) -> Result<Opened<D>, OpenError> {
         options.runners = options.runners.max(1);
+        options.max_queues = options.max_queues.max(1);
         let loaded = load(&disk, chain)?;
         let geometry = loaded.header.geometry();
         let step = options.preallocation >> geometry.cluster.shift();
@@ -71,6 +72,13 @@ impl<D: Disk> Engine<D> {
             leaked: Vec::new(),
             header: loaded.header.clone(),
         };
+        if !geometry
+            .data_start
+            .is_multiple_of(u64::from(disk.write_alignment()))
+        {
+            // Version 1 only.
+            disk.forgo_direct();
+        }
         let end = HostCluster(loaded.scan.used.len() as u32);
         if !options.read_only {
             metadata.leaked = leaked(&loaded.scan, geometry);
@@ -358,6 +366,10 @@ fn mark_in_use(
         .map_err(io("mark the image as in use"))?;
     disk.sync(file).map_err(io("mark the image as in use"))?;
     let geometry = header.geometry();
+    // A sparse BAT would have to be filled when the host may be full.
+    if let Err(error) = disk.allocate(file, 0, geometry.data_start.min(file_len)) {
+        log::warn!("cannot allocate space for the whole BAT: {error}");
+    }
     let end = geometry
         .host_clusters_below(file_len)
         .max(u64::from(geometry.first_host_cluster().0));

@@ -934,6 +934,19 @@ impl Disk for SimDisk {
         state.sync(file, now).map_err(io::Error::from)
     }
 
+    /// Of no effect here but the space that is taken.
+    fn allocate(&self, file: FileId, offset: u64, len: u64) -> io::Result<()> {
+        let mut state = self.state();
+        if !state.powered {
+            return Err(Errno::IO.into());
+        }
+        if state.account(file, offset, len) {
+            Ok(())
+        } else {
+            Err(Errno::NOSPC.into())
+        }
+    }
+
     fn write_alignment(&self) -> u32 {
         self.state().medium.write_alignment
     }

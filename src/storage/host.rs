@@ -210,6 +210,16 @@ impl Disk for HostDisk {
         Ok(())
     }
 
+    fn allocate(&self, file: FileId, offset: u64, len: u64) -> io::Result<()> {
+        let mut description = Description::share(self.file(file)?);
+        psync::run(Op::Allocate { file, offset, len }, &mut description)?;
+        Ok(())
+    }
+
+    fn forgo_direct(&self) {
+        self.files[self.files.len() - 1].forgo_direct();
+    }
+
     fn zero_granularity(&self) -> u32 {
         self.block_size
     }

@@ -182,6 +182,13 @@ pub trait Disk: Send + Sync + 'static {
     /// Any of `pwrite(2)`.
     fn write_all_at(&self, file: FileId, bytes: &[u8], offset: u64) -> io::Result<()>;
 
+    /// Allocates a range inside the file, so that writes to it find space; what
+    /// was there stays. Where the file system cannot, nothing happens.
+    ///
+    /// # Errors
+    /// Any of `fallocate(2)`.
+    fn allocate(&self, file: FileId, offset: u64, len: u64) -> io::Result<()>;
+
     /// `fdatasync`.
     ///
     /// # Errors
@@ -198,4 +205,8 @@ pub trait Disk: Send + Sync + 'static {
     fn write_alignment(&self) -> u32 {
         1
     }
+
+    /// What will be written to the top file is not aligned as direct I/O demands
+    /// it: afterwards [`Self::write_alignment`] is 1.
+    fn forgo_direct(&self) {}
 }

@@ -227,6 +227,11 @@ impl SharedFile {
         read == -1 && io::Error::last_os_error().raw_os_error() == Some(libc::EOPNOTSUPP)
     }
 
+    /// The caller has transfers that direct I/O would refuse.
+    pub(super) fn forgo_direct(&self) {
+        self.stop_direct(Errno::INVAL);
+    }
+
     fn stop_direct(&self, error: Errno) {
         if self.direct.swap(false, Relaxed) {
             warn_buffered(&self.path, &error.into());
