@@ -7,6 +7,7 @@
 //! `docs/architecture.md` says who must not know what.
 
 pub mod format;
+pub mod image;
 pub mod ploop;
 pub mod storage;
 

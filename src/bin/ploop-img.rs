@@ -1,3 +1,0 @@
-//! `ploop-img` makes, checks and changes ploop disk images.
-
-fn main() {}

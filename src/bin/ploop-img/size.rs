@@ -1,0 +1,156 @@
+//! Sizes as `qemu-img` takes and shows them.
+
+use vhost_user_ploop::format::{ClusterSize, SECTOR_SIZE, Sector};
+
+/// Parses bytes: digits, perhaps with a fraction, and a suffix of b, k, M, G, T,
+/// P or E in either case; powers of 1024.
+///
+/// # Errors
+/// In words, naming the value.
+pub fn parse_bytes(text: &str) -> Result<u64, String> {
+    let help = "a number of bytes, or one with a suffix of k, M, G, T, P or E, as in 10G";
+    let wrong = || format!("'{text}' is no size: give {help}");
+    let (number, unit) = match text.char_indices().next_back() {
+        Some((at, suffix)) if suffix.is_ascii_alphabetic() => {
+            (&text[..at], unit(suffix).ok_or_else(wrong)?)
+        }
+        _ => (text, 1),
+    };
+    let (whole, fraction) = number.split_once('.').unwrap_or((number, ""));
+    let is_digits = |part: &str| part.bytes().all(|byte| byte.is_ascii_digit());
+    if whole.is_empty() || !is_digits(whole) || !is_digits(fraction) || number.ends_with('.') {
+        return Err(wrong());
+    }
+    let too_large = || format!("'{text}' is too large: sizes end at 8E");
+    let whole: u64 = whole.parse().map_err(|_| too_large())?;
+    let bytes = whole.checked_mul(unit).ok_or_else(too_large)?;
+    let part = match fraction {
+        "" => 0.0,
+        _ => {
+            format!("0.{fraction}")
+                .parse::<f64>()
+                .map_err(|_| wrong())?
+                * unit as f64
+        }
+    };
+    bytes.checked_add(part.round() as u64).ok_or_else(too_large)
+}
+
+fn unit(suffix: char) -> Option<u64> {
+    let exponent = "BKMGTPE".find(suffix.to_ascii_uppercase())?;
+    Some(1 << (10 * exponent))
+}
+
+/// A disk size, rounded up to whole sectors.
+///
+/// # Errors
+/// As [`parse_bytes`], and for nothing.
+pub fn parse_disk_size(text: &str) -> Result<Sector, String> {
+    let bytes = parse_bytes(text)?;
+    if bytes == 0 {
+        return Err("a disk of no bytes is none: give a size above 0".to_owned());
+    }
+    Ok(Sector(bytes.div_ceil(SECTOR_SIZE)))
+}
+
+/// A cluster size.
+///
+/// # Errors
+/// As [`parse_bytes`], and for what is no power of two in the range.
+pub fn parse_cluster_size(text: &str) -> Result<ClusterSize, String> {
+    ClusterSize::from_bytes(parse_bytes(text)?)
+        .ok_or_else(|| format!("'{text}' is no cluster size: give a power of two from 32k to 64M"))
+}
+
+/// As `qemu-img info` shows sizes: three significant digits and a binary unit.
+pub fn human(bytes: u64) -> String {
+    const UNITS: [&str; 7] = ["B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"];
+    let mut value = bytes as f64;
+    let mut unit = 0;
+    // 999.5 would be shown as 1000.
+    while value >= 999.5 && unit + 1 < UNITS.len() {
+        value /= 1024.0;
+        unit += 1;
+    }
+    let decimals = match value {
+        _ if value.fract() == 0.0 => 0,
+        ..9.995 => 2,
+        ..99.95 => 1,
+        _ => 0,
+    };
+    let mut number = format!("{value:.decimals$}");
+    if number.contains('.') {
+        number.truncate(number.trim_end_matches('0').trim_end_matches('.').len());
+    }
+    format!("{number} {}", UNITS[unit])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_as_qemu_img_takes_them() {
+        for (text, bytes) in [
+            ("0", 0),
+            ("1000", 1000),
+            ("7b", 7),
+            ("1k", 1 << 10),
+            ("512M", 512 << 20),
+            ("10G", 10 << 30),
+            ("1.5g", 3 << 29),
+            ("0.5T", 1 << 39),
+            ("2P", 2 << 50),
+            ("8E", 8 << 60),
+        ] {
+            assert_eq!(parse_bytes(text), Ok(bytes), "{text}");
+        }
+        for text in [
+            "",
+            "G",
+            "x",
+            "-1",
+            "+1",
+            "1X",
+            "1 G",
+            "1GB",
+            "1.",
+            ".5",
+            "1.x",
+            "1e3",
+            "16E",
+            "1é",
+            "99999999999999999999",
+        ] {
+            let error = parse_bytes(text).unwrap_err();
+            assert!(error.contains(&format!("'{text}'")), "{text}: {error}");
+        }
+    }
+
+    #[test]
+    fn disk_and_cluster_sizes() {
+        assert_eq!(parse_disk_size("1"), Ok(Sector(1)));
+        assert_eq!(parse_disk_size("513"), Ok(Sector(2)));
+        assert!(parse_disk_size("0").is_err());
+        assert_eq!(parse_cluster_size("1M"), Ok(ClusterSize::DEFAULT));
+        for text in ["16k", "128M", "100k", "0"] {
+            assert!(parse_cluster_size(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn sizes_as_qemu_img_shows_them() {
+        for (bytes, text) in [
+            (0, "0 B"),
+            (512, "512 B"),
+            (1000, "0.98 KiB"),
+            (1 << 10, "1 KiB"),
+            (1536, "1.5 KiB"),
+            (2_293_760, "2.19 MiB"),
+            (10 << 30, "10 GiB"),
+            (u64::MAX, "16 EiB"),
+        ] {
+            assert_eq!(human(bytes), text, "{bytes}");
+        }
+    }
+}

@@ -1,0 +1,138 @@
+//! A bundle: a folder with image files and the descriptor that says how they
+//! stack.
+
+use std::ffi::OsStr;
+use std::io::Read;
+use std::path::{Path, PathBuf};
+
+use super::error::{ImageError, IoContext, Result};
+use super::folder::Folder;
+use crate::format::{Descriptor, EditError, Guid};
+
+/// An open folder with a checked descriptor.
+#[derive(Debug)]
+pub struct Bundle {
+    folder: Folder,
+    descriptor: Descriptor,
+}
+
+/// What a path given by the user means.
+#[derive(Debug)]
+pub enum Location {
+    /// One image file.
+    Bare(PathBuf),
+    /// A disk with a descriptor.
+    Bundle(Bundle),
+}
+
+impl Location {
+    /// A folder, or the descriptor in it, is a bundle; anything else is a bare
+    /// image, whether it exists or not.
+    ///
+    /// # Errors
+    /// As [`Bundle::open`].
+    pub fn of(path: &Path) -> Result<Self> {
+        let folder = if path.is_dir() {
+            path
+        } else if path.file_name() == Some(OsStr::new(Descriptor::FILE_NAME)) {
+            match path.parent() {
+                Some(parent) if !parent.as_os_str().is_empty() => parent,
+                _ => Path::new("."),
+            }
+        } else {
+            return Ok(Self::Bare(path.to_owned()));
+        };
+        Bundle::open(folder).map(Self::Bundle)
+    }
+}
+
+impl Bundle {
+    /// Opens a folder and reads its descriptor.
+    ///
+    /// # Errors
+    /// There is no descriptor, it is not valid, or an I/O error.
+    pub fn open(path: &Path) -> Result<Self> {
+        let folder = Folder::open(path)?;
+        let descriptor = read_descriptor(&folder)?;
+        Ok(Self { folder, descriptor })
+    }
+
+    /// The folder.
+    pub fn folder(&self) -> &Folder {
+        &self.folder
+    }
+
+    /// For messages.
+    pub fn path(&self) -> &Path {
+        self.folder.path()
+    }
+
+    /// As read or saved last.
+    pub fn descriptor(&self) -> &Descriptor {
+        &self.descriptor
+    }
+
+    /// Whether the descriptor in the folder still is the one in memory.
+    ///
+    /// # Errors
+    /// As [`Self::open`].
+    pub(super) fn is_current(&self) -> Result<bool> {
+        Ok(read_descriptor(&self.folder)? == self.descriptor)
+    }
+
+    /// Puts another descriptor in place, in one step, and makes that stable.
+    ///
+    /// # Errors
+    /// Any of `open(2)`, `write(2)`, `fsync(2)` and `rename(2)`. The old
+    /// descriptor may still be in place, or the new one.
+    pub fn save(&mut self, descriptor: Descriptor) -> Result<()> {
+        let text = descriptor.to_xml();
+        self.folder
+            .replace(Descriptor::FILE_NAME, text.as_bytes())?;
+        self.descriptor = descriptor;
+        Ok(())
+    }
+
+    /// Says on which bundle a change of the tree failed.
+    pub(super) fn edit_error(&self, source: EditError) -> ImageError {
+        let path = self.path().to_owned();
+        match source {
+            EditError::NotFound(guid) => ImageError::NoSnapshot { path, guid },
+            source => ImageError::Edit { path, source },
+        }
+    }
+
+    /// Whether `guid` names a snapshot or the top.
+    ///
+    /// # Errors
+    /// [`ImageError::NoSnapshot`] if not.
+    pub fn require(&self, guid: Guid) -> Result<()> {
+        match self.descriptor.shot(guid) {
+            Some(_) => Ok(()),
+            None => Err(self.edit_error(EditError::NotFound(guid))),
+        }
+    }
+}
+
+fn read_descriptor(folder: &Folder) -> Result<Descriptor> {
+    let name = Path::new(Descriptor::FILE_NAME);
+    let path = folder.path().join(name);
+    if !folder.contains(name)? {
+        return Err(ImageError::NoDescriptor(folder.path().to_owned()));
+    }
+    let file = folder.open_image(name, false)?;
+    let mut text = String::new();
+    // One byte more tells a text that is too long from one that is not.
+    let mut limited = file.take(Descriptor::TEXT_MAX as u64 + 1);
+    let read = limited.read_to_string(&mut text).context(&path, "read")?;
+    if read > Descriptor::TEXT_MAX {
+        return Err(ImageError::Unsupported {
+            path,
+            why: format!(
+                "is longer than {} bytes, which no descriptor is",
+                Descriptor::TEXT_MAX
+            ),
+        });
+    }
+    Descriptor::parse(&text).map_err(|source| ImageError::Descriptor { path, source })
+}

@@ -1,0 +1,95 @@
+//! New images. What is made has its final name only when it is whole and stable.
+
+use std::ffi::OsStr;
+use std::path::Path;
+
+use super::error::{ImageError, IoContext, Result};
+use super::file::{HostImage, ImageFile};
+use super::folder::Folder;
+use crate::format::{ClusterSize, Descriptor, Header, ImageKind, Sector};
+
+/// The name of the first image file in a bundle.
+pub(super) const ROOT_NAME: &str = "root.hds";
+
+/// Whether `path` names a bare image: it ends in `.hds`. Any other is a bundle.
+pub fn is_bare_name(path: &Path) -> bool {
+    path.extension() == Some(OsStr::new("hds"))
+}
+
+/// Makes an empty disk in the ploop format, version 2.
+///
+/// # Errors
+/// [`ImageError::Exists`]; a size that the format cannot hold; any I/O error.
+pub fn create(path: &Path, disk_size: Sector, cluster: ClusterSize) -> Result<()> {
+    let header = new_header(path, disk_size, cluster)?;
+    publish_disk(path, &header, |image| write_empty(image, &header))
+}
+
+/// A header for a new image at `path`.
+pub(super) fn new_header(path: &Path, disk_size: Sector, cluster: ClusterSize) -> Result<Header> {
+    Header::new(disk_size, cluster).map_err(|source| ImageError::Header {
+        path: path.to_owned(),
+        source,
+    })
+}
+
+/// Writes header and empty BAT, and makes the file reach to the data area.
+pub(super) fn write_empty(image: &HostImage, header: &Header) -> Result<()> {
+    image
+        .set_len(header.geometry().data_start)
+        .and_then(|()| image.write_all_at(&header.to_bytes(), 0))
+        .context(image.path(), "write the header")
+}
+
+/// Makes a bare image or a bundle, as the name says; `fill` writes its image file.
+/// On an error nothing is left behind.
+///
+/// # Errors
+/// [`ImageError::Exists`], those of `fill`, and any I/O error.
+pub(super) fn publish_disk(
+    path: &Path,
+    header: &Header,
+    fill: impl FnOnce(&HostImage) -> Result<()>,
+) -> Result<()> {
+    let (folder, name) = Folder::of(path)?;
+    refuse_existing(&folder, name)?;
+    if is_bare_name(path) {
+        return publish_file(&folder, name, fill);
+    }
+    let geometry = header.geometry();
+    let descriptor = Descriptor::new(
+        geometry.disk_size,
+        geometry.cluster,
+        ImageKind::Expandable,
+        ROOT_NAME.into(),
+    );
+    let bundle = folder.new_folder()?;
+    publish_file(bundle.inside(), OsStr::new(ROOT_NAME), fill)?;
+    let text = descriptor.to_xml();
+    bundle
+        .inside()
+        .replace(Descriptor::FILE_NAME, text.as_bytes())?;
+    bundle.publish(name)
+}
+
+/// Makes a file that `fill` writes.
+///
+/// # Errors
+/// [`ImageError::Exists`], those of `fill`, and any I/O error.
+pub(super) fn publish_file(
+    folder: &Folder,
+    name: &OsStr,
+    fill: impl FnOnce(&HostImage) -> Result<()>,
+) -> Result<()> {
+    let file = folder.new_file(name)?;
+    fill(file.image())?;
+    file.publish()
+}
+
+/// Says at once what publishing would say in the end.
+pub(super) fn refuse_existing(folder: &Folder, name: &OsStr) -> Result<()> {
+    if folder.contains(Path::new(name))? {
+        return Err(ImageError::Exists(folder.path().join(name)));
+    }
+    Ok(())
+}

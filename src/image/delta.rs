@@ -1,0 +1,311 @@
+//! One image file in the ploop format, off line: header and BAT in memory, and
+//! the order in which a change of them reaches the disk.
+
+use std::path::Path;
+
+use super::error::{ImageError, IoContext, Result};
+use super::file::ImageFile;
+use crate::format::{
+    BatScan, Geometry, GuestCluster, Header, HostCluster, InUse, SECTOR_SIZE, scan_bat,
+};
+
+/// An image file whose header was checked and whose BAT was read. The entries
+/// may still say anything: [`Self::require_sound`] or `check` judge them.
+#[derive(Debug)]
+pub struct Delta<F> {
+    file: F,
+    header: Header,
+    bat: Vec<u32>,
+}
+
+impl<F: ImageFile> Delta<F> {
+    /// Reads header and BAT.
+    ///
+    /// # Errors
+    /// No ploop image, one with a wrong header, one that ends inside its BAT, or
+    /// an I/O error.
+    pub fn load(file: F) -> Result<Self> {
+        let header = read_header(&file)?;
+        let needed = header.geometry().metadata_len();
+        let len = file.file_len().context(file.path(), "get the length")?;
+        if len < needed {
+            return Err(ImageError::CutOff {
+                path: file.path().to_owned(),
+                len,
+                needed,
+            });
+        }
+        let bat = read_bat(&file, header.geometry().entries)?;
+        Ok(Self { file, header, bat })
+    }
+
+    /// The file.
+    pub fn file(&self) -> &F {
+        &self.file
+    }
+
+    /// The file, without what was read of it.
+    pub fn into_file(self) -> F {
+        self.file
+    }
+
+    /// For messages.
+    pub fn path(&self) -> &Path {
+        self.file.path()
+    }
+
+    /// The header as it is in memory.
+    pub fn header(&self) -> &Header {
+        &self.header
+    }
+
+    /// Where everything is.
+    pub fn geometry(&self) -> &Geometry {
+        self.header.geometry()
+    }
+
+    /// The entries as they are in memory.
+    pub fn bat(&self) -> &[u32] {
+        &self.bat
+    }
+
+    /// Length of the file in bytes.
+    ///
+    /// # Errors
+    /// Any of `fstat(2)`.
+    pub fn file_len(&self) -> Result<u64> {
+        self.file.file_len().context(self.path(), "get the length")
+    }
+
+    /// Looks at every entry.
+    ///
+    /// # Errors
+    /// The length of the file cannot be had.
+    pub fn scan(&self) -> Result<BatScan> {
+        let entries = self.bat.iter().copied();
+        Ok(scan_bat(self.geometry(), self.file_len()?, entries))
+    }
+
+    /// Where a guest cluster lies, in bytes of the file. `None` if it has no
+    /// cluster here, be it beyond the BAT or behind an entry that cannot be right.
+    pub fn lookup(&self, guest: GuestCluster) -> Option<u64> {
+        let value = *self.bat.get(guest.0 as usize)?;
+        if value == 0 {
+            return None;
+        }
+        let geometry = self.geometry();
+        Some(geometry.host_offset(geometry.host_cluster(value)?))
+    }
+
+    /// That the image was closed cleanly and no entry is wrong: what every change
+    /// but a repair asks for.
+    ///
+    /// # Errors
+    /// What is wrong, with the command that helps.
+    pub fn require_sound(&self) -> Result<BatScan> {
+        let path = || self.path().to_owned();
+        if self.header.is_converting() {
+            return Err(ImageError::Converting(path()));
+        }
+        if matches!(self.header.in_use, InUse::Open | InUse::OpenByOthers) {
+            return Err(ImageError::InUse(path()));
+        }
+        let scan = self.scan()?;
+        if let Some(first) = scan.problems.first() {
+            return Err(ImageError::Corrupt {
+                path: path(),
+                count: scan.problem_count,
+                first: first.to_string(),
+            });
+        }
+        Ok(scan)
+    }
+
+    /// The first step of every change: the in-use mark, made stable.
+    ///
+    /// # Errors
+    /// Any of `pwrite(2)` and `fdatasync(2)`.
+    pub fn begin(&mut self) -> Result<()> {
+        if self.header.in_use != InUse::Open {
+            self.header.in_use = InUse::Open;
+            self.write_header()?;
+        }
+        self.sync()
+    }
+
+    /// The last step of every change that went well: everything stable, then
+    /// `mark`, then that stable too.
+    ///
+    /// # Errors
+    /// Any of `pwrite(2)` and `fdatasync(2)`.
+    pub fn finish(&mut self, mark: InUse) -> Result<()> {
+        self.sync()?;
+        if mark == InUse::Closed {
+            // The mark says that it is not valid; nothing may find it later.
+            self.header.extension.0 = 0;
+        }
+        self.header.in_use = mark;
+        self.write_header()?;
+        self.sync()
+    }
+
+    /// Puts another header in place of the present one, in memory.
+    pub fn set_header(&mut self, header: Header) {
+        self.bat.resize(header.geometry().entries as usize, 0);
+        self.header = header;
+    }
+
+    /// Writes the sector that holds the header, entries included, in one piece.
+    ///
+    /// # Errors
+    /// Any of `pwrite(2)`.
+    pub fn write_header(&self) -> Result<()> {
+        let mut sector = self.header.to_bytes().to_vec();
+        let room = (SECTOR_SIZE as usize - Header::LEN) / 4;
+        for entry in self.bat.iter().take(room) {
+            sector.extend(entry.to_le_bytes());
+        }
+        self.write(&sector, 0, "write the header")
+    }
+
+    /// Changes an entry in memory; [`Self::write_entries`] takes it to the file.
+    pub fn set_entry(&mut self, guest: GuestCluster, to: Option<HostCluster>) {
+        let value = to.map_or(0, |host| self.geometry().bat_value(host));
+        if let Some(entry) = self.bat.get_mut(guest.0 as usize) {
+            *entry = value;
+        }
+    }
+
+    /// Writes the entries of `guests`, which is in ascending order, sector by
+    /// sector; each sector holds whole entries, so none is ever torn.
+    ///
+    /// # Errors
+    /// Any of `pwrite(2)`.
+    pub fn write_entries(&self, guests: impl IntoIterator<Item = GuestCluster>) -> Result<()> {
+        let mut written = None;
+        for guest in guests {
+            let offset = Header::LEN as u64 + 4 * u64::from(guest.0);
+            let sector = offset / SECTOR_SIZE;
+            if written == Some(sector) {
+                continue;
+            }
+            written = Some(sector);
+            if sector == 0 {
+                self.write_header()?;
+                continue;
+            }
+            let first = (sector * SECTOR_SIZE - Header::LEN as u64) as usize / 4;
+            let end = (first + SECTOR_SIZE as usize / 4).min(self.bat.len());
+            let bytes: Vec<u8> = self.bat[first..end]
+                .iter()
+                .flat_map(|entry| entry.to_le_bytes())
+                .collect();
+            self.write(&bytes, sector * SECTOR_SIZE, "write the BAT")?;
+        }
+        Ok(())
+    }
+
+    /// Fills `bytes` from `offset` of the file; beyond its end there are zeros.
+    ///
+    /// # Errors
+    /// Any of `pread(2)`.
+    pub fn read(&self, bytes: &mut [u8], offset: u64) -> Result<()> {
+        read_or_zeros(&self.file, bytes, offset).context(self.path(), "read")
+    }
+
+    /// Writes data.
+    ///
+    /// # Errors
+    /// Any of `pwrite(2)`.
+    pub fn write(&self, bytes: &[u8], offset: u64, action: &'static str) -> Result<()> {
+        let written = self.file.write_all_at(bytes, offset);
+        written.context(self.path(), action)
+    }
+
+    /// Cuts or extends the file.
+    ///
+    /// # Errors
+    /// Any of `ftruncate(2)`.
+    pub fn set_len(&self, len: u64) -> Result<()> {
+        let set = self.file.set_len(len);
+        set.context(self.path(), "set the length")
+    }
+
+    /// Gives the space of a range back.
+    ///
+    /// # Errors
+    /// Any of `fallocate(2)`.
+    pub fn punch(&self, range: std::ops::Range<u64>) -> Result<()> {
+        let punched = self.file.punch(range);
+        punched.context(self.path(), "punch a hole")
+    }
+
+    /// Makes all changes stable.
+    ///
+    /// # Errors
+    /// Any of `fdatasync(2)`.
+    pub fn sync(&self) -> Result<()> {
+        self.file.sync().context(self.path(), "sync")
+    }
+
+    /// Copies a cluster inside the file.
+    ///
+    /// # Errors
+    /// Any of `pread(2)` and `pwrite(2)`.
+    pub fn copy_cluster(&self, from: u64, to: u64) -> Result<()> {
+        let mut cluster = vec![0; self.geometry().cluster.bytes() as usize];
+        self.read(&mut cluster, from)?;
+        self.write(&cluster, to, "write a cluster")
+    }
+}
+
+/// Reads and checks the header alone.
+///
+/// # Errors
+/// No ploop image, one with a wrong header, or an I/O error.
+pub fn read_header(file: &impl ImageFile) -> Result<Header> {
+    let path = file.path();
+    let mut bytes = [0; Header::LEN];
+    let len = file.file_len().context(path, "get the length")?;
+    if len < Header::LEN as u64 {
+        return Err(ImageError::CutOff {
+            path: path.to_owned(),
+            len,
+            needed: Header::LEN as u64,
+        });
+    }
+    file.read_exact_at(&mut bytes, 0)
+        .context(path, "read the header")?;
+    Header::parse(&bytes).map_err(|source| ImageError::Header {
+        path: path.to_owned(),
+        source,
+    })
+}
+
+fn read_bat(file: &impl ImageFile, entries: u32) -> Result<Vec<u32>> {
+    const CHUNK: usize = 1 << 20;
+    let mut bat = Vec::with_capacity(entries as usize);
+    let mut chunk = vec![0; CHUNK.min(4 * entries as usize)];
+    let mut offset = Header::LEN as u64;
+    while bat.len() < entries as usize {
+        let len = chunk.len().min(4 * (entries as usize - bat.len()));
+        file.read_exact_at(&mut chunk[..len], offset)
+            .context(file.path(), "read the BAT")?;
+        let words = chunk[..len].chunks_exact(4);
+        bat.extend(words.map(|word| u32::from_le_bytes([word[0], word[1], word[2], word[3]])));
+        offset += len as u64;
+    }
+    Ok(bat)
+}
+
+/// Fills `bytes` from `offset`; beyond the end of the file there are zeros.
+pub(super) fn read_or_zeros(
+    file: &impl ImageFile,
+    bytes: &mut [u8],
+    offset: u64,
+) -> std::io::Result<()> {
+    let there = file.file_len()?.saturating_sub(offset);
+    let len = (bytes.len() as u64).min(there) as usize;
+    bytes[len..].fill(0);
+    file.read_exact_at(&mut bytes[..len], offset)
+}

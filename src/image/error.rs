@@ -1,0 +1,204 @@
+//! What can go wrong with images off line, in words for the person at the prompt.
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+use thiserror::Error;
+
+use crate::format::{DescriptorError, EditError, Guid, HeaderError, Sector};
+use crate::storage::lock::LockError;
+
+/// Why an operation on an image failed. The text says what to do where something
+/// can be done.
+#[derive(Debug, Error)]
+pub enum ImageError {
+    /// A system call failed.
+    #[error("{}: cannot {action}: {source}", path.display())]
+    Io {
+        /// Of the file or folder.
+        path: PathBuf,
+        /// In words: "open", "read the BAT".
+        action: &'static str,
+        /// Of the system.
+        source: io::Error,
+    },
+    /// A FIFO, a device, a socket or a symbolic link in place of an image.
+    #[error("{}: is {kind}, expected {expected}", path.display())]
+    WrongKind {
+        /// Of what is there.
+        path: PathBuf,
+        /// "a FIFO".
+        kind: &'static str,
+        /// "an image file".
+        expected: &'static str,
+    },
+    /// A folder without a descriptor.
+    #[error("{}: is a folder without a DiskDescriptor.xml, so no ploop disk", .0.display())]
+    NoDescriptor(PathBuf),
+    /// Somebody else uses the image.
+    #[error("{}: {source}; stop it first{}", path.display(), share_hint(*.shareable))]
+    Locked {
+        /// Of the image file.
+        path: PathBuf,
+        /// Who.
+        source: LockError,
+        /// Whether reading without a lock would help.
+        shareable: bool,
+    },
+    /// Locking itself failed.
+    #[error("{}: {source}", path.display())]
+    Lock {
+        /// Of the image file.
+        path: PathBuf,
+        /// Why.
+        source: LockError,
+    },
+    /// The descriptor changed again and again while it was opened.
+    #[error("{}: another process keeps changing this disk; try again when it is done", .0.display())]
+    Busy(PathBuf),
+    /// The descriptor says something that cannot be.
+    #[error("{}: {source}", path.display())]
+    Descriptor {
+        /// Of the descriptor.
+        path: PathBuf,
+        /// What.
+        source: DescriptorError,
+    },
+    /// The header says something that cannot be.
+    #[error("{}: {source}", path.display())]
+    Header {
+        /// Of the image file.
+        path: PathBuf,
+        /// What.
+        source: HeaderError,
+    },
+    /// The file ends inside header or BAT.
+    #[error("{}: is cut off: {len} bytes long, its header and BAT alone take {needed}", path.display())]
+    CutOff {
+        /// Of the image file.
+        path: PathBuf,
+        /// In bytes.
+        len: u64,
+        /// In bytes.
+        needed: u64,
+    },
+    /// A level of a chain does not fit the one above it.
+    #[error("{}: does not fit the image above it: {why}", path.display())]
+    Misfit {
+        /// Of the lower image file.
+        path: PathBuf,
+        /// What differs.
+        why: &'static str,
+    },
+    /// A plain image is shorter than its disk.
+    #[error("{}: is {len} bytes long, its disk takes {}", path.display(), disk_size.bytes())]
+    PlainTooShort {
+        /// Of the plain image file.
+        path: PathBuf,
+        /// In bytes.
+        len: u64,
+        /// By the descriptor.
+        disk_size: Sector,
+    },
+    /// An image is to be written that is one of several of a disk.
+    #[error(
+        "{}: is one of {images} images of the disk {}; give that path instead",
+        path.display(),
+        bundle.display()
+    )]
+    Member {
+        /// Of the image file.
+        path: PathBuf,
+        /// The folder.
+        bundle: PathBuf,
+        /// How many images the disk has.
+        images: usize,
+    },
+    /// A bare image was given where only a bundle will do.
+    #[error("{}: is a bare image; snapshots need a bundle: make one with 'ploop-img convert'", .0.display())]
+    NotABundle(PathBuf),
+    /// The image was left in use by a crash.
+    #[error(
+        "{}: was not closed cleanly; check it with 'ploop-img check', and repair it with \
+         'ploop-img check --repair all'",
+        .0.display()
+    )]
+    InUse(PathBuf),
+    /// A conversion between versions was cut off.
+    #[error(
+        "{}: a change of the format version was cut off half-way; finish it with \
+         'ploop-img check --repair all'",
+        .0.display()
+    )]
+    Converting(PathBuf),
+    /// BAT entries that cannot be right.
+    #[error(
+        "{}: {count} BAT entries are wrong (the first: {first}); look at them with \
+         'ploop-img check', and repair them with 'ploop-img check --repair all'",
+        path.display()
+    )]
+    Corrupt {
+        /// Of the image file.
+        path: PathBuf,
+        /// How many.
+        count: u32,
+        /// The first, in words.
+        first: String,
+    },
+    /// Something is there already where something new shall be made.
+    #[error("{}: exists already; remove it first, or choose another name", .0.display())]
+    Exists(PathBuf),
+    /// The snapshot tree does not allow it.
+    #[error("{}: {source}", path.display())]
+    Edit {
+        /// Of the bundle.
+        path: PathBuf,
+        /// Why not.
+        source: EditError,
+    },
+    /// No snapshot of that name.
+    #[error("{}: there is no snapshot {guid}; 'ploop-img snapshot list' shows those that are", path.display())]
+    NoSnapshot {
+        /// Of the bundle.
+        path: PathBuf,
+        /// As asked for.
+        guid: Guid,
+    },
+    /// What was asked for cannot be done with this image.
+    #[error("{}: {why}", path.display())]
+    Unsupported {
+        /// Of the image.
+        path: PathBuf,
+        /// What, why, and what to do instead.
+        why: String,
+    },
+    /// A signal ended the operation.
+    #[error("{}: interrupted; nothing was left behind", .0.display())]
+    Interrupted(PathBuf),
+}
+
+/// The result of an operation on an image.
+pub type Result<T> = std::result::Result<T, ImageError>;
+
+fn share_hint(shareable: bool) -> &'static str {
+    if shareable {
+        ", or read it all the same with --force-share"
+    } else {
+        ""
+    }
+}
+
+/// Adds to an [`io::Error`] what was tried on which file.
+pub(super) trait IoContext<T> {
+    fn context(self, path: &Path, action: &'static str) -> Result<T>;
+}
+
+impl<T, E: Into<io::Error>> IoContext<T> for std::result::Result<T, E> {
+    fn context(self, path: &Path, action: &'static str) -> Result<T> {
+        self.map_err(|source| ImageError::Io {
+            path: path.to_owned(),
+            action,
+            source: source.into(),
+        })
+    }
+}

@@ -1,0 +1,24 @@
+//! Off-line work on images: opening, creating, checking, converting, snapshots.
+//!
+//! Knows files, folders, locks and the order in which changes must reach the
+//! disk. Must not know how a guest is served, nor how results are shown: the
+//! operations return reports, `ploop-img` prints them.
+
+mod bundle;
+mod create;
+mod delta;
+mod error;
+mod fault;
+mod file;
+mod folder;
+mod info;
+mod open;
+
+pub use bundle::{Bundle, Location};
+pub use create::{create, is_bare_name};
+pub use delta::{Delta, read_header};
+pub use error::{ImageError, Result};
+pub use file::{HostImage, ImageFile};
+pub use folder::{Folder, NewFile, NewFolder};
+pub use info::{DiskInfo, FormatSpecific, ImageInfo, PloopInfo, info};
+pub use open::{Access, Chain, Level, OpenImage, OpenMode, open};

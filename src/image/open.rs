@@ -1,0 +1,324 @@
+//! From a path to open, locked image files in the order that they stack.
+
+use std::path::{Path, PathBuf};
+
+use rustix::fs::OFlags;
+
+use super::bundle::{Bundle, Location};
+use super::delta::read_header;
+use super::error::{ImageError, IoContext, Result};
+use super::file::HostImage;
+use super::folder::open_regular;
+use crate::format::{ClusterSize, Descriptor, Guid, ImageKind, SECTOR_SIZE, Sector};
+use crate::storage::HostFile;
+use crate::storage::lock::{ImageLock, LockError, LockMode};
+
+/// What the files of a disk are, base first.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Chain {
+    /// At least one; only the first may be plain.
+    pub levels: Vec<Level>,
+}
+
+/// What one file of a chain is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Level {
+    /// An image in the ploop format.
+    Ploop,
+    /// A raw image.
+    Plain {
+        /// Of the guest's disk.
+        size: Sector,
+    },
+}
+
+/// What the image is opened for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Access {
+    /// To read it; others may, too.
+    Read,
+    /// To serve it to a guest that writes.
+    Serve,
+    /// To change it off line: nobody else may use it.
+    Change,
+}
+
+/// How to open an image.
+#[derive(Clone, Copy, Debug)]
+pub struct OpenMode {
+    access: Access,
+    snapshot: Option<Guid>,
+    force_share: bool,
+}
+
+impl OpenMode {
+    /// The usual way for `access`: the top, under locks.
+    pub const fn new(access: Access) -> Self {
+        Self {
+            access,
+            snapshot: None,
+            force_share: false,
+        }
+    }
+
+    /// A snapshot of a bundle instead of its top; for reading only.
+    #[must_use]
+    pub const fn snapshot(mut self, snapshot: Option<Guid>) -> Self {
+        self.snapshot = snapshot;
+        self
+    }
+
+    /// Without locks, whoever uses the image; for reading only, and what is read
+    /// may be of two minds.
+    #[must_use]
+    pub const fn force_share(mut self, force_share: bool) -> Self {
+        self.force_share = force_share;
+        self
+    }
+}
+
+/// The files of a disk, open and locked until this is dropped.
+#[derive(Debug)]
+pub struct OpenImage {
+    /// The image files, base first; only the last may be writable.
+    pub files: Vec<HostFile>,
+    /// What each file is.
+    pub chain: Chain,
+    /// Where they were found, if not by the path of a bare image.
+    pub bundle: Option<Bundle>,
+    /// The snapshot, or the top, that the last file is; `None` for a bare image.
+    pub top: Option<Guid>,
+    /// Of all files; drop them last.
+    pub locks: Vec<ImageLock>,
+}
+
+impl OpenImage {
+    /// The names of the levels in their bundle, base first.
+    pub fn guids(&self) -> Vec<Option<Guid>> {
+        match (&self.bundle, self.top) {
+            (Some(bundle), Some(top)) => {
+                let chain = bundle.descriptor().chain(top);
+                chain.iter().map(|image| Some(image.guid)).collect()
+            }
+            _ => vec![None; self.files.len()],
+        }
+    }
+}
+
+/// Opens what `path` names: a bare image, a bundle's folder, or its descriptor.
+///
+/// The headers are checked, and that the levels fit on each other; the BATs are
+/// not read.
+///
+/// # Errors
+/// Whatever keeps it from being opened so.
+pub fn open(path: &Path, mode: OpenMode) -> Result<OpenImage> {
+    match Location::of(path)? {
+        Location::Bare(path) => open_bare(path, mode),
+        Location::Bundle(bundle) => open_bundle(bundle, mode),
+    }
+}
+
+fn open_bare(path: PathBuf, mode: OpenMode) -> Result<OpenImage> {
+    if mode.snapshot.is_some() {
+        return Err(ImageError::NotABundle(path));
+    }
+    let writable = mode.access != Access::Read;
+    if writable {
+        refuse_member(&path)?;
+    }
+    let file = open_regular(rustix::fs::CWD, &path, OFlags::empty(), writable, &path)?;
+    let file = HostFile {
+        file,
+        path,
+        writable,
+    };
+    let locks = lock(&file, mode)?.into_iter().collect();
+    read_header(&image_of(&file)?)?;
+    Ok(OpenImage {
+        files: vec![file],
+        chain: Chain {
+            levels: vec![Level::Ploop],
+        },
+        bundle: None,
+        top: None,
+        locks,
+    })
+}
+
+/// One of several images of a disk must not be written by itself: those above it
+/// would change with it.
+fn refuse_member(path: &Path) -> Result<()> {
+    let Some(folder) = path.parent() else {
+        return Ok(());
+    };
+    let Ok(bundle) = Bundle::open(if folder.as_os_str().is_empty() {
+        Path::new(".")
+    } else {
+        folder
+    }) else {
+        return Ok(());
+    };
+    let images = bundle.descriptor().images();
+    let is_member = images
+        .iter()
+        .any(|image| Some(image.file.as_os_str()) == path.file_name());
+    if is_member && images.len() > 1 {
+        return Err(ImageError::Member {
+            path: path.to_owned(),
+            bundle: folder.to_owned(),
+            images: images.len(),
+        });
+    }
+    Ok(())
+}
+
+fn open_bundle(bundle: Bundle, mode: OpenMode) -> Result<OpenImage> {
+    const TRIES: usize = 5;
+    let path = bundle.path().to_owned();
+    let mut bundle = bundle;
+    for _ in 0..TRIES {
+        let (files, locks) = open_files(&bundle, mode)?;
+        // What the descriptor said before the locks were taken may be history.
+        if bundle.is_current()? {
+            let descriptor = bundle.descriptor();
+            let top = mode.snapshot.unwrap_or(descriptor.top());
+            return Ok(OpenImage {
+                chain: check_chain(descriptor, top, &files)?,
+                files,
+                bundle: Some(bundle),
+                top: Some(top),
+                locks,
+            });
+        }
+        bundle = Bundle::open(&path)?;
+    }
+    Err(ImageError::Busy(path))
+}
+
+fn open_files(bundle: &Bundle, mode: OpenMode) -> Result<(Vec<HostFile>, Vec<ImageLock>)> {
+    let descriptor = bundle.descriptor();
+    let top = mode.snapshot.unwrap_or(descriptor.top());
+    bundle.require(top)?;
+    if top != descriptor.top() && mode.access != Access::Read {
+        return Err(ImageError::Unsupported {
+            path: bundle.path().to_owned(),
+            why: format!("snapshot {top} can only be read, others may depend on it"),
+        });
+    }
+    let mut files = Vec::new();
+    let mut locks = Vec::new();
+    for image in descriptor.chain(top) {
+        let writable = image.guid == top && mode.access != Access::Read;
+        let file = HostFile {
+            file: bundle.folder().open_image(&image.file, writable)?,
+            path: bundle.path().join(&image.file),
+            writable,
+        };
+        locks.extend(lock(&file, mode)?);
+        files.push(file);
+    }
+    Ok((files, locks))
+}
+
+fn lock(file: &HostFile, mode: OpenMode) -> Result<Option<ImageLock>> {
+    let lock_mode = match mode.access {
+        Access::Read if mode.force_share => return Ok(None),
+        Access::Serve if file.writable => LockMode::ReadWrite,
+        Access::Change if file.writable => LockMode::Exclusive,
+        _ => LockMode::ReadOnly,
+    };
+    let shareable = mode.access == Access::Read;
+    lock_file(file, lock_mode, shareable).map(Some)
+}
+
+/// Locks a file, and says it well if somebody is in the way. `shareable` is
+/// whether the user could do without a lock.
+pub(super) fn lock_file(file: &HostFile, mode: LockMode, shareable: bool) -> Result<ImageLock> {
+    let path = || file.path.clone();
+    ImageLock::acquire(&file.file, mode).map_err(|source| match source {
+        LockError::Io(_) => ImageError::Lock {
+            path: path(),
+            source,
+        },
+        source => ImageError::Locked {
+            path: path(),
+            source,
+            shareable,
+        },
+    })
+}
+
+/// For work through [`ImageFile`](super::ImageFile), on the same open file.
+pub(super) fn image_of(file: &HostFile) -> Result<HostImage> {
+    let same = file.file.try_clone().context(&file.path, "open")?;
+    Ok(HostImage::new(same, file.path.clone()))
+}
+
+fn check_chain(descriptor: &Descriptor, top: Guid, files: &[HostFile]) -> Result<Chain> {
+    // From the top down: each limits what is below.
+    let mut above: Option<(Sector, u32)> = None;
+    let mut levels = Vec::new();
+    for (image, file) in descriptor.chain(top).into_iter().zip(files).rev() {
+        let level = match image.kind {
+            ImageKind::Plain => check_plain(descriptor, above, file)?,
+            ImageKind::Expandable => {
+                above = Some(check_expandable(descriptor.cluster, above, file)?);
+                Level::Ploop
+            }
+        };
+        levels.push(level);
+    }
+    levels.reverse();
+    Ok(Chain { levels })
+}
+
+/// Disk size and number of entries of an expandable image that fits.
+fn check_expandable(
+    cluster: ClusterSize,
+    above: Option<(Sector, u32)>,
+    file: &HostFile,
+) -> Result<(Sector, u32)> {
+    let misfit = |why| {
+        Err(ImageError::Misfit {
+            path: file.path.clone(),
+            why,
+        })
+    };
+    let header = read_header(&image_of(file)?)?;
+    let geometry = header.geometry();
+    if geometry.cluster != cluster {
+        return misfit("its cluster size is not that of the descriptor");
+    }
+    if let Some((disk_size, entries)) = above {
+        if geometry.disk_size > disk_size {
+            return misfit("its disk is larger");
+        }
+        if geometry.entries > entries {
+            return misfit("its BAT is longer");
+        }
+    }
+    Ok((geometry.disk_size, geometry.entries))
+}
+
+fn check_plain(
+    descriptor: &Descriptor,
+    above: Option<(Sector, u32)>,
+    file: &HostFile,
+) -> Result<Level> {
+    let len = file.file.metadata().context(&file.path, "look at")?.len();
+    let in_file = Sector(len / SECTOR_SIZE);
+    let size = match above {
+        // What the top has grown by is not in the base.
+        Some((disk_size, _)) => in_file.min(disk_size),
+        None if in_file < descriptor.disk_size => {
+            return Err(ImageError::PlainTooShort {
+                path: file.path.clone(),
+                len,
+                disk_size: descriptor.disk_size,
+            });
+        }
+        None => descriptor.disk_size,
+    };
+    Ok(Level::Plain { size })
+}
