@@ -7,8 +7,9 @@ use serde::Serialize;
 
 use super::delta::Delta;
 use super::error::{IoContext, Result};
-use super::open::{Level, OpenMode, image_of, open};
+use super::open::{OpenMode, image_of, open};
 use crate::format::{Guid, Header, InUse, SECTOR_SIZE, Version};
+use crate::ploop::Level;
 use crate::storage::HostFile;
 
 /// One image file; serialised it has the keys of `qemu-img info --output=json`.

@@ -21,4 +21,4 @@ pub use error::{ImageError, Result};
 pub use file::{HostImage, ImageFile};
 pub use folder::{Folder, NewFile, NewFolder};
 pub use info::{DiskInfo, FormatSpecific, ImageInfo, PloopInfo, info};
-pub use open::{Access, Chain, Level, OpenImage, OpenMode, open};
+pub use open::{Access, OpenImage, OpenMode, open};

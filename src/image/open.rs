@@ -10,27 +10,9 @@ use super::error::{ImageError, IoContext, Result};
 use super::file::HostImage;
 use super::folder::open_regular;
 use crate::format::{ClusterSize, Descriptor, Guid, ImageKind, SECTOR_SIZE, Sector};
+use crate::ploop::{Chain, Level};
 use crate::storage::HostFile;
 use crate::storage::lock::{ImageLock, LockError, LockMode};
-
-/// What the files of a disk are, base first.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Chain {
-    /// At least one; only the first may be plain.
-    pub levels: Vec<Level>,
-}
-
-/// What one file of a chain is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Level {
-    /// An image in the ploop format.
-    Ploop,
-    /// A raw image.
-    Plain {
-        /// Of the guest's disk.
-        size: Sector,
-    },
-}
 
 /// What the image is opened for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
