@@ -173,6 +173,41 @@ fn verifies_with_more_queues_than_processors() {
 }
 
 #[test]
+fn verifies_in_a_driver_of_old() {
+    // Neither VERSION_1 nor the registers of virtio 1.0.
+    let Some(rig) = Rig::new() else { return };
+    assert_eq!(format_and_verify(&rig, 2, ",disable-modern=on"), 2);
+}
+
+#[test]
+fn verifies_while_qemu_stops_and_continues() {
+    let Some(rig) = Rig::new() else { return };
+    let backend = rig.serve(&[]);
+    let mut guest = rig
+        .guest(
+            r"
+            meet_host start
+            fio --name=job --filename=/dev/vda --numjobs=2 --size=48M --offset_increment=64M \
+                --rw=randrw --bsrange=4k-64k --ioengine=libaio --direct=1 --iodepth=16 \
+                --verify=crc32c --verify_fatal=1 --time_based --runtime=10 --minimal
+            ",
+        )
+        .cpus(2)
+        .disk(backend.socket(), "")
+        .start();
+    guest.wait_at("start");
+    guest.go_on();
+    for _ in 0..20 {
+        thread::sleep(Duration::from_millis(300));
+        guest.pause();
+        thread::sleep(Duration::from_millis(50));
+        guest.resume();
+    }
+    guest.finish();
+    rig.close(backend);
+}
+
+#[test]
 fn shows_serial_and_limits() {
     let Some(rig) = Rig::new() else { return };
     let backend = rig.serve(&["--serial", "ploop 0123456789abcd"]);

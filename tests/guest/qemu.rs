@@ -225,6 +225,17 @@ impl Running {
         self.command("system_reset");
     }
 
+    /// Stops the processors and the disks, which takes every queue from the
+    /// back-end.
+    pub fn pause(&self) {
+        self.command("stop");
+    }
+
+    /// Undoes [`Running::pause`].
+    pub fn resume(&self) {
+        self.command("cont");
+    }
+
     /// Ends QEMU, as its operator would, without a word to the guest.
     pub fn quit(mut self) -> Outcome {
         self.command("quit");
