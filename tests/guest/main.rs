@@ -210,7 +210,7 @@ fn verifies_while_qemu_stops_and_continues() {
 #[test]
 fn shows_serial_and_limits() {
     let Some(rig) = Rig::new() else { return };
-    let backend = rig.serve(&["--serial", "ploop 0123456789abcd"]);
+    let backend = rig.serve(&["--serial", "ploop-0123456789abcd"]);
     let outcome = rig
         .guest(
             r#"
@@ -229,7 +229,7 @@ fn shows_serial_and_limits() {
         )
         .disk(backend.socket(), "")
         .run();
-    assert_eq!(outcome.value("serial"), "ploop 0123456789abcd");
+    assert_eq!(outcome.value("serial"), "ploop-0123456789abcd");
     assert_eq!(outcome.number("sectors"), 2048 * 1024);
     assert_eq!(outcome.number("read_only"), 0);
     assert_eq!(outcome.value("cache"), "write back");
@@ -356,7 +356,7 @@ fn obeys_the_write_cache_switch() {
         return;
     }
     // So long that the mapping is in the file only if something asked for it.
-    let backend = rig.serve(&["--writeback-delay", "3600000"]);
+    let backend = rig.serve(&["--writeback-delay", "60000"]);
     let mut guest = rig
         .guest(WRITE_CACHE)
         .disk(backend.socket(), ",config-wce=on")
