@@ -2,9 +2,11 @@
 
 use std::path::PathBuf;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use serde::Serialize;
 use tempfile::TempDir;
+
+use crate::scratch;
 
 /// A kind of storage and how it is used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
@@ -71,10 +73,6 @@ impl Directories {
     /// # Errors
     /// It cannot be made.
     pub fn make(&self, bed: Bed) -> Result<TempDir> {
-        let parent = self.of(bed);
-        tempfile::Builder::new()
-            .prefix("ploop-bench-")
-            .tempdir_in(parent)
-            .with_context(|| format!("making a directory in {}", parent.display()))
+        scratch::make(self.of(bed))
     }
 }

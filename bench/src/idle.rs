@@ -1,13 +1,22 @@
 //! What a server costs while a client is attached and does nothing.
 
-use std::sync::atomic::Ordering;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result};
 
+use crate::bed::Bed;
 use crate::contestant::{Contestant, OURS, QSD_PARALLELS};
-use crate::measure::{Lab, Setting};
+use crate::image::{Geometry, Image};
+use crate::measure::Setting;
+use crate::station::{PREPARED, Station};
+
+/// Where the image lies: it is only written to have had something to do.
+const BED: Bed = Bed::Tmpfs;
+const GEOMETRY: Geometry = Geometry {
+    disk_bytes: 128 << 20,
+    cluster_bytes: None,
+};
 
 /// How long the server is left alone before the CPU is looked at: spinning and
 /// delayed writes end within it.
@@ -34,28 +43,37 @@ pub struct Idle {
 /// # Errors
 /// A server that fails, or the user's wish to stop.
 pub fn measure(setting: &Setting, time: Duration) -> Result<Vec<Idle>> {
-    let lab = Lab::new(setting);
     [OURS, QSD_PARALLELS]
         .into_iter()
         .map(|contestant| {
-            lab.with_attached(contestant, |server| {
-                thread::sleep(SETTLE);
-                let cpu = server.cpu_time()?;
-                let switches = server.context_switches()?;
-                let start = Instant::now();
-                while start.elapsed() < time {
-                    if setting.interrupted.load(Ordering::Relaxed) {
-                        bail!("stopped by the user");
-                    }
-                    thread::sleep(Duration::from_millis(100));
-                }
-                Ok(Idle {
-                    contestant,
-                    time: start.elapsed(),
-                    cpu: server.cpu_time()? - cpu,
-                    context_switches: server.context_switches()? - switches,
-                })
-            })
+            watch(setting, contestant, time)
+                .with_context(|| format!("idle: {}", contestant.label()))
         })
         .collect()
+}
+
+fn watch(setting: &Setting, contestant: Contestant, time: Duration) -> Result<Idle> {
+    let (programs, directories) = (&setting.programs, &setting.directories);
+    let image = Image::empty(directories, BED, contestant, GEOMETRY)?;
+    let mut station = Station::filled(programs, BED, contestant, &image)?;
+    let server = station.server().context("a contestant without a server")?;
+
+    thread::sleep(SETTLE);
+    let cpu = server.cpu_time()?;
+    let switches = server.context_switches()?;
+    let start = Instant::now();
+    while start.elapsed() < time {
+        setting.check_interrupted()?;
+        thread::sleep(Duration::from_millis(100));
+    }
+    let idle = Idle {
+        contestant,
+        time: start.elapsed(),
+        cpu: server.cpu_time()? - cpu,
+        context_switches: server.context_switches()? - switches,
+    };
+    // It was idle, not dead.
+    station.verify_sample(PREPARED)?;
+    station.stop()?;
+    Ok(idle)
 }

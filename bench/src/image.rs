@@ -1,7 +1,7 @@
 //! Makes the images that are served.
 //!
 //! Knows formats and files. Must not know servers: what writes an image full is
-//! in [`crate::measure`].
+//! in [`crate::station`].
 
 use std::fs::{self, File};
 use std::io::Write;
@@ -28,7 +28,7 @@ pub struct Image {
 }
 
 /// What an image shall be like.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Geometry {
     /// Size of the disk in bytes.
     pub disk_bytes: u64,

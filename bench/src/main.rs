@@ -7,6 +7,7 @@ mod bed;
 mod client;
 mod content;
 mod contestant;
+mod cost;
 mod idle;
 mod image;
 mod machine;
@@ -15,8 +16,11 @@ mod opening;
 mod report;
 mod run;
 mod scenario;
+mod scratch;
 mod server;
+mod station;
 mod stats;
+mod stock;
 mod workload;
 
 use std::path::PathBuf;
@@ -52,6 +56,10 @@ struct Arguments {
     /// Measure everything, in about two hours.
     #[arg(long, group = "mode")]
     all: bool,
+    /// Count instructions, system calls and context switches of each path through
+    /// the servers, in about five minutes.
+    #[arg(long, group = "mode")]
+    cost: bool,
     /// Print the names of the scenarios of the mode, and measure nothing.
     #[arg(long)]
     list: bool,
@@ -98,6 +106,7 @@ enum Mode {
     Short,
     Targets,
     All,
+    Cost,
 }
 
 impl Mode {
@@ -106,6 +115,7 @@ impl Mode {
             Self::Short => "short",
             Self::Targets => "targets",
             Self::All => "all",
+            Self::Cost => "cost",
         }
     }
 
@@ -114,27 +124,28 @@ impl Mode {
             Self::Short => scenario::targets(TINY),
             Self::Targets => scenario::targets(FULL),
             Self::All => scenario::all(FULL),
+            Self::Cost => scenario::paths(),
         }
     }
 
     fn run_time(self) -> Duration {
         match self {
             Self::Short => Duration::from_millis(200),
-            Self::Targets | Self::All => Duration::from_secs(1),
+            Self::Targets | Self::All | Self::Cost => Duration::from_secs(1),
         }
     }
 
     fn opening_rounds(self) -> u32 {
         match self {
             Self::Short => 2,
-            Self::Targets | Self::All => 20,
+            Self::Targets | Self::All | Self::Cost => 20,
         }
     }
 
     fn idle_time(self) -> Duration {
         match self {
             Self::Short => Duration::from_secs(1),
-            Self::Targets | Self::All => Duration::from_secs(10),
+            Self::Targets | Self::All | Self::Cost => Duration::from_secs(10),
         }
     }
 }
@@ -156,6 +167,8 @@ fn main() -> ExitCode {
 fn bench(arguments: &Arguments) -> Result<()> {
     let mode = if arguments.all {
         Mode::All
+    } else if arguments.cost {
+        Mode::Cost
     } else if arguments.targets {
         Mode::Targets
     } else {
@@ -170,7 +183,7 @@ fn bench(arguments: &Arguments) -> Result<()> {
     for scenario in &mut scenarios {
         scenario.rounds = arguments.rounds.unwrap_or(scenario.rounds);
     }
-    let others = [OPENING, IDLE].map(&selected);
+    let others = [OPENING, IDLE].map(|name| mode != Mode::Cost && selected(name));
     if arguments.list {
         return list(&scenarios, others);
     }
@@ -180,6 +193,9 @@ fn bench(arguments: &Arguments) -> Result<()> {
         arguments.only
     );
     let setting = setting(arguments, mode)?;
+    if mode == Mode::Cost {
+        return count(&setting, arguments, &scenarios);
+    }
     let report = measure(&setting, mode, arguments, &scenarios, others)?;
     print!("{}", report.other_tables());
     if !report.verdicts.is_empty() {
@@ -192,6 +208,16 @@ fn bench(arguments: &Arguments) -> Result<()> {
         report.write_into(document)?;
     }
     Ok(())
+}
+
+fn count(setting: &Setting, arguments: &Arguments, scenarios: &[Scenario]) -> Result<()> {
+    let machine = Machine::look(&setting.programs, &setting.directories);
+    let costs = cost::measure(setting, scenarios)?;
+    print!("{}", report::cost_table(&costs));
+    match &arguments.document {
+        Some(document) => report::write_costs_into(document, &machine, &costs),
+        None => Ok(()),
+    }
 }
 
 fn list(scenarios: &[Scenario], others: [bool; 2]) -> Result<()> {
@@ -218,7 +244,9 @@ fn setting(arguments: &Arguments, mode: Mode) -> Result<Setting> {
     };
     for bed in Bed::ALL {
         check_kind(bed, &directories)?;
+        scratch::sweep(directories.of(bed))?;
     }
+    scratch::sweep(&std::env::temp_dir())?;
     let interrupted = Arc::new(AtomicBool::new(false));
     for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM] {
         signal_hook::flag::register(signal, Arc::clone(&interrupted))

@@ -1,41 +1,25 @@
-//! Measures one scenario: alternated runs of all sides, and what follows from them.
+//! Measures one scenario: alternated runs of all sides.
 //!
 //! Each round runs every side once, starting with another one each time. Only
 //! figures of one round are divided by each other: the host's speed drifts more
 //! between minutes than the sides differ.
 
-use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, ensure};
 use hdrhistogram::Histogram;
-use tempfile::TempDir;
 
 use crate::bed::{Bed, Directories};
-use crate::client::{Device, Shape, Target};
 use crate::content::Generation;
-use crate::contestant::{Contestant, Launch, Programs};
-use crate::image::{Geometry, Image};
+use crate::contestant::{Contestant, Programs};
+use crate::image::Image;
 use crate::run::{self, Outcome, Plan};
 use crate::scenario::Scenario;
-use crate::server::{self, Server};
-use crate::workload::{Action, Cache, Start, Unit, Workload};
-
-/// The generation that images are prepared with.
-const PREPARED: Generation = 1;
-
-/// Requests that fill an image: large, a few at a time.
-const FILL: Shape = Shape {
-    queues: 1,
-    depth: 8,
-    buffer_bytes: 1 << 20,
-    cache: Cache::WriteBack,
-};
-
-/// Blocks of a written image that are compared whole at the end of a scenario.
-const SAMPLED: usize = 256;
+use crate::station::{self, PREPARED, Station, Used};
+use crate::stock::Stock;
+use crate::workload::{Start, Unit, Workload};
 
 /// How all scenarios are measured.
 pub struct Setting {
@@ -49,30 +33,22 @@ pub struct Setting {
     pub interrupted: Arc<AtomicBool>,
 }
 
-/// Measures scenarios, and keeps the written images that several of them use.
+impl Setting {
+    /// # Errors
+    /// The user wants to stop.
+    pub fn check_interrupted(&self) -> Result<()> {
+        let interrupted = self.interrupted.load(Ordering::Relaxed);
+        ensure!(!interrupted, "stopped by the user");
+        Ok(())
+    }
+}
+
+/// Measures scenarios, one after another.
 pub struct Lab<'a> {
     setting: &'a Setting,
-    written: HashMap<Key, Image>,
+    stock: Stock<'a>,
     /// Of the last run. Images live longer than scenarios, so it is never reset.
     generation: Generation,
-}
-
-/// What makes a prepared image fit.
-#[derive(Clone, PartialEq, Eq, Hash)]
-struct Key {
-    contestant: Contestant,
-    bed: Bed,
-    disk_bytes: u64,
-    cluster_bytes: Option<u32>,
-    start: Prepared,
-}
-
-#[derive(Clone, Copy, PartialEq, Eq, Hash)]
-enum Prepared {
-    /// To be served.
-    Image,
-    /// To lie below an overlay.
-    Base,
 }
 
 /// What one side did in all rounds.
@@ -85,6 +61,24 @@ pub struct Side {
     pub latency: Histogram<u64>,
     /// Most memory of the server in bytes; `None` without a server.
     pub peak_memory: Option<u64>,
+}
+
+impl Side {
+    fn new(contestant: Contestant) -> Self {
+        Self {
+            contestant,
+            samples: Vec::new(),
+            latency: run::latencies(),
+            peak_memory: None,
+        }
+    }
+
+    fn note_memory(&mut self, station: &Station) -> Result<()> {
+        if let Some(server) = station.server() {
+            self.peak_memory = self.peak_memory.max(Some(server.peak_memory()?));
+        }
+        Ok(())
+    }
 }
 
 /// The figures of one run.
@@ -100,29 +94,19 @@ pub struct Sample {
     pub client_cpu_us: f64,
 }
 
-/// A side that is ready to run.
-struct Station {
-    // In the order in which they must go.
-    device: Device,
-    server: Option<Server>,
-    _socket_dir: TempDir,
-    /// Of its last run.
-    generation: Generation,
-}
-
 impl<'a> Lab<'a> {
     /// A lab without images.
     pub fn new(setting: &'a Setting) -> Self {
         Self {
             setting,
-            written: HashMap::new(),
+            stock: Stock::new(&setting.programs, &setting.directories),
             generation: PREPARED,
         }
     }
 
     /// Drops the images that are not of `bed`: nobody comes back to them.
     pub fn keep_only(&mut self, bed: Bed) {
-        self.written.retain(|key, _| key.bed == bed);
+        self.stock.keep_only(bed);
     }
 
     /// Measures a scenario.
@@ -130,16 +114,8 @@ impl<'a> Lab<'a> {
     /// # Errors
     /// A server that fails, dies or answers wrongly, or the user's wish to stop.
     pub fn measure(&mut self, scenario: &Scenario) -> Result<Vec<Side>> {
-        let mut sides: Vec<Side> = scenario
-            .contestants
-            .iter()
-            .map(|&contestant| Side {
-                contestant,
-                samples: Vec::new(),
-                latency: run::latencies(),
-                peak_memory: None,
-            })
-            .collect();
+        let sides = scenario.contestants.iter().copied().map(Side::new);
+        let mut sides: Vec<Side> = sides.collect();
         if scenario.workload.start.is_fresh() {
             self.measure_fresh(scenario, &mut sides)?;
         } else {
@@ -148,45 +124,17 @@ impl<'a> Lab<'a> {
         Ok(sides)
     }
 
-    /// Serves an image that was just written, with a client attached, while `look`
-    /// looks at the server.
-    ///
-    /// # Errors
-    /// Those of the server, and of `look`.
-    pub fn with_attached<T>(
-        &self,
-        contestant: Contestant,
-        look: impl FnOnce(&Server) -> Result<T>,
-    ) -> Result<T> {
-        let bed = Bed::Tmpfs;
-        let geometry = Geometry {
-            disk_bytes: 128 << 20,
-            cluster_bytes: None,
-        };
-        let image = Image::empty(&self.setting.directories, bed, contestant, geometry)?;
-        let mut station = self.open(bed, contestant, &image, FILL)?;
-        let filled = run::fill(&mut station.device, PREPARED, FILL.buffer_bytes as usize);
-        filled.map_err(|error| station.explain(error))?;
-        let server = station
-            .server
-            .as_ref()
-            .context("a contestant without a server")?;
-        let seen = look(server)?;
-        station.verify_sample()?;
-        station.stop()?;
-        Ok(seen)
-    }
-
     /// Every run has an image and a server of its own.
     fn measure_fresh(&mut self, scenario: &Scenario, sides: &mut [Side]) -> Result<()> {
         for round in 0..scenario.rounds {
             for index in turn(sides.len(), round) {
                 let side = &mut sides[index];
-                let image = self.fresh_image(scenario, side.contestant)?;
+                let image = self.stock.fresh(scenario, side.contestant)?;
                 image.settle()?;
-                let mut station = self.station(scenario, side.contestant, &image)?;
+                let mut station = open(&self.setting.programs, scenario, side.contestant, &image)?;
                 self.run_once(scenario, &mut station, side, round, self.setting.run_time)?;
-                station.close(side)?;
+                side.note_memory(&station)?;
+                station.stop()?;
                 image.check()?;
             }
         }
@@ -195,43 +143,47 @@ impl<'a> Lab<'a> {
 
     /// All servers stay up, on images that last.
     fn measure_lasting(&mut self, scenario: &Scenario, sides: &mut [Side]) -> Result<()> {
+        // All images first: filling one shall not weigh on the servers of others.
         for side in sides.iter() {
-            self.prepare_written(scenario, side.contestant)?;
+            self.stock.lasting(scenario, side.contestant)?.settle()?;
         }
         let mut stations = Vec::new();
-        for side in sides.iter_mut() {
-            let image = &self.written[&key(scenario, side.contestant, Prepared::Image)];
-            image.settle()?;
-            let mut station = self.station(scenario, side.contestant, image)?;
-            self.warm_up(scenario, &mut station, side)?;
+        for side in sides.iter() {
+            let mut station = self.open_lasting(scenario, side.contestant)?;
+            self.warm_up(scenario, &mut station, side.contestant)?;
             stations.push(station);
         }
         for round in 0..scenario.rounds {
             for index in turn(sides.len(), round) {
-                let station = &mut stations[index];
-                let side = &mut sides[index];
+                let (station, side) = (&mut stations[index], &mut sides[index]);
                 self.run_once(scenario, station, side, round, self.setting.run_time)?;
             }
         }
         for (mut station, side) in stations.into_iter().zip(sides) {
-            station.verify_sample()?;
-            station.close(side)?;
-            self.written[&key(scenario, side.contestant, Prepared::Image)].check()?;
+            station.verify_sample(self.generation)?;
+            side.note_memory(&station)?;
+            station.stop()?;
+            self.stock.lasting(scenario, side.contestant)?.check()?;
         }
         Ok(())
     }
 
+    fn open_lasting(&mut self, scenario: &Scenario, contestant: Contestant) -> Result<Station> {
+        let image = self.stock.lasting(scenario, contestant)?;
+        open(&self.setting.programs, scenario, contestant, image)
+    }
+
     /// A short run that is not counted: pages come into the cache, rings and pools
     /// get their size.
-    fn warm_up(&mut self, scenario: &Scenario, station: &mut Station, side: &Side) -> Result<()> {
-        let mut discarded = Side {
-            contestant: side.contestant,
-            samples: Vec::new(),
-            latency: run::latencies(),
-            peak_memory: None,
-        };
+    fn warm_up(
+        &mut self,
+        scenario: &Scenario,
+        station: &mut Station,
+        contestant: Contestant,
+    ) -> Result<()> {
+        let mut uncounted = Side::new(contestant);
         let time = self.setting.run_time / 4;
-        self.run_once(scenario, station, &mut discarded, u32::MAX, time)
+        self.run_once(scenario, station, &mut uncounted, u32::MAX, time)
     }
 
     fn run_once(
@@ -242,229 +194,45 @@ impl<'a> Lab<'a> {
         round: u32,
         time: Duration,
     ) -> Result<()> {
-        if self.setting.interrupted.load(Ordering::Relaxed) {
-            bail!("stopped by the user");
-        }
+        self.setting.check_interrupted()?;
         let workload = &scenario.workload;
         self.generation += 1;
-        station.generation = self.generation;
         let plan = Plan {
             limit: (!workload.is_fixed_work()).then_some(time),
-            generation: station.generation,
-            expected: (workload.start != Start::Empty).then_some(PREPARED..=station.generation),
+            budget: None,
+            generation: self.generation,
+            expected: (workload.start != Start::Empty).then_some(PREPARED..=self.generation),
             seed: u64::from(round) << 32,
         };
-        let (outcome, sample) = station
-            .timed_run(workload, &plan)
-            .map_err(|error| station.explain(error))
-            .with_context(|| format!("{}: {}", scenario.title(), side.contestant.label()))?;
+        let (outcome, used) = station
+            .run(workload, &plan)
+            .with_context(|| about(scenario, side.contestant))?;
         side.latency
             .add(&outcome.latency)
             .expect("all histograms have the same bounds");
-        side.samples.push(sample);
+        side.samples.push(sample(workload, &outcome, &used));
         station
-            .verify_written(workload, &outcome)
-            .with_context(|| format!("{}: {}", scenario.title(), side.contestant.label()))
-    }
-
-    fn fresh_image(&mut self, scenario: &Scenario, contestant: Contestant) -> Result<Image> {
-        let directories = &self.setting.directories;
-        let geometry = scenario.geometry();
-        match scenario.workload.start {
-            Start::Overlay => {
-                self.prepare_base(scenario, contestant)?;
-                let base = &self.written[&key(scenario, contestant, Prepared::Base)];
-                match contestant {
-                    Contestant::Ours { .. } => base.clone_bundle(directories, scenario.bed),
-                    _ => base.qcow2_overlay(directories, scenario.bed, geometry),
-                }
-            }
-            start => {
-                let image = Image::empty(directories, scenario.bed, contestant, geometry)?;
-                if start == Start::WrittenAnew {
-                    self.fill(scenario, contestant, &image)?;
-                }
-                Ok(image)
-            }
-        }
-    }
-
-    fn prepare_written(&mut self, scenario: &Scenario, contestant: Contestant) -> Result<()> {
-        let key = key(scenario, contestant, Prepared::Image);
-        if self.written.contains_key(&key) {
-            return Ok(());
-        }
-        let directories = &self.setting.directories;
-        let image = Image::empty(directories, scenario.bed, contestant, scenario.geometry())?;
-        self.fill(scenario, contestant, &image)?;
-        self.written.insert(key, image);
-        Ok(())
-    }
-
-    fn prepare_base(&mut self, scenario: &Scenario, contestant: Contestant) -> Result<()> {
-        let key = key(scenario, contestant, Prepared::Base);
-        if self.written.contains_key(&key) {
-            return Ok(());
-        }
-        let setting = self.setting;
-        let (bed, geometry) = (scenario.bed, scenario.geometry());
-        let image = match contestant {
-            Contestant::Ours { .. } => {
-                Image::empty_bundle(&setting.programs, &setting.directories, bed, geometry)?
-            }
-            _ => Image::empty(&setting.directories, bed, contestant, geometry)?,
-        };
-        self.fill(scenario, contestant, &image)?;
-        if let Contestant::Ours { .. } = contestant {
-            image.snapshot(&setting.programs)?;
-        }
-        self.written.insert(key, image);
-        Ok(())
-    }
-
-    /// Writes an image full, through the server that it is for.
-    fn fill(&self, scenario: &Scenario, contestant: Contestant, image: &Image) -> Result<()> {
-        let mut station = self.open(scenario.bed, contestant, image, FILL)?;
-        let filled = run::fill(&mut station.device, PREPARED, FILL.buffer_bytes as usize);
-        filled
-            .map_err(|error| station.explain(error))
-            .with_context(|| format!("filling the image of {}", contestant.label()))?;
-        station.stop()
-    }
-
-    fn station(
-        &self,
-        scenario: &Scenario,
-        contestant: Contestant,
-        image: &Image,
-    ) -> Result<Station> {
-        let shape = Shape {
-            queues: scenario.workload.queues,
-            depth: scenario.workload.depth,
-            buffer_bytes: scenario.workload.request_bytes,
-            cache: scenario.workload.cache,
-        };
-        self.open(scenario.bed, contestant, image, shape)
-            .with_context(|| format!("{}: {}", scenario.title(), contestant.label()))
-    }
-
-    fn open(
-        &self,
-        bed: Bed,
-        contestant: Contestant,
-        image: &Image,
-        shape: Shape,
-    ) -> Result<Station> {
-        // Not beside the image: a socket's path must be short.
-        let socket_dir = tempfile::Builder::new().prefix("ploop-bench-").tempdir()?;
-        let socket = socket_dir.path().join("s");
-        let launch = Launch {
-            image: &image.path,
-            backing: image.backing.as_deref(),
-            socket: &socket,
-            bed,
-            queues: shape.queues,
-            write_through: shape.cache == Cache::WriteThrough,
-        };
-        let (device, server) = match contestant.command(&self.setting.programs, launch) {
-            Some(command) => {
-                let mut server = Server::start(contestant.label(), command, socket_dir.path())?;
-                let device =
-                    server.once_listening(|| Device::open(Target::Socket(&socket), shape))?;
-                (device, Some(server))
-            }
-            None => {
-                let target = Target::File {
-                    path: &image.path,
-                    direct: bed.is_direct(),
-                };
-                (Device::open(target, shape)?, None)
-            }
-        };
-        Ok(Station {
-            device,
-            server,
-            _socket_dir: socket_dir,
-            generation: PREPARED,
-        })
+            .verify_run(workload, &outcome, self.generation)
+            .with_context(|| about(scenario, side.contestant))
     }
 }
 
-impl Station {
-    fn timed_run(&mut self, workload: &Workload, plan: &Plan) -> Result<(Outcome, Sample)> {
-        let server_before = self.server_cpu()?;
-        let client_before = server::cpu_time(std::process::id())?;
-        let outcome = run::run(&mut self.device, workload, plan)?;
-        let client_cpu = server::cpu_time(std::process::id())? - client_before;
-        let server_cpu = match (server_before, self.server_cpu()?) {
-            (Some(before), Some(after)) => Some(after - before),
-            _ => None,
-        };
-        if let Some(server) = &mut self.server {
-            server.check_alive()?;
-        }
-        let sample = sample(workload, &outcome, server_cpu, client_cpu);
-        // What is left to be written shall not weigh on the next run.
-        if workload.action.writes() && !workload.flush_counts() {
-            self.device.flush()?;
-        }
-        Ok((outcome, sample))
-    }
-
-    fn server_cpu(&self) -> Result<Option<Duration>> {
-        self.server.as_ref().map(Server::cpu_time).transpose()
-    }
-
-    /// Compares some of what was just written, and what lies beside it where it
-    /// was copied from below.
-    fn verify_written(&mut self, workload: &Workload, outcome: &Outcome) -> Result<()> {
-        if matches!(workload.action, Action::Read | Action::Discard) {
-            return Ok(());
-        }
-        let generation = self.generation;
-        let written = outcome.written.iter().copied();
-        run::verify(&mut self.device, written, &(generation..=generation))?;
-        if workload.start == Start::Overlay {
-            let beside = outcome.written.iter().map(|block| block + 1);
-            run::verify(&mut self.device, beside, &(PREPARED..=PREPARED))?;
-        }
-        Ok(())
-    }
-
-    fn verify_sample(&mut self) -> Result<()> {
-        let blocks = self.device.capacity() / crate::content::BLOCK as u64;
-        let sample: Vec<u64> = (0..SAMPLED).map(|_| fastrand::u64(..blocks)).collect();
-        let expected = PREPARED..=self.generation;
-        run::verify(&mut self.device, sample, &expected)
-    }
-
-    fn explain(&mut self, error: anyhow::Error) -> anyhow::Error {
-        match &mut self.server {
-            Some(server) => server.explain(error),
-            None => error,
-        }
-    }
-
-    /// Notes what the server used, and ends it.
-    fn close(self, side: &mut Side) -> Result<()> {
-        if let Some(server) = &self.server {
-            side.peak_memory = side.peak_memory.max(Some(server.peak_memory()?));
-        }
-        self.stop()
-    }
-
-    fn stop(self) -> Result<()> {
-        drop(self.device);
-        self.server.map_or(Ok(()), Server::stop)
-    }
+fn open(
+    programs: &Programs,
+    scenario: &Scenario,
+    contestant: Contestant,
+    image: &Image,
+) -> Result<Station> {
+    let shape = station::shape(&scenario.workload);
+    Station::open(programs, scenario.bed, contestant, image, shape)
+        .with_context(|| about(scenario, contestant))
 }
 
-fn sample(
-    workload: &Workload,
-    outcome: &Outcome,
-    server_cpu: Option<Duration>,
-    client_cpu: Duration,
-) -> Sample {
+fn about(scenario: &Scenario, contestant: Contestant) -> String {
+    format!("{}: {}", scenario.title(), contestant.label())
+}
+
+fn sample(workload: &Workload, outcome: &Outcome, used: &Used) -> Sample {
     let requests = outcome.requests as f64;
     let per_second = requests / outcome.elapsed.as_secs_f64();
     let rate = match workload.unit() {
@@ -477,30 +245,26 @@ fn sample(
     Sample {
         rate,
         p50_us: outcome.latency.value_at_quantile(0.5) as f64 / 1e3,
-        server_cpu_us: server_cpu.map(per_request_us),
-        client_cpu_us: per_request_us(client_cpu),
-    }
-}
-
-fn key(scenario: &Scenario, contestant: Contestant, start: Prepared) -> Key {
-    let Geometry {
-        disk_bytes,
-        cluster_bytes,
-    } = scenario.geometry();
-    Key {
-        // The number of runners does not change the image.
-        contestant: match contestant {
-            Contestant::Ours { .. } => crate::contestant::OURS,
-            other => other,
-        },
-        bed: scenario.bed,
-        disk_bytes,
-        cluster_bytes,
-        start,
+        server_cpu_us: used.server_cpu.map(per_request_us),
+        client_cpu_us: per_request_us(used.client_cpu),
     }
 }
 
 /// The order of the sides in a round: another one is first each time.
 fn turn(sides: usize, round: u32) -> impl Iterator<Item = usize> {
     (0..sides).map(move |index| (index + round as usize) % sides)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_side_is_first_in_turn() {
+        let order = |round| turn(3, round).collect::<Vec<_>>();
+        assert_eq!(order(0), [0, 1, 2]);
+        assert_eq!(order(1), [1, 2, 0]);
+        assert_eq!(order(2), [2, 0, 1]);
+        assert_eq!(order(3), order(0));
+    }
 }

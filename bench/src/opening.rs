@@ -3,15 +3,15 @@
 use std::io::{ErrorKind, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 
 use crate::bed::Bed;
 use crate::contestant::{Contestant, Launch, OURS, QSD_PARALLELS};
 use crate::image;
 use crate::measure::Setting;
+use crate::scratch;
 use crate::server::Server;
 
 /// 8 TiB.
@@ -53,9 +53,7 @@ pub fn measure(setting: &Setting, rounds: u32) -> Result<Vec<Opening>> {
         .into();
     for _ in 0..rounds {
         for opening in &mut openings {
-            if setting.interrupted.load(Ordering::Relaxed) {
-                bail!("stopped by the user");
-            }
+            setting.check_interrupted()?;
             let (time, memory) = open_once(setting, opening.contestant, &path)
                 .with_context(|| format!("opening 8 TiB: {}", opening.contestant.label()))?;
             opening.seconds.push(time.as_secs_f64());
@@ -66,7 +64,7 @@ pub fn measure(setting: &Setting, rounds: u32) -> Result<Vec<Opening>> {
 }
 
 fn open_once(setting: &Setting, contestant: Contestant, image: &Path) -> Result<(Duration, u64)> {
-    let socket_dir = tempfile::Builder::new().prefix("ploop-bench-").tempdir()?;
+    let socket_dir = scratch::for_socket()?;
     let socket = socket_dir.path().join("s");
     let launch = Launch {
         image,

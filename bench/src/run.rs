@@ -32,6 +32,8 @@ pub struct Plan {
     /// No request starts later than this; `None` to go on until all places were
     /// visited.
     pub limit: Option<Duration>,
+    /// No more requests than this on each queue.
+    pub budget: Option<u64>,
     /// What the writes of this run are stamped with.
     pub generation: Generation,
     /// What reads must find; `None` if that is not known.
@@ -140,6 +142,8 @@ struct Driver<'a> {
     places: Places,
     /// By tag.
     issued: Vec<Issued>,
+    /// Requests that may still start.
+    budget: u64,
     load: Load,
 }
 
@@ -160,6 +164,7 @@ impl<'a> Driver<'a> {
             plan,
             places,
             issued: vec![idle; workload.depth as usize],
+            budget: plan.budget.unwrap_or(u64::MAX),
             load: Load {
                 start: now,
                 end: now,
@@ -215,7 +220,7 @@ impl<'a> Driver<'a> {
     /// `every` writes, at most the depth at a time, then a flush, again and again.
     fn drive_batches(&mut self, every: u32) -> Result<()> {
         let mut now = self.load.start;
-        while !self.is_over(now) {
+        while !self.is_over(now) && self.budget > 0 {
             let mut left = every;
             while left > 0 {
                 let together = left.min(self.workload.depth);
@@ -249,9 +254,13 @@ impl<'a> Driver<'a> {
 
     /// Starts the next request; false if there is none.
     fn issue(&mut self, tag: usize, now: Instant) -> bool {
+        let Some(budget) = self.budget.checked_sub(1) else {
+            return false;
+        };
         let Some(block) = self.places.next() else {
             return false;
         };
+        self.budget = budget;
         let is_read = match self.workload.action {
             Action::Read => true,
             Action::Mix => self.places.mix_is_read(),

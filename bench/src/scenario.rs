@@ -456,6 +456,34 @@ fn peers(workload: &Workload) -> Vec<Contestant> {
     }
 }
 
+/// The ways that a request can take through a server, each on its own.
+pub fn paths() -> Vec<Scenario> {
+    let first_writes = Workload {
+        start: Start::Empty,
+        ..workload(
+            "first 4 KiB write to each 1 MiB of an empty image, depth 32",
+            Action::Write,
+            Order::EachOnce { stride: 1 << 20 },
+            4 * KIB,
+            32,
+        )
+    };
+    let workloads = [
+        random_read(1),
+        random_read(32),
+        sequential_read(),
+        random_overwrite(32),
+        overwrite_and_flush(),
+        write_through(32),
+        first_writes,
+    ];
+    let scale = Scale { shrink: 1, ..TINY };
+    workloads
+        .into_iter()
+        .map(|workload| scale.scenario(Bed::Disk, workload, &[QSD_PARALLELS], Vec::new()))
+        .collect()
+}
+
 /// How the number of runners matters where the mapping changes.
 fn runners(scale: Scale, bed: Bed) -> Scenario {
     let with = |runners| Contestant::Ours {

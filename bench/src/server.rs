@@ -133,6 +133,11 @@ impl Server {
         Pid::from_raw(self.child.id() as i32).context("a process without an id")
     }
 
+    /// Its process id.
+    pub fn id(&self) -> u32 {
+        self.child.id()
+    }
+
     /// CPU time that all its threads have used, those that ended and the kernel
     /// workers of its rings included.
     ///

@@ -82,6 +82,8 @@ pub struct Lane {
     /// Flags of each write.
     write_flags: ReqFlags,
     in_flight: usize,
+    /// Waiting has failed: there is no point in waiting for more.
+    is_dead: bool,
 }
 
 enum Queue {
@@ -142,6 +144,7 @@ impl Device {
                 },
                 write_flags,
                 in_flight: 0,
+                is_dead: false,
             })
             .collect();
         Ok(Self {
@@ -161,6 +164,7 @@ impl Device {
                 slots: connection.slots(index, shape),
                 write_flags: ReqFlags::empty(),
                 in_flight: 0,
+                is_dead: false,
             })
             .collect();
         Ok(Self {
@@ -262,10 +266,12 @@ impl Lane {
     pub fn wait(&mut self, done: &mut Vec<usize>) -> Result<()> {
         ensure!(self.in_flight > 0, "waiting for nothing");
         let before = done.len();
-        match &mut self.queue {
-            Queue::Blkio(queue) => wait_blkio(queue, done)?,
-            Queue::WriteThrough(queue) => queue.wait(PATIENCE, done)?,
-        }
+        let result = match &mut self.queue {
+            Queue::Blkio(queue) => wait_blkio(queue, done),
+            Queue::WriteThrough(queue) => queue.wait(PATIENCE, done),
+        };
+        self.is_dead |= result.is_err();
+        result?;
         self.in_flight -= done.len() - before;
         Ok(())
     }
@@ -284,10 +290,12 @@ impl Lane {
 }
 
 impl Drop for Lane {
-    /// What is in flight uses the buffers. This is only left after an error, which
-    /// was reported, so another one adds nothing.
+    /// What is in flight uses the buffers. Something is only left after an error,
+    /// which was reported, so another one adds nothing.
     fn drop(&mut self) {
-        let _ = self.drain();
+        if !self.is_dead {
+            let _ = self.drain();
+        }
     }
 }
 

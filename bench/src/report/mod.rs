@@ -14,14 +14,16 @@ use anyhow::{Context, Result};
 use serde::Serialize;
 
 use crate::bed::Bed;
+use crate::cost::Cost;
 use crate::machine::Machine;
 use crate::scenario::Metric;
 
 pub use summary::{IdleSummary, OpeningSummary, ScenarioSummary, Verdict};
 
-/// Where the figures go in a document that shows them.
-const BEGIN: &str = "<!-- figures: begin -->";
-const END: &str = "<!-- figures: end -->";
+/// What can be put into a document: between a mark with its name at the beginning
+/// and one at the end.
+const FIGURES: &str = "figures";
+const COSTS: &str = "costs";
 
 /// All figures of a run.
 #[derive(Serialize)]
@@ -63,18 +65,14 @@ impl Report {
     /// # Errors
     /// The document has no marks, or any of the file operations.
     pub fn write_into(&self, document: &Path) -> Result<()> {
-        let text = fs::read_to_string(document)
-            .with_context(|| format!("reading {}", document.display()))?;
         let stem = document.file_stem().context("a document without a name")?;
         let folder = document.with_file_name(stem);
         let prefix = format!("{}/", stem.to_string_lossy());
-        let text = splice(&text, &self.markdown(&prefix))
-            .with_context(|| format!("{} lacks {BEGIN} and {END}", document.display()))?;
+        put(document, FIGURES, &self.markdown(&prefix))?;
         fs::create_dir_all(&folder)?;
         self.write_plots(&folder)?;
         let json = serde_json::to_string_pretty(self)?;
         fs::write(folder.join("figures.json"), json + "\n")?;
-        fs::write(document, text)?;
         Ok(())
     }
 
@@ -99,7 +97,7 @@ impl Report {
 
     /// Everything, with plots below `plot_prefix`.
     fn markdown(&self, plot_prefix: &str) -> String {
-        let mut text = table::machine(self);
+        let mut text = table::machine(&self.machine) + &table::mode(self);
         if !self.verdicts.is_empty() {
             text += &format!("\n### Targets\n\n{}", self.verdict_table());
         }
@@ -147,11 +145,34 @@ fn plot_name(bed: Bed, metric: Metric) -> String {
     format!("{}-{metric}.svg", bed.slug())
 }
 
-/// `text` with what is between the marks replaced.
-fn splice(text: &str, figures: &str) -> Option<String> {
-    let begin = text.find(BEGIN)? + BEGIN.len();
-    let end = begin + text[begin..].find(END)?;
-    Some(format!("{}\n{figures}{}", &text[..begin], &text[end..]))
+/// The costs of requests, for a terminal too.
+pub fn cost_table(costs: &[Cost]) -> String {
+    table::costs(costs)
+}
+
+/// Puts the costs of requests into a document, between its marks.
+///
+/// # Errors
+/// The document has no marks, or any of the file operations.
+pub fn write_costs_into(document: &Path, machine: &Machine, costs: &[Cost]) -> Result<()> {
+    let text = format!("{}\n{}", table::machine(machine), table::costs(costs));
+    put(document, COSTS, &text)
+}
+
+fn put(document: &Path, name: &str, content: &str) -> Result<()> {
+    let text =
+        fs::read_to_string(document).with_context(|| format!("reading {}", document.display()))?;
+    let text = splice(&text, name, content)
+        .with_context(|| format!("{} has no marks for the {name}", document.display()))?;
+    fs::write(document, text).with_context(|| format!("writing {}", document.display()))
+}
+
+/// `text` with what is between the marks of `name` replaced.
+fn splice(text: &str, name: &str, content: &str) -> Option<String> {
+    let mark = format!("<!-- {name}: begin -->");
+    let begin = text.find(&mark)? + mark.len();
+    let end = begin + text[begin..].find(&format!("<!-- {name}: end -->"))?;
+    Some(format!("{}\n{content}{}", &text[..begin], &text[end..]))
 }
 
 #[cfg(test)]
@@ -159,11 +180,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn figures_replace_what_is_between_the_marks() {
-        let text = format!("a\n{BEGIN}\nold\n{END}\nb\n");
-        let spliced = splice(&text, "new\n").unwrap();
-        assert_eq!(spliced, format!("a\n{BEGIN}\nnew\n{END}\nb\n"));
-        assert_eq!(splice(&spliced, "new\n").unwrap(), spliced);
-        assert_eq!(splice("a", "new"), None);
+    fn content_replaces_what_is_between_its_marks_only() {
+        let text = "a\n<!-- x: begin -->\nold\n<!-- x: end -->\n<!-- y: begin -->\nkept\n<!-- y: end -->\n";
+        let spliced = splice(text, "x", "new\n").unwrap();
+        assert_eq!(spliced, text.replace("old", "new"));
+        assert_eq!(splice(&spliced, "x", "new\n").unwrap(), spliced);
+        assert_eq!(splice(text, "z", "new"), None);
     }
 }

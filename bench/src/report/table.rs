@@ -2,6 +2,8 @@
 
 use super::Report;
 use super::summary::{IdleSummary, OpeningSummary, ScenarioSummary, SideSummary, Verdict};
+use crate::cost::Cost;
+use crate::machine::Machine;
 use crate::scenario::Metric;
 use crate::stats::Estimate;
 
@@ -45,12 +47,10 @@ fn render(columns: &[(&str, Lean)], rows: &[Vec<String>]) -> String {
     text
 }
 
-/// On what, with what, how.
-pub fn machine(report: &Report) -> String {
-    let machine = &report.machine;
-    let mut text = format!(
-        "{} × {}{}, {} MiB of memory, Linux {}, disk bed on {}; {}; {}. {} UTC, mode \"{}\", \
-         runs of {} ms.",
+/// On what, with what.
+pub fn machine(machine: &Machine) -> String {
+    format!(
+        "{} × {}{}, {} MiB of memory, Linux {}, disk bed on {}; {}; {}; {} UTC.\n",
         machine.cpus,
         machine.cpu,
         if machine.virtual_machine {
@@ -64,9 +64,12 @@ pub fn machine(report: &Report) -> String {
         machine.ploop,
         machine.qemu,
         machine.date,
-        report.mode,
-        report.run_ms,
-    );
+    )
+}
+
+/// How.
+pub fn mode(report: &Report) -> String {
+    let mut text = format!("Mode \"{}\", runs of {} ms.", report.mode, report.run_ms);
     if !report.server_args.is_empty() {
         text += &format!(" Our server with `{}`.", report.server_args.join(" "));
     }
@@ -186,6 +189,31 @@ pub fn opening(openings: &[OpeningSummary]) -> String {
     };
     let rows: Vec<Vec<String>> = openings.iter().map(row).collect();
     render(&columns, &rows) + "\n"
+}
+
+/// Costs of requests.
+pub fn costs(costs: &[Cost]) -> String {
+    let columns = [
+        ("path", Lean::Left),
+        ("who", Lean::Left),
+        ("instructions/IO", Lean::Right),
+        ("system calls/IO", Lean::Right),
+        ("context switches/IO", Lean::Right),
+    ];
+    let row = |cost: &Cost| {
+        let optional = |value: Option<f64>, digits| {
+            value.map_or("-".into(), |value| format!("{value:.digits$}"))
+        };
+        vec![
+            cost.path.clone(),
+            cost.contestant.label(),
+            optional(cost.instructions, 0),
+            optional(cost.system_calls, 2),
+            optional(Some(cost.context_switches), 3),
+        ]
+    };
+    let rows: Vec<Vec<String>> = costs.iter().map(row).collect();
+    render(&columns, &rows)
 }
 
 /// Idling; nothing if it was not measured.
