@@ -104,13 +104,6 @@ impl BatScan {
         let in_data_area = self.used.len().saturating_sub(first);
         (in_data_area - self.used.count_ones(..)) as u64
     }
-
-    fn report(&mut self, problem: BatProblem) {
-        if self.problems.len() < Self::LISTED_MAX {
-            self.problems.push(problem);
-        }
-        self.problem_count += 1;
-    }
 }
 
 /// Looks at every entry of a BAT, in order.
@@ -126,6 +119,24 @@ pub fn scan_bat(
     file_len: u64,
     entries: impl IntoIterator<Item = u32>,
 ) -> BatScan {
+    let mut problems = Vec::new();
+    let mut scan = scan_bat_with(geometry, file_len, entries, |problem| {
+        if problems.len() < BatScan::LISTED_MAX {
+            problems.push(problem);
+        }
+    });
+    scan.problems = problems;
+    scan
+}
+
+/// As [`scan_bat`], but gives every bad entry to `report` instead of listing the
+/// first of them.
+pub fn scan_bat_with(
+    geometry: &Geometry,
+    file_len: u64,
+    entries: impl IntoIterator<Item = u32>,
+    mut report: impl FnMut(BatProblem),
+) -> BatScan {
     let clusters = geometry
         .host_clusters_below(file_len)
         .min(u64::from(geometry.host_cluster_limit()));
@@ -139,32 +150,38 @@ pub fn scan_bat(
         problems: Vec::new(),
         problem_count: 0,
     };
+    let mut problem_count = 0;
+    let mut report = |problem| {
+        problem_count += 1;
+        report(problem);
+    };
     for (guest, value) in (0..geometry.entries).zip(entries) {
         if value == 0 {
             continue;
         }
         let guest = GuestCluster(guest);
         let Some(host) = geometry.host_cluster(value) else {
-            scan.report(unmappable(geometry, guest, value));
+            report(unmappable(geometry, guest, value));
             continue;
         };
         let index = host.0 as usize;
         if index >= scan.used.len() {
-            scan.report(BatProblem::BeyondEnd { guest, host });
+            report(BatProblem::BeyondEnd { guest, host });
             continue;
         }
         if scan.used.put(index) {
-            scan.report(BatProblem::Duplicate { guest, host });
+            report(BatProblem::Duplicate { guest, host });
             continue;
         }
         if geometry.host_offset(host) + geometry.cluster.bytes() > file_len {
-            scan.report(BatProblem::Truncated { guest, host });
+            report(BatProblem::Truncated { guest, host });
         }
         scan.mapped += 1;
         scan.beyond_disk += u32::from(u64::from(guest.0) >= disk_clusters);
         // `host` is below `used.len()`, so one more fits.
         scan.end = scan.end.max(HostCluster(host.0 + 1));
     }
+    scan.problem_count = problem_count;
     scan
 }
 

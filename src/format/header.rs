@@ -161,6 +161,51 @@ impl Header {
         Ok(header)
     }
 
+    /// Whether a file that starts with `bytes` says that it is a ploop image.
+    pub fn has_signature(bytes: &[u8]) -> bool {
+        bytes.starts_with(SIGNATURE_V1) || bytes.starts_with(SIGNATURE_V2)
+    }
+
+    /// The header of this image with a larger disk. The grid of host clusters
+    /// stays; the data area starts later where the BAT needs the room, never
+    /// earlier. [`Self::new`]'s rule on the first block offset is kept if this
+    /// header keeps it.
+    ///
+    /// # Errors
+    /// [`HeaderError::DiskSize`] if the disk would be smaller, or larger than the
+    /// version can hold.
+    pub fn grown(&self, disk_size: Sector) -> Result<Self, HeaderError> {
+        let old = &self.geometry;
+        let bad_size = || HeaderError::DiskSize(disk_size.0);
+        let max = match old.version {
+            Version::V1 => u64::from(u32::MAX),
+            Version::V2 => Self::DISK_SIZE_MAX,
+        };
+        if disk_size < old.disk_size || disk_size.0 > max {
+            return Err(bad_size());
+        }
+        let entries = u32::try_from(old.cluster.count_for(disk_size.bytes()))
+            .ok()
+            .filter(|&entries| entries <= Self::ENTRIES_MAX)
+            .ok_or_else(bad_size)?
+            .max(old.entries);
+        let bat_end = Self::LEN as u64 + 4 * u64::from(entries);
+        let moved_by = old
+            .cluster
+            .count_for(bat_end.saturating_sub(old.data_start));
+        let data_start = old.data_start + moved_by * old.cluster.bytes();
+        let mut grown = self.clone();
+        grown.geometry.entries = entries;
+        grown.geometry.disk_size = disk_size;
+        grown.geometry.data_start = data_start;
+        // Also where it was implied: with more entries, so would be another.
+        grown.first_block_sectors =
+            u32::try_from(data_start / SECTOR_SIZE).map_err(|_| bad_size())?;
+        grown.heads = HEADS;
+        grown.cylinders = cylinders(disk_size);
+        Ok(grown)
+    }
+
     /// Checks the first 64 bytes of a file.
     ///
     /// The caller still has to compare [`Geometry::metadata_len`] with the length

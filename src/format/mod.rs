@@ -9,7 +9,7 @@ mod extension;
 mod header;
 mod units;
 
-pub use bat::{BatProblem, BatScan, scan_bat};
+pub use bat::{BatProblem, BatScan, scan_bat, scan_bat_with};
 pub use descriptor::{
     Descriptor, DescriptorError, EditError, Guid, Image, ImageKind, Shot, XmlError,
 };

@@ -103,12 +103,21 @@ impl<F: ImageFile> Delta<F> {
     /// # Errors
     /// What is wrong, with the command that helps.
     pub fn require_sound(&self) -> Result<BatScan> {
+        if matches!(self.header.in_use, InUse::Open | InUse::OpenByOthers) {
+            return Err(ImageError::InUse(self.path().to_owned()));
+        }
+        self.require_readable()
+    }
+
+    /// That no entry is wrong. The image may be in use, or left so by a crash:
+    /// what is stable in it is consistent at any time.
+    ///
+    /// # Errors
+    /// What is wrong, with the command that helps.
+    pub fn require_readable(&self) -> Result<BatScan> {
         let path = || self.path().to_owned();
         if self.header.is_converting() {
             return Err(ImageError::Converting(path()));
-        }
-        if matches!(self.header.in_use, InUse::Open | InUse::OpenByOthers) {
-            return Err(ImageError::InUse(path()));
         }
         let scan = self.scan()?;
         if let Some(first) = scan.problems.first() {
@@ -153,6 +162,11 @@ impl<F: ImageFile> Delta<F> {
     pub fn set_header(&mut self, header: Header) {
         self.bat.resize(header.geometry().entries as usize, 0);
         self.header = header;
+    }
+
+    /// Changes the in-use mark in memory.
+    pub(super) fn set_mark(&mut self, mark: InUse) {
+        self.header.in_use = mark;
     }
 
     /// Writes the sector that holds the header, entries included, in one piece.

@@ -5,6 +5,9 @@
 //! operations return reports, `ploop-img` prints them.
 
 mod bundle;
+mod chain;
+mod check;
+mod convert;
 mod create;
 mod delta;
 mod error;
@@ -12,13 +15,24 @@ mod fault;
 mod file;
 mod folder;
 mod info;
+mod map;
 mod open;
+mod progress;
+mod repair;
+mod resize;
+#[cfg(test)]
+mod testing;
 
 pub use bundle::{Bundle, Location};
+pub use check::{CheckReport, Repair, check};
+pub use convert::{Conversion, DiskFormat};
 pub use create::{create, is_bare_name};
 pub use delta::{Delta, read_header};
 pub use error::{ImageError, Result};
 pub use file::{HostImage, ImageFile};
 pub use folder::{Folder, NewFile, NewFolder};
 pub use info::{DiskInfo, FormatSpecific, ImageInfo, PloopInfo, info};
+pub use map::{MapEntry, map};
 pub use open::{Access, OpenImage, OpenMode, open};
+pub use progress::Progress;
+pub use resize::{NewSize, resize};

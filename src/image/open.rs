@@ -21,8 +21,10 @@ pub enum Access {
     Read,
     /// To serve it to a guest that writes.
     Serve,
-    /// To change it off line: nobody else may use it.
+    /// To change the top off line: nobody else may use it.
     Change,
+    /// To change any level off line: nobody else may use any of them.
+    Repair,
 }
 
 /// How to open an image.
@@ -50,6 +52,10 @@ impl OpenMode {
         self
     }
 
+    pub(super) const fn is_force_share(&self) -> bool {
+        self.force_share
+    }
+
     /// Without locks, whoever uses the image; for reading only, and what is read
     /// may be of two minds.
     #[must_use]
@@ -62,7 +68,8 @@ impl OpenMode {
 /// The files of a disk, open and locked until this is dropped.
 #[derive(Debug)]
 pub struct OpenImage {
-    /// The image files, base first; only the last may be writable.
+    /// The image files, base first; only the last may be writable, but for
+    /// [`Access::Repair`].
     pub files: Vec<HostFile>,
     /// What each file is.
     pub chain: Chain,
@@ -191,7 +198,11 @@ fn open_files(bundle: &Bundle, mode: OpenMode) -> Result<(Vec<HostFile>, Vec<Ima
     let mut files = Vec::new();
     let mut locks = Vec::new();
     for image in descriptor.chain(top) {
-        let writable = image.guid == top && mode.access != Access::Read;
+        let writable = match mode.access {
+            Access::Read => false,
+            Access::Serve | Access::Change => image.guid == top,
+            Access::Repair => true,
+        };
         let file = HostFile {
             file: bundle.folder().open_image(&image.file, writable)?,
             path: bundle.path().join(&image.file),
@@ -207,7 +218,7 @@ fn lock(file: &HostFile, mode: OpenMode) -> Result<Option<ImageLock>> {
     let lock_mode = match mode.access {
         Access::Read if mode.force_share => return Ok(None),
         Access::Serve if file.writable => LockMode::ReadWrite,
-        Access::Change if file.writable => LockMode::Exclusive,
+        Access::Change | Access::Repair if file.writable => LockMode::Exclusive,
         _ => LockMode::ReadOnly,
     };
     let shareable = mode.access == Access::Read;

@@ -5,7 +5,9 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use vhost_user_ploop::format::{ClusterSize, Guid, Sector};
 
-use crate::size::{parse_cluster_size, parse_disk_size};
+use vhost_user_ploop::image::{self, DiskFormat, NewSize};
+
+use crate::size::{parse_cluster_size, parse_disk_size, parse_new_size};
 
 /// Makes, checks and changes ploop disk images.
 #[derive(Debug, Parser)]
@@ -62,6 +64,121 @@ Examples:
         #[command(flatten)]
         format: OutputFormat,
     },
+    /// Look for errors and wasted space, and repair them
+    ///
+    /// Looks at every image file of a disk. Exits with 0 if it is clean, 1 if it
+    /// could not be checked, 2 if something is wrong, 3 if only space is wasted;
+    /// after a repair, with what is left.
+    #[command(after_help = "\
+Examples:
+  ploop-img check vm1
+  ploop-img check --repair leaks vm1          give wasted space back, touch nothing else
+  ploop-img check --repair all vm1            after a crash of the host, or if data is wrong")]
+    Check {
+        #[command(flatten)]
+        disk: Disk,
+        /// What to repair
+        #[arg(short, long, value_name = "WHAT", value_enum)]
+        repair: Option<Repair>,
+        #[command(flatten)]
+        format: OutputFormat,
+    },
+    /// Show which file holds which part of a disk
+    Map {
+        #[command(flatten)]
+        disk: Disk,
+        #[command(flatten)]
+        format: OutputFormat,
+    },
+    /// Copy a disk into another format
+    ///
+    /// Holes and zeros are left out on both sides. All levels of a bundle, or of
+    /// a snapshot in it, become one image.
+    #[command(after_help = "\
+Examples:
+  ploop-img convert debian.raw vm1 -p         raw into a bundle
+  ploop-img convert vm1 copy.hds              a bundle into one bare image
+  ploop-img convert -O raw vm1 /tmp/disk      into a raw image of any name
+
+Without -f, a bundle is a ploop disk, and so is a file that ends in .hds and has \
+the header of one; other files are raw unless they look like another format. \
+Without -O, a TARGET that ends in .raw or .img is raw; one that ends in .hds is \
+a bare ploop image, any other a bundle.")]
+    Convert {
+        /// A bundle, a bare image, or a raw image
+        source: PathBuf,
+        /// What to make; must not exist
+        target: PathBuf,
+        /// What SOURCE is, instead of looking at it
+        #[arg(short = 'f', long, value_name = "FORMAT", value_enum)]
+        source_format: Option<Format>,
+        /// What to make, instead of going by the name of TARGET
+        #[arg(short = 'O', long, value_name = "FORMAT", value_enum)]
+        target_format: Option<Format>,
+        /// Of a ploop TARGET: a power of two from 32k to 64M; that of SOURCE, or 1M
+        #[arg(long, value_name = "SIZE", value_parser = parse_cluster_size)]
+        cluster_size: Option<ClusterSize>,
+        /// A snapshot of SOURCE instead of its present state
+        #[arg(long, value_name = "GUID")]
+        snapshot: Option<Guid>,
+        /// Read SOURCE even if a guest writes to it; the copy may be of no use
+        #[arg(short = 'U', long)]
+        force_share: bool,
+        /// Show progress even where standard error is no terminal
+        #[arg(short, long)]
+        progress: bool,
+    },
+    /// Make a disk larger, while no guest uses it
+    ///
+    /// The guest has to grow its partitions and file systems itself. Making a disk
+    /// smaller is refused: it would cut off what is there.
+    #[command(after_help = "\
+Examples:
+  ploop-img resize vm1 20G
+  ploop-img resize vm1 +512M")]
+    Resize {
+        /// A bundle's folder, its DiskDescriptor.xml, or a bare image
+        path: PathBuf,
+        /// The new size, or by how much to grow; rounded up to 512 bytes
+        #[arg(value_name = "[+]SIZE", value_parser = parse_new_size)]
+        size: NewSize,
+    },
+}
+
+/// A format of a disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Format {
+    /// Byte for byte
+    Raw,
+    /// A ploop image or bundle
+    Ploop,
+}
+
+impl From<Format> for DiskFormat {
+    fn from(format: Format) -> Self {
+        match format {
+            Format::Raw => Self::Raw,
+            Format::Ploop => Self::Ploop,
+        }
+    }
+}
+
+/// What to repair.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Repair {
+    /// Space that nothing uses
+    Leaks,
+    /// Everything that can be
+    All,
+}
+
+impl From<Repair> for image::Repair {
+    fn from(repair: Repair) -> Self {
+        match repair {
+            Repair::Leaks => Self::Leaks,
+            Repair::All => Self::All,
+        }
+    }
 }
 
 /// Which disk to read.

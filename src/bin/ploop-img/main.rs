@@ -3,15 +3,17 @@
 //! Reads the command line, calls the library, shows what comes back.
 
 mod args;
+mod progress;
 mod show;
 mod size;
 
 use std::process::ExitCode;
 
 use clap::Parser;
-use vhost_user_ploop::image::{self, Access, ImageError, OpenMode};
+use vhost_user_ploop::image::{self, Access, CheckReport, Conversion, ImageError, OpenMode};
 
 use crate::args::{Cli, Command, Disk};
+use crate::progress::Bar;
 
 fn main() -> ExitCode {
     let cli = match Cli::try_parse() {
@@ -46,8 +48,58 @@ fn run(command: Command) -> Result<ExitCode, ImageError> {
             let info = image::info(&disk.path, read_mode(&disk))?;
             show::info(&info, backing_chain, format.output);
         }
+        Command::Check {
+            disk,
+            repair,
+            format,
+        } => {
+            let mode = read_mode(&disk);
+            let report = image::check(&disk.path, repair.map(Into::into), mode)?;
+            show::check(&report, format.output);
+            return Ok(check_code(&report));
+        }
+        Command::Map { disk, format } => show::map(format.output, |each| {
+            image::map(&disk.path, read_mode(&disk), each)
+        })?,
+        Command::Convert {
+            source,
+            target,
+            source_format,
+            target_format,
+            cluster_size,
+            snapshot,
+            force_share,
+            progress,
+        } => {
+            let conversion = Conversion {
+                source,
+                source_format: source_format.map(Into::into),
+                mode: OpenMode::new(Access::Read)
+                    .snapshot(snapshot)
+                    .force_share(force_share),
+                target,
+                target_format: target_format.map(Into::into),
+                cluster: cluster_size,
+            };
+            conversion.run(&Bar::new(progress))?;
+        }
+        Command::Resize { path, size } => {
+            let size = image::resize(&path, size)?;
+            show::resized(size);
+        }
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// The exit codes of `qemu-img check`; 1, that the check failed, is an error.
+fn check_code(report: &CheckReport) -> ExitCode {
+    match report {
+        CheckReport {
+            corruptions: 1.., ..
+        } => ExitCode::from(2),
+        CheckReport { leaks: 1.., .. } => ExitCode::from(3),
+        _ => ExitCode::SUCCESS,
+    }
 }
 
 fn read_mode(disk: &Disk) -> OpenMode {

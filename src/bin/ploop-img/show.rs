@@ -1,7 +1,8 @@
 //! Results, for people and for programs.
 
 use serde::Serialize;
-use vhost_user_ploop::image::{DiskInfo, ImageInfo};
+use vhost_user_ploop::format::Sector;
+use vhost_user_ploop::image::{CheckReport, DiskInfo, ImageError, ImageInfo, MapEntry};
 
 use crate::args::Output;
 use crate::size::human;
@@ -79,4 +80,89 @@ fn level_info(info: &ImageInfo) {
             say!("    GUID: {guid}");
         }
     }
+}
+
+/// `check`: each finding, then the sum.
+pub fn check(report: &CheckReport, output: Output) {
+    if output == Output::Json {
+        return json(report);
+    }
+    for message in &report.messages {
+        say!("{message}");
+    }
+    if report.corruptions_fixed + report.leaks_fixed > 0 {
+        say!(
+            "Repaired: {} errors, {} leaks.",
+            report.corruptions_fixed,
+            report.leaks_fixed
+        );
+    }
+    match (report.corruptions, report.leaks) {
+        (0, 0) => say!("The disk is clean."),
+        (0, leaks) => say!(
+            "{leaks} leaks waste space; no data is in danger. \
+             'ploop-img check --repair leaks' gives the space back."
+        ),
+        (errors, leaks) => say!(
+            "{errors} errors and {leaks} leaks. Do not serve the disk before \
+             'ploop-img check --repair all'."
+        ),
+    }
+    let percent = |part: u64, whole: u64| 100.0 * part as f64 / whole.max(1) as f64;
+    say!(
+        "{}/{} clusters allocated ({:.2}%), {:.2}% of them out of order",
+        report.allocated_clusters,
+        report.total_clusters,
+        percent(report.allocated_clusters, report.total_clusters),
+        percent(report.fragmented_clusters, report.allocated_clusters)
+    );
+    say!("Image end offset: {}", report.image_end_offset);
+}
+
+/// `map`: `entries` is called with what takes each entry.
+pub fn map(
+    output: Output,
+    entries: impl FnOnce(&mut dyn FnMut(MapEntry)) -> Result<(), ImageError>,
+) -> Result<(), ImageError> {
+    match output {
+        Output::Human => {
+            say!("{:<16}{:<16}{:<16}File", "Offset", "Length", "Mapped to");
+            entries(&mut |entry| map_line(&entry))
+        }
+        Output::Json => {
+            // A line each, like qemu-img: a map may have millions of entries. It has
+            // one at least.
+            let mut before = "[";
+            entries(&mut |entry| {
+                if let Ok(text) = serde_json::to_string(&entry) {
+                    say!("{before}{text}");
+                    before = ",";
+                }
+            })?;
+            say!("]");
+            Ok(())
+        }
+    }
+}
+
+fn map_line(entry: &MapEntry) {
+    let (Some(offset), Some(file), true) = (entry.offset, &entry.filename, entry.data) else {
+        return;
+    };
+    say!(
+        "{:<16}{:<16}{:<16}{}",
+        format!("{:#x}", entry.start),
+        format!("{:#x}", entry.length),
+        format!("{offset:#x}"),
+        file.display()
+    );
+}
+
+/// `resize`: the size that the disk has now.
+pub fn resized(size: Sector) {
+    say!(
+        "The disk is {} ({} bytes) now.",
+        human(size.bytes()),
+        size.bytes()
+    );
 }

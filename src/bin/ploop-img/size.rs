@@ -1,6 +1,7 @@
 //! Sizes as `qemu-img` takes and shows them.
 
 use vhost_user_ploop::format::{ClusterSize, SECTOR_SIZE, Sector};
+use vhost_user_ploop::image::NewSize;
 
 /// Parses bytes: digits, perhaps with a fraction, and a suffix of b, k, M, G, T,
 /// P or E in either case; powers of 1024.
@@ -51,6 +52,17 @@ pub fn parse_disk_size(text: &str) -> Result<Sector, String> {
         return Err("a disk of no bytes is none: give a size above 0".to_owned());
     }
     Ok(Sector(bytes.div_ceil(SECTOR_SIZE)))
+}
+
+/// A new disk size, or with a `+` in front how much to grow by.
+///
+/// # Errors
+/// As [`parse_bytes`], and for nothing.
+pub fn parse_new_size(text: &str) -> Result<NewSize, String> {
+    match text.strip_prefix('+') {
+        Some(more) => parse_disk_size(more).map(NewSize::GrowBy),
+        None => parse_disk_size(text).map(NewSize::Exactly),
+    }
 }
 
 /// A cluster size.
@@ -132,6 +144,10 @@ mod tests {
         assert_eq!(parse_disk_size("1"), Ok(Sector(1)));
         assert_eq!(parse_disk_size("513"), Ok(Sector(2)));
         assert!(parse_disk_size("0").is_err());
+        assert_eq!(parse_new_size("1k"), Ok(NewSize::Exactly(Sector(2))));
+        assert_eq!(parse_new_size("+1k"), Ok(NewSize::GrowBy(Sector(2))));
+        assert!(parse_new_size("-1k").is_err());
+        assert!(parse_new_size("++1k").is_err());
         assert_eq!(parse_cluster_size("1M"), Ok(ClusterSize::DEFAULT));
         for text in ["16k", "128M", "100k", "0"] {
             assert!(parse_cluster_size(text).is_err(), "{text}");

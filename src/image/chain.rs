@@ -1,0 +1,252 @@
+//! Reading a disk off line: which file holds what, through all levels.
+
+use std::ops::Range;
+use std::path::Path;
+
+use super::delta::{Delta, read_or_zeros};
+use super::error::{ImageError, IoContext, Result};
+use super::file::{HostImage, ImageFile};
+use super::open::{OpenImage, image_of};
+use crate::format::{ClusterSize, GuestCluster, Sector};
+use crate::ploop::Level;
+
+/// The levels of a disk, to be read as one.
+#[derive(Debug)]
+pub struct Chain<F> {
+    /// Base first.
+    levels: Vec<ChainLevel<F>>,
+    disk_size: Sector,
+    /// Of all expandable levels; what a disk without any is looked up in.
+    cluster: ClusterSize,
+}
+
+#[derive(Debug)]
+enum ChainLevel<F> {
+    Ploop(Delta<F>),
+    Plain { file: F, size: Sector },
+}
+
+/// Part of a disk that lies in one place.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Extent {
+    /// In bytes of the disk.
+    pub range: Range<u64>,
+    /// Where it is; `None` if no level has it, so that it reads as zeros.
+    pub place: Option<Place>,
+}
+
+/// A place in one of the files.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Place {
+    /// Index of the level, 0 is the base.
+    pub level: usize,
+    /// In bytes of its file.
+    pub offset: u64,
+}
+
+impl Chain<HostImage> {
+    /// Reads all BATs of an open disk.
+    ///
+    /// # Errors
+    /// A level with wrong entries or a half-done change of its version, or an
+    /// I/O error.
+    pub fn load(image: &OpenImage) -> Result<Self> {
+        let mut levels = Vec::new();
+        for (level, file) in image.chain.levels.iter().zip(&image.files) {
+            let file = image_of(file)?;
+            levels.push(match *level {
+                Level::Plain { size } => ChainLevel::Plain { file, size },
+                Level::Ploop => ChainLevel::Ploop(load_readable(file)?),
+            });
+        }
+        Self::of(levels).ok_or_else(|| ImageError::Unsupported {
+            path: image.files[0].path.clone(),
+            why: "has no levels".into(),
+        })
+    }
+
+    /// A raw image as a disk of one level, rounded up to whole sectors.
+    ///
+    /// # Errors
+    /// Any of `fstat(2)`.
+    pub fn of_raw(file: HostImage) -> Result<Self> {
+        let len = file.file_len().context(file.path(), "get the length")?;
+        let size = Sector(len.div_ceil(crate::format::SECTOR_SIZE));
+        Ok(Self {
+            levels: vec![ChainLevel::Plain { file, size }],
+            disk_size: size,
+            cluster: ClusterSize::DEFAULT,
+        })
+    }
+}
+
+fn load_readable(file: HostImage) -> Result<Delta<HostImage>> {
+    let delta = Delta::load(file)?;
+    delta.require_readable()?;
+    Ok(delta)
+}
+
+impl<F: ImageFile> Chain<F> {
+    fn of(levels: Vec<ChainLevel<F>>) -> Option<Self> {
+        let disk_size = match levels.last()? {
+            ChainLevel::Ploop(delta) => delta.geometry().disk_size,
+            ChainLevel::Plain { size, .. } => *size,
+        };
+        let clusters = levels.iter().filter_map(|level| match level {
+            ChainLevel::Ploop(delta) => Some(delta.geometry().cluster),
+            ChainLevel::Plain { .. } => None,
+        });
+        Some(Self {
+            cluster: clusters.last().unwrap_or(ClusterSize::DEFAULT),
+            levels,
+            disk_size,
+        })
+    }
+
+    /// Of the guest's disk.
+    pub fn disk_size(&self) -> Sector {
+        self.disk_size
+    }
+
+    /// Of the expandable levels, or the default if there is none.
+    pub fn cluster(&self) -> ClusterSize {
+        self.cluster
+    }
+
+    /// How many levels there are.
+    pub fn depth(&self) -> usize {
+        self.levels.len()
+    }
+
+    /// The name of the file of a level, for messages and reports.
+    pub fn path(&self, level: usize) -> &Path {
+        self.file(level).path()
+    }
+
+    fn file(&self, level: usize) -> &F {
+        match &self.levels[level] {
+            ChainLevel::Ploop(delta) => delta.file(),
+            ChainLevel::Plain { file, .. } => file,
+        }
+    }
+
+    /// Whether a level is a raw image.
+    pub fn is_plain(&self, level: usize) -> bool {
+        matches!(self.levels[level], ChainLevel::Plain { .. })
+    }
+
+    /// The extent that starts at byte `start` of the disk, at most to the end of
+    /// its cluster.
+    fn extent_in_cluster(&self, start: u64) -> Extent {
+        let cluster = GuestCluster((start >> self.cluster.shift()) as u32);
+        let cluster_start = u64::from(cluster.0) << self.cluster.shift();
+        let mut end = (cluster_start + self.cluster.bytes()).min(self.disk_size.bytes());
+        for (level, from) in self.levels.iter().enumerate().rev() {
+            let (size, place) = match from {
+                ChainLevel::Plain { size, .. } => (size.bytes(), Some(cluster_start)),
+                ChainLevel::Ploop(delta) => {
+                    (delta.geometry().disk_size.bytes(), delta.lookup(cluster))
+                }
+            };
+            let Some(offset) = place.filter(|_| start < size) else {
+                continue;
+            };
+            // A lower level that is shorter than the disk ends here.
+            end = end.min(size);
+            let offset = offset + (start - cluster_start);
+            return Extent {
+                range: start..end,
+                place: Some(Place { level, offset }),
+            };
+        }
+        Extent {
+            range: start..end,
+            place: None,
+        }
+    }
+
+    /// The extent that starts at byte `start` of the disk, as long as it lies in
+    /// one piece but not longer than `limit` bytes and the cluster it ends in;
+    /// `None` at the end of the disk.
+    pub fn extent(&self, start: u64, limit: u64) -> Option<Extent> {
+        if start >= self.disk_size.bytes() {
+            return None;
+        }
+        let mut extent = self.extent_in_cluster(start);
+        while extent.range.end < self.disk_size.bytes()
+            && extent.range.end - extent.range.start < limit
+        {
+            let next = self.extent_in_cluster(extent.range.end);
+            let len = extent.range.end - extent.range.start;
+            let follows = extent.place.map(|place| Place {
+                offset: place.offset + len,
+                ..place
+            });
+            if next.place != follows {
+                break;
+            }
+            extent.range.end = next.range.end;
+        }
+        Some(extent)
+    }
+
+    /// The first range of the disk at or after `start` that may hold anything but
+    /// zeros, as far as mapping and host file system tell; at most `limit` bytes
+    /// and a cluster long. `None` if only zeros follow.
+    ///
+    /// # Errors
+    /// Any of `lseek(2)`.
+    pub fn next_data(&self, start: u64, limit: u64) -> Result<Option<Extent>> {
+        let mut start = start;
+        while let Some(extent) = self.extent(start, limit) {
+            start = extent.range.end;
+            let Some(place) = extent.place else { continue };
+            let file = self.file(place.level);
+            let len = extent.range.end - extent.range.start;
+            let data = file.next_data(place.offset);
+            let data = data.context(file.path(), "seek in")?;
+            let Some(data) = data.filter(|data| data.start < place.offset + len) else {
+                continue;
+            };
+            let skipped = data.start - place.offset;
+            let data_end = data.end.min(place.offset + len);
+            let range_start = extent.range.start + skipped;
+            return Ok(Some(Extent {
+                range: range_start..range_start + (data_end - data.start),
+                place: Some(Place {
+                    offset: data.start,
+                    ..place
+                }),
+            }));
+        }
+        Ok(None)
+    }
+
+    /// Fills `bytes` from byte `start` of the disk; beyond its end with zeros.
+    ///
+    /// # Errors
+    /// Any of `pread(2)`.
+    pub fn read(&self, bytes: &mut [u8], start: u64) -> Result<()> {
+        let mut rest = bytes;
+        let mut start = start;
+        while !rest.is_empty() {
+            let Some(extent) = self.extent(start, rest.len() as u64) else {
+                rest.fill(0);
+                return Ok(());
+            };
+            let len = (extent.range.end - start).min(rest.len() as u64) as usize;
+            let (piece, after) = rest.split_at_mut(len);
+            match extent.place {
+                None => piece.fill(0),
+                Some(place) => {
+                    let file = self.file(place.level);
+                    let read = read_or_zeros(file, piece, place.offset);
+                    read.context(file.path(), "read")?;
+                }
+            }
+            rest = after;
+            start += len as u64;
+        }
+        Ok(())
+    }
+}

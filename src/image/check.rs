@@ -1,0 +1,343 @@
+//! Checking images, and what repairs find to do.
+
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+
+use fixedbitset::FixedBitSet;
+use serde::Serialize;
+
+use super::delta::Delta;
+use super::error::{IoContext, Result};
+use super::file::ImageFile;
+use super::open::{Access, OpenImage, OpenMode, image_of, open};
+use super::repair;
+use crate::format::{BatScan, Extension, Geometry, HostCluster, InUse, SECTOR_SIZE};
+use crate::ploop::Level;
+use crate::storage::HostFile;
+
+/// What to repair.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Repair {
+    /// Space that nothing uses.
+    Leaks,
+    /// Everything that can be; data may be lost where it was lost already.
+    All,
+}
+
+/// What a check found in one image file, or in all of a disk; serialised it has
+/// the keys of `qemu-img check --output=json`.
+#[derive(Clone, Debug, Default, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct CheckReport {
+    /// As given, or of the image file.
+    pub filename: PathBuf,
+    /// Always "ploop".
+    pub format: &'static str,
+    /// What could not be checked. Always 0: such a check is an error.
+    pub check_errors: u32,
+    /// Where the last cluster in use ends, in bytes of the file.
+    pub image_end_offset: u64,
+    /// What is wrong and was not repaired.
+    pub corruptions: u64,
+    /// Clusters and files that waste space and were not repaired.
+    pub leaks: u64,
+    /// What was wrong and is repaired.
+    pub corruptions_fixed: u64,
+    /// What wasted space and no longer does.
+    pub leaks_fixed: u64,
+    /// Of the guest's disk.
+    pub total_clusters: u64,
+    /// Of them, those that have a place in the file.
+    pub allocated_clusters: u64,
+    /// Of them, those that do not follow the one before in the file.
+    pub fragmented_clusters: u64,
+    /// Each finding and each repair in words.
+    pub messages: Vec<String>,
+    /// One for each image file of a bundle with several, base first.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub levels: Vec<CheckReport>,
+}
+
+impl CheckReport {
+    fn new(filename: &Path) -> Self {
+        Self {
+            filename: filename.to_owned(),
+            format: "ploop",
+            ..Self::default()
+        }
+    }
+
+    pub(super) fn corruption(&mut self, message: impl ToString) {
+        self.corruptions += 1;
+        self.messages.push(message.to_string());
+    }
+
+    pub(super) fn leak(&mut self, count: u64, message: impl ToString) {
+        self.leaks += count;
+        self.messages.push(message.to_string());
+    }
+
+    /// The sum of `levels`, with what concerns the disk as a whole.
+    fn sum(mut self, levels: Vec<Self>) -> Self {
+        for level in &levels {
+            self.corruptions += level.corruptions;
+            self.leaks += level.leaks;
+            self.corruptions_fixed += level.corruptions_fixed;
+            self.leaks_fixed += level.leaks_fixed;
+            self.allocated_clusters += level.allocated_clusters;
+            self.fragmented_clusters += level.fragmented_clusters;
+            let name = level.filename.display();
+            let named = level.messages.iter().map(|text| format!("{name}: {text}"));
+            self.messages.extend(named);
+        }
+        if let Some(top) = levels.last() {
+            self.image_end_offset = top.image_end_offset;
+            self.total_clusters = top.total_clusters;
+        }
+        if levels.len() > 1 {
+            self.levels = levels;
+        }
+        self
+    }
+}
+
+/// Checks the disk at `path`, all levels of it, and repairs what `repair` says.
+///
+/// # Errors
+/// Whatever keeps it from being opened and read so, or repaired.
+pub fn check(path: &Path, repair: Option<Repair>, mode: OpenMode) -> Result<CheckReport> {
+    let image = match repair {
+        None => open(path, mode)?,
+        Some(_) => open(path, OpenMode::new(Access::Repair))?,
+    };
+    let mut levels = Vec::new();
+    for (level, file) in image.chain.levels.iter().zip(&image.files) {
+        levels.push(match level {
+            Level::Ploop => check_delta(&mut Delta::load(image_of(file)?)?, repair)?,
+            Level::Plain { .. } => check_plain(file)?,
+        });
+    }
+    let mut whole = CheckReport::new(path);
+    check_bundle(&image, repair, &mut whole)?;
+    Ok(whole.sum(levels))
+}
+
+/// There is nothing to be wrong in a raw image.
+fn check_plain(file: &HostFile) -> Result<CheckReport> {
+    let metadata = file.file.metadata().context(&file.path, "look at")?;
+    let mut report = CheckReport::new(&file.path);
+    report.image_end_offset = metadata.len();
+    Ok(report)
+}
+
+/// What only the descriptor and the folder know.
+fn check_bundle(image: &OpenImage, repair: Option<Repair>, report: &mut CheckReport) -> Result<()> {
+    let _ = (image, repair, report);
+    Ok(())
+}
+
+/// Checks one image file, repairs it, and checks it again.
+pub(super) fn check_delta<F: ImageFile>(
+    delta: &mut Delta<F>,
+    repair: Option<Repair>,
+) -> Result<CheckReport> {
+    let before = examine(delta)?;
+    let found = before.report(delta);
+    let Some(repair) = repair.filter(|repair| match repair {
+        Repair::Leaks => found.leaks > 0,
+        Repair::All => found.leaks > 0 || found.corruptions > 0,
+    }) else {
+        return Ok(found);
+    };
+    let mut done = Vec::new();
+    repair::repair(delta, repair, &before, &mut done)?;
+    let mut after = examine(delta)?.report(delta);
+    after.corruptions_fixed = found.corruptions.saturating_sub(after.corruptions);
+    after.leaks_fixed = found.leaks.saturating_sub(after.leaks);
+    after.messages = [found.messages, done].concat();
+    Ok(after)
+}
+
+/// What there is to say of one image file.
+pub(super) struct Findings {
+    pub scan: BatScan,
+    /// One after the highest host cluster that something uses: an entry, or the
+    /// format extension.
+    pub end: HostCluster,
+    /// Host clusters that nothing uses and that take space, in order; what lies
+    /// behind [`Self::end`] is the last of them.
+    pub leaks: Vec<Range<HostCluster>>,
+    /// Why the format extension is not valid, though it should be.
+    bad_extension: Option<String>,
+}
+
+/// Looks at an image file, changes nothing.
+pub(super) fn examine<F: ImageFile>(delta: &Delta<F>) -> Result<Findings> {
+    let scan = delta.scan()?;
+    let mut used = scan.used.clone();
+    let bad_extension = match extension_of(delta)? {
+        Ok(clusters) => {
+            for cluster in clusters {
+                used.grow_and_insert(cluster.0 as usize);
+            }
+            None
+        }
+        Err(why) => Some(why),
+    };
+    let end = match used.maximum() {
+        Some(last) => scan.end.max(HostCluster(last as u32 + 1)),
+        None => scan.end,
+    };
+    let leaks = find_leaks(delta, &used, end)?;
+    Ok(Findings {
+        scan,
+        end,
+        leaks,
+        bad_extension,
+    })
+}
+
+/// The host clusters of a valid format extension, or why it is not valid.
+fn extension_of<F: ImageFile>(
+    delta: &Delta<F>,
+) -> Result<std::result::Result<Vec<HostCluster>, String>> {
+    let header = delta.header();
+    let geometry = delta.geometry();
+    if header.in_use != InUse::ClosedWithExtension || header.extension.0 == 0 {
+        return Ok(Ok(Vec::new()));
+    }
+    let file_len = delta.file_len()?;
+    let cluster_at = |sector: u64| {
+        let offset = sector.checked_mul(SECTOR_SIZE)?;
+        let end = offset.checked_add(geometry.cluster.bytes())?;
+        let inside = offset >= geometry.data_start && end <= file_len;
+        let whole =
+            (offset.wrapping_sub(geometry.data_start)).is_multiple_of(geometry.cluster.bytes());
+        (inside && whole)
+            .then(|| HostCluster((geometry.host_clusters_below(offset + 1) - 1) as u32))
+    };
+    let Some(first) = cluster_at(header.extension.0) else {
+        return Ok(Err(
+            "the format extension is not a cluster of the file".into()
+        ));
+    };
+    let mut bytes = vec![0; geometry.cluster.bytes() as usize];
+    delta.read(&mut bytes, header.extension.0 * SECTOR_SIZE)?;
+    let extension = match Extension::parse(&bytes) {
+        Ok(extension) => extension,
+        Err(error) => return Ok(Err(error.to_string())),
+    };
+    let mut clusters = vec![first];
+    for sector in extension.clusters() {
+        match cluster_at(sector.0) {
+            Some(cluster) => clusters.push(cluster),
+            None => return Ok(Err("a dirty bitmap is not a cluster of the file".into())),
+        }
+    }
+    Ok(Ok(clusters))
+}
+
+/// Clusters that nothing uses: those that hold data, and all behind the last one
+/// in use. A hole between used clusters is what a discard leaves; it takes no
+/// space and is used again.
+fn find_leaks<F: ImageFile>(
+    delta: &Delta<F>,
+    used: &FixedBitSet,
+    end: HostCluster,
+) -> Result<Vec<Range<HostCluster>>> {
+    let geometry = delta.geometry();
+    let path = delta.path();
+    let end_offset = geometry.host_offset(end);
+    let mut leaks: Vec<Range<HostCluster>> = Vec::new();
+    let mut push = |leak: Range<u32>| match leaks.last_mut() {
+        Some(last) if last.end.0 == leak.start => last.end.0 = leak.end,
+        _ => leaks.push(HostCluster(leak.start)..HostCluster(leak.end)),
+    };
+    let mut offset = geometry.data_start;
+    while offset < end_offset {
+        let data = delta.file().next_data(offset).context(path, "seek in")?;
+        let Some(data) = data.filter(|data| data.start < end_offset) else {
+            break;
+        };
+        let first = geometry.host_clusters_below(data.start + 1) as u32 - 1;
+        let after = geometry.host_clusters_below(data.end.min(end_offset)) as u32;
+        for cluster in first..after {
+            if !used.contains(cluster as usize) {
+                push(cluster..cluster + 1);
+            }
+        }
+        // The rest of a cluster that is known to hold data tells nothing new.
+        offset = geometry.host_offset(HostCluster(after));
+    }
+    let file_end = geometry.host_clusters_below(delta.file_len()?);
+    let file_end = file_end.min(u64::from(u32::MAX)) as u32;
+    if file_end > end.0 {
+        push(end.0..file_end);
+    }
+    Ok(leaks)
+}
+
+impl Findings {
+    /// Whether entries and format extension are right.
+    pub fn is_sound(&self) -> bool {
+        self.scan.is_clean() && self.bad_extension.is_none()
+    }
+
+    fn report<F: ImageFile>(&self, delta: &Delta<F>) -> CheckReport {
+        let geometry = delta.geometry();
+        let mut report = CheckReport::new(delta.path());
+        report.image_end_offset = geometry.host_offset(self.end);
+        report.total_clusters = geometry.cluster.count_for(geometry.disk_size.bytes());
+        report.allocated_clusters = u64::from(self.scan.mapped);
+        report.fragmented_clusters = fragmented(geometry, delta.bat());
+        if matches!(delta.header().in_use, InUse::Open | InUse::OpenByOthers) {
+            report.corruption("the image was not closed cleanly");
+        }
+        if delta.header().is_converting() {
+            report.corruption("a change of the format version was cut off half-way");
+        }
+        if let Some(why) = &self.bad_extension {
+            report.corruption(why);
+        }
+        let listed = self.scan.problems.len();
+        report.corruptions += u64::from(self.scan.problem_count);
+        report
+            .messages
+            .extend(self.scan.problems.iter().map(ToString::to_string));
+        if self.scan.problem_count as usize > listed {
+            let more = self.scan.problem_count as usize - listed;
+            report
+                .messages
+                .push(format!("{more} more BAT entries are wrong"));
+        }
+        for leak in &self.leaks {
+            let count = u64::from(leak.end.0 - leak.start.0);
+            report.leak(count, leak_message(leak));
+        }
+        report
+    }
+}
+
+fn leak_message(leak: &Range<HostCluster>) -> String {
+    match leak.end.0 - leak.start.0 {
+        1 => format!("host cluster {} is used by nothing", leak.start),
+        _ => format!(
+            "host clusters {} to {} are used by nothing",
+            leak.start,
+            leak.end.0 - 1
+        ),
+    }
+}
+
+/// Entries whose cluster does not follow that of the mapped entry before.
+fn fragmented(geometry: &Geometry, bat: &[u32]) -> u64 {
+    let mapped = bat.iter().filter(|value| **value != 0);
+    let hosts = mapped.filter_map(|value| geometry.host_cluster(*value));
+    let mut fragmented = 0;
+    let mut previous = None;
+    for HostCluster(host) in hosts {
+        fragmented += u64::from(previous.is_some_and(|p: u32| p.wrapping_add(1) != host));
+        previous = Some(host);
+    }
+    fragmented
+}

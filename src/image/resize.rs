@@ -1,0 +1,177 @@
+//! Growing a disk off line.
+//!
+//! The BAT of a larger disk may need room where data is. The order of the steps
+//! is such that a cut anywhere leaves an image of the old or the new size:
+//! relocated clusters and their entries are stable, and the room for the BAT
+//! holds zeros, before number of entries, first block offset and disk size change
+//! in the write of one sector.
+
+use std::path::Path;
+
+use super::delta::Delta;
+use super::error::{ImageError, IoContext, Result};
+use super::file::ImageFile;
+use super::open::{Access, OpenImage, OpenMode, image_of, open};
+use super::repair::{examine_as, free_leaks};
+use crate::format::{GuestCluster, HostCluster, InUse, Sector};
+use crate::ploop::Level;
+
+/// The size that a disk shall have.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum NewSize {
+    /// This.
+    Exactly(Sector),
+    /// As much more.
+    GrowBy(Sector),
+}
+
+/// Grows the disk at `path` and gives back its new size.
+///
+/// # Errors
+/// A smaller size, one that the format cannot hold, or whatever keeps the image
+/// from being opened and changed.
+pub fn resize(path: &Path, size: NewSize) -> Result<Sector> {
+    let mut image = open(path, OpenMode::new(Access::Change))?;
+    let (Some(level), Some(file)) = (image.chain.levels.last(), image.files.last()) else {
+        return Err(refuse(path, "has no image"));
+    };
+    let file = image_of(file)?;
+    let new_size = match *level {
+        Level::Plain { size: old_size } => {
+            let new_size = larger(path, old_size, size)?;
+            file.set_len(new_size.bytes())
+                .and_then(|()| file.sync())
+                .context(file.path(), "grow")?;
+            new_size
+        }
+        Level::Ploop => {
+            let mut delta = Delta::load(file)?;
+            let new_size = larger(path, delta.geometry().disk_size, size)?;
+            grow(&mut delta, new_size)?;
+            new_size
+        }
+    };
+    update_descriptor(&mut image, new_size)?;
+    Ok(new_size)
+}
+
+/// The new size, if it is not below the old one.
+fn larger(path: &Path, old_size: Sector, size: NewSize) -> Result<Sector> {
+    let new_size = match size {
+        NewSize::Exactly(size) => size,
+        NewSize::GrowBy(more) => Sector(old_size.0.saturating_add(more.0)),
+    };
+    if new_size < old_size {
+        return Err(refuse(
+            path,
+            &format!(
+                "is {} bytes large; making it smaller would cut off what the guest has there. \
+                 Shrink the file system first, then copy it to a new, smaller disk",
+                old_size.bytes()
+            ),
+        ));
+    }
+    Ok(new_size)
+}
+
+fn refuse(path: &Path, why: &str) -> ImageError {
+    ImageError::Unsupported {
+        path: path.to_owned(),
+        why: why.to_owned(),
+    }
+}
+
+/// The header has the last word, so the descriptor may follow it: whoever opens
+/// the bundle in between finds the new size.
+fn update_descriptor(image: &mut OpenImage, disk_size: Sector) -> Result<()> {
+    let Some(bundle) = &mut image.bundle else {
+        return Ok(());
+    };
+    let mut descriptor = bundle.descriptor().clone();
+    if descriptor.disk_size == disk_size {
+        return Ok(());
+    }
+    descriptor.disk_size = disk_size;
+    bundle.save(descriptor)
+}
+
+/// Grows one image file.
+///
+/// # Errors
+/// The image is not sound, the size is not one that it can have, or an I/O error;
+/// one that leaves the image marked as in use says so by the next command.
+pub(super) fn grow<F: ImageFile>(delta: &mut Delta<F>, disk_size: Sector) -> Result<()> {
+    delta.require_sound()?;
+    if disk_size == delta.geometry().disk_size {
+        return Ok(());
+    }
+    let grown = delta.header().grown(disk_size);
+    let header = grown.map_err(|source| ImageError::Header {
+        path: delta.path().to_owned(),
+        source,
+    })?;
+    let old = *delta.geometry();
+    let new = *header.geometry();
+    let found_as = delta.header().in_use;
+    let old_len = delta.file_len()?;
+    delta.begin()?;
+
+    let moved = match copy_away(delta, new.first_host_cluster()) {
+        Ok(moved) => moved,
+        Err(error) => {
+            // A full disk, most likely. Nothing was changed but the end of the file.
+            delta.set_len(old_len)?;
+            delta.finish(found_as)?;
+            return Err(error);
+        }
+    };
+    for (guest, host) in &moved {
+        delta.set_entry(*guest, Some(*host));
+    }
+    delta.write_entries(moved.into_iter().map(|(guest, _)| guest))?;
+    delta.sync()?;
+
+    if delta.file_len()? < new.data_start {
+        delta.set_len(new.data_start)?;
+    }
+    delta.punch(old.metadata_len()..new.data_start)?;
+    delta.sync()?;
+
+    delta.set_header(header);
+    delta.set_mark(InUse::Open);
+    delta.write_header()?;
+    if found_as == InUse::ClosedWithExtension {
+        // The extension is no more; its clusters are to be had.
+        let findings = examine_as(delta, InUse::Open)?;
+        free_leaks(delta, &findings)?;
+    }
+    delta.finish(InUse::Closed)
+}
+
+/// Copies the clusters in front of `first` to the end of the file, and makes that
+/// stable. Gives back the entries to change.
+fn copy_away<F: ImageFile>(
+    delta: &Delta<F>,
+    first: HostCluster,
+) -> Result<Vec<(GuestCluster, HostCluster)>> {
+    let geometry = delta.geometry();
+    let file_end = geometry.host_clusters_below(delta.file_len()?);
+    let mut next = file_end.max(u64::from(first.0));
+    let mut moved = Vec::new();
+    for (guest, value) in (0..).zip(delta.bat()) {
+        let host = geometry.host_cluster(*value).filter(|_| *value != 0);
+        let Some(host) = host.filter(|host| *host < first) else {
+            continue;
+        };
+        if next >= u64::from(geometry.host_cluster_limit()) {
+            return Err(refuse(delta.path(), "has no room left in its file"));
+        }
+        let to = HostCluster(next as u32);
+        next += 1;
+        delta.set_len(geometry.host_offset(HostCluster(next as u32)))?;
+        delta.copy_cluster(geometry.host_offset(host), geometry.host_offset(to))?;
+        moved.push((GuestCluster(guest), to));
+    }
+    delta.sync()?;
+    Ok(moved)
+}

@@ -1,0 +1,206 @@
+//! Files in memory that record what is done to them, and the states in which a
+//! power cut may leave them.
+
+use std::cell::RefCell;
+use std::io;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::rc::Rc;
+
+use rand::rngs::StdRng;
+use rand::{Rng, SeedableRng};
+
+use super::file::ImageFile;
+
+const SECTOR: usize = 512;
+/// What a hole is made of.
+const BLOCK: u64 = 4096;
+
+/// A change, and the file that it was made to.
+#[derive(Clone, Debug)]
+struct Step {
+    file: usize,
+    change: Change,
+}
+
+#[derive(Clone, Debug)]
+enum Change {
+    Write { offset: u64, bytes: Vec<u8> },
+    SetLen(u64),
+    Zero(Range<u64>),
+    Sync,
+}
+
+#[derive(Default)]
+struct State {
+    initial: Vec<Vec<u8>>,
+    current: Vec<Vec<u8>>,
+    steps: Vec<Step>,
+}
+
+/// Some files on one disk, whose power can fail.
+#[derive(Clone, Default)]
+pub struct Medium(Rc<RefCell<State>>);
+
+/// A file on a [`Medium`].
+pub struct MemImage {
+    medium: Medium,
+    index: usize,
+    path: PathBuf,
+}
+
+impl Medium {
+    /// A file that is stable as it is.
+    pub fn file(&self, name: &str, content: Vec<u8>) -> MemImage {
+        let mut state = self.0.borrow_mut();
+        state.initial.push(content.clone());
+        state.current.push(content);
+        MemImage {
+            medium: self.clone(),
+            index: state.current.len() - 1,
+            path: name.into(),
+        }
+    }
+
+    /// All files as they are now.
+    pub fn contents(&self) -> Vec<Vec<u8>> {
+        self.0.borrow().current.clone()
+    }
+
+    /// Calls `check` with the files after each of many power cuts: at every step,
+    /// with none of what was not synced, with all of it, and with `samples`
+    /// random choices of it, torn at sectors. Returns how many of the cuts had
+    /// anything unsynced.
+    pub fn cut_everywhere(&self, samples: u64, mut check: impl FnMut(Vec<Vec<u8>>)) -> usize {
+        let state = self.0.borrow();
+        let mut cuts = 0;
+        for end in 0..=state.steps.len() {
+            for sample in 0..samples + 2 {
+                let mut rng = StdRng::seed_from_u64(end as u64 * 1000 + sample);
+                let keep = move || match sample {
+                    0 => false,
+                    1 => true,
+                    _ => rng.random(),
+                };
+                let (files, unsynced) = state.cut(end, keep);
+                cuts += usize::from(unsynced);
+                check(files);
+                if !unsynced {
+                    break;
+                }
+            }
+        }
+        cuts
+    }
+}
+
+impl State {
+    fn cut(&self, end: usize, mut keep: impl FnMut() -> bool) -> (Vec<Vec<u8>>, bool) {
+        let mut files = self.initial.clone();
+        let mut unsynced = false;
+        for (index, step) in self.steps[..end].iter().enumerate() {
+            let synced = self.steps[index..end]
+                .iter()
+                .any(|later| later.file == step.file && matches!(later.change, Change::Sync));
+            unsynced |= !synced;
+            apply(&mut files[step.file], &step.change, || synced || keep());
+        }
+        (files, unsynced)
+    }
+}
+
+fn apply(file: &mut Vec<u8>, change: &Change, mut keep: impl FnMut() -> bool) {
+    match change {
+        Change::Write { offset, bytes } => {
+            // Cut at the sectors of the file, not of the buffer.
+            let mut at = *offset as usize;
+            let mut rest = &bytes[..];
+            while !rest.is_empty() {
+                let (piece, after) = rest.split_at(rest.len().min(SECTOR - at % SECTOR));
+                if keep() {
+                    file.resize(file.len().max(at + piece.len()), 0);
+                    file[at..at + piece.len()].copy_from_slice(piece);
+                }
+                at += piece.len();
+                rest = after;
+            }
+        }
+        Change::SetLen(len) => {
+            if keep() {
+                file.resize(*len as usize, 0);
+            }
+        }
+        Change::Zero(range) => {
+            if keep() {
+                let end = (range.end as usize).min(file.len());
+                let start = (range.start as usize).min(end);
+                file[start..end].fill(0);
+            }
+        }
+        Change::Sync => {}
+    }
+}
+
+impl MemImage {
+    fn change(&self, change: Change) -> io::Result<()> {
+        let mut state = self.medium.0.borrow_mut();
+        apply(&mut state.current[self.index], &change, || true);
+        state.steps.push(Step {
+            file: self.index,
+            change,
+        });
+        Ok(())
+    }
+}
+
+impl ImageFile for MemImage {
+    fn path(&self) -> &Path {
+        &self.path
+    }
+
+    fn file_len(&self) -> io::Result<u64> {
+        Ok(self.medium.0.borrow().current[self.index].len() as u64)
+    }
+
+    fn read_exact_at(&self, bytes: &mut [u8], offset: u64) -> io::Result<()> {
+        let state = self.medium.0.borrow();
+        let start = usize::try_from(offset).map_err(io::Error::other)?;
+        let there = state.current[self.index].get(start..start + bytes.len());
+        bytes.copy_from_slice(there.ok_or(io::ErrorKind::UnexpectedEof)?);
+        Ok(())
+    }
+
+    fn write_all_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
+        let bytes = bytes.to_vec();
+        self.change(Change::Write { offset, bytes })
+    }
+
+    fn set_len(&self, len: u64) -> io::Result<()> {
+        self.change(Change::SetLen(len))
+    }
+
+    fn punch(&self, range: Range<u64>) -> io::Result<()> {
+        self.change(Change::Zero(range))
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        self.change(Change::Sync)
+    }
+
+    fn next_data(&self, offset: u64) -> io::Result<Option<Range<u64>>> {
+        let state = self.medium.0.borrow();
+        let file = &state.current[self.index];
+        let block_is_data = |block: u64| {
+            let start = (block * BLOCK) as usize;
+            let end = (start + BLOCK as usize).min(file.len());
+            file[start..end].iter().any(|byte| *byte != 0)
+        };
+        let blocks = (file.len() as u64).div_ceil(BLOCK);
+        let Some(first) = (offset / BLOCK..blocks).find(|block| block_is_data(*block)) else {
+            return Ok(None);
+        };
+        let end = (first..blocks).find(|block| !block_is_data(*block));
+        let end = (end.unwrap_or(blocks) * BLOCK).min(file.len() as u64);
+        Ok(Some((first * BLOCK).max(offset)..end))
+    }
+}
