@@ -40,4 +40,6 @@ pub use runner::Runner;
 pub use running::Running;
 
 #[cfg(all(test, not(loom)))]
+mod property_tests;
+#[cfg(all(test, not(loom)))]
 mod tests;

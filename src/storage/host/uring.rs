@@ -10,11 +10,12 @@
 //! one: it is enabled by the thread that first submits.
 
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::thread;
 use std::time::Duration;
 
 use io_uring::{IoUring, Probe, opcode, squeue, types};
+use rustix::event::{EventfdFlags, eventfd};
 use rustix::io::Errno;
 
 use super::job::{Job, Memory, Step, Verdict};
@@ -34,6 +35,13 @@ const SUBMIT_PAUSE: Duration = Duration::from_micros(100);
 /// One thread's access through a ring.
 pub struct Uring {
     ring: IoUring,
+    /// Signalled by the kernel when there is something to reap. The descriptor of
+    /// the ring itself will not do: whoever polls it is not woken by completions
+    /// that wait for the thread to run deferred work.
+    completed: OwnedFd,
+    /// Completions were reaped since `completed` was last read: it is, or will
+    /// soon be, signalled for nothing.
+    is_stale: bool,
     /// Those that the ring may be of.
     generations: &'static [Generation],
     /// Whether the thread that submits has enabled the ring.
@@ -170,8 +178,12 @@ impl Uring {
         let depth = depth.clamp(1, MAX_DEPTH);
         let ring = build(depth, generations)?;
         register_files(&ring, &files)?;
+        let completed = eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)?;
+        ring.submitter().register_eventfd(completed.as_raw_fd())?;
         Ok(Self {
             ring,
+            completed,
+            is_stale: false,
             generations,
             enabled: false,
             files,
@@ -229,16 +241,15 @@ impl Uring {
             let error = self.broken.unwrap_or(Errno::IO);
             self.give_out(index, Err(error), done);
         }
-        if self.in_kernel == 0 {
+        if self.in_kernel == 0 && !self.is_stale {
             return;
         }
-        self.run_deferred_work();
-        while let Some(entry) = self.next_completion() {
-            let index = entry.user_data() as u32;
-            match self.verdict(index, entry.result()) {
-                Verdict::Done(result) => self.give_out(index, result, done),
-                Verdict::Again => self.stage(index),
-            }
+        if !self.reap_ready(done) && self.is_stale {
+            // The thread is about to sleep. What completed since is looked for
+            // once more, as its signal may have been taken back here.
+            self.is_stale = false;
+            let _ = rustix::io::read(&self.completed, &mut [0; 8]);
+            self.reap_ready(done);
         }
         // Parts of short transfers: nobody else knows that they wait.
         if !self.staged.is_empty() {
@@ -246,12 +257,28 @@ impl Uring {
         }
     }
 
+    /// Whether anything was completed.
+    fn reap_ready(&mut self, done: &mut Vec<Completion>) -> bool {
+        self.run_deferred_work();
+        let mut found = false;
+        while let Some(entry) = self.next_completion() {
+            found = true;
+            let index = entry.user_data() as u32;
+            match self.verdict(index, entry.result()) {
+                Verdict::Done(result) => self.give_out(index, result, done),
+                Verdict::Again => self.stage(index),
+            }
+        }
+        self.is_stale |= found;
+        found
+    }
+
     pub(super) fn in_flight(&self) -> usize {
         self.slots.len() - self.free.len()
     }
 
     pub(super) fn completion_fd(&self) -> Option<RawFd> {
-        Some(self.ring.as_raw_fd())
+        Some(self.completed.as_raw_fd())
     }
 
     /// Puts the next step of a task into the ring.
