@@ -13,7 +13,7 @@ export CARGO_TERM_COLOR=${CARGO_TERM_COLOR:-never}
 export PLOOP_REQUIRE_PEERS=1
 
 # One function a stage. To add one, write it and put its name in the list.
-stages=(tools format lint scripts guest tests release demo)
+stages=(tools format lint scripts guest tests power_cuts release demo)
 
 stage_tools() {
     qemu/install-tools.sh ci
@@ -42,6 +42,11 @@ stage_guest() {
 
 stage_tests() {
     cargo test --locked --workspace
+}
+
+# Simulated power cuts; ci/sim.sh alone makes the long run.
+stage_power_cuts() {
+    ci/sim.sh 20000
 }
 
 stage_release() {

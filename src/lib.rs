@@ -11,5 +11,5 @@ pub mod image;
 pub mod ploop;
 pub mod storage;
 
-#[cfg(test)]
+#[cfg(all(test, not(loom)))]
 mod sim;

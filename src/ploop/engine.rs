@@ -384,11 +384,16 @@ impl<D: Disk> Engine<D> {
     /// # Errors
     /// What went wrong with that flush; the mode is on all the same.
     pub fn set_write_through(&self, on: bool) -> Result<(), EngineError> {
+        let flush = self.begin_write_through(on);
+        flush.map_or(Ok(()), |outcome| outcome.wait())
+    }
+
+    /// The same without blocking. If there has to be a flush, its end will be told
+    /// in the result.
+    pub(crate) fn begin_write_through(&self, on: bool) -> Option<Outcome> {
         let before = self.write_through.swap(on, Ordering::AcqRel);
-        if on && !before && !self.options.read_only {
-            return self.control(Control::Barrier).wait();
-        }
-        Ok(())
+        let needs_flush = on && !before && !self.options.read_only;
+        needs_flush.then(|| self.control(Control::Barrier))
     }
 
     /// Holds new requests, waits for those under way (parked ones stay parked)
@@ -416,11 +421,10 @@ impl<D: Disk> Engine<D> {
         false
     }
 
-    /// [`Self::set_write_through`] for who drives the threads itself: the barrier
-    /// is the caller's to wait for.
+    /// Whether the cluster is mapped in the top delta, in memory.
     #[cfg(test)]
-    pub(crate) fn set_write_through_for_test(&self, on: bool) {
-        self.write_through.store(on, Ordering::Release);
+    pub(crate) fn is_mapped_here(&self, cluster: GuestCluster) -> bool {
+        matches!(self.bat.get(cluster).place(), Place::In(file, _) if file == self.top())
     }
 
     /// The simulated power is gone.

@@ -265,8 +265,7 @@ fn a_flush_with_nothing_to_do_asks_nobody() {
 #[test]
 fn write_through_makes_stable_before_completion() {
     let mut rig = Rig::new(4 * CLUSTER);
-    let _ = rig.engine.control(Control::Barrier);
-    rig.engine.set_write_through_for_test(true);
+    assert!(rig.engine.begin_write_through(true).is_some());
     rig.write(0, &[5; 512]).unwrap();
     rig.write(512, &[6; 512]).unwrap();
     rig.disk.power_off();

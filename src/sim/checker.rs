@@ -20,6 +20,8 @@ pub struct Image {
     pub closed: bool,
     /// Byte offset of each guest cluster in the file, 0 if it is not mapped.
     pub map: Vec<u64>,
+    /// A raw image: every cluster is where it is on the guest's disk.
+    pub plain: bool,
 }
 
 const IN_USE: u32 = 0x746F_6E59;
@@ -53,6 +55,7 @@ impl Image {
             data_start,
             closed: word(44) != IN_USE,
             map: bat.chunks_exact(4).map(entry).collect(),
+            plain: false,
         };
         image.check(disk.live_len(file))?;
         Ok(image)
@@ -80,6 +83,9 @@ impl Image {
     /// Byte offset in the file of a sector of the guest's disk, if it is mapped.
     pub fn offset(&self, sector: u64) -> Option<u64> {
         let at = sector * SECTOR as u64;
+        if self.plain {
+            return Some(at);
+        }
         let offset = *self.map.get((at / self.cluster) as usize)?;
         (offset != 0).then_some(offset + at % self.cluster)
     }

@@ -24,7 +24,7 @@ use super::file::{Contents, OpId, SECTOR, SimFile, Survivors};
 use crate::storage::{Buffer, Completion, Disk, FileId, Io, Op};
 
 /// What goes wrong, and how often: each a probability for one operation.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Faults {
     /// `EIO` for a read.
     pub read: f64,
@@ -106,6 +106,7 @@ struct State {
     changes_left: Option<u64>,
     metadata_writes: Vec<MetadataWrite>,
     violations: Vec<String>,
+    failures: u64,
     trace: Option<Vec<String>>,
 }
 
@@ -152,6 +153,7 @@ impl SimDisk {
             changes_left: None,
             metadata_writes: Vec::new(),
             violations: Vec::new(),
+            failures: 0,
             trace: None,
         };
         Self {
@@ -247,6 +249,11 @@ impl SimDisk {
     /// What was done that never may be.
     pub fn take_violations(&self) -> Vec<String> {
         std::mem::take(&mut self.state().violations)
+    }
+
+    /// How many syncs and writes of metadata have failed since the last call.
+    pub fn take_failures(&self) -> u64 {
+        std::mem::take(&mut self.state().failures)
     }
 
     /// Starts to keep a record of everything that is done.
@@ -430,9 +437,7 @@ impl State {
         if usize::from(file.0) + 1 != self.files.len() || offset >= self.medium.metadata_len {
             return;
         }
-        let pages =
-            |offset: u64, len: usize| offset / MD_PAGE..(offset + len as u64).div_ceil(MD_PAGE);
-        let mine = pages(offset, buffer.len());
+        let mine = self.md_pages(offset, buffer.len());
         let clash = self.pending.iter().any(|other| match &other.op {
             Op::Write {
                 file: its_file,
@@ -440,8 +445,8 @@ impl State {
                 buffer,
                 ..
             } => {
-                let its = pages(*offset, buffer.len());
-                *its_file == file && its.start < mine.end && mine.start < its.end
+                let its = self.md_pages(*offset, buffer.len());
+                *its_file == file && its.start.max(mine.start) < its.end.min(mine.end)
             }
             _ => false,
         });
@@ -452,6 +457,14 @@ impl State {
         if let Buffer::Owned(bytes) = buffer {
             self.record_metadata(file, offset, bytes.to_vec());
         }
+    }
+
+    /// The md pages that a write touches; the last one may end with data.
+    fn md_pages(&self, offset: u64, len: usize) -> std::ops::Range<u64> {
+        if offset >= self.medium.metadata_len {
+            return 0..0;
+        }
+        offset / MD_PAGE..(offset + len as u64).div_ceil(MD_PAGE)
     }
 
     fn record_metadata(&mut self, file: FileId, offset: u64, bytes: Vec<u8>) {
@@ -505,9 +518,8 @@ impl State {
                 Err(_) => self.file(*file).fail_sync(|op| op == id, |_| false),
             }
         }
-        if result.is_ok() {
-            self.complete(id);
-        }
+        // What a failed one has done is synced with the rest.
+        self.complete(id);
         self.note(|| format!("{} ends: {result:?}", id.0));
         let io = &mut self.ios[pending.io];
         io.ready.push(Completion {
@@ -588,6 +600,7 @@ impl State {
         let fails = self.fails(self.medium.faults.write);
         if !has_space || fails {
             self.write_scraps(id, file, offset, &bytes, fails);
+            self.failures += u64::from(offset < self.medium.metadata_len);
             return Some(Err(if fails { Errno::IO } else { Errno::NOSPC }));
         }
         let sectors = bytes.len().div_ceil(SECTOR) as u64;
@@ -666,6 +679,7 @@ impl State {
             self.file(file).sync(covers);
             return Ok(());
         }
+        self.failures += 1;
         let lucky: f64 = *[0.0, 0.5, 1.0].choose(&mut self.rng).unwrap_or(&0.0);
         let written: Vec<bool> = covered
             .iter()
@@ -949,6 +963,10 @@ impl Disk for SimDisk {
 
     fn write_alignment(&self) -> u32 {
         self.state().medium.write_alignment
+    }
+
+    fn forgo_direct(&self) {
+        self.state().medium.write_alignment = 1;
     }
 
     fn zero_granularity(&self) -> u32 {

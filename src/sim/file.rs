@@ -166,6 +166,11 @@ impl SimFile {
         content.copied().unwrap_or(ContentId::ZEROS)
     }
 
+    /// Whether readers of both see the same, but for the first sector.
+    pub fn has_same_data(&self, other: &Self) -> bool {
+        self.live_len == other.live_len && self.live.get(1..) == other.live.get(1..)
+    }
+
     /// Whether something would be lost if the power went now and nothing
     /// survived.
     pub fn is_unsynced(&self) -> bool {

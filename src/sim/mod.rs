@@ -11,12 +11,15 @@
 //! - [`model`]: what each sector of the guest's disk may read;
 //! - [`checker`]: reads an image without a line of the code under test.
 
-#![allow(dead_code)] // The driver will use the rest.
-
+mod cases;
 mod checker;
 pub(crate) mod disk;
 mod file;
+mod life;
+mod memory;
 mod model;
 mod pattern;
-#[cfg(test)]
+mod power_cuts;
+mod scenario;
+mod session;
 mod tests;

@@ -96,11 +96,6 @@ impl Model {
         model
     }
 
-    /// How many sectors the disk has.
-    pub fn len(&self) -> u64 {
-        self.sectors.len() as u64
-    }
-
     fn tick(&mut self) -> Moment {
         self.now += 1;
         self.now

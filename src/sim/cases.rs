@@ -1,0 +1,194 @@
+//! How often each invariant was put to the test.
+//!
+//! A run without a violation says something only about the situations in which
+//! one could have happened. Each is counted here; what is written to header and
+//! BAT is looked at for that, and two rules are checked on the way.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+
+use super::disk::{MetadataWrite, SimDisk};
+use super::scenario::Scenario;
+use super::session::Failure;
+use crate::format::GuestCluster;
+use crate::ploop::Engine;
+
+/// A situation in which an invariant could be broken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Case {
+    /// I1: a host cluster was mapped that another guest cluster had had.
+    Moved,
+    /// I2: a host cluster was mapped that had been mapped before.
+    Reused,
+    /// I3: a flush succeeded before which something was not stable.
+    Flush,
+    /// I4: a change succeeded in write-through.
+    WriteThrough,
+    /// I5: at a cut, some sectors could read one of several values.
+    Undecided,
+    /// I6: a mapping was written that hides a cluster of a lower delta.
+    Copied,
+    /// I7: the host failed a sync or a write of metadata.
+    HostFailed,
+    /// I7: a flush failed.
+    FailedFlush,
+    /// I8: a mapping was written into a part that the file did not have when it
+    /// was opened.
+    Grown,
+    /// I11: a page was written while one of its entries had to be held back.
+    HeldBack,
+    /// I12: the power went while the image was being opened or closed.
+    Marking,
+}
+
+impl Case {
+    const ALL: [(Self, &'static str); 11] = [
+        (Self::Moved, "I1  cluster passed to another guest cluster"),
+        (Self::Reused, "I2  freed cluster mapped again"),
+        (Self::Flush, "I3  flush with something to flush"),
+        (Self::WriteThrough, "I4  write-through change"),
+        (Self::Undecided, "I5  cut with undecided sectors"),
+        (Self::Copied, "I6  lower cluster copied up"),
+        (Self::HostFailed, "I7  failed sync or metadata write"),
+        (Self::FailedFlush, "I7  flush that had to fail"),
+        (Self::Grown, "I8  mapping in a part that was added"),
+        (Self::HeldBack, "I11 page written with an entry held back"),
+        (Self::Marking, "I12 cut while opening or closing"),
+    ];
+}
+
+/// See the module's text.
+#[derive(Clone, Debug, Default)]
+pub struct Cases {
+    counts: BTreeMap<Case, u64>,
+    /// Header and BAT as they were last written.
+    metadata: Vec<u8>,
+    /// Which guest clusters each host cluster was ever mapped for, by BAT value.
+    owners: BTreeMap<u32, BTreeSet<u32>>,
+    /// The length of the file when it was opened.
+    opened_len: u64,
+}
+
+impl Cases {
+    /// One more.
+    pub fn count(&mut self, case: Case) {
+        *self.counts.entry(case).or_default() += 1;
+    }
+
+    /// One more, perhaps.
+    pub fn count_if(&mut self, case: Case, is: bool) {
+        if is {
+            self.count(case);
+        }
+    }
+
+    /// The host has failed so many syncs and writes of metadata.
+    pub fn count_host_failures(&mut self, failures: u64) {
+        *self.counts.entry(Case::HostFailed).or_default() += failures;
+    }
+
+    /// How often.
+    pub fn get(&self, case: Case) -> u64 {
+        self.counts.get(&case).copied().unwrap_or(0)
+    }
+
+    /// Adds another's counts.
+    pub fn add(&mut self, other: &Self) {
+        for (case, count) in &other.counts {
+            *self.counts.entry(*case).or_default() += count;
+        }
+    }
+
+    /// An image is about to be opened.
+    pub fn begin(&mut self, disk: &SimDisk, scenario: &Scenario) {
+        let top = scenario.top();
+        self.opened_len = disk.live_len(top);
+        self.metadata = disk.read_live(top, 0, scenario.medium.metadata_len as usize);
+        disk.take_metadata_writes();
+        let entries: Vec<(u32, u32)> = entries(&self.metadata, 64).collect();
+        for (guest, value) in entries.into_iter().filter(|(_, value)| *value != 0) {
+            self.owners.entry(value).or_default().insert(guest);
+        }
+    }
+
+    /// Looks at what was written to header and BAT since the last call.
+    ///
+    /// # Errors
+    /// If it breaks I8 or I11.
+    pub fn look_at_metadata(
+        &mut self,
+        disk: &SimDisk,
+        scenario: &Scenario,
+        engine: &Engine<SimDisk>,
+    ) -> Result<(), Failure> {
+        for write in disk.take_metadata_writes() {
+            let mut is_held_back = false;
+            for (guest, value) in entries(&write.bytes, write.offset) {
+                if value != 0 {
+                    self.look_at_entry(scenario, &write, guest, value)?;
+                }
+                let mapped = engine.is_mapped_here(GuestCluster(guest));
+                is_held_back |= value == 0 && mapped;
+            }
+            self.count_if(Case::HeldBack, is_held_back);
+            let at = write.offset as usize;
+            let end = (at + write.bytes.len()).min(self.metadata.len());
+            self.metadata[at..end].copy_from_slice(&write.bytes[..end - at]);
+        }
+        Ok(())
+    }
+
+    fn look_at_entry(
+        &mut self,
+        scenario: &Scenario,
+        write: &MetadataWrite,
+        guest: u32,
+        value: u32,
+    ) -> Result<(), Failure> {
+        let at = 64 + 4 * guest as usize;
+        if self.metadata[at..at + 4] == value.to_le_bytes() {
+            return Ok(());
+        }
+        let unit = if scenario.version == 1 {
+            512
+        } else {
+            scenario.cluster
+        };
+        let end = u64::from(value) * unit + scenario.cluster;
+        if end > write.certain_len {
+            return Err(format!(
+                "I8: the entry of {guest} is written, its cluster ends at {end:#x}, and only {:#x} bytes of the file are certain",
+                write.certain_len
+            ));
+        }
+        let owners = self.owners.entry(value).or_default();
+        let (reused, moved) = (
+            !owners.is_empty(),
+            owners.iter().any(|owner| *owner != guest),
+        );
+        owners.insert(guest);
+        self.count_if(Case::Reused, reused);
+        self.count_if(Case::Moved, moved);
+        self.count_if(Case::Grown, end > self.opened_len);
+        self.count_if(Case::Copied, scenario.lower_has(guest));
+        Ok(())
+    }
+}
+
+/// The entries in a piece of header and BAT that starts at `offset`.
+fn entries(bytes: &[u8], offset: u64) -> impl Iterator<Item = (u32, u32)> {
+    let skip = 64_u64.saturating_sub(offset) as usize;
+    let first = (offset.max(64) - 64) as u32 / 4;
+    let words = bytes.get(skip..).unwrap_or_default().chunks_exact(4);
+    let values = words.map(|word| u32::from_le_bytes(word.try_into().unwrap()));
+    (first..super::scenario::ENTRIES).zip(values)
+}
+
+impl fmt::Display for Cases {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (case, text) in Case::ALL {
+            writeln!(f, "  {:>10}  {text}", self.get(case))?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,276 @@
+//! A life: one image through several power cuts.
+//!
+//! The image is opened, used, and cut off from power: while it is opened, used or
+//! closed, or after it was closed. What is left is judged, becomes what the model
+//! starts from, and is opened again: stale data hurts late.
+
+use rand::rngs::SmallRng;
+use rand::{Rng, SeedableRng};
+
+use super::cases::{Case, Cases};
+use super::checker::{self, Image};
+use super::disk::{Faults, SimDisk};
+use super::file::SimFile;
+use super::model::Model;
+use super::pattern::Value;
+use super::scenario::{Profile, Scenario};
+use super::session::{Closed, Failure, Session, World};
+use crate::ploop::Engine;
+
+/// Cuts in a row that an image has to stand.
+const GENERATIONS: u32 = 4;
+
+/// Changes of the host's files, at most, until the power goes in the midst of an
+/// opening or closing.
+const CHANGES_MAX: u64 = 12;
+
+/// What a life has shown.
+#[derive(Clone, Debug, Default)]
+pub struct Record {
+    /// Cuts that could lose something.
+    pub cuts: u64,
+    /// Cuts that could not, as everything was synced.
+    pub idle_cuts: u64,
+    /// See [`Cases`].
+    pub cases: Cases,
+}
+
+impl Record {
+    /// Adds what another life has shown.
+    pub fn add(&mut self, other: &Self) {
+        self.cuts += other.cuts;
+        self.idle_cuts += other.idle_cuts;
+        self.cases.add(&other.cases);
+    }
+}
+
+struct Life {
+    world: World,
+    record: Record,
+}
+
+/// How the image was before it was opened last.
+struct Before {
+    closed: bool,
+    file: SimFile,
+}
+
+/// Lives the life that follows from a seed.
+///
+/// # Errors
+/// What the engine did wrong. With `trace`, what led to it comes along.
+pub fn live(seed: u64, chains: bool, trace: bool) -> Result<Record, Failure> {
+    let mut life = Life::new(seed, chains, trace);
+    let result = (0..GENERATIONS).try_for_each(|_| life.generation());
+    match result {
+        Ok(()) => {
+            life.record.cases = life.world.cases;
+            Ok(life.record)
+        }
+        Err(failure) if trace => {
+            let scenario = format!("{:#?}", life.world.scenario);
+            let trace = life.world.disk.take_trace().join("\n");
+            Err(format!("{scenario}\n{trace}\n{failure}"))
+        }
+        failure => failure.map(|()| Record::default()),
+    }
+}
+
+impl Life {
+    fn new(seed: u64, chains: bool, trace: bool) -> Self {
+        let mut rng = SmallRng::seed_from_u64(seed);
+        let mut scenario = Scenario::random(&mut rng, chains);
+        let disk = SimDisk::new(scenario.levels, scenario.medium.clone(), rng.random());
+        let mut next_value = 0;
+        scenario.prepare(&disk, &mut rng, || {
+            next_value += 1;
+            Value(next_value)
+        });
+        if trace {
+            disk.start_trace();
+        }
+        let world = World {
+            model: Model::new(scenario.layout.len()),
+            cases: Cases::default(),
+            rng,
+            scenario,
+            disk,
+            next_value,
+        };
+        let mut life = Self {
+            world,
+            record: Record::default(),
+        };
+        let chain = life.read_chain().expect("the image was made well");
+        life.rebase(&chain);
+        life
+    }
+
+    fn generation(&mut self) -> Result<(), Failure> {
+        let world = &mut self.world;
+        let profile = Profile::random(&mut world.rng, world.scenario.cluster);
+        world.disk.note(|| format!("{profile:?}"));
+        let top = world.scenario.top();
+        let before = Before {
+            closed: Image::read(&world.disk, top)?.closed,
+            file: world.disk.snapshot(top),
+        };
+        let closed = self.session(&profile)?;
+        let world = &mut self.world;
+        let violations = world.disk.take_violations();
+        if let Some(first) = violations.first() {
+            return Err(first.clone());
+        }
+        let is_unsynced = world.disk.is_unsynced();
+        if is_unsynced {
+            self.record.cuts += 1;
+            let undecided = world.model.undecided() > 0;
+            world.cases.count_if(Case::Undecided, undecided);
+        } else {
+            self.record.idle_cuts += 1;
+        }
+        let live = world.disk.snapshot(top);
+        world.disk.power_on();
+        self.judge(&profile, &before, &live, closed)
+    }
+
+    /// Opens, uses, and perhaps closes the image; then the power goes.
+    fn session(&mut self, profile: &Profile) -> Result<Option<Closed>, Failure> {
+        let world = &mut self.world;
+        world.cases.begin(&world.disk, &world.scenario);
+        let early_cut = world.rng.random_ratio(1, 8);
+        if early_cut {
+            let changes = world.rng.random_range(0..4);
+            world.disk.cut_after(Some(changes));
+        }
+        let options = world.scenario.options(&mut world.rng);
+        world.disk.note(|| format!("opening with {options:?}"));
+        let chain = world.scenario.chain();
+        let opened = match Engine::open(world.disk.clone(), &chain, options) {
+            Ok(opened) => opened,
+            Err(error) if world.disk.is_powered() => {
+                return Err(format!("the image is not opened: {}", say(&error)));
+            }
+            Err(_) => {
+                world
+                    .cases
+                    .count_if(Case::Marking, world.disk.is_unsynced());
+                return Ok(None);
+            }
+        };
+        let mut session = Session::new(opened, world);
+        set_trouble(world, profile);
+        let result = session.run(world, profile).and_then(|()| {
+            if world.disk.is_powered() && world.rng.random_ratio(1, 4) {
+                close(&mut session, world).map(Some)
+            } else {
+                Ok(None)
+            }
+        });
+        world.disk.power_off();
+        session.abandon();
+        world.cases.count_host_failures(world.disk.take_failures());
+        world.disk.change_medium(|medium| {
+            medium.faults = Faults::default();
+            medium.capacity = None;
+        });
+        result
+    }
+
+    fn read_chain(&self) -> Result<Vec<Image>, Failure> {
+        let world = &self.world;
+        (0..world.scenario.levels)
+            .map(|level| match level {
+                0 if world.scenario.plain_base => Ok(world.scenario.plain_image()),
+                level => Image::read(&world.disk, crate::storage::FileId(level as u8)),
+            })
+            .collect()
+    }
+
+    fn rebase(&mut self, chain: &[Image]) {
+        let World {
+            model,
+            disk,
+            scenario,
+            ..
+        } = &mut self.world;
+        let sectors: Vec<u64> = scenario.layout.sectors().collect();
+        model.rebase(|index| {
+            let value = checker::guest_sector(disk, chain, sectors[index as usize]);
+            value.unwrap_or(Value::ZEROS)
+        });
+    }
+
+    /// Judges what the cut has left.
+    fn judge(
+        &mut self,
+        profile: &Profile,
+        before: &Before,
+        live: &SimFile,
+        closed: Option<Closed>,
+    ) -> Result<(), Failure> {
+        let chain = self.read_chain()?;
+        let world = &self.world;
+        for (index, sector) in (0..).zip(world.scenario.layout.sectors()) {
+            let found = checker::guest_sector(&world.disk, &chain, sector);
+            world
+                .model
+                .check_after_cut(index, found)
+                .map_err(|wrong| format!("after the cut, guest sector {sector}: {wrong:?}"))?;
+        }
+        let top = world.scenario.top();
+        let image = &chain[chain.len() - 1];
+        let now = world.disk.snapshot(top);
+        // The kernel may have given up what a failed write has left.
+        let is_known = !profile.has_trouble();
+        if image.closed
+            && is_known
+            && !now.has_same_data(live)
+            && !(before.closed && now.has_same_data(&before.file))
+        {
+            return Err("I12: the image is marked as closed, and its content is neither the old nor the new one".to_owned());
+        }
+        if closed == Some(Closed::Well) {
+            let tail = image.tail(now.len());
+            if !image.closed || tail > 0 {
+                return Err(format!(
+                    "I12: the image was closed; its mark says {}, {tail} bytes are behind its last cluster",
+                    image.closed
+                ));
+            }
+        }
+        self.rebase(&chain);
+        Ok(())
+    }
+}
+
+/// Lets things go wrong as the profile says.
+fn set_trouble(world: &mut World, profile: &Profile) {
+    let room = world.rng.random_range(0..6) * world.scenario.cluster / 4096;
+    let capacity = profile.is_tight.then(|| world.disk.used_blocks() + room);
+    world.disk.change_medium(|medium| {
+        medium.faults = profile.faults;
+        medium.capacity = capacity;
+    });
+}
+
+fn close(session: &mut Session, world: &mut World) -> Result<Closed, Failure> {
+    if world.rng.random() {
+        session.drain(world)?;
+        let changes = world.rng.random_range(0..CHANGES_MAX);
+        world.disk.cut_after(Some(changes));
+    }
+    let closed = session.close(world)?;
+    world.cases.count_if(
+        Case::Marking,
+        closed == Closed::Cut && world.disk.is_unsynced(),
+    );
+    Ok(closed)
+}
+
+fn say(error: &dyn std::error::Error) -> String {
+    match error.source() {
+        Some(source) => format!("{error}: {}", say(source)),
+        None => error.to_string(),
+    }
+}

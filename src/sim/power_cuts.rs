@@ -1,0 +1,86 @@
+//! The test itself: lives, one after the other, until there were enough cuts.
+//!
+//! `PLOOP_SIM_CUTS` says how many cuts are enough, `PLOOP_SIM_SEED` where to
+//! start. The seed of a life is the first seed plus the number of the life, so a
+//! life that failed is seen again as the first of its own run. `ci/sim.sh` makes
+//! long runs.
+
+use std::time::Instant;
+
+use super::cases::Case;
+use super::life::{self, Record};
+
+/// Cuts of a run that nobody asked to be longer: what a debug build does in some
+/// seconds.
+const CUTS: u64 = 300;
+
+/// After so many cuts every case must have been there.
+const ENOUGH: u64 = 10_000;
+
+fn setting(name: &str) -> Option<u64> {
+    let value = std::env::var(name).ok()?;
+    let number = value.parse();
+    Some(number.unwrap_or_else(|_| panic!("{name} is {value:?}, expected a number")))
+}
+
+/// Lives from `seed` on, until there were `cuts` cuts.
+fn run(seed: u64, cuts: u64, chains: bool) -> Record {
+    let mut record = Record::default();
+    for seed in seed.. {
+        match life::live(seed, chains, false) {
+            Ok(life) => record.add(&life),
+            Err(failure) => {
+                let trace = life::live(seed, chains, true).unwrap_err();
+                panic!("{trace}\nthe life of seed {seed}: {failure}");
+            }
+        }
+        if record.cuts >= cuts {
+            break;
+        }
+    }
+    record
+}
+
+fn run_and_report(what: &str, chains: bool) -> Record {
+    let seed = setting("PLOOP_SIM_SEED").unwrap_or(1);
+    let cuts = setting("PLOOP_SIM_CUTS").unwrap_or(CUTS);
+    let start = Instant::now();
+    let record = run(seed, cuts, chains);
+    println!(
+        "{what}: seed {seed}, {} cuts with something unsynced (and {} without), {:.0?}, no violation\n{}",
+        record.cuts,
+        record.idle_cuts,
+        start.elapsed(),
+        record.cases
+    );
+    record
+}
+
+#[test]
+fn power_cuts_single_image() {
+    let record = run_and_report("single images", false);
+    if record.cuts < ENOUGH {
+        return;
+    }
+    for case in [
+        Case::Moved,
+        Case::Reused,
+        Case::Flush,
+        Case::WriteThrough,
+        Case::Undecided,
+        Case::HostFailed,
+        Case::FailedFlush,
+        Case::Grown,
+        Case::HeldBack,
+        Case::Marking,
+    ] {
+        assert!(record.cases.get(case) > 0, "never happened: {case:?}");
+    }
+}
+
+#[test]
+fn power_cuts_chains() {
+    let record = run_and_report("images and chains", true);
+    let copied = record.cases.get(Case::Copied) > 0;
+    assert!(copied || record.cuts < ENOUGH, "nothing was copied up");
+}

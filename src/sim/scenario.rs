@@ -1,0 +1,411 @@
+//! What a simulated disk looks like at first, how the engine is set up for it,
+//! and what is done to it. All of it random.
+
+use std::collections::BTreeSet;
+use std::ops::Range;
+use std::time::Duration;
+
+use rand::Rng;
+use rand::rngs::SmallRng;
+use rand::seq::IndexedRandom;
+
+use super::checker::Image;
+use super::disk::{Faults, Medium, SimDisk};
+use super::file::SECTOR;
+use super::pattern::{self, Value};
+use crate::format::Sector;
+use crate::ploop::{Chain, Level, OnEnospc, Options};
+use crate::storage::FileId;
+
+/// BAT entries of every image: they fill one md page and a part of the next.
+pub const ENTRIES: u32 = 1016;
+
+/// Where requests go: around the border between two runners, and between two md
+/// pages. The rest of the disk is never touched, so that the disk is small.
+const BORDERS: [u32; 2] = [64, 1008];
+
+/// The sectors that a scenario uses, counted through.
+#[derive(Clone, Debug)]
+pub struct Layout {
+    islands: Vec<Range<u64>>,
+}
+
+impl Layout {
+    /// Ranges of sectors of the guest's disk.
+    pub fn islands(&self) -> &[Range<u64>] {
+        &self.islands
+    }
+
+    /// How many sectors there are in all.
+    pub fn len(&self) -> u64 {
+        self.islands
+            .iter()
+            .map(|island| island.end - island.start)
+            .sum()
+    }
+
+    /// The number of a sector of an island, counted from the first island on.
+    pub fn index(&self, sector: u64) -> Option<u64> {
+        let mut before = 0;
+        for island in &self.islands {
+            if island.contains(&sector) {
+                return Some(before + sector - island.start);
+            }
+            before += island.end - island.start;
+        }
+        None
+    }
+
+    /// All sectors, in order.
+    pub fn sectors(&self) -> impl Iterator<Item = u64> {
+        self.islands.iter().flat_map(Clone::clone)
+    }
+}
+
+/// See the module's text.
+#[derive(Clone, Debug)]
+pub struct Scenario {
+    /// Of the format.
+    pub version: u8,
+    /// Bytes of a cluster.
+    pub cluster: u64,
+    /// Of the guest's disk.
+    pub disk_sectors: u64,
+    /// Deltas, the top included.
+    pub levels: usize,
+    /// The first of them is a raw image.
+    pub plain_base: bool,
+    /// Where requests go.
+    pub layout: Layout,
+    /// What the host is like when nothing goes wrong.
+    pub medium: Medium,
+    /// Number of queues.
+    pub queues: usize,
+    /// Guest clusters that a lower delta has.
+    lower: BTreeSet<u64>,
+}
+
+impl Scenario {
+    /// One deck of cards.
+    pub fn random(rng: &mut SmallRng, chains: bool) -> Self {
+        let version = if rng.random_ratio(1, 4) { 1 } else { 2 };
+        let cluster: u64 = *[32 << 10, 32 << 10, 64 << 10].choose(rng).unwrap();
+        let per_cluster = cluster / SECTOR as u64;
+        let short = rng.random_range(0..per_cluster);
+        let disk_sectors = u64::from(ENTRIES) * per_cluster - short;
+        let mut islands = Vec::new();
+        for border in BORDERS {
+            let before = u64::from(border - rng.random_range(1..=3));
+            let after = u64::from(border + rng.random_range(1..=8));
+            let end = (after * per_cluster).min(disk_sectors);
+            islands.push(before * per_cluster..end);
+        }
+        let levels = if chains && rng.random() {
+            rng.random_range(2..=8)
+        } else {
+            1
+        };
+        let scenario = Self {
+            version,
+            cluster,
+            disk_sectors,
+            levels,
+            plain_base: levels > 1 && rng.random_ratio(1, 3),
+            layout: Layout { islands },
+            medium: Medium::default(),
+            queues: rng.random_range(1..=3),
+            lower: BTreeSet::new(),
+        };
+        let medium = Medium {
+            write_alignment: *[512, 512, 4096].choose(rng).unwrap(),
+            first_writable: scenario.top(),
+            metadata_len: 64 + 4 * u64::from(ENTRIES),
+            ..Medium::default()
+        };
+        Self { medium, ..scenario }
+    }
+
+    /// The delta that is written to.
+    pub fn top(&self) -> FileId {
+        FileId((self.levels - 1) as u8)
+    }
+
+    /// For the engine.
+    pub fn chain(&self) -> Chain {
+        let mut levels = vec![Level::Ploop; self.levels];
+        if self.plain_base {
+            levels[0] = Level::Plain {
+                size: Sector(self.disk_sectors),
+            };
+        }
+        Chain { levels }
+    }
+
+    /// For the engine: another set each time.
+    pub fn options(&self, rng: &mut SmallRng) -> Options {
+        let delays_ms = [0, 1, 20, 100];
+        let mut options = Options::default();
+        options.runners = rng.random_range(1..=2);
+        options.max_queues = self.queues;
+        options.queue_depth = *[1, 2, 64].choose(rng).unwrap();
+        options.writeback_delay = Duration::from_millis(*delays_ms.choose(rng).unwrap());
+        options.preallocation = self.cluster * rng.random_range(0..=4);
+        if rng.random_ratio(1, 3) {
+            options.on_enospc = OnEnospc::Report;
+        }
+        options
+    }
+
+    /// Makes the files. `value` gives what the sectors of lower deltas hold.
+    pub fn prepare(
+        &mut self,
+        disk: &SimDisk,
+        rng: &mut SmallRng,
+        mut value: impl FnMut() -> Value,
+    ) {
+        for level in 0..self.levels {
+            let file = FileId(level as u8);
+            if level == 0 && self.plain_base {
+                self.prepare_plain(disk, rng, &mut value);
+                continue;
+            }
+            disk.prepare(file, 0, &self.header());
+            let data_start = self.data_start();
+            // The last sector before the data, so that the file is long enough.
+            disk.prepare(file, data_start - SECTOR as u64, &[0; SECTOR]);
+            if file != self.top() {
+                self.fill_lower(disk, file, rng, &mut value);
+            }
+        }
+    }
+
+    /// Whether a lower delta has the cluster.
+    pub fn lower_has(&self, guest: u32) -> bool {
+        self.lower.contains(&u64::from(guest))
+    }
+
+    /// A raw base, seen as an image that maps every cluster to itself.
+    pub fn plain_image(&self) -> Image {
+        Image {
+            cluster: self.cluster,
+            sectors: self.disk_sectors,
+            data_start: 0,
+            closed: true,
+            map: Vec::new(),
+            plain: true,
+        }
+    }
+
+    fn data_start(&self) -> u64 {
+        let bat_end = 64 + 4 * u64::from(ENTRIES);
+        match self.version {
+            1 => bat_end.next_multiple_of(SECTOR as u64),
+            _ => bat_end.next_multiple_of(self.cluster),
+        }
+    }
+
+    fn header(&self) -> Vec<u8> {
+        let mut header = vec![0; 64];
+        let (signature, first_block) = match self.version {
+            1 => (b"WithoutFreeSpace", 0),
+            _ => (
+                b"WithouFreSpacExt",
+                self.data_start() as u32 / SECTOR as u32,
+            ),
+        };
+        header[..16].copy_from_slice(signature);
+        let words = [
+            (16, 2),
+            (20, 16),
+            (24, (self.disk_sectors / (16 * 32)) as u32),
+            (28, (self.cluster / SECTOR as u64) as u32),
+            (32, ENTRIES),
+            (36, self.disk_sectors as u32),
+            (48, first_block),
+            (52, 1),
+        ];
+        for (at, word) in words {
+            header[at..at + 4].copy_from_slice(&u32::to_le_bytes(word));
+        }
+        header
+    }
+
+    fn clusters(&self) -> Vec<u64> {
+        let per_cluster = self.cluster / SECTOR as u64;
+        let islands = self.layout.islands().iter();
+        islands
+            .flat_map(|island| island.start / per_cluster..island.end.div_ceil(per_cluster))
+            .collect()
+    }
+
+    fn fill_cluster(
+        &mut self,
+        disk: &SimDisk,
+        file: FileId,
+        guest: u64,
+        offset: u64,
+        value: Value,
+    ) {
+        let sector = guest * self.cluster / SECTOR as u64;
+        let mut bytes = vec![0; self.cluster as usize];
+        pattern::fill(&mut bytes, value, sector);
+        disk.prepare(file, offset, &bytes);
+        self.lower.insert(guest);
+    }
+
+    fn fill_lower(
+        &mut self,
+        disk: &SimDisk,
+        file: FileId,
+        rng: &mut SmallRng,
+        value: &mut impl FnMut() -> Value,
+    ) {
+        let mut offset = self.data_start();
+        let unit = if self.version == 1 {
+            SECTOR as u64
+        } else {
+            self.cluster
+        };
+        for guest in self.clusters() {
+            if rng.random_ratio(1, 3) {
+                self.fill_cluster(disk, file, guest, offset, value());
+                let entry = (offset / unit) as u32;
+                disk.prepare(file, 64 + 4 * guest, &entry.to_le_bytes());
+                offset += self.cluster;
+            }
+        }
+    }
+
+    fn prepare_plain(
+        &mut self,
+        disk: &SimDisk,
+        rng: &mut SmallRng,
+        value: &mut impl FnMut() -> Value,
+    ) {
+        for guest in self.clusters() {
+            if rng.random_ratio(1, 2) {
+                self.fill_cluster(disk, FileId(0), guest, guest * self.cluster, value());
+            }
+        }
+        let end = self.disk_sectors * SECTOR as u64;
+        disk.prepare(FileId(0), end - SECTOR as u64, &[0; SECTOR]);
+    }
+}
+
+/// What the driver may do next.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Action {
+    /// A new request.
+    Read,
+    /// Data, or zeros now and then.
+    Write,
+    /// A barrier.
+    Flush,
+    /// The guest has no use for a range.
+    Discard,
+    /// Zeros, with or without giving space back.
+    WriteZeroes,
+    /// An actor's turn.
+    PollQueue,
+    /// An actor's turn.
+    PollRunner,
+    /// An actor's turn.
+    PollMd,
+    /// An operation of the host takes effect or completes.
+    Disk,
+    /// Time passes.
+    Time,
+    /// The write cache is turned off or on.
+    WriteThrough,
+    /// Suspend, or resume.
+    Suspend,
+    /// The host gets space, or loses it.
+    Space,
+    /// Parked requests of a queue have to end.
+    GiveUp,
+}
+
+/// How a generation goes: some actions often, some never, so that generations
+/// differ more than their random choices alone would make them.
+#[derive(Clone, Debug)]
+pub struct Profile {
+    actions: Vec<(Action, u32)>,
+    /// Requests in flight, at most.
+    pub depth: usize,
+    /// Sectors of a request, at most.
+    pub sectors: u64,
+    /// What goes wrong on the host.
+    pub faults: Faults,
+    /// The host's space is short.
+    pub is_tight: bool,
+    /// Actions until the end.
+    pub actions_left: u32,
+}
+
+impl Profile {
+    /// Another one each time.
+    pub fn random(rng: &mut SmallRng, cluster: u64) -> Self {
+        use Action::*;
+        let mut weight = |common: u32| *[0, common, common, 4 * common].choose(rng).unwrap();
+        let mut actions = vec![
+            (Read, weight(2)),
+            (Write, 4 + weight(8)),
+            (Flush, weight(1)),
+            (Discard, weight(2)),
+            (WriteZeroes, weight(2)),
+            (Time, 1 + weight(2)),
+        ];
+        actions.extend([(PollQueue, 6), (PollRunner, 4), (PollMd, 4), (Disk, 16)]);
+        let is_tight = rng.random_ratio(1, 6);
+        if rng.random_ratio(1, 5) {
+            actions.push((WriteThrough, 1));
+        }
+        if rng.random_ratio(1, 8) {
+            actions.push((Suspend, 1));
+        }
+        if is_tight {
+            actions.extend([(Space, 1), (GiveUp, 1)]);
+        }
+        let sectors = cluster / SECTOR as u64;
+        Self {
+            actions,
+            depth: rng.random_range(1..=24),
+            sectors: *[8, sectors, 3 * sectors].choose(rng).unwrap(),
+            faults: random_faults(rng),
+            is_tight,
+            actions_left: *[60, 200, 200, 600].choose(rng).unwrap(),
+        }
+    }
+
+    /// The next action.
+    pub fn choose(&self, rng: &mut SmallRng) -> Action {
+        let chosen = self.actions.choose_weighted(rng, |(_, weight)| *weight);
+        chosen.map_or(Action::Disk, |(action, _)| *action)
+    }
+
+    /// Whether requests may fail.
+    pub fn has_trouble(&self) -> bool {
+        self.is_tight || self.faults != Faults::default()
+    }
+}
+
+fn random_faults(rng: &mut SmallRng) -> Faults {
+    let mut faults = Faults::default();
+    if rng.random_ratio(3, 4) {
+        return faults;
+    }
+    let rate = *[0.01, 0.1].choose(rng).unwrap();
+    let all = [
+        &mut faults.read,
+        &mut faults.write,
+        &mut faults.zero,
+        &mut faults.allocate,
+        &mut faults.sync,
+    ];
+    for fault in all {
+        if rng.random_ratio(1, 3) {
+            *fault = rate;
+        }
+    }
+    faults
+}
