@@ -37,7 +37,7 @@ use contestant::Programs;
 use machine::Machine;
 use measure::{Lab, Setting};
 use report::{IdleSummary, OpeningSummary, Report, ScenarioSummary};
-use scenario::{FULL, Scenario, TINY};
+use scenario::{FULL, Scale, Scenario, TINY};
 
 /// Measures vhost-user-ploop against qemu-storage-daemon and the plain file.
 ///
@@ -73,6 +73,9 @@ struct Arguments {
     /// Length of a run in milliseconds, in place of the mode's.
     #[arg(long, value_name = "MS", value_parser = clap::value_parser!(u64).range(1..))]
     run_ms: Option<u64>,
+    /// Make the disks smaller by this factor, to try something out.
+    #[arg(long, value_name = "FACTOR", value_parser = clap::value_parser!(u64).range(1..=64))]
+    shrink: Option<u64>,
     /// Our back-end.
     #[arg(
         long,
@@ -119,11 +122,15 @@ impl Mode {
         }
     }
 
-    fn scenarios(self) -> Vec<Scenario> {
+    fn scenarios(self, shrink: Option<u64>) -> Vec<Scenario> {
+        let with = |scale: Scale| Scale {
+            shrink: shrink.unwrap_or(scale.shrink),
+            ..scale
+        };
         match self {
-            Self::Short => scenario::targets(TINY),
-            Self::Targets => scenario::targets(FULL),
-            Self::All => scenario::all(FULL),
+            Self::Short => scenario::targets(with(TINY)),
+            Self::Targets => scenario::targets(with(FULL)),
+            Self::All => scenario::all(with(FULL)),
             Self::Cost => scenario::paths(),
         }
     }
@@ -177,7 +184,7 @@ fn bench(arguments: &Arguments) -> Result<()> {
     let selected = |name: &str| {
         arguments.only.is_empty() || arguments.only.iter().any(|text| name.contains(text))
     };
-    let mut scenarios = mode.scenarios();
+    let mut scenarios = mode.scenarios(arguments.shrink);
     scenarios.retain(|scenario| selected(&scenario.title()));
     scenarios.sort_by_key(|scenario| scenario.bed);
     for scenario in &mut scenarios {

@@ -452,6 +452,9 @@ fn peers(workload: &Workload) -> Vec<Contestant> {
     match workload.start {
         // QEMU's parallels driver has no backing files.
         Start::Overlay => vec![QSD_QCOW2],
+        // The client's io_uring driver discards as on a block device, with a flag
+        // that file systems refuse.
+        Start::WrittenAnew => vec![QSD_PARALLELS, QSD_QCOW2, QSD_RAW],
         _ => vec![QSD_PARALLELS, QSD_QCOW2, QSD_RAW, PLAIN_FILE],
     }
 }

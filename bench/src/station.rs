@@ -234,3 +234,6 @@ impl Station {
         self.server.map_or(Ok(()), Server::stop)
     }
 }
+
+#[cfg(test)]
+mod tests;

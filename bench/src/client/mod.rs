@@ -24,7 +24,7 @@ pub use memory::Slots;
 use write_through::WriteThrough;
 
 /// How long a request may take before its server counts as dead.
-const PATIENCE: Duration = Duration::from_secs(20);
+const PATIENCE: Duration = Duration::from_secs(if cfg!(test) { 3 } else { 20 });
 
 /// Entries of each virtqueue: QEMU's default.
 const QUEUE_SIZE: i32 = 128;
