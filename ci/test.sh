@@ -13,7 +13,7 @@ export CARGO_TERM_COLOR=${CARGO_TERM_COLOR:-never}
 export PLOOP_REQUIRE_PEERS=1
 
 # One function a stage. To add one, write it and put its name in the list.
-stages=(tools format lint scripts guest tests power_cuts release demo)
+stages=(tools format lint scripts guest tests models power_cuts release demo)
 
 stage_tools() {
     qemu/install-tools.sh ci
@@ -47,6 +47,12 @@ stage_tests() {
 # Simulated power cuts; ci/sim.sh alone makes the long run.
 stage_power_cuts() {
     ci/sim.sh 20000
+}
+
+# What threads do to each other, in every order that the memory model allows.
+stage_models() {
+    RUSTFLAGS="--cfg ploop_loom" \
+        cargo test --locked --target-dir target/models --lib loom_models
 }
 
 stage_release() {

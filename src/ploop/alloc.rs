@@ -117,7 +117,7 @@ impl Allocator {
     }
 }
 
-#[cfg(all(test, not(loom)))]
+#[cfg(all(test, not(ploop_loom)))]
 mod tests {
     use super::*;
 

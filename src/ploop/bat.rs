@@ -5,25 +5,22 @@
 //! Knows entries and pages; does no I/O and knows no thread.
 
 use super::entry::Entry;
-use super::llist::{LockFreeList, Taken};
 use super::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use crate::format::GuestCluster;
 
-/// In memory the page differs from what was last submitted to the disk.
-const DIRTY: u8 = 1;
 /// A write of the page is in flight.
-const WRITEBACK: u8 = 2;
-/// The page is in the list of dirty pages, or the writer knows of it.
-const LISTED: u8 = 4;
+const WRITEBACK: u8 = 1;
 /// Somebody waits for the write of the page ("high priority" in the series).
-const URGENT: u8 = 8;
+const URGENT: u8 = 2;
 
 /// See the module's text.
 pub struct Bat {
     entries: Box<[AtomicU64]>,
     pages: Box<[AtomicU8]>,
-    /// Pages that became dirty, for the metadata thread.
-    dirtied: LockFreeList<u32>,
+    /// A bit for each page: in memory it differs from what was last submitted to
+    /// the disk. A list would do no better: between the mark of a page and its
+    /// being in the list, a flush could miss it.
+    dirty: Box<[AtomicU64]>,
 }
 
 impl Bat {
@@ -32,7 +29,9 @@ impl Bat {
         Self {
             entries: entries.map(|entry| AtomicU64::new(entry.bits())).collect(),
             pages: (0..pages).map(|_| AtomicU8::new(0)).collect(),
-            dirtied: LockFreeList::default(),
+            dirty: (0..pages.div_ceil(u64::BITS))
+                .map(|_| AtomicU64::new(0))
+                .collect(),
         }
     }
 
@@ -97,15 +96,27 @@ impl Bat {
         &self.entries[cluster.0 as usize]
     }
 
-    /// An entry of the page has changed. Returns whether the metadata thread has
-    /// to hear of it.
+    /// An entry of the page has changed. Returns whether the page was clean.
     pub fn mark_dirty(&self, page: u32) -> bool {
-        let before = self.page(page).fetch_or(DIRTY | LISTED, Ordering::AcqRel);
-        let news = before & LISTED == 0;
-        if news {
-            self.dirtied.push(page);
-        }
-        news
+        let (word, bit) = self.dirty_bit(page);
+        word.fetch_or(bit, Ordering::AcqRel) & bit == 0
+    }
+
+    fn dirty_bit(&self, page: u32) -> (&AtomicU64, u64) {
+        let word = &self.dirty[(page / u64::BITS) as usize];
+        (word, 1 << (page % u64::BITS))
+    }
+
+    /// The dirty pages, in order.
+    pub fn dirty_pages(&self) -> impl Iterator<Item = u32> {
+        (0..).zip(&self.dirty).flat_map(|(index, word)| {
+            let mut bits = word.load(Ordering::Acquire);
+            std::iter::from_fn(move || {
+                let bit = (bits != 0).then(|| bits.trailing_zeros())?;
+                bits &= bits - 1;
+                Some(index * u64::BITS + bit)
+            })
+        })
     }
 
     /// Somebody waits for the page: it shall not wait for its delay.
@@ -118,19 +129,16 @@ impl Bat {
         self.page(page).load(Ordering::Acquire) & URGENT != 0
     }
 
-    /// Pages that became dirty since the last call. The metadata thread's.
-    pub fn take_dirtied(&self) -> Taken<u32> {
-        self.dirtied.take_all()
-    }
-
     /// A write of the page is about to be made from the entries as they are now;
     /// whatever changes from now on makes it dirty again.
     pub fn begin_writeback(&self, page: u32) {
-        let update = |status| Some(status & !(DIRTY | LISTED | URGENT) | WRITEBACK);
+        let update = |status| Some(status & !URGENT | WRITEBACK);
         let before = self
             .page(page)
             .fetch_update(Ordering::AcqRel, Ordering::Acquire, update);
         debug_assert!(before.is_ok_and(|status| status & WRITEBACK == 0), "I11");
+        let (word, bit) = self.dirty_bit(page);
+        word.fetch_and(!bit, Ordering::AcqRel);
     }
 
     /// The write of the page has ended; a failed one leaves it dirty.

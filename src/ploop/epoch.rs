@@ -126,7 +126,9 @@ impl Participant {
             Some(_) => self.live.push_back((epoch, 1)),
             None => {
                 self.live.push_back((epoch, 1));
-                self.shared().oldest.store(epoch, Ordering::Relaxed);
+                // Release: it may be this value by which others see that older
+                // I/O of this thread is over.
+                self.shared().oldest.store(epoch, Ordering::Release);
                 fence(Ordering::SeqCst);
             }
         }
@@ -174,7 +176,7 @@ impl Drop for Participant {
     }
 }
 
-#[cfg(all(test, not(loom)))]
+#[cfg(all(test, not(ploop_loom)))]
 mod tests {
     use super::*;
 

@@ -114,7 +114,7 @@ impl<T> Drop for Taken<T> {
     }
 }
 
-#[cfg(all(test, not(loom)))]
+#[cfg(all(test, not(ploop_loom)))]
 mod tests {
     use super::*;
     use std::sync::Arc;

@@ -241,7 +241,7 @@ impl<D: Disk> MdWriter<D> {
 
     fn collect_dirtied(&mut self, now: Duration) {
         let due = now + self.engine.options.writeback_delay;
-        for page in self.engine.bat.take_dirtied() {
+        for page in self.engine.bat.dirty_pages() {
             self.dirty.entry(page).or_insert(due);
         }
     }

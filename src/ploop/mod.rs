@@ -39,7 +39,9 @@ pub use request::{Command, Done, Request, SectorRange};
 pub use runner::Runner;
 pub use running::Running;
 
-#[cfg(all(test, not(loom)))]
+#[cfg(all(test, ploop_loom))]
+mod loom_models;
+#[cfg(all(test, not(ploop_loom)))]
 mod property_tests;
-#[cfg(all(test, not(loom)))]
+#[cfg(all(test, not(ploop_loom)))]
 mod tests;

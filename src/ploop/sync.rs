@@ -1,6 +1,6 @@
 //! Atomics of the standard library, or loom's while it checks the models.
 
-#[cfg(loom)]
+#[cfg(ploop_loom)]
 pub use loom::sync::atomic;
-#[cfg(not(loom))]
+#[cfg(not(ploop_loom))]
 pub use std::sync::atomic;

@@ -189,7 +189,7 @@ impl Batch {
     }
 }
 
-#[cfg(all(test, not(loom)))]
+#[cfg(all(test, not(ploop_loom)))]
 mod tests {
     use super::*;
 
