@@ -262,7 +262,9 @@ fn find_leaks<F: ImageFile>(
         let first = geometry.host_clusters_below(data.start + 1) as u32 - 1;
         let after = geometry.host_clusters_below(data.end.min(end_offset)) as u32;
         for cluster in first..after {
-            if !used.contains(cluster as usize) {
+            let inner = whole_blocks(geometry, HostCluster(cluster));
+            let takes_space = data.start < inner.end && inner.start < data.end;
+            if takes_space && !used.contains(cluster as usize) {
                 push(cluster..cluster + 1);
             }
         }
@@ -275,6 +277,16 @@ fn find_leaks<F: ImageFile>(
         push(end.0..file_end);
     }
     Ok(leaks)
+}
+
+/// The part of a cluster that shares no block of the host's file system with its
+/// neighbours. In version 1 clusters may start anywhere, and then a block that is
+/// half used cannot be given back.
+fn whole_blocks(geometry: &Geometry, cluster: HostCluster) -> Range<u64> {
+    const BLOCK: u64 = 4096;
+    let start = geometry.host_offset(cluster);
+    let end = start + geometry.cluster.bytes();
+    start.next_multiple_of(BLOCK)..end / BLOCK * BLOCK
 }
 
 impl Findings {
@@ -341,3 +353,6 @@ fn fragmented(geometry: &Geometry, bat: &[u32]) -> u64 {
     }
     fragmented
 }
+
+#[cfg(test)]
+mod tests;

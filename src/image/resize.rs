@@ -175,3 +175,6 @@ fn copy_away<F: ImageFile>(
     delta.sync()?;
     Ok(moved)
 }
+
+#[cfg(test)]
+mod tests;

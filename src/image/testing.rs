@@ -10,7 +10,9 @@ use std::rc::Rc;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
+use super::delta::Delta;
 use super::file::ImageFile;
+use crate::format::{ClusterSize, GuestCluster, Header, HostCluster, Sector, Version};
 
 const SECTOR: usize = 512;
 /// What a hole is made of.
@@ -203,4 +205,73 @@ impl ImageFile for MemImage {
         let end = (end.unwrap_or(blocks) * BLOCK).min(file.len() as u64);
         Ok(Some((first * BLOCK).max(offset)..end))
     }
+}
+
+/// The cluster of images made here.
+pub const CLUSTER: usize = 32 << 10;
+
+/// A header of either version for a disk of `clusters` clusters.
+pub fn header(version: Version, clusters: u64) -> Header {
+    let header = Header::new(Sector(clusters * 64), ClusterSize::MIN).unwrap();
+    let mut bytes = header.to_bytes();
+    if version == Version::V1 {
+        bytes[..16].copy_from_slice(b"WithoutFreeSpace");
+        // The data area starts right behind the BAT, off the clusters' grid.
+        bytes[48..52].fill(0);
+    }
+    Header::parse(&bytes).unwrap()
+}
+
+/// An image file with these entries, given as host clusters, the first of the
+/// data area being 0, or as they are; and so many clusters of data, each with
+/// content of its own.
+pub fn image(header: &Header, entries: &[Entry], clusters: u32) -> Vec<u8> {
+    let geometry = header.geometry();
+    let first = geometry.first_host_cluster().0;
+    let mut bytes = header.to_bytes().to_vec();
+    for entry in entries {
+        let value = match *entry {
+            Entry::Hole => 0,
+            Entry::At(index) => geometry.bat_value(HostCluster(first + index)),
+            Entry::Raw(value) => value,
+        };
+        bytes.extend(value.to_le_bytes());
+    }
+    bytes.resize(geometry.data_start as usize, 0);
+    for index in 0..clusters {
+        bytes.extend(cluster_content(index));
+    }
+    bytes
+}
+
+/// What is to be in the BAT.
+#[derive(Clone, Copy, Debug)]
+pub enum Entry {
+    Hole,
+    /// The n-th cluster of the data area.
+    At(u32),
+    /// Whatever this means.
+    Raw(u32),
+}
+
+/// What [`image`] puts into the n-th cluster of the data area.
+pub fn cluster_content(index: u32) -> Vec<u8> {
+    let seed = index as u8 + 1;
+    (0..CLUSTER)
+        .map(|at| seed ^ (at / SECTOR) as u8 | 1)
+        .collect()
+}
+
+/// Opens bytes as an image on a medium of its own.
+pub fn delta(bytes: Vec<u8>) -> Delta<MemImage> {
+    Delta::load(Medium::default().file("image", bytes)).unwrap()
+}
+
+/// What guest cluster `guest` reads.
+pub fn read_cluster<F: ImageFile>(delta: &Delta<F>, guest: u32) -> Vec<u8> {
+    let mut bytes = vec![0; CLUSTER];
+    if let Some(offset) = delta.lookup(GuestCluster(guest)) {
+        delta.read(&mut bytes, offset).unwrap();
+    }
+    bytes
 }

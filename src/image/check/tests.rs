@@ -1,0 +1,232 @@
+use super::*;
+use crate::format::Version;
+use crate::image::testing::{
+    CLUSTER, Entry, Medium, cluster_content, delta, header, image, read_cluster,
+};
+use Entry::{At, Hole, Raw};
+
+fn load(bytes: Vec<u8>) -> (Medium, Delta<crate::image::testing::MemImage>) {
+    let medium = Medium::default();
+    let delta = Delta::load(medium.file("image", bytes)).unwrap();
+    (medium, delta)
+}
+
+fn set_word(bytes: &mut [u8], at: usize, word: u32) {
+    bytes[at..at + 4].copy_from_slice(&word.to_le_bytes());
+}
+
+/// Duplicates, entries to nowhere, leaks in the middle and at the end, a tail
+/// that is not whole, and no clean close.
+fn wreck(version: Version) -> Vec<u8> {
+    let header = header(version, 12);
+    let beyond = match version {
+        Version::V1 => Raw(1 + 64 * 100),
+        Version::V2 => Raw(100),
+    };
+    // In front of the data area in both versions: sector 0 would be a hole.
+    let in_metadata = match version {
+        Version::V1 => Raw(u32::MAX),
+        Version::V2 => Hole,
+    };
+    let entries = [At(1), Hole, At(1), At(3), beyond, At(1), in_metadata, At(4)];
+    let mut bytes = image(&header, &entries, 7);
+    bytes.truncate(bytes.len() - CLUSTER / 2);
+    set_word(&mut bytes, 44, 0x746F_6E59);
+    bytes
+}
+
+/// The content that repairs must keep, whatever else they do.
+fn check_kept(bytes: &[u8]) {
+    let delta = delta(bytes.to_vec());
+    for (guest, index) in [(0, 1), (2, 1), (3, 3), (5, 1), (7, 4)] {
+        assert!(
+            read_cluster(&delta, guest) == cluster_content(index),
+            "{guest}"
+        );
+    }
+}
+
+#[test]
+fn a_clean_image() {
+    for version in [Version::V1, Version::V2] {
+        let bytes = image(&header(version, 6), &[At(1), Hole, At(0)], 2);
+        let (medium, mut delta) = load(bytes.clone());
+        for repair in [None, Some(Repair::Leaks), Some(Repair::All)] {
+            let report = check_delta(&mut delta, repair).unwrap();
+            assert_eq!((report.corruptions, report.leaks), (0, 0));
+            assert_eq!(report.messages, [""; 0]);
+            assert_eq!(report.total_clusters, 6);
+            assert_eq!(report.allocated_clusters, 2);
+            assert_eq!(report.fragmented_clusters, 1);
+            assert_eq!(report.image_end_offset, bytes.len() as u64);
+        }
+        assert!(medium.contents()[0] == bytes, "a clean image was changed");
+    }
+}
+
+#[test]
+fn findings_are_counted() {
+    let (medium, mut delta) = load(wreck(Version::V2));
+    let report = check_delta(&mut delta, None).unwrap();
+    // Not closed, two duplicates, one beyond the end.
+    assert_eq!(report.corruptions, 4, "{report:?}");
+    // 0 and 2, and 5 and half of 6 at the end.
+    assert_eq!(report.leaks, 4, "{report:?}");
+    assert!(medium.contents()[0] == wreck(Version::V2));
+}
+
+#[test]
+fn repair_leaks_repairs_nothing_else() {
+    let (medium, mut delta) = load(wreck(Version::V2));
+    let report = check_delta(&mut delta, Some(Repair::Leaks)).unwrap();
+    assert_eq!((report.corruptions, report.leaks), (4, 0), "{report:?}");
+    assert_eq!((report.corruptions_fixed, report.leaks_fixed), (0, 4));
+    assert_eq!(delta.header().in_use, InUse::Open);
+    assert_eq!(
+        delta.bat(),
+        super::super::testing::delta(wreck(Version::V2)).bat()
+    );
+    check_kept(&medium.contents()[0]);
+}
+
+#[test]
+fn repair_all_repairs_all() {
+    for version in [Version::V1, Version::V2] {
+        let (medium, mut delta) = load(wreck(version));
+        let found = check_delta(&mut delta, None).unwrap();
+        let report = check_delta(&mut delta, Some(Repair::All)).unwrap();
+        assert_eq!((report.corruptions, report.leaks), (0, 0), "{report:?}");
+        assert_eq!(report.corruptions_fixed, found.corruptions);
+        assert_eq!(report.leaks_fixed, found.leaks);
+        assert_eq!(delta.header().in_use, InUse::Closed);
+        check_kept(&medium.contents()[0]);
+        assert_eq!(delta.bat()[4], 0);
+        assert_eq!(delta.bat()[6], 0);
+    }
+}
+
+#[test]
+fn a_repair_can_be_cut_anywhere_and_run_again() {
+    for version in [Version::V1, Version::V2] {
+        let (medium, mut delta) = load(wreck(version));
+        check_delta(&mut delta, Some(Repair::All)).unwrap();
+        let cuts = medium.cut_everywhere(8, |mut files| {
+            let bytes = files.remove(0);
+            check_kept(&bytes);
+            let (medium, mut delta) = load(bytes);
+            let report = check_delta(&mut delta, Some(Repair::All)).unwrap();
+            assert_eq!((report.corruptions, report.leaks), (0, 0), "{report:?}");
+            check_kept(&medium.contents()[0]);
+        });
+        assert!(cuts > 40, "{cuts}");
+    }
+}
+
+#[test]
+fn a_mapped_cluster_that_the_file_cuts_is_kept() {
+    let mut bytes = image(&header(Version::V2, 6), &[At(0), At(1)], 2);
+    bytes.truncate(bytes.len() - CLUSTER / 4);
+    let (medium, mut delta) = load(bytes.clone());
+    let report = check_delta(&mut delta, None).unwrap();
+    assert_eq!((report.corruptions, report.leaks), (1, 0), "{report:?}");
+    let report = check_delta(&mut delta, Some(Repair::All)).unwrap();
+    assert_eq!((report.corruptions, report.corruptions_fixed), (0, 1));
+    let content = medium.contents().remove(0);
+    assert_eq!(content.len(), bytes.len() + CLUSTER / 4);
+    assert!(content[CLUSTER..bytes.len()] == bytes[CLUSTER..]);
+}
+
+#[test]
+fn data_of_an_entry_off_the_grid_is_kept() {
+    // Sector 2 of the data area: other tools read 32 KiB from there.
+    let mut entries = [Hole; 6];
+    entries[0] = At(0);
+    entries[1] = Raw(1 + 2);
+    let (medium, mut delta) = load(image(&header(Version::V1, 6), &entries, 2));
+    let report = check_delta(&mut delta, Some(Repair::All)).unwrap();
+    assert_eq!(
+        (report.corruptions, report.corruptions_fixed),
+        (0, 1),
+        "{report:?}"
+    );
+    let data = [cluster_content(0), cluster_content(1)].concat();
+    assert!(read_cluster(&delta, 1) == data[1024..1024 + CLUSTER]);
+    assert!(read_cluster(&delta, 0) == cluster_content(0));
+    drop(medium);
+}
+
+#[test]
+fn a_hole_between_clusters_is_no_leak() {
+    let mut bytes = image(&header(Version::V2, 6), &[At(2), At(0)], 3);
+    bytes[2 * CLUSTER..3 * CLUSTER].fill(0);
+    let (_, mut delta) = load(bytes);
+    let report = check_delta(&mut delta, None).unwrap();
+    assert_eq!((report.corruptions, report.leaks), (0, 0), "{report:?}");
+}
+
+/// An image whose format extension is in cluster 1 of the data area, with a
+/// dirty bitmap whose bits are in cluster 2.
+fn with_extension() -> Vec<u8> {
+    use md5::{Digest, Md5};
+    let mut bytes = image(&header(Version::V2, 6), &[At(0), At(3)], 4);
+    let at = 2 * CLUSTER;
+    let mut extension = vec![0u8; CLUSTER];
+    extension[..8].copy_from_slice(&0xAB23_4CEF_23DC_EA87u64.to_le_bytes());
+    extension[24..32].copy_from_slice(&0x2038_5FAE_252C_B34Au64.to_le_bytes());
+    extension[40..44].copy_from_slice(&40u32.to_le_bytes());
+    extension[48 + 28..48 + 32].copy_from_slice(&1u32.to_le_bytes());
+    extension[48 + 32..48 + 40].copy_from_slice(&(3 * CLUSTER as u64 / 512).to_le_bytes());
+    let checksum = Md5::digest(&extension[24..]);
+    extension[8..24].copy_from_slice(&checksum);
+    bytes[at..at + CLUSTER].copy_from_slice(&extension);
+    set_word(&mut bytes, 44, 0x312e_3276);
+    set_word(&mut bytes, 56, (at / 512) as u32);
+    bytes
+}
+
+#[test]
+fn a_valid_extension_is_in_use() {
+    let (medium, mut delta) = load(with_extension());
+    for repair in [Repair::Leaks, Repair::All] {
+        let report = check_delta(&mut delta, Some(repair)).unwrap();
+        assert_eq!((report.corruptions, report.leaks), (0, 0), "{report:?}");
+        assert_eq!(report.messages, [""; 0]);
+    }
+    assert!(medium.contents()[0] == with_extension());
+}
+
+#[test]
+fn repairing_leaks_keeps_a_valid_extension() {
+    for repair in [Repair::Leaks, Repair::All] {
+        let mut bytes = with_extension();
+        bytes.extend([1; CLUSTER]);
+        let (medium, mut delta) = load(bytes);
+        let report = check_delta(&mut delta, Some(repair)).unwrap();
+        assert_eq!((report.leaks, report.leaks_fixed), (0, 1), "{report:?}");
+        assert!(medium.contents()[0] == with_extension());
+    }
+}
+
+#[test]
+fn a_broken_extension_is_dropped() {
+    let mut bytes = with_extension();
+    bytes[2 * CLUSTER + 1000] = 1;
+    let (_, mut delta) = load(bytes);
+    let report = check_delta(&mut delta, None).unwrap();
+    assert_eq!((report.corruptions, report.leaks), (1, 2), "{report:?}");
+    let report = check_delta(&mut delta, Some(Repair::All)).unwrap();
+    assert_eq!((report.corruptions, report.leaks), (0, 0), "{report:?}");
+    assert_eq!(delta.header().in_use, InUse::Closed);
+    assert_eq!(delta.header().extension.0, 0);
+}
+
+#[test]
+fn absurd_extension_offsets_are_named() {
+    for sector in [1u64, 64, 129, u64::MAX / 512, u64::MAX] {
+        let mut bytes = with_extension();
+        bytes[56..64].copy_from_slice(&sector.to_le_bytes());
+        let (_, mut delta) = load(bytes);
+        let report = check_delta(&mut delta, None).unwrap();
+        assert_eq!(report.corruptions, 1, "{sector}: {report:?}");
+    }
+}

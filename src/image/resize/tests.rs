@@ -1,0 +1,137 @@
+use super::*;
+use crate::format::Version;
+use crate::image::check::{Repair, check_delta};
+use crate::image::testing::{Entry, Medium, cluster_content, delta, header, image, read_cluster};
+
+const OLD: u64 = 6;
+/// Takes three clusters for header and BAT.
+const NEW: u64 = 20_000;
+
+/// Guest clusters 1, 2, 4 and 5 are mapped; nothing is leaked.
+fn sample(version: Version) -> Vec<u8> {
+    use Entry::{At, Hole};
+    image(
+        &header(version, OLD),
+        &[Hole, At(1), At(0), Hole, At(3), At(2)],
+        4,
+    )
+}
+
+/// The disk has one of its sizes, and all that was there is there.
+fn check_content(bytes: &[u8], from: Version) -> Sector {
+    let delta = delta(bytes.to_vec());
+    assert!(delta.scan().unwrap().is_clean());
+    assert_eq!(delta.geometry().version, from);
+    for (guest, index) in [(1, 1), (2, 0), (4, 3), (5, 2)] {
+        assert!(
+            read_cluster(&delta, guest) == cluster_content(index),
+            "{guest}"
+        );
+    }
+    let zeros = delta.bat().iter().filter(|value| **value == 0).count();
+    assert_eq!(zeros, delta.bat().len() - 4);
+    delta.geometry().disk_size
+}
+
+#[test]
+fn grows_and_relocates() {
+    for version in [Version::V1, Version::V2] {
+        let medium = Medium::default();
+        let mut delta = Delta::load(medium.file("image", sample(version))).unwrap();
+        let grid = delta.geometry().data_start % 32_768;
+        grow(&mut delta, Sector(NEW * 64 - 1)).unwrap();
+        let content = medium.contents().remove(0);
+        assert_eq!(check_content(&content, version), Sector(NEW * 64 - 1));
+        let mut delta = Delta::load(medium.file("again", content)).unwrap();
+        assert_eq!(delta.header().in_use, InUse::Closed);
+        assert_eq!(delta.geometry().entries, NEW as u32);
+        assert_eq!(delta.geometry().data_start % 32_768, grid);
+        let report = check_delta(&mut delta, None).unwrap();
+        assert_eq!((report.corruptions, report.leaks), (0, 0), "{report:?}");
+    }
+}
+
+#[test]
+fn a_cut_anywhere_leaves_the_old_or_the_new_size() {
+    for version in [Version::V1, Version::V2] {
+        let medium = Medium::default();
+        let mut delta = Delta::load(medium.file("image", sample(version))).unwrap();
+        grow(&mut delta, Sector(NEW * 64)).unwrap();
+        let (mut old, mut new) = (0, 0);
+        let cuts = medium.cut_everywhere(8, |mut files| {
+            let bytes = files.remove(0);
+            match check_content(&bytes, version) {
+                Sector(size) if size == OLD * 64 => old += 1,
+                Sector(size) if size == NEW * 64 => new += 1,
+                size => panic!("{size:?}"),
+            }
+            repairs(bytes, version);
+        });
+        assert!(old > 20 && new > 5 && cuts > 40, "{old} {new} {cuts}");
+    }
+}
+
+/// After a cut, a repair leaves a clean image with the same content.
+fn repairs(bytes: Vec<u8>, version: Version) {
+    let medium = Medium::default();
+    let mut delta = Delta::load(medium.file("image", bytes)).unwrap();
+    let report = check_delta(&mut delta, Some(Repair::All)).unwrap();
+    assert_eq!((report.corruptions, report.leaks), (0, 0), "{report:?}");
+    check_content(&medium.contents()[0], version);
+}
+
+#[test]
+fn a_growth_inside_the_first_cluster_moves_nothing() {
+    let medium = Medium::default();
+    let mut delta = Delta::load(medium.file("image", sample(Version::V2))).unwrap();
+    let before = delta.bat().to_vec();
+    grow(&mut delta, Sector(8000 * 64)).unwrap();
+    assert_eq!(delta.bat()[..6], before);
+    assert_eq!(
+        check_content(&medium.contents()[0], Version::V2),
+        Sector(8000 * 64)
+    );
+}
+
+#[test]
+fn what_is_not_sound_is_not_grown() {
+    use Entry::At;
+    let mut open = sample(Version::V2);
+    open[44..48].copy_from_slice(&0x746F_6E59u32.to_le_bytes());
+    let doubled = image(&header(Version::V2, OLD), &[At(0), At(0)], 1);
+    let mut converting = sample(Version::V2);
+    converting[52] |= 2;
+    for bytes in [open, doubled, converting] {
+        let medium = Medium::default();
+        let mut delta = Delta::load(medium.file("image", bytes.clone())).unwrap();
+        assert!(grow(&mut delta, Sector(NEW * 64)).is_err());
+        assert!(medium.contents()[0] == bytes);
+    }
+}
+
+#[test]
+fn sizes_that_cannot_be() {
+    for (version, size) in [
+        (Version::V2, u64::MAX / 512),
+        (Version::V1, 1 << 32),
+        (Version::V2, OLD * 64 - 1),
+    ] {
+        let medium = Medium::default();
+        let mut delta = Delta::load(medium.file("image", sample(version))).unwrap();
+        let error = grow(&mut delta, Sector(size)).unwrap_err();
+        assert!(matches!(error, ImageError::Header { .. }), "{error}");
+        assert!(medium.contents()[0] == sample(version));
+    }
+}
+
+#[test]
+fn relative_and_absolute_sizes() {
+    let path = Path::new("x");
+    let old = Sector(100);
+    let ok = |size| larger(path, old, size).unwrap();
+    assert_eq!(ok(NewSize::Exactly(Sector(100))), Sector(100));
+    assert_eq!(ok(NewSize::Exactly(Sector(101))), Sector(101));
+    assert_eq!(ok(NewSize::GrowBy(Sector(5))), Sector(105));
+    assert_eq!(ok(NewSize::GrowBy(Sector(u64::MAX))), Sector(u64::MAX));
+    assert!(larger(path, old, NewSize::Exactly(Sector(99))).is_err());
+}
