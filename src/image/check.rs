@@ -1,5 +1,7 @@
 //! Checking images, and what repairs find to do.
 
+mod bundle;
+
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
@@ -9,7 +11,7 @@ use serde::Serialize;
 use super::delta::Delta;
 use super::error::{IoContext, Result};
 use super::file::ImageFile;
-use super::open::{Access, OpenImage, OpenMode, image_of, open};
+use super::open::{Access, OpenMode, image_of, open};
 use super::repair;
 use crate::format::{BatScan, Extension, Geometry, HostCluster, InUse, SECTOR_SIZE};
 use crate::ploop::Level;
@@ -53,7 +55,8 @@ pub struct CheckReport {
     pub fragmented_clusters: u64,
     /// Each finding and each repair in words.
     pub messages: Vec<String>,
-    /// One for each image file of a bundle with several, base first.
+    /// One for each image file of a bundle with several: those that only other
+    /// snapshots use, then those of the disk, base first.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub levels: Vec<CheckReport>,
 }
@@ -110,16 +113,26 @@ pub fn check(path: &Path, repair: Option<Repair>, mode: OpenMode) -> Result<Chec
         None => open(path, mode)?,
         Some(_) => open(path, OpenMode::new(Access::Repair))?,
     };
-    let mut levels = Vec::new();
-    for (level, file) in image.chain.levels.iter().zip(&image.files) {
-        levels.push(match level {
-            Level::Ploop => check_delta(&mut Delta::load(image_of(file)?)?, repair)?,
-            Level::Plain { .. } => check_plain(file)?,
-        });
-    }
     let mut whole = CheckReport::new(path);
-    check_bundle(&image, repair, &mut whole)?;
+    let mut levels = Vec::new();
+    if image.is_top() {
+        // First, as they are not the last level, which the sums are about.
+        levels = bundle::check_branches(&image, repair, mode)?;
+    }
+    for (level, file) in image.chain.levels.iter().zip(&image.files) {
+        levels.push(check_level(*level, file, repair)?);
+    }
+    if image.is_top() {
+        bundle::check_bundle(image, repair, &mut whole)?;
+    }
     Ok(whole.sum(levels))
+}
+
+fn check_level(level: Level, file: &HostFile, repair: Option<Repair>) -> Result<CheckReport> {
+    match level {
+        Level::Ploop => check_delta(&mut Delta::load(image_of(file)?)?, repair),
+        Level::Plain { .. } => check_plain(file),
+    }
 }
 
 /// There is nothing to be wrong in a raw image.
@@ -128,12 +141,6 @@ fn check_plain(file: &HostFile) -> Result<CheckReport> {
     let mut report = CheckReport::new(&file.path);
     report.image_end_offset = metadata.len();
     Ok(report)
-}
-
-/// What only the descriptor and the folder know.
-fn check_bundle(image: &OpenImage, repair: Option<Repair>, report: &mut CheckReport) -> Result<()> {
-    let _ = (image, repair, report);
-    Ok(())
 }
 
 /// Checks one image file, repairs it, and checks it again.

@@ -9,7 +9,7 @@ use super::delta::read_header;
 use super::error::{ImageError, IoContext, Result};
 use super::file::HostImage;
 use super::folder::open_regular;
-use crate::format::{ClusterSize, Descriptor, Guid, ImageKind, SECTOR_SIZE, Sector};
+use crate::format::{ClusterSize, Descriptor, Guid, Image, ImageKind, SECTOR_SIZE, Sector};
 use crate::ploop::{Chain, Level};
 use crate::storage::HostFile;
 use crate::storage::lock::{ImageLock, LockError, LockMode};
@@ -82,6 +82,13 @@ pub struct OpenImage {
 }
 
 impl OpenImage {
+    /// Whether this is the present state of a bundle, not a snapshot in it, and
+    /// no bare image.
+    pub fn is_top(&self) -> bool {
+        let descriptor = self.bundle.as_ref().map(Bundle::descriptor);
+        descriptor.is_some_and(|descriptor| self.top == Some(descriptor.top()))
+    }
+
     /// The names of the levels in their bundle, base first.
     pub fn guids(&self) -> Vec<Option<Guid>> {
         match (&self.bundle, self.top) {
@@ -203,18 +210,24 @@ fn open_files(bundle: &Bundle, mode: OpenMode) -> Result<(Vec<HostFile>, Vec<Ima
             Access::Serve | Access::Change => image.guid == top,
             Access::Repair => true,
         };
-        let file = HostFile {
-            file: bundle.folder().open_image(&image.file, writable)?,
-            path: bundle.path().join(&image.file),
-            writable,
-        };
+        let file = open_level(bundle, image, writable)?;
         locks.extend(lock(&file, mode)?);
         files.push(file);
     }
     Ok((files, locks))
 }
 
-fn lock(file: &HostFile, mode: OpenMode) -> Result<Option<ImageLock>> {
+/// Opens one image file of a bundle.
+pub(super) fn open_level(bundle: &Bundle, image: &Image, writable: bool) -> Result<HostFile> {
+    Ok(HostFile {
+        file: bundle.folder().open_image(&image.file, writable)?,
+        path: bundle.path().join(&image.file),
+        writable,
+    })
+}
+
+/// Locks an image file for what the disk is opened for.
+pub(super) fn lock(file: &HostFile, mode: OpenMode) -> Result<Option<ImageLock>> {
     let lock_mode = match mode.access {
         Access::Read if mode.force_share => return Ok(None),
         Access::Serve if file.writable => LockMode::ReadWrite,

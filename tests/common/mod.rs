@@ -4,6 +4,8 @@
 #![allow(dead_code)]
 
 pub mod backend;
+pub mod fixtures;
+pub mod img;
 
 use std::{
     env,

@@ -51,6 +51,9 @@ pub fn parse_disk_size(text: &str) -> Result<Sector, String> {
     if bytes == 0 {
         return Err("a disk of no bytes is none: give a size above 0".to_owned());
     }
+    if bytes > i64::MAX as u64 {
+        return Err(format!("'{text}' is too large: disks end below 8E"));
+    }
     Ok(Sector(bytes.div_ceil(SECTOR_SIZE)))
 }
 
@@ -144,6 +147,7 @@ mod tests {
         assert_eq!(parse_disk_size("1"), Ok(Sector(1)));
         assert_eq!(parse_disk_size("513"), Ok(Sector(2)));
         assert!(parse_disk_size("0").is_err());
+        assert!(parse_disk_size("8E").is_err());
         assert_eq!(parse_new_size("1k"), Ok(NewSize::Exactly(Sector(2))));
         assert_eq!(parse_new_size("+1k"), Ok(NewSize::GrowBy(Sector(2))));
         assert!(parse_new_size("-1k").is_err());

@@ -1,0 +1,137 @@
+//! What only a bundle can have wrong: images of other branches, a descriptor that
+//! a resize did not get to, files that nothing names.
+
+use std::ffi::OsStr;
+use std::path::{Path, PathBuf};
+
+use rustix::fs::FileType;
+
+use super::{CheckReport, Repair, check_level};
+use crate::format::{Descriptor, Guid, Header, ImageKind};
+use crate::image::bundle::Bundle;
+use crate::image::delta::read_header;
+use crate::image::error::Result;
+use crate::image::folder::TEMPORARY_PREFIX;
+use crate::image::open::{OpenImage, OpenMode, image_of, lock, open_level};
+use crate::ploop::Level;
+
+/// Checks the images that only other snapshots than the top's own use.
+pub(super) fn check_branches(
+    image: &OpenImage,
+    repair: Option<Repair>,
+    mode: OpenMode,
+) -> Result<Vec<CheckReport>> {
+    let Some(bundle) = &image.bundle else {
+        return Ok(Vec::new());
+    };
+    let mode = match repair {
+        Some(_) => OpenMode::new(crate::image::Access::Repair),
+        None => mode,
+    };
+    let descriptor = bundle.descriptor();
+    let chain = descriptor.chain(descriptor.top());
+    let mut reports = Vec::new();
+    for image in descriptor.images() {
+        // A plain image is the base, so it is in every chain.
+        let is_elsewhere = chain.iter().all(|level| level.guid != image.guid);
+        if is_elsewhere && image.kind == ImageKind::Expandable {
+            let file = open_level(bundle, image, repair.is_some())?;
+            let _lock = lock(&file, mode)?;
+            reports.push(check_level(Level::Ploop, &file, repair)?);
+        }
+    }
+    Ok(reports)
+}
+
+/// Checks descriptor and folder.
+pub(super) fn check_bundle(
+    mut image: OpenImage,
+    repair: Option<Repair>,
+    report: &mut CheckReport,
+) -> Result<()> {
+    check_disk_size(&mut image, repair, report)?;
+    if let Some(bundle) = &image.bundle {
+        check_strays(bundle, repair, report)?;
+    }
+    Ok(())
+}
+
+/// A resize that was cut off between header and descriptor.
+fn check_disk_size(
+    image: &mut OpenImage,
+    repair: Option<Repair>,
+    report: &mut CheckReport,
+) -> Result<()> {
+    let (Some(Level::Ploop), Some(file), Some(bundle)) = (
+        image.chain.levels.last(),
+        image.files.last(),
+        image.bundle.as_mut(),
+    ) else {
+        return Ok(());
+    };
+    let disk_size = read_header(&image_of(file)?)?.geometry().disk_size;
+    let mut descriptor = bundle.descriptor().clone();
+    if descriptor.disk_size == disk_size {
+        return Ok(());
+    }
+    report.corruption(format!(
+        "the descriptor says that the disk has {} sectors, its top says {}",
+        descriptor.disk_size.0, disk_size.0
+    ));
+    if repair == Some(Repair::All) {
+        descriptor.disk_size = disk_size;
+        bundle.save(descriptor)?;
+        report.corruptions -= 1;
+        report.corruptions_fixed += 1;
+    }
+    Ok(())
+}
+
+/// Files that a change of the bundle left behind when it was cut off. Only those
+/// are removed whose names we, or the official tool, have given them.
+fn check_strays(bundle: &Bundle, repair: Option<Repair>, report: &mut CheckReport) -> Result<()> {
+    let folder = bundle.folder();
+    for (name, kind) in folder.names()? {
+        let path = PathBuf::from(&name);
+        let is_known = name == Descriptor::FILE_NAME
+            || bundle.descriptor().images().iter().any(|i| i.file == path);
+        if is_known || !matches!(kind, FileType::RegularFile | FileType::Unknown) {
+            continue;
+        }
+        if is_ours(&name) {
+            report.leak(1, format!("{} is no part of the disk", path.display()));
+            if repair.is_some() {
+                folder.remove(&path)?;
+                report.leaks -= 1;
+                report.leaks_fixed += 1;
+            }
+        } else if looks_like_image(bundle, &path) {
+            let text = "is an image, but no part of the disk; it is left alone";
+            report.messages.push(format!("{} {text}", path.display()));
+        }
+    }
+    Ok(())
+}
+
+/// A passing name, or one of a delta: `root.hds.{GUID}`.
+fn is_ours(name: &OsStr) -> bool {
+    let Some(name) = name.to_str() else {
+        return false;
+    };
+    let is_delta = || {
+        let (_, guid) = name.rsplit_once('.')?;
+        let is_braced = guid.starts_with('{') && guid.ends_with('}');
+        is_braced.then(|| guid.parse::<Guid>().ok())?
+    };
+    name.starts_with(TEMPORARY_PREFIX) || is_delta().is_some()
+}
+
+fn looks_like_image(bundle: &Bundle, name: &Path) -> bool {
+    use std::os::unix::fs::FileExt;
+    let mut start = [0; Header::LEN];
+    let read = bundle
+        .folder()
+        .open_image(name, false)
+        .map(|file| file.read_exact_at(&mut start, 0));
+    matches!(read, Ok(Ok(()))) && Header::has_signature(&start)
+}

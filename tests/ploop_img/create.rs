@@ -1,0 +1,131 @@
+//! `create` and `info`.
+
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+
+use serde_json::Value;
+use tempfile::TempDir;
+
+use super::common::img::{image_file, names_in, ploop_img, qemu_img_check, run};
+use super::common::require_tool;
+
+#[test]
+fn a_new_disk_is_what_qemu_img_expects() {
+    if !require_tool("qemu-img") {
+        return;
+    }
+    let folder = TempDir::new().unwrap();
+    for (name, size, bytes, cluster) in [
+        ("a.hds", "10G", 10u64 << 30, "1M"),
+        ("b.hds", "1000", 1024, "32k"),
+        ("bundle", "100T", 100 << 40, "64M"),
+        ("other.name", "1.5M", 3 << 19, "64k"),
+    ] {
+        let disk = folder.path().join(name);
+        let disk_arg = disk.to_str().unwrap();
+        ploop_img(["create", disk_arg, size, "--cluster-size", cluster]).ok();
+        assert_eq!(disk.is_dir(), !name.ends_with(".hds"));
+        let image = image_file(&disk);
+        qemu_img_check(&image);
+        let info = run(
+            "qemu-img",
+            [
+                "info",
+                "--output=json",
+                "-f",
+                "parallels",
+                image.to_str().unwrap(),
+            ],
+        );
+        let info: Value = serde_json::from_str(&info.ok()).unwrap();
+        assert_eq!(info["virtual-size"], bytes);
+        let ours = ploop_img(["info", "--output", "json", disk_arg]).ok();
+        let ours: Value = serde_json::from_str(&ours).unwrap();
+        assert_eq!(ours["virtual-size"], bytes);
+        assert_eq!(ours["dirty-flag"], false);
+        assert_eq!(ours["format-specific"]["data"]["version"], 2);
+        ploop_img(["check", disk_arg]).ok();
+        // Thin: whatever its size, header and BAT are all that there is, if that.
+        assert!(fs::metadata(&image).unwrap().blocks() * 512 <= 1 << 20);
+    }
+}
+
+#[test]
+fn nothing_but_the_disk_is_made() {
+    let folder = TempDir::new().unwrap();
+    for name in ["a.hds", "bundle"] {
+        ploop_img(["create", folder.path().join(name).to_str().unwrap(), "1M"]).ok();
+    }
+    assert_eq!(names_in(folder.path()), ["a.hds", "bundle"]);
+    let bundle = folder.path().join("bundle");
+    assert_eq!(names_in(&bundle), ["DiskDescriptor.xml", "root.hds"]);
+}
+
+#[test]
+fn what_exists_is_not_overwritten() {
+    let folder = TempDir::new().unwrap();
+    let path = |name| folder.path().join(name);
+    fs::write(path("file.hds"), "precious").unwrap();
+    fs::create_dir(path("folder")).unwrap();
+    fs::create_dir(path("folder.hds")).unwrap();
+    std::os::unix::fs::symlink("nowhere", path("link.hds")).unwrap();
+    for name in ["file.hds", "folder", "folder.hds", "link.hds"] {
+        let error = ploop_img(["create", path(name).to_str().unwrap(), "1M"]).fails();
+        assert!(error.contains("exists already"), "{error}");
+    }
+    assert_eq!(fs::read(path("file.hds")).unwrap(), b"precious");
+    assert_eq!(
+        names_in(folder.path()),
+        ["file.hds", "folder", "folder.hds", "link.hds"]
+    );
+}
+
+#[test]
+fn sizes_that_make_no_sense() {
+    let folder = TempDir::new().unwrap();
+    let disk = folder.path().join("disk");
+    let disk = disk.to_str().unwrap();
+    for size in ["0", "", "x", "-1", "10GB", "9E", "99999999999999999999999"] {
+        let ran = ploop_img(["create", disk, size]);
+        assert_eq!(ran.code, Some(1), "{size}: {ran:?}");
+        assert!(ran.stderr.contains(&format!("'{size}'")), "{ran:?}");
+    }
+    // What 64-bit bytes can say, but 1 MiB clusters cannot map.
+    let error = ploop_img(["create", disk, "1E"]).fails();
+    assert!(error.contains("disk size"), "{error}");
+    for cluster in ["16k", "128M", "100k", "0"] {
+        let ran = ploop_img(["create", disk, "1M", "--cluster-size", cluster]);
+        assert_eq!(ran.code, Some(1), "{cluster}: {ran:?}");
+    }
+    assert!(names_in(folder.path()).is_empty());
+}
+
+#[test]
+fn places_where_nothing_can_be_made() {
+    let folder = TempDir::new().unwrap();
+    let path = |name| folder.path().join(name).to_str().unwrap().to_owned();
+    let error = ploop_img(["create", &path("none/disk"), "1M"]).fails();
+    assert!(error.contains("No such file"), "{error}");
+    let error = ploop_img(["create", &path(".."), "1M"]).fails();
+    assert!(error.contains("name"), "{error}");
+    fs::write(path("file"), "").unwrap();
+    let error = ploop_img(["create", &path("file/disk"), "1M"]).fails();
+    assert!(error.contains("Not a directory"), "{error}");
+}
+
+#[test]
+fn info_for_people_names_the_facts() {
+    let folder = TempDir::new().unwrap();
+    let disk = folder.path().join("disk");
+    ploop_img(["create", disk.to_str().unwrap(), "2G"]).ok();
+    for path in [
+        disk.clone(),
+        disk.join("DiskDescriptor.xml"),
+        disk.join("root.hds"),
+    ] {
+        let info = ploop_img(["info", path.to_str().unwrap()]).ok();
+        for fact in ["ploop", "2 GiB (2147483648 bytes)", "1048576", "0 of 2048"] {
+            assert!(info.contains(fact), "{fact}: {info}");
+        }
+    }
+}

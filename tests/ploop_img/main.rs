@@ -1,0 +1,13 @@
+//! `ploop-img` as its users meet it: the program itself, the disks of the
+//! official tool, and QEMU's tools as judges.
+
+#[path = "../common/mod.rs"]
+mod common;
+
+mod bad_input;
+mod check;
+mod convert;
+mod create;
+mod fixtures;
+mod kill;
+mod resize;

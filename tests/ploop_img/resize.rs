@@ -1,0 +1,86 @@
+//! `resize`.
+
+use std::fs;
+
+use serde_json::Value;
+use tempfile::TempDir;
+
+use super::common::fixtures::FIXTURES;
+use super::common::img::{image_file, ploop_img, qemu_img_check, sha256};
+use super::common::require_tool;
+
+fn virtual_size(disk: &str) -> u64 {
+    let info = ploop_img(["info", "--output", "json", disk]).ok();
+    let info: Value = serde_json::from_str(&info).unwrap();
+    info["virtual-size"].as_u64().unwrap()
+}
+
+#[test]
+fn old_content_stays_and_new_space_is_zero() {
+    let folder = TempDir::new().unwrap();
+    for fixture in FIXTURES {
+        let Some(bundle) = fixture.unpack(folder.path()) else {
+            return;
+        };
+        let disk = bundle.to_str().unwrap();
+        let raw = folder.path().join("out.raw");
+        let mut size = fixture.size;
+        // Inside the first cluster of the BAT, into the second, far beyond.
+        for (argument, new_size) in [
+            ("+512".to_owned(), size + 512),
+            ("3G".to_owned(), 3 << 30),
+            ("+97G".to_owned(), 100 << 30),
+        ] {
+            ploop_img(["resize", disk, &argument]).ok();
+            assert_eq!(virtual_size(disk), new_size);
+            let descriptor = fs::read_to_string(bundle.join("DiskDescriptor.xml")).unwrap();
+            let sectors = format!("<Disk_size>{}<", new_size / 512);
+            assert!(descriptor.contains(&sectors), "{descriptor}");
+            ploop_img(["check", disk]).ok();
+            if fixture.is_ploop && require_tool("qemu-img") {
+                qemu_img_check(&image_file(&bundle));
+            }
+            size = new_size;
+        }
+        ploop_img(["convert", disk, raw.to_str().unwrap()]).ok();
+        let file = fs::OpenOptions::new().write(true).open(&raw).unwrap();
+        assert_eq!(file.metadata().unwrap().len(), size);
+        file.set_len(fixture.size).unwrap();
+        assert_eq!(sha256(&raw), fixture.sha256, "{}", fixture.name);
+        fs::remove_file(raw).unwrap();
+    }
+}
+
+#[test]
+fn smaller_is_refused_and_the_same_is_nothing() {
+    let folder = TempDir::new().unwrap();
+    for name in ["bundle", "bare.hds"] {
+        let disk = folder.path().join(name);
+        let arg = disk.to_str().unwrap();
+        ploop_img(["create", arg, "10M"]).ok();
+        let before = sha256(&image_file(&disk));
+        let error = ploop_img(["resize", arg, "9M"]).fails();
+        assert!(error.contains("smaller"), "{error}");
+        ploop_img(["resize", arg, "10M"]).ok();
+        assert_eq!(sha256(&image_file(&disk)), before);
+        let ran = ploop_img(["resize", arg, "-1M"]);
+        assert_eq!(ran.code, Some(1), "{ran:?}");
+        assert_eq!(sha256(&image_file(&disk)), before);
+    }
+}
+
+#[test]
+fn an_image_in_use_is_not_resized() {
+    let folder = TempDir::new().unwrap();
+    let disk = folder.path().join("bare.hds");
+    let arg = disk.to_str().unwrap();
+    ploop_img(["create", arg, "10M"]).ok();
+    let mut bytes = fs::read(&disk).unwrap();
+    bytes[44..48].copy_from_slice(&0x746F_6E59u32.to_le_bytes());
+    fs::write(&disk, &bytes).unwrap();
+    let error = ploop_img(["resize", arg, "20M"]).fails();
+    assert!(error.contains("--repair all"), "{error}");
+    assert_eq!(fs::read(&disk).unwrap(), bytes);
+    ploop_img(["check", "--repair", "all", arg]).ok();
+    ploop_img(["resize", arg, "20M"]).ok();
+}
