@@ -196,7 +196,7 @@ impl Meter<'_> {
         let before = server.context_switches()?;
         let (outcome, _) = station.run(workload, &plan)?;
         let server = station.server().context("a contestant without a server")?;
-        let context_switches = server.context_switches()? - before;
+        let context_switches = server.context_switches()?.since(&before);
         let system_calls = perf.map(Perf::finish).transpose()?;
         station.verify_run(workload, &outcome, self.generation)?;
         station.stop()?;

@@ -18,6 +18,7 @@ mod run;
 mod scenario;
 mod scratch;
 mod server;
+mod session;
 mod station;
 mod stats;
 mod stock;
@@ -27,7 +28,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use clap::Parser;
@@ -35,9 +36,9 @@ use clap::Parser;
 use bed::{Bed, Directories};
 use contestant::Programs;
 use machine::Machine;
-use measure::{Lab, Setting};
-use report::{IdleSummary, OpeningSummary, Report, ScenarioSummary};
+use measure::Setting;
 use scenario::{FULL, Scale, Scenario, TINY};
+use session::{IDLE, OPENING, Todo};
 
 /// Measures vhost-user-ploop against qemu-storage-daemon and the plain file.
 ///
@@ -157,10 +158,6 @@ impl Mode {
     }
 }
 
-/// The names by which the two measurements without a workload are selected.
-const OPENING: &str = "opening an 8 TiB image";
-const IDLE: &str = "idle";
-
 fn main() -> ExitCode {
     match bench(&Arguments::parse()) {
         Ok(()) => ExitCode::SUCCESS,
@@ -181,29 +178,21 @@ fn bench(arguments: &Arguments) -> Result<()> {
     } else {
         Mode::Short
     };
-    let selected = |name: &str| {
-        arguments.only.is_empty() || arguments.only.iter().any(|text| name.contains(text))
-    };
-    let mut scenarios = mode.scenarios(arguments.shrink);
-    scenarios.retain(|scenario| selected(&scenario.title()));
-    scenarios.sort_by_key(|scenario| scenario.bed);
-    for scenario in &mut scenarios {
-        scenario.rounds = arguments.rounds.unwrap_or(scenario.rounds);
-    }
-    let others = [OPENING, IDLE].map(|name| mode != Mode::Cost && selected(name));
+    let todo = todo(arguments, mode);
     if arguments.list {
-        return list(&scenarios, others);
+        list(&todo);
+        return Ok(());
     }
     ensure!(
-        !scenarios.is_empty() || others.contains(&true),
+        !todo.scenarios.is_empty() || todo.opening_rounds.is_some() || todo.idle_time.is_some(),
         "nothing is called {:?}; --list shows the names",
         arguments.only
     );
     let setting = setting(arguments, mode)?;
     if mode == Mode::Cost {
-        return count(&setting, arguments, &scenarios);
+        return count(&setting, arguments, &todo.scenarios);
     }
-    let report = measure(&setting, mode, arguments, &scenarios, others)?;
+    let report = session::run(&setting, &todo)?;
     print!("{}", report.other_tables());
     if !report.verdicts.is_empty() {
         print!("\n{}", report.verdict_table());
@@ -214,7 +203,35 @@ fn bench(arguments: &Arguments) -> Result<()> {
     if let Some(document) = &arguments.document {
         report.write_into(document)?;
     }
-    Ok(())
+    match report.failures.as_slice() {
+        [] => Ok(()),
+        failures => {
+            let names: Vec<&str> = failures.iter().map(|f| f.what.as_str()).collect();
+            bail!("failed: {}", names.join("; "))
+        }
+    }
+}
+
+/// What of the mode was asked for.
+fn todo(arguments: &Arguments, mode: Mode) -> Todo {
+    let selected = |name: &str| {
+        arguments.only.is_empty() || arguments.only.iter().any(|text| name.contains(text))
+    };
+    let mut scenarios = mode.scenarios(arguments.shrink);
+    scenarios.retain(|scenario| selected(&scenario.title()));
+    scenarios.sort_by_key(|scenario| scenario.bed);
+    for scenario in &mut scenarios {
+        scenario.rounds = arguments.rounds.unwrap_or(scenario.rounds);
+    }
+    let times = mode != Mode::Cost;
+    let rounds = arguments.rounds.unwrap_or(mode.opening_rounds());
+    Todo {
+        mode: mode.label(),
+        scenarios,
+        opening_rounds: (times && selected(OPENING)).then_some(rounds),
+        idle_time: (times && selected(IDLE)).then_some(mode.idle_time()),
+        is_judged: mode != Mode::Short,
+    }
 }
 
 fn count(setting: &Setting, arguments: &Arguments, scenarios: &[Scenario]) -> Result<()> {
@@ -227,14 +244,16 @@ fn count(setting: &Setting, arguments: &Arguments, scenarios: &[Scenario]) -> Re
     }
 }
 
-fn list(scenarios: &[Scenario], others: [bool; 2]) -> Result<()> {
-    for scenario in scenarios {
+fn list(todo: &Todo) {
+    for scenario in &todo.scenarios {
         println!("{}", scenario.title());
     }
-    for (name, _) in [OPENING, IDLE].iter().zip(others).filter(|(_, is)| *is) {
-        println!("{name}");
+    if todo.opening_rounds.is_some() {
+        println!("{OPENING}");
     }
-    Ok(())
+    if todo.idle_time.is_some() {
+        println!("{IDLE}");
+    }
 }
 
 fn setting(arguments: &Arguments, mode: Mode) -> Result<Setting> {
@@ -244,6 +263,9 @@ fn setting(arguments: &Arguments, mode: Mode) -> Result<Setting> {
             "{} is missing: cargo build --release, or --server and --img",
             program.display()
         );
+    }
+    if let Some(document) = &arguments.document {
+        report::check_document(document)?;
     }
     let directories = Directories {
         disk: arguments.disk_dir.clone(),
@@ -287,72 +309,4 @@ fn check_kind(bed: Bed, directories: &Directories) -> Result<()> {
         }
         _ => Ok(()),
     }
-}
-
-fn measure(
-    setting: &Setting,
-    mode: Mode,
-    arguments: &Arguments,
-    scenarios: &[Scenario],
-    [opening, idle]: [bool; 2],
-) -> Result<Report> {
-    let start = Instant::now();
-    let mut report = Report {
-        machine: Machine::look(&setting.programs, &setting.directories),
-        mode: mode.label().into(),
-        run_ms: u64::try_from(setting.run_time.as_millis())?,
-        server_args: setting.programs.server_args.clone(),
-        scenarios: Vec::new(),
-        opening: Vec::new(),
-        idle: Vec::new(),
-        verdicts: Vec::new(),
-    };
-    let mut lab = Lab::new(setting);
-    for (index, scenario) in scenarios.iter().enumerate() {
-        eprintln!(
-            "[{:4.0} s, {} of {}] {}",
-            start.elapsed().as_secs_f64(),
-            index + 1,
-            scenarios.len(),
-            scenario.title()
-        );
-        lab.keep_only(scenario.bed);
-        let sides = lab.measure(scenario)?;
-        let summary = ScenarioSummary::new(scenario, &sides)
-            .with_context(|| format!("{}: a figure is missing", scenario.title()))?;
-        println!("{}", report::scenario_table(&summary));
-        report.scenarios.push(summary);
-    }
-    drop(lab);
-    if opening {
-        eprintln!("[{:4.0} s] {OPENING}", start.elapsed().as_secs_f64());
-        let rounds = arguments.rounds.unwrap_or(mode.opening_rounds());
-        let openings = opening::measure(setting, rounds)?;
-        report.opening = openings.iter().filter_map(OpeningSummary::new).collect();
-    }
-    if idle {
-        eprintln!("[{:4.0} s] {IDLE}", start.elapsed().as_secs_f64());
-        let idles = idle::measure(setting, mode.idle_time())?;
-        report.idle = idles.iter().map(IdleSummary::new).collect();
-    }
-    if mode != Mode::Short {
-        judge(&mut report)?;
-    }
-    Ok(report)
-}
-
-fn judge(report: &mut Report) -> Result<()> {
-    for scenario in &report.scenarios {
-        let verdicts = scenario
-            .verdicts()
-            .with_context(|| format!("{}: a figure is missing", scenario.title))?;
-        report.verdicts.extend(verdicts);
-    }
-    if let Some(ours) = report.opening.first() {
-        report.verdicts.extend(ours.verdicts());
-    }
-    if let Some(ours) = report.idle.first() {
-        report.verdicts.push(ours.verdict());
-    }
-    Ok(())
 }

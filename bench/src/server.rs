@@ -2,6 +2,8 @@
 //!
 //! Knows processes. Must not know images or workloads.
 
+use std::collections::HashMap;
+use std::ffi::OsString;
 use std::fs::{self, File};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -159,21 +161,23 @@ impl Server {
         Ok(kib * 1024)
     }
 
-    /// How often its threads gave up the CPU or lost it, so far.
+    /// How often each of its threads has given up the CPU or lost it, so far.
     ///
     /// # Errors
     /// The process is gone.
-    pub fn context_switches(&self) -> Result<u64> {
-        let mut switches = 0;
+    pub fn context_switches(&self) -> Result<ContextSwitches> {
+        let mut by_thread = HashMap::new();
         for thread in fs::read_dir(format!("/proc/{}/task", self.child.id()))? {
-            // A thread may end meanwhile; it has nothing to add then.
-            let Ok(status) = fs::read_to_string(thread?.path().join("status")) else {
+            let thread = thread?;
+            // A thread may end meanwhile.
+            let Ok(status) = fs::read_to_string(thread.path().join("status")) else {
                 continue;
             };
-            switches += field(&status, "voluntary_ctxt_switches:").unwrap_or(0);
-            switches += field(&status, "nonvoluntary_ctxt_switches:").unwrap_or(0);
+            let voluntary = field(&status, "voluntary_ctxt_switches:").unwrap_or(0);
+            let involuntary = field(&status, "nonvoluntary_ctxt_switches:").unwrap_or(0);
+            by_thread.insert(thread.file_name(), voluntary + involuntary);
         }
-        Ok(switches)
+        Ok(ContextSwitches { by_thread })
     }
 
     fn last_words(&self) -> String {
@@ -183,6 +187,22 @@ impl Server {
             return "it said nothing".into();
         }
         format!("it said:\n{}", String::from_utf8_lossy(tail))
+    }
+}
+
+/// The context switches of the threads of a process at some time.
+pub struct ContextSwitches {
+    by_thread: HashMap<OsString, u64>,
+}
+
+impl ContextSwitches {
+    /// How many more they are than at an earlier time. Those of a thread that has
+    /// ended since are not known any more and not counted.
+    pub fn since(&self, earlier: &Self) -> u64 {
+        self.by_thread
+            .iter()
+            .map(|(thread, now)| now - earlier.by_thread.get(thread).copied().unwrap_or(0))
+            .sum()
     }
 }
 
@@ -238,6 +258,19 @@ mod tests {
         assert_eq!(field(status, "VmHWM:"), Some(7));
         assert_eq!(field(status, "voluntary_ctxt_switches:"), Some(3));
         assert_eq!(field(status, "VmSwap:"), None);
+    }
+
+    #[test]
+    fn a_thread_that_has_ended_takes_nothing_away() {
+        let at = |threads: &[(&str, u64)]| ContextSwitches {
+            by_thread: threads
+                .iter()
+                .map(|&(thread, count)| (thread.into(), count))
+                .collect(),
+        };
+        let before = at(&[("1", 10), ("2", 100)]);
+        let after = at(&[("1", 15), ("3", 2)]);
+        assert_eq!(after.since(&before), 7);
     }
 
     #[test]

@@ -44,6 +44,17 @@ pub struct Report {
     pub idle: Vec<IdleSummary>,
     /// What was to be reached. Empty in short mode, which judges nothing.
     pub verdicts: Vec<Verdict>,
+    /// What could not be measured.
+    pub failures: Vec<Failure>,
+}
+
+/// A measurement that failed.
+#[derive(Serialize)]
+pub struct Failure {
+    /// Its name.
+    pub what: String,
+    /// Why.
+    pub error: String,
 }
 
 impl Report {
@@ -101,6 +112,9 @@ impl Report {
         if !self.verdicts.is_empty() {
             text += &format!("\n### Targets\n\n{}", self.verdict_table());
         }
+        for failure in &self.failures {
+            text += &format!("\n**Failed**: {}\n", failure.what);
+        }
         for bed in Bed::ALL {
             let on_bed: Vec<_> = self.scenarios.iter().filter(|s| s.bed == bed).collect();
             if on_bed.is_empty() {
@@ -150,6 +164,24 @@ pub fn cost_table(costs: &[Cost]) -> String {
     table::costs(costs)
 }
 
+/// Whether the figures, or the costs, can be put into a document: better known
+/// before they are measured.
+///
+/// # Errors
+/// It is not there, or has no marks.
+pub fn check_document(document: &Path) -> Result<()> {
+    let text =
+        fs::read_to_string(document).with_context(|| format!("reading {}", document.display()))?;
+    for name in [FIGURES, COSTS] {
+        splice(&text, name, "").with_context(|| without_marks(document, name))?;
+    }
+    Ok(())
+}
+
+fn without_marks(document: &Path, name: &str) -> String {
+    format!("{} has no marks for the {name}", document.display())
+}
+
 /// Puts the costs of requests into a document, between its marks.
 ///
 /// # Errors
@@ -162,8 +194,7 @@ pub fn write_costs_into(document: &Path, machine: &Machine, costs: &[Cost]) -> R
 fn put(document: &Path, name: &str, content: &str) -> Result<()> {
     let text =
         fs::read_to_string(document).with_context(|| format!("reading {}", document.display()))?;
-    let text = splice(&text, name, content)
-        .with_context(|| format!("{} has no marks for the {name}", document.display()))?;
+    let text = splice(&text, name, content).with_context(|| without_marks(document, name))?;
     fs::write(document, text).with_context(|| format!("writing {}", document.display()))
 }
 

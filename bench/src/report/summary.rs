@@ -80,9 +80,27 @@ pub struct Verdict {
     /// What there is, with its unit.
     pub measured: String,
     /// Whether that is enough.
-    pub passed: bool,
+    pub judgement: Judgement,
     /// Whether the interval holds values on both sides of the target.
     pub within_noise: bool,
+}
+
+/// How a figure compares with its target.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Judgement {
+    /// It is reached.
+    Pass,
+    /// It is not.
+    Below,
+    /// There is no figure.
+    Missing,
+}
+
+impl Judgement {
+    fn of(is_reached: bool) -> Self {
+        if is_reached { Self::Pass } else { Self::Below }
+    }
 }
 
 /// What opening an 8 TiB image took.
@@ -163,12 +181,12 @@ impl ScenarioSummary {
             .map(|ratio| ratio.estimate)
     }
 
-    /// How far the targets are reached; `None` if the figure for one is missing.
-    pub fn verdicts(&self) -> Option<Vec<Verdict>> {
+    /// How far the targets are reached.
+    pub fn verdicts(&self) -> Vec<Verdict> {
         self.goals.iter().map(|goal| self.verdict(goal)).collect()
     }
 
-    fn verdict(&self, goal: &Goal) -> Option<Verdict> {
+    fn verdict(&self, goal: &Goal) -> Verdict {
         let rate_of = |contestant: Contestant| {
             let side = self.sides.iter().find(|side| side.contestant == contestant);
             side.map_or(0.0, |side| side.rate.median)
@@ -177,25 +195,47 @@ impl ScenarioSummary {
             .against
             .iter()
             .copied()
-            .max_by(|&a, &b| rate_of(a).total_cmp(&rate_of(b)))?;
-        let ratio = self.ratio(best, goal.metric)?;
+            .max_by(|&a, &b| rate_of(a).total_cmp(&rate_of(b)));
+        let mut verdict = Verdict::without_figure(self.bed, &self.workload, goal, best);
+        if let Some(ratio) = best.and_then(|best| self.ratio(best, goal.metric)) {
+            verdict.measured =
+                format!("{:.2}× [{:.2}, {:.2}]", ratio.median, ratio.low, ratio.high);
+            verdict.judgement = Judgement::of(goal.bound.holds(ratio.median));
+            verdict.within_noise = goal.bound.holds(ratio.low) != goal.bound.holds(ratio.high);
+        }
+        verdict
+    }
+}
+
+impl Verdict {
+    /// Of a scenario that could not be measured.
+    pub fn missing(scenario: &Scenario) -> Vec<Self> {
+        let without_figure = |goal: &Goal| {
+            let against = goal.against.first().copied();
+            Self::without_figure(scenario.bed, &scenario.workload, goal, against)
+        };
+        scenario.targets.iter().map(without_figure).collect()
+    }
+
+    fn without_figure(
+        bed: Bed,
+        workload: &Workload,
+        goal: &Goal,
+        against: Option<Contestant>,
+    ) -> Self {
         let sign = match goal.bound {
             Bound::AtLeast(_) => '≥',
             Bound::AtMost(_) => '≤',
         };
-        Some(Verdict {
-            bed: self.bed.label().into(),
-            what: format!(
-                "{}: {} to {}",
-                self.workload.name,
-                goal.metric.label(),
-                best.label()
-            ),
+        let peer = against.map_or("nobody".into(), Contestant::label);
+        Self {
+            bed: bed.label().into(),
+            what: format!("{}: {} to {peer}", workload.name, goal.metric.label()),
             target: format!("{sign} {}×", goal.bound.value()),
-            measured: format!("{:.2}× [{:.2}, {:.2}]", ratio.median, ratio.low, ratio.high),
-            passed: goal.bound.holds(ratio.median),
-            within_noise: goal.bound.holds(ratio.low) != goal.bound.holds(ratio.high),
-        })
+            measured: "-".into(),
+            judgement: Judgement::Missing,
+            within_noise: false,
+        }
     }
 }
 
@@ -246,7 +286,7 @@ impl OpeningSummary {
                     "{:.3} s [{:.3}, {:.3}]",
                     seconds.median, seconds.low, seconds.high
                 ),
-                passed: seconds.median <= opening::TARGET_SECONDS,
+                judgement: Judgement::of(seconds.median <= opening::TARGET_SECONDS),
                 within_noise: (seconds.low <= opening::TARGET_SECONDS)
                     != (seconds.high <= opening::TARGET_SECONDS),
             },
@@ -255,7 +295,7 @@ impl OpeningSummary {
                 what: format!("{what}: memory"),
                 target: format!("≤ {wanted_mib:.0} MiB"),
                 measured: format!("{:.1} MiB", self.peak_memory_mib),
-                passed: self.peak_memory_mib <= wanted_mib,
+                judgement: Judgement::of(self.peak_memory_mib <= wanted_mib),
                 within_noise: false,
             },
         ]
@@ -281,7 +321,7 @@ impl IdleSummary {
             what: "an idle back-end with a client attached: CPU".into(),
             target: "none".into(),
             measured: format!("{:.0} µs in {:.0} s", self.cpu_us, self.seconds),
-            passed: share <= idle::TARGET_SHARE,
+            judgement: Judgement::of(share <= idle::TARGET_SHARE),
             within_noise: false,
         }
     }

@@ -1,7 +1,9 @@
 //! Tables in Markdown, aligned so that they can be read in a terminal.
 
 use super::Report;
-use super::summary::{IdleSummary, OpeningSummary, ScenarioSummary, SideSummary, Verdict};
+use super::summary::{
+    IdleSummary, Judgement, OpeningSummary, ScenarioSummary, SideSummary, Verdict,
+};
 use crate::cost::Cost;
 use crate::machine::Machine;
 use crate::scenario::Metric;
@@ -148,7 +150,11 @@ pub fn verdicts(verdicts: &[Verdict]) -> String {
     let rows: Vec<Vec<String>> = verdicts
         .iter()
         .map(|verdict| {
-            let word = if verdict.passed { "PASS" } else { "BELOW" };
+            let word = match verdict.judgement {
+                Judgement::Pass => "PASS",
+                Judgement::Below => "BELOW",
+                Judgement::Missing => "MISSING",
+            };
             let noise = if verdict.within_noise {
                 ", within noise"
             } else {
