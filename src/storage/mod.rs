@@ -120,8 +120,8 @@ pub struct Completion {
 /// One thread's access to a [`Disk`]. Dropping it waits for what is in flight;
 /// what was queued and not submitted may be dropped undone.
 ///
-/// It belongs to the thread that first submits, and may pass to another one only
-/// while nothing is in flight. [`Self::completion_fd`] may be another one then.
+/// It belongs to one thread at a time, and should pass to another one only while
+/// nothing is in flight: the kernel may want to complete things on the old one.
 pub trait Io: Send {
     /// Takes an operation. It may start at once or with the next [`Self::submit`].
     ///
@@ -141,7 +141,8 @@ pub trait Io: Send {
 
     /// A descriptor that polls readable while [`Self::reap`] has something to
     /// give; `None` if completions never come by themselves (they are there
-    /// after [`Self::submit`]).
+    /// after [`Self::submit`]). A wait for it can end with `EINTR` as soon as
+    /// something completes.
     fn completion_fd(&self) -> Option<RawFd>;
 }
 

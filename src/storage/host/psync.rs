@@ -69,6 +69,12 @@ impl Psync {
     pub(super) fn in_flight(&self) -> usize {
         self.completions.len()
     }
+
+    /// Which files are open, base first.
+    #[cfg(test)]
+    pub(super) fn opened(&self) -> Vec<bool> {
+        self.files.open.iter().map(Option::is_some).collect()
+    }
 }
 
 /// Does an operation and gives it back.

@@ -1,1 +1,954 @@
+//! Both back ends on real files: on a disk's file system and on one in memory,
+//! around the page cache and through it.
 
+use std::collections::HashMap;
+use std::os::fd::BorrowedFd;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use proptest::prelude::*;
+use rand::rngs::StdRng;
+use rand::{Rng, SeedableRng};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+
+use super::file::{Alignment, Fallocation};
+use super::*;
+use crate::storage::ZeroMode;
+
+/// A way to ask the kernel, for tests of all.
+#[derive(Clone, Copy, Debug)]
+enum Way {
+    Psync,
+    Ring(Generation),
+}
+
+const WAYS: [Way; 3] = [
+    Way::Psync,
+    Way::Ring(Generation::Cooperative),
+    Way::Ring(Generation::Plain),
+];
+
+fn only(generation: Generation) -> &'static [Generation] {
+    let at = Generation::ALL.iter().position(|&g| g == generation);
+    at.map_or(&[], |at| &Generation::ALL[at..=at])
+}
+
+/// Access in a certain way; `None`, said aloud, if the kernel is too old for it.
+fn open_way(disk: &HostDisk, way: Way, depth: u32) -> Option<HostIo> {
+    let files = Files::new(Arc::clone(&disk.files));
+    match way {
+        Way::Psync => Some(HostIo(Access::Psync(Psync::new(files, depth)))),
+        Way::Ring(generation) => match Uring::new(files, depth, only(generation)) {
+            Ok(ring) => Some(HostIo(Access::Uring(Box::new(ring)))),
+            Err(error) => {
+                eprintln!("LEFT OUT: io_uring, {generation:?}: {error}");
+                None
+            }
+        },
+    }
+}
+
+/// Folders on a disk and in memory.
+fn folders() -> Vec<tempfile::TempDir> {
+    let target = Path::new(env!("CARGO_MANIFEST_DIR")).join("target");
+    let mut folders = vec![match tempfile::tempdir_in(target) {
+        Ok(folder) => folder,
+        Err(_) => tempfile::tempdir().expect("a temporary folder"),
+    }];
+    match tempfile::tempdir_in("/dev/shm") {
+        Ok(folder) => folders.push(folder),
+        Err(error) => eprintln!("LEFT OUT: no files in memory: /dev/shm: {error}"),
+    }
+    folders
+}
+
+fn host_file(path: &Path, writable: bool) -> HostFile {
+    let file = File::options()
+        .read(true)
+        .write(writable)
+        .open(path)
+        .expect("open");
+    HostFile {
+        file,
+        path: path.to_owned(),
+        writable,
+    }
+}
+
+fn disk_with(path: &Path, cache: Cache) -> HostDisk {
+    let options = HostOptions {
+        cache,
+        aio: Aio::Psync,
+    };
+    HostDisk::new(vec![host_file(path, true)], options).expect("disk")
+}
+
+fn new_file(folder: &tempfile::TempDir, len: usize, seed: u64) -> (PathBuf, Vec<u8>) {
+    let mut bytes = vec![0; len];
+    StdRng::seed_from_u64(seed).fill(&mut bytes[..]);
+    let path = folder.path().join(format!("{seed:x}-{len}"));
+    std::fs::write(&path, &bytes).expect("write");
+    (path, bytes)
+}
+
+/// Queues, submits and waits, as a thread with a poller does.
+fn run_all(io: &mut HostIo, ops: Vec<Op>) -> Vec<(Result<(), Errno>, Op)> {
+    let count = ops.len();
+    let mut results: HashMap<u64, _> = HashMap::new();
+    let mut done = Vec::new();
+    let mut waiting = ops.into_iter().enumerate().collect::<Vec<_>>();
+    waiting.reverse();
+    while results.len() < count {
+        while let Some((tag, op)) = waiting.pop() {
+            if let Err(op) = io.queue(tag as u64, op) {
+                assert!(io.in_flight() > 0, "full with nothing in flight");
+                waiting.push((tag, op));
+                break;
+            }
+        }
+        io.submit();
+        io.reap(&mut done);
+        if done.is_empty() {
+            assert!(wait_readable(io, 10_000), "no completion in 10 s");
+        }
+        for completion in done.drain(..) {
+            let old = results.insert(completion.tag, (completion.result, completion.op));
+            assert!(old.is_none(), "completed twice");
+        }
+    }
+    assert_eq!(io.in_flight(), 0);
+    (0..count as u64)
+        .map(|tag| results.remove(&tag).expect("each has completed"))
+        .collect()
+}
+
+fn run_one(io: &mut HostIo, op: Op) -> (Result<(), Errno>, Op) {
+    run_all(io, vec![op]).remove(0)
+}
+
+fn wait_readable(io: &HostIo, timeout_ms: i64) -> bool {
+    let Some(fd) = io.completion_fd() else {
+        return false;
+    };
+    // SAFETY: the descriptor is open for as long as `io` is borrowed.
+    let fd = unsafe { BorrowedFd::borrow_raw(fd) };
+    let timeout = Timespec {
+        tv_sec: timeout_ms / 1000,
+        tv_nsec: timeout_ms % 1000 * 1_000_000,
+    };
+    let start = Instant::now();
+    loop {
+        match poll(&mut [PollFd::new(&fd, PollFlags::IN)], Some(&timeout)) {
+            Err(Errno::INTR) => {}
+            result => {
+                // At the end of its time, poll looks once more: a completion that
+                // it finds only then woke nobody.
+                let late = start.elapsed() >= Duration::from_millis(timeout_ms as u64);
+                return result.expect("poll") > 0 && (timeout_ms == 0 || !late);
+            }
+        }
+    }
+}
+
+const TOP: FileId = FileId(0);
+
+fn read_op(offset: u64, len: usize) -> Op {
+    Op::Read {
+        file: TOP,
+        offset,
+        buffer: Buffer::zeroed(len),
+    }
+}
+
+fn write_op(offset: u64, bytes: &[u8], dsync: bool) -> Op {
+    Op::Write {
+        file: TOP,
+        offset,
+        buffer: Buffer::Owned(AlignedBuf::from_slice(4096, bytes)),
+        dsync,
+    }
+}
+
+fn bytes_of(op: Op) -> Vec<u8> {
+    match op {
+        Op::Read {
+            buffer: Buffer::Owned(bytes),
+            ..
+        } => bytes.to_vec(),
+        op => panic!("{op:?}"),
+    }
+}
+
+#[derive(Clone, Debug)]
+struct Case {
+    seed: u64,
+    file_len: usize,
+    cache: Cache,
+    depth: u32,
+    batches: Vec<Vec<Act>>,
+}
+
+/// Something done in a region of its own of the file, so that the order in a
+/// batch does not matter. Offset and length are in bytes.
+#[derive(Clone, Debug)]
+enum Act {
+    Read {
+        offset: usize,
+        len: usize,
+        owned: bool,
+    },
+    Write {
+        offset: usize,
+        len: usize,
+        owned: bool,
+        dsync: bool,
+    },
+    Zero {
+        offset: usize,
+        len: usize,
+        keep: bool,
+    },
+    Allocate {
+        len: usize,
+    },
+    Sync,
+}
+
+const REGION: usize = 40_000;
+
+fn act() -> impl Strategy<Value = Act> {
+    let place = (0..REGION / 2, 0..REGION / 2);
+    prop_oneof![
+        4 => (place.clone(), any::<bool>())
+            .prop_map(|((offset, len), owned)| Act::Read { offset, len, owned }),
+        4 => (place.clone(), any::<bool>(), prop::bool::weighted(0.2)).prop_map(
+            |((offset, len), owned, dsync)| Act::Write { offset, len, owned, dsync }
+        ),
+        2 => (place, any::<bool>())
+            .prop_map(|((offset, len), keep)| Act::Zero { offset, len, keep }),
+        1 => (1..REGION).prop_map(|len| Act::Allocate { len }),
+        1 => Just(Act::Sync),
+    ]
+}
+
+fn case() -> impl Strategy<Value = Case> {
+    (
+        any::<u64>(),
+        0..4 * REGION,
+        prop_oneof![Just(Cache::None), Just(Cache::Writeback)],
+        1..9_u32,
+        prop::collection::vec(prop::collection::vec(act(), 1..6), 1..4),
+    )
+        .prop_map(|(seed, file_len, cache, depth, batches)| Case {
+            seed,
+            file_len: file_len & !511,
+            cache,
+            depth,
+            batches,
+        })
+}
+
+/// Memory of a client, for the length of a batch.
+struct Client(Vec<Vec<u8>>);
+
+impl Client {
+    /// Two pieces that start anywhere.
+    fn buffer(&mut self, bytes: &[u8], rng: &mut StdRng) -> Buffer {
+        let mut segments = Segments::new();
+        let middle = rng.random_range(0..=bytes.len());
+        for piece in [&bytes[..middle], &bytes[middle..]] {
+            let skew = rng.random_range(0..9);
+            let mut memory = vec![0; skew];
+            memory.extend_from_slice(piece);
+            // SAFETY: the memory lives as long as `self`, which outlives the
+            // batch, and does not move with its vector.
+            unsafe { segments.push(memory[skew..].as_mut_ptr(), piece.len()) };
+            self.0.push(memory);
+        }
+        Buffer::Client(segments)
+    }
+}
+
+/// What became of a batch: the bytes that were read.
+fn run_batch(
+    io: &mut HostIo,
+    disk: &HostDisk,
+    batch: &[Act],
+    rng: &mut StdRng,
+    model: &mut Vec<u8>,
+) {
+    let mut client = Client(Vec::new());
+    let mut ops = Vec::new();
+    let mut expected = Vec::new();
+    let align = disk.write_alignment() as usize;
+    let before = model.clone();
+    for (number, act) in batch.iter().enumerate() {
+        let base = number * REGION;
+        let mut filled = |len: usize, owned: bool, rng: &mut StdRng| {
+            let mut bytes = vec![0; len];
+            rng.fill(&mut bytes[..]);
+            let buffer = if owned {
+                Buffer::Owned(AlignedBuf::from_slice(4096, &bytes))
+            } else {
+                client.buffer(&bytes, rng)
+            };
+            (bytes, buffer)
+        };
+        let mut reads = None;
+        ops.push(match *act {
+            Act::Read { offset, len, owned } => {
+                let at = base + offset;
+                let mut wanted = vec![0; len];
+                let (from, to) = (at.min(before.len()), (at + len).min(before.len()));
+                wanted[..to - from].copy_from_slice(&before[from..to]);
+                reads = Some(wanted);
+                Op::Read {
+                    file: TOP,
+                    offset: at as u64,
+                    buffer: filled(len, owned, rng).1,
+                }
+            }
+            Act::Write {
+                offset,
+                len,
+                owned,
+                dsync,
+            } => {
+                let at = base.next_multiple_of(align) + offset / align * align;
+                let (bytes, buffer) = filled(len / align * align, owned, rng);
+                put(model, at, &bytes);
+                Op::Write {
+                    file: TOP,
+                    offset: at as u64,
+                    buffer,
+                    dsync,
+                }
+            }
+            Act::Zero { offset, len, keep } => {
+                // Inside the file, and away from the block of a neighbour.
+                let at = (base + 4096 + offset).min(before.len());
+                let len = len.min(before.len() - at);
+                model[at..at + len].fill(0);
+                Op::Zero {
+                    file: TOP,
+                    offset: at as u64,
+                    len: len as u64,
+                    mode: if keep {
+                        ZeroMode::KeepAllocated
+                    } else {
+                        ZeroMode::Punch
+                    },
+                }
+            }
+            Act::Allocate { len } => {
+                let len = len.next_multiple_of(512);
+                if model.len() < base + len {
+                    model.resize(base + len, 0);
+                }
+                Op::Allocate {
+                    file: TOP,
+                    offset: base as u64,
+                    len: len as u64,
+                }
+            }
+            Act::Sync => Op::Sync { file: TOP },
+        });
+        expected.push(reads);
+    }
+    for ((result, op), expected) in run_all(io, ops).into_iter().zip(expected) {
+        assert_eq!(result, Ok(()), "{op:?}");
+        if let (Op::Read { buffer, .. }, Some(expected)) = (op, expected) {
+            let mut bytes = vec![0; expected.len()];
+            match buffer {
+                Buffer::Client(segments) => segments.copy_to(0, &mut bytes),
+                Buffer::Owned(owned) => bytes.copy_from_slice(&owned),
+            }
+            assert!(bytes == expected, "wrong bytes read");
+        }
+    }
+}
+
+fn put(model: &mut Vec<u8>, at: usize, bytes: &[u8]) {
+    if bytes.is_empty() {
+        return;
+    }
+    if model.len() < at + bytes.len() {
+        model.resize(at + bytes.len(), 0);
+    }
+    model[at..at + bytes.len()].copy_from_slice(bytes);
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig {
+        cases: 24,
+        failure_persistence: None,
+        ..ProptestConfig::default()
+    })]
+
+    #[test]
+    fn all_ways_do_the_same(case in case()) {
+        for folder in folders() {
+            for way in WAYS {
+                let (path, mut model) = new_file(&folder, case.file_len, case.seed);
+                let disk = disk_with(&path, case.cache);
+                let Some(mut io) = open_way(&disk, way, case.depth) else { continue };
+                let mut rng = StdRng::seed_from_u64(case.seed);
+                for batch in &case.batches {
+                    run_batch(&mut io, &disk, batch, &mut rng, &mut model);
+                    let content = std::fs::read(&path).expect("read");
+                    prop_assert_eq!(content.len(), model.len());
+                    prop_assert!(content == model, "{way:?}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn blocking_methods_take_any_range(
+        seed: u64,
+        cache in prop_oneof![Just(Cache::None), Just(Cache::Writeback)],
+        file_len in 0..20_000_usize,
+        places in prop::collection::vec((0..20_000_usize, 0..10_000_usize), 1..6),
+    ) {
+        let mut rng = StdRng::seed_from_u64(seed);
+        for folder in folders() {
+            let (path, mut model) = new_file(&folder, file_len, seed);
+            let disk = disk_with(&path, cache);
+            for &(offset, len) in &places {
+                let mut bytes = vec![0; len];
+                let read = disk.read_exact_at(TOP, &mut bytes, offset as u64);
+                if offset + len <= model.len() {
+                    read.expect("read");
+                    prop_assert!(bytes == model[offset..offset + len]);
+                } else {
+                    let kind = read.expect_err("beyond the end").kind();
+                    prop_assert_eq!(kind, io::ErrorKind::UnexpectedEof);
+                }
+                rng.fill(&mut bytes[..]);
+                disk.write_all_at(TOP, &bytes, offset as u64).expect("write");
+                put(&mut model, offset, &bytes);
+                disk.sync(TOP).expect("sync");
+                prop_assert!(std::fs::read(&path).expect("read") == model);
+                prop_assert_eq!(disk.len(TOP).expect("len"), model.len() as u64);
+            }
+        }
+    }
+}
+
+/// Runs a test on each folder in each way, with a file of 1 MiB.
+fn in_all_ways(cache: Cache, depth: u32, test: impl Fn(HostDisk, HostIo, &[u8])) {
+    for folder in folders() {
+        for way in WAYS {
+            let (path, bytes) = new_file(&folder, 1 << 20, 7);
+            let disk = disk_with(&path, cache);
+            if let Some(io) = open_way(&disk, way, depth) {
+                test(disk, io, &bytes);
+            }
+        }
+    }
+}
+
+#[test]
+fn an_operation_that_finds_no_room_comes_back() {
+    in_all_ways(Cache::None, 4, |_disk, mut io, _| {
+        let mut taken = 0;
+        let refused = loop {
+            match io.queue(taken, read_op(taken * 4096, 4096)) {
+                Ok(()) => taken += 1,
+                Err(op) => break op,
+            }
+            assert!(taken < 100);
+        };
+        assert!(taken >= 4);
+        match refused {
+            Op::Read { offset, buffer, .. } => {
+                assert_eq!((offset, buffer.len()), (taken * 4096, 4096));
+            }
+            op => panic!("{op:?}"),
+        }
+        assert_eq!(io.in_flight(), taken as usize);
+        io.submit();
+        let mut done = Vec::new();
+        while io.in_flight() > 0 {
+            io.reap(&mut done);
+        }
+        assert_eq!(done.len(), taken as usize);
+        run_one(&mut io, read_op(0, 4096)).0.expect("room again");
+    });
+}
+
+#[test]
+fn a_batch_of_cached_reads_is_one_system_call() {
+    let folder = &folders()[0];
+    let (path, bytes) = new_file(folder, 1 << 20, 8);
+    let disk = disk_with(&path, Cache::Writeback);
+    disk.read_exact_at(TOP, &mut vec![0; bytes.len()], 0)
+        .expect("now it is cached");
+    let files = Files::new(Arc::clone(&disk.files));
+    let mut ring = Uring::new(files, 64, &Generation::ALL).expect("io_uring");
+    for round in 1..=3 {
+        for n in 0..32_u64 {
+            ring.queue(n, read_op(n * 8192, 4096)).expect("room");
+        }
+        ring.submit();
+        let mut done = Vec::new();
+        ring.reap(&mut done);
+        assert_eq!(done.len(), 32, "served in line");
+        assert_eq!(ring.calls, round);
+        for completion in done {
+            let at = completion.tag as usize * 8192;
+            completion.result.expect("read");
+            assert!(bytes_of(completion.op) == bytes[at..at + 4096]);
+        }
+    }
+    ring.submit();
+    ring.reap(&mut Vec::new());
+    assert_eq!(ring.calls, 3, "nothing to do is no call");
+}
+
+#[test]
+fn errors_are_those_of_their_operation() {
+    in_all_ways(Cache::None, 8, |_disk, mut io, bytes| {
+        let elsewhere = FileId(1);
+        let results = run_all(
+            &mut io,
+            vec![
+                read_op(0, 4096),
+                Op::Sync { file: elsewhere },
+                read_op(u64::MAX, 4096),
+                read_op(4096, 4096),
+                read_op(8192, 0),
+            ],
+        );
+        let [good, no_file, no_range, good_too, nothing] =
+            results.try_into().expect("five of them");
+        assert_eq!(good.0, Ok(()));
+        assert!(bytes_of(good.1) == bytes[..4096]);
+        assert_eq!(no_file.0, Err(Errno::BADF));
+        assert_eq!(no_range.0, Err(Errno::INVAL));
+        assert_eq!(good_too.0, Ok(()));
+        assert_eq!(nothing.0, Ok(()));
+    });
+}
+
+#[test]
+fn a_file_opened_for_reading_is_not_written_to() {
+    for folder in folders() {
+        let (path, bytes) = new_file(&folder, 8192, 9);
+        let options = HostOptions::default();
+        let disk = HostDisk::new(vec![host_file(&path, false)], options).expect("disk");
+        for way in WAYS {
+            let Some(mut io) = open_way(&disk, way, 4) else {
+                continue;
+            };
+            let (result, _) = run_one(&mut io, write_op(0, &[1; 4096], false));
+            assert_eq!(result, Err(Errno::BADF));
+            run_one(&mut io, read_op(0, 4096)).0.expect("read");
+        }
+        disk.write_all_at(TOP, &[1; 512], 0).expect_err("read-only");
+        assert!(std::fs::read(&path).expect("read") == bytes);
+    }
+}
+
+/// The memory of a process is a file that fails with EIO where nothing is mapped.
+#[test]
+fn an_io_error_of_the_kernel_goes_to_its_operation_alone() {
+    let memory = host_file(Path::new("/proc/self/mem"), false);
+    let shared = SharedFile::new(memory, Cache::Writeback).expect("open");
+    let disk = HostDisk::of_shared(vec![Arc::new(shared)], false);
+    let good = [42_u8; 64];
+    for way in WAYS {
+        let Some(mut io) = open_way(&disk, way, 4) else {
+            continue;
+        };
+        let results = run_all(
+            &mut io,
+            vec![read_op(0, 64), read_op(good.as_ptr() as u64, good.len())],
+        );
+        let [bad, fine] = results.try_into().expect("two of them");
+        assert_eq!(bad.0, Err(Errno::IO), "{way:?}");
+        assert_eq!(fine.0, Ok(()), "{way:?}");
+        assert_eq!(bytes_of(fine.1), good);
+    }
+}
+
+#[test]
+fn the_descriptor_polls_readable_for_each_kind_of_completion() {
+    in_all_ways(Cache::None, 8, |_disk, mut io, _| {
+        if io.completion_fd().is_none() {
+            return;
+        }
+        assert!(!wait_readable(&io, 0), "nothing was asked for");
+        for op in [
+            read_op(0, 4096),
+            read_op(1, 1),
+            read_op(8192, 0),
+            read_op(u64::MAX, 1),
+            write_op(0, &[3; 4096], true),
+            Op::Sync { file: TOP },
+            Op::Sync { file: FileId(9) },
+            Op::Zero {
+                file: TOP,
+                offset: 3,
+                len: 10_000,
+                mode: ZeroMode::KeepAllocated,
+            },
+            Op::Allocate {
+                file: TOP,
+                offset: 0,
+                len: 2 << 20,
+            },
+        ] {
+            io.queue(1, op).expect("room");
+            io.submit();
+            let mut done = Vec::new();
+            while done.is_empty() {
+                assert!(wait_readable(&io, 10_000));
+                io.reap(&mut done);
+            }
+            assert!(!wait_readable(&io, 0), "all was given out");
+        }
+    });
+}
+
+#[test]
+fn direct_io_that_does_not_work_is_given_up_by_all_threads() {
+    let folder = &folders()[0];
+    for way in WAYS {
+        let (path, bytes) = new_file(folder, 1 << 16, 10);
+        let file = File::options()
+            .read(true)
+            .write(true)
+            .custom_flags(libc::O_DIRECT)
+            .open(&path);
+        let Ok(file) = file else {
+            eprintln!("LEFT OUT: no direct I/O in {}", folder.path().display());
+            return;
+        };
+        // The file system demands more than this, and will say so.
+        let none = Alignment {
+            memory: 1,
+            offset: 1,
+        };
+        let shared = Arc::new(SharedFile::pretend_direct(file, none));
+        let disk = HostDisk::of_shared(vec![shared], false);
+        let (Some(mut io), Some(mut other)) = (open_way(&disk, way, 4), open_way(&disk, way, 4))
+        else {
+            continue;
+        };
+        let (result, op) = run_one(&mut io, read_op(3, 100));
+        assert_eq!(result, Ok(()), "{way:?}");
+        assert!(bytes_of(op) == bytes[3..103]);
+        let (result, _) = run_one(&mut other, write_op(5, b"other", false));
+        assert_eq!(result, Ok(()), "{way:?}");
+        let mut five = [0; 5];
+        disk.read_exact_at(TOP, &mut five, 5).expect("read");
+        assert_eq!(&five, b"other");
+        assert_eq!(disk.write_alignment(), 1);
+    }
+}
+
+#[test]
+fn writes_that_are_not_whole_blocks_are_refused_where_they_are_direct() {
+    let folder = &folders()[0];
+    let (path, bytes) = new_file(folder, 1 << 16, 11);
+    let disk = disk_with(&path, Cache::None);
+    let align = disk.write_alignment();
+    if align == 1 {
+        eprintln!("LEFT OUT: {} has no direct I/O", folder.path().display());
+        return;
+    }
+    assert!(align.is_power_of_two());
+    for way in WAYS {
+        let Some(mut io) = open_way(&disk, way, 4) else {
+            continue;
+        };
+        let (result, _) = run_one(&mut io, write_op(1, &[1; 7], false));
+        assert_eq!(result, Err(Errno::INVAL));
+    }
+    assert_eq!(disk.write_alignment(), align, "direct I/O goes on");
+    assert!(std::fs::read(&path).expect("read") == bytes);
+}
+
+#[test]
+fn dropping_waits_for_what_is_in_flight() {
+    const LEN: usize = 32 << 10;
+    const COUNT: usize = 32;
+    let folder = &folders()[0];
+    let (path, _) = new_file(folder, LEN * COUNT, 12);
+    let disk = disk_with(&path, Cache::None);
+    for way in WAYS {
+        for round in 0..10 {
+            let mut memory = AlignedBuf::new(4096);
+            memory.resize(LEN * COUNT, 0);
+            let Some(mut io) = open_way(&disk, way, COUNT as u32) else {
+                break;
+            };
+            for n in 0..COUNT {
+                let mut segments = Segments::new();
+                // SAFETY: the memory outlives `io`, which is the point.
+                unsafe { segments.push(memory[n * LEN..].as_mut_ptr(), LEN) };
+                let op = Op::Read {
+                    file: TOP,
+                    offset: (n * LEN) as u64,
+                    buffer: Buffer::Client(segments),
+                };
+                io.queue(n as u64, op).expect("room");
+                if n == round * 3 {
+                    io.submit();
+                }
+            }
+            drop(io);
+            memory.fill(0xee);
+            std::thread::sleep(Duration::from_millis(2));
+            let intact = memory.iter().all(|&byte| byte == 0xee);
+            assert!(intact, "the kernel wrote after the drop: {way:?}");
+        }
+    }
+}
+
+#[test]
+fn an_io_passes_to_another_thread_while_nothing_is_in_flight() {
+    in_all_ways(Cache::None, 8, |_disk, mut io, bytes| {
+        for round in 0..3_usize {
+            io = std::thread::scope(|scope| {
+                let worker = scope.spawn(move || {
+                    let at = round * 4096;
+                    let ops = vec![read_op(at as u64, 4096), Op::Sync { file: TOP }];
+                    let mut results = run_all(&mut io, ops);
+                    let (result, op) = results.remove(0);
+                    assert_eq!(result, Ok(()));
+                    assert!(bytes_of(op) == bytes[at..at + 4096]);
+                    io
+                });
+                worker.join().expect("no panic")
+            });
+        }
+    });
+}
+
+#[test]
+fn lower_files_are_opened_when_they_are_read() {
+    for folder in folders() {
+        let (base, base_bytes) = new_file(&folder, 8192, 13);
+        let (middle, _) = new_file(&folder, 8192, 14);
+        let (top, top_bytes) = new_file(&folder, 8192, 15);
+        let files = vec![
+            host_file(&base, false),
+            host_file(&middle, false),
+            host_file(&top, true),
+        ];
+        let disk = HostDisk::new(files, HostOptions::default()).expect("disk");
+        for way in WAYS {
+            let Some(mut io) = open_way(&disk, way, 4) else {
+                continue;
+            };
+            let mut read = |file: u8| {
+                let op = Op::Read {
+                    file: FileId(file),
+                    offset: 0,
+                    buffer: Buffer::zeroed(8192),
+                };
+                let (result, op) = run_one(&mut io, op);
+                result.expect("read");
+                bytes_of(op)
+            };
+            assert!(read(2) == top_bytes);
+            assert!(read(0) == base_bytes);
+            assert!(read(0) == base_bytes);
+            let open = match &io.0 {
+                Access::Uring(io) => io.opened(),
+                Access::Psync(io) => io.opened(),
+            };
+            assert_eq!(open, [true, false, true]);
+        }
+    }
+}
+
+#[test]
+fn a_file_that_cannot_be_opened_again_is_shared() {
+    let folder = &folders()[0];
+    let (path, bytes) = new_file(folder, 8192, 16);
+    let given = host_file(&path, true);
+    let shared = Arc::new(SharedFile::new(given, Cache::None).expect("open"));
+    let disk = HostDisk::of_shared(vec![shared], false);
+    for way in WAYS {
+        let files = Files {
+            open: vec![Some(Description::share(&disk.files[0]))],
+            shared: Arc::clone(&disk.files),
+        };
+        let mut io = match way {
+            Way::Psync => HostIo(Access::Psync(Psync::new(files, 4))),
+            Way::Ring(generation) => match Uring::new(files, 4, only(generation)) {
+                Ok(ring) => HostIo(Access::Uring(Box::new(ring))),
+                Err(_) => continue,
+            },
+        };
+        let (result, op) = run_one(&mut io, read_op(0, 8192));
+        assert_eq!(result, Ok(()));
+        assert!(bytes_of(op) == bytes);
+    }
+}
+
+#[test]
+fn a_broken_ring_fails_its_operations_and_does_not_hang() {
+    let folder = &folders()[0];
+    let (path, _) = new_file(folder, 8192, 17);
+    let disk = disk_with(&path, Cache::None);
+    let files = Files::new(Arc::clone(&disk.files));
+    let mut ring = Uring::new(files, 4, &Generation::ALL).expect("io_uring");
+    ring.queue(1, read_op(0, 4096)).expect("room");
+    ring.give_up(Errno::NOMEM);
+    ring.queue(2, read_op(0, 4096)).expect("room");
+    ring.submit();
+    let mut done = Vec::new();
+    ring.reap(&mut done);
+    assert_eq!(done.len(), 2);
+    assert!(done.iter().all(|c| c.result == Err(Errno::NOMEM)));
+    assert_eq!(ring.in_flight(), 0);
+}
+
+#[test]
+fn auto_takes_plain_calls_for_files_in_memory_and_the_ring_for_others() {
+    for folder in folders() {
+        let in_memory = folder.path().starts_with("/dev/shm");
+        let (path, _) = new_file(&folder, 8192, 18);
+        for cache in [Cache::None, Cache::Writeback] {
+            let options = HostOptions {
+                cache,
+                aio: Aio::Auto,
+            };
+            let disk = HostDisk::new(vec![host_file(&path, true)], options).expect("disk");
+            let io = disk.open_io(8).expect("open_io");
+            assert_eq!(io.completion_fd().is_none(), in_memory, "{folder:?}");
+        }
+    }
+}
+
+#[test]
+fn a_disk_has_files() {
+    let error = HostDisk::new(Vec::new(), HostOptions::default()).expect_err("no file");
+    assert_eq!(error.kind(), io::ErrorKind::InvalidInput);
+}
+
+#[test]
+fn punching_gives_space_back_and_keeping_does_not() {
+    use std::os::unix::fs::MetadataExt;
+    let folder = &folders()[0];
+    for way in WAYS {
+        let (path, _) = new_file(folder, 1 << 20, 19);
+        let disk = disk_with(&path, Cache::None);
+        let Some(mut io) = open_way(&disk, way, 4) else {
+            continue;
+        };
+        let zero = |mode| Op::Zero {
+            file: TOP,
+            offset: 4096,
+            len: (1 << 20) - 8192,
+            mode,
+        };
+        disk.sync(TOP).expect("sync");
+        let used = || std::fs::metadata(&path).expect("stat").blocks() * 512;
+        let full = used();
+        assert!(full >= 1 << 20);
+        run_one(&mut io, zero(ZeroMode::KeepAllocated))
+            .0
+            .expect("zero");
+        if disk.files[0].can(Fallocation::ZeroRange) {
+            assert!(used() >= 1 << 20, "{}", used());
+        }
+        run_one(&mut io, zero(ZeroMode::Punch)).0.expect("punch");
+        if disk.files[0].can(Fallocation::Punch) {
+            assert!(used() < 1 << 16, "{}", used());
+        } else {
+            eprintln!("LEFT OUT: {} cannot punch holes", folder.path().display());
+        }
+        assert_eq!(disk.len(TOP).expect("len"), 1 << 20);
+    }
+}
+
+/// A limit on the length of files cuts a write short for real. It holds for a
+/// whole process, so the test runs itself again as a child.
+#[test]
+fn a_write_cut_short_by_the_system_fails_with_its_error() {
+    const CHILD: &str = "PLOOP_TEST_FILE_SIZE_LIMIT";
+    const LIMIT: u64 = 64 << 10;
+    if std::env::var_os(CHILD).is_none() {
+        let me = std::env::current_exe().expect("own path");
+        let name = std::thread::current().name().map(str::to_owned);
+        let output = std::process::Command::new(me)
+            .args(["--exact", &name.expect("tests have names"), "--nocapture"])
+            .env(CHILD, "1")
+            .output()
+            .expect("child");
+        let text = String::from_utf8_lossy(&output.stdout);
+        assert!(output.status.success(), "{output:?}");
+        assert!(text.contains("1 passed"), "{text}");
+        return;
+    }
+    // SAFETY: ignoring a signal installs no handler.
+    unsafe { libc::signal(libc::SIGXFSZ, libc::SIG_IGN) };
+    let limit = libc::rlimit {
+        rlim_cur: LIMIT,
+        rlim_max: libc::RLIM_INFINITY,
+    };
+    let folder = &folders()[0];
+    for (number, way) in WAYS.into_iter().enumerate() {
+        let path = folder.path().join(number.to_string());
+        std::fs::write(&path, vec![0; 4096]).expect("write");
+        let disk = disk_with(&path, Cache::Writeback);
+        // SAFETY: the structure outlives the call.
+        assert_eq!(unsafe { libc::setrlimit(libc::RLIMIT_FSIZE, &limit) }, 0);
+        // Kernel workers are made with the limit of the thread at that time.
+        let Some(mut io) = open_way(&disk, way, 4) else {
+            continue;
+        };
+        let bytes = vec![7; 2 * LIMIT as usize];
+        let (result, _) = run_one(&mut io, write_op(LIMIT / 2, &bytes, false));
+        assert_eq!(result, Err(Errno::FBIG), "{way:?}");
+        assert_eq!(disk.len(TOP).expect("len"), LIMIT, "the part that fits");
+        let mut last = [0];
+        let file = File::open(&path).expect("open");
+        file.read_exact_at(&mut last, LIMIT - 1).expect("read");
+        assert_eq!(last, [7]);
+    }
+}
+
+#[test]
+fn writes_of_many_threads_do_not_meet() {
+    const THREADS: usize = 4;
+    const EACH: usize = 64;
+    for folder in folders() {
+        for way in WAYS {
+            let (path, _) = new_file(&folder, THREADS * EACH * 4096, 20);
+            let disk = disk_with(&path, Cache::None);
+            let start = Instant::now();
+            std::thread::scope(|scope| {
+                for thread in 0..THREADS {
+                    let disk = &disk;
+                    scope.spawn(move || {
+                        let Some(mut io) = open_way(disk, way, 16) else {
+                            return;
+                        };
+                        let ops = (0..EACH).map(|n| {
+                            let at = (n * THREADS + thread) * 4096;
+                            write_op(at as u64, &[thread as u8; 4096], n % 16 == 0)
+                        });
+                        for (result, _) in run_all(&mut io, ops.collect()) {
+                            result.expect("write");
+                        }
+                    });
+                }
+            });
+            assert!(start.elapsed() < Duration::from_secs(60));
+            if open_way(&disk, way, 1).is_some() {
+                let content = std::fs::read(&path).expect("read");
+                for (n, block) in content.chunks(4096).enumerate() {
+                    let thread = (n % THREADS) as u8;
+                    assert!(block.iter().all(|&byte| byte == thread));
+                }
+            }
+        }
+    }
+}

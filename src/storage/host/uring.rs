@@ -5,17 +5,18 @@
 //! overflow. An operation stays where it is in memory from the moment that it is
 //! queued until it is given out again: the kernel has pointers to it.
 //!
-//! The ring is made for a single thread, which also runs the kernel's deferred
-//! completion work (`IORING_SETUP_DEFER_TASKRUN`), but it may be made by another
-//! one: it is enabled by the thread that first submits.
+//! Completions are processed when the thread enters the kernel next, and its
+//! poller is woken for it (`IORING_SETUP_COOP_TASKRUN`). Deferring them until the
+//! thread asks (`IORING_SETUP_DEFER_TASKRUN`) would need an eventfd, since work
+//! that is deferred wakes nobody who polls the ring; with that it costs as much as
+//! it saves, and a ring could not pass from one thread to another.
 
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::thread;
 use std::time::Duration;
 
-use io_uring::{IoUring, Probe, opcode, squeue, types};
-use rustix::event::{EventfdFlags, eventfd};
+use io_uring::{EnterFlags, IoUring, Probe, opcode, squeue, types};
 use rustix::io::Errno;
 
 use super::job::{Job, Memory, Step, Verdict};
@@ -25,8 +26,6 @@ use crate::storage::{Completion, Op};
 /// The most operations that one thread can have in flight: what the kernel
 /// allows as entries of a ring.
 const MAX_DEPTH: u32 = 32 << 10;
-/// `IORING_ENTER_GETEVENTS`: run deferred completion work, wait if so asked.
-const GETEVENTS: u32 = 1;
 /// How often a submission is tried that the kernel has no memory for, and the
 /// pause between: a second in all.
 const SUBMIT_TRIES: u32 = 10_000;
@@ -34,18 +33,7 @@ const SUBMIT_PAUSE: Duration = Duration::from_micros(100);
 
 /// One thread's access through a ring.
 pub struct Uring {
-    ring: IoUring,
-    /// Signalled by the kernel when there is something to reap. The descriptor of
-    /// the ring itself will not do: whoever polls it is not woken by completions
-    /// that wait for the thread to run deferred work.
-    completed: OwnedFd,
-    /// Completions were reaped since `completed` was last read: it is, or will
-    /// soon be, signalled for nothing.
-    is_stale: bool,
-    /// Those that the ring may be of.
-    generations: &'static [Generation],
-    /// Whether the thread that submits has enabled the ring.
-    enabled: bool,
+    pub(super) ring: IoUring,
     files: Files,
     /// Grows as needed up to its capacity, and never moves.
     slots: Vec<Option<Task>>,
@@ -112,41 +100,20 @@ pub(super) enum Generation {
     Plain,
     /// Linux 5.19: completions do not interrupt the thread.
     Cooperative,
-    /// Linux 6.1: completions are processed when the thread asks for them.
-    Deferred,
-    /// Linux 6.6: one indirection less.
-    DeferredNoArray,
 }
 
 impl Generation {
     /// Newest first.
-    pub(super) const ALL: [Self; 4] = [
-        Self::DeferredNoArray,
-        Self::Deferred,
-        Self::Cooperative,
-        Self::Plain,
-    ];
+    pub(super) const ALL: [Self; 2] = [Self::Cooperative, Self::Plain];
 
     fn build(self, entries: u32) -> io::Result<IoUring> {
         let mut builder = IoUring::builder();
         builder.setup_clamp();
-        match self {
-            Self::Plain => {}
-            Self::Cooperative => {
-                builder.setup_coop_taskrun();
-            }
-            Self::Deferred | Self::DeferredNoArray => {
-                builder
-                    .setup_single_issuer()
-                    .setup_defer_taskrun()
-                    .setup_r_disabled();
-            }
-        }
-        if self != Self::Plain {
-            builder.setup_submit_all().setup_taskrun_flag();
-        }
-        if self == Self::DeferredNoArray {
-            builder.setup_no_sqarray();
+        if self == Self::Cooperative {
+            builder
+                .setup_submit_all()
+                .setup_coop_taskrun()
+                .setup_taskrun_flag();
         }
         builder.build(entries)
     }
@@ -170,22 +137,12 @@ fn build(entries: u32, generations: &[Generation]) -> io::Result<IoUring> {
 impl Uring {
     /// `depth` is in operations. The ring is of the newest of `generations` that
     /// the kernel can make.
-    pub(super) fn new(
-        files: Files,
-        depth: u32,
-        generations: &'static [Generation],
-    ) -> io::Result<Self> {
+    pub(super) fn new(files: Files, depth: u32, generations: &[Generation]) -> io::Result<Self> {
         let depth = depth.clamp(1, MAX_DEPTH);
         let ring = build(depth, generations)?;
         register_files(&ring, &files)?;
-        let completed = eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)?;
-        ring.submitter().register_eventfd(completed.as_raw_fd())?;
         Ok(Self {
             ring,
-            completed,
-            is_stale: false,
-            generations,
-            enabled: false,
             files,
             slots: Vec::with_capacity(depth as usize),
             free: Vec::new(),
@@ -219,7 +176,7 @@ impl Uring {
     pub(super) fn submit(&mut self) {
         let mut tries = 0;
         while !self.staged.is_empty() {
-            match self.enter(self.staged.len(), 0) {
+            match self.enter(self.staged.len(), 0, EnterFlags::empty()) {
                 Ok(0) | Err(Errno::AGAIN | Errno::BUSY) if tries < SUBMIT_TRIES => {
                     tries += 1;
                     thread::sleep(SUBMIT_PAUSE);
@@ -230,7 +187,6 @@ impl Uring {
                     self.staged.drain(..taken);
                 }
                 Err(Errno::INTR) => {}
-                Err(Errno::EXIST) => self.adopt(),
                 Err(error) => self.give_up(error),
             }
         }
@@ -241,15 +197,16 @@ impl Uring {
             let error = self.broken.unwrap_or(Errno::IO);
             self.give_out(index, Err(error), done);
         }
-        if self.in_kernel == 0 && !self.is_stale {
+        if self.in_kernel == 0 {
             return;
         }
-        if !self.reap_ready(done) && self.is_stale {
-            // The thread is about to sleep. What completed since is looked for
-            // once more, as its signal may have been taken back here.
-            self.is_stale = false;
-            let _ = rustix::io::read(&self.completed, &mut [0; 8]);
-            self.reap_ready(done);
+        self.run_pending_work();
+        while let Some(entry) = self.next_completion() {
+            let index = entry.user_data() as u32;
+            match self.verdict(index, entry.result()) {
+                Verdict::Done(result) => self.give_out(index, result, done),
+                Verdict::Again => self.stage(index),
+            }
         }
         // Parts of short transfers: nobody else knows that they wait.
         if !self.staged.is_empty() {
@@ -257,28 +214,18 @@ impl Uring {
         }
     }
 
-    /// Whether anything was completed.
-    fn reap_ready(&mut self, done: &mut Vec<Completion>) -> bool {
-        self.run_deferred_work();
-        let mut found = false;
-        while let Some(entry) = self.next_completion() {
-            found = true;
-            let index = entry.user_data() as u32;
-            match self.verdict(index, entry.result()) {
-                Verdict::Done(result) => self.give_out(index, result, done),
-                Verdict::Again => self.stage(index),
-            }
-        }
-        self.is_stale |= found;
-        found
-    }
-
     pub(super) fn in_flight(&self) -> usize {
         self.slots.len() - self.free.len()
     }
 
     pub(super) fn completion_fd(&self) -> Option<RawFd> {
-        Some(self.completed.as_raw_fd())
+        Some(self.ring.as_raw_fd())
+    }
+
+    /// Which files are open, base first.
+    #[cfg(test)]
+    pub(super) fn opened(&self) -> Vec<bool> {
+        self.files.open.iter().map(Option::is_some).collect()
     }
 
     /// Puts the next step of a task into the ring.
@@ -363,76 +310,32 @@ impl Uring {
         }
     }
 
-    /// The kernel posts completions only when this thread lets it. A submission
-    /// does; without one, it takes a call of its own, if there is anything.
-    fn run_deferred_work(&mut self) {
+    /// Completions that the kernel processes when this thread comes by: comes by,
+    /// if there is nothing else.
+    fn run_pending_work(&mut self) {
         if self.ring.completion().is_empty() && self.ring.submission().taskrun() {
-            // What was interrupted is tried again: the flag still says so.
-            if self.enter(0, 0) == Err(Errno::EXIST) {
-                self.adopt();
-            }
+            // If this fails, the flag is still there the next time.
+            let _ = self.enter(0, 0, EnterFlags::GETEVENTS);
         }
     }
 
-    fn enter(&mut self, submit: usize, wait_for: u32) -> Result<usize, Errno> {
-        if !self.enabled {
-            self.enable()?;
-        }
+    fn enter(&mut self, submit: usize, wait_for: u32, flags: EnterFlags) -> Result<usize, Errno> {
         #[cfg(test)]
         {
             self.calls += 1;
         }
+        let submitter = self.ring.submitter();
         // SAFETY: no argument is passed, and what the entries in the ring point
         // to is vouched for in `stage`.
         let entered = unsafe {
-            self.ring
-                .submitter()
-                .enter::<libc::sigset_t>(submit as u32, wait_for, GETEVENTS, None)
+            submitter.enter::<libc::sigset_t>(submit as u32, wait_for, flags.bits(), None)
         };
         entered.map_err(errno)
     }
 
-    /// Makes the ring this thread's.
-    fn enable(&mut self) -> Result<(), Errno> {
-        match self.ring.submitter().register_enable_rings() {
-            // Rings of older kernels are made enabled, and say so like this.
-            Err(error) if error.raw_os_error() != Some(libc::EBADFD) => Err(errno(error)),
-            _ => {
-                self.enabled = true;
-                Ok(())
-            }
-        }
-    }
-
-    /// Another thread than the one that enabled the ring has taken over: it
-    /// needs a ring of its own.
-    fn adopt(&mut self) {
-        if self.in_kernel > 0 {
-            // Only the other thread could complete what it has started, and its
-            // memory is in the kernel's hands until then.
-            log::error!("an Io was given to another thread with I/O in flight");
-            std::process::abort();
-        }
-        let entries = self.slots.capacity() as u32;
-        let made = build(entries, self.generations).and_then(|ring| {
-            register_files(&ring, &self.files)?;
-            Ok(ring)
-        });
-        match made {
-            Ok(ring) => {
-                self.ring = ring;
-                self.enabled = false;
-                for index in std::mem::take(&mut self.staged) {
-                    self.stage(index);
-                }
-            }
-            Err(error) => self.give_up(errno(error)),
-        }
-    }
-
     /// The ring does not take entries any more. What it has taken goes on; all
     /// else fails from now on.
-    fn give_up(&mut self, error: Errno) {
+    pub(super) fn give_up(&mut self, error: Errno) {
         log::error!("io_uring does not take I/O any more: {error}");
         self.broken = Some(error);
         self.failed.append(&mut self.staged);
@@ -441,14 +344,9 @@ impl Uring {
     fn register_file(&mut self, id: super::FileId) -> Result<(), Errno> {
         let fd = self.files.get(id)?.as_fd().as_raw_fd();
         let submitter = self.ring.submitter();
-        let updated = submitter.register_files_update(u32::from(id.0), &[fd]);
-        match updated.map_err(errno) {
+        match submitter.register_files_update(u32::from(id.0), &[fd]) {
             Ok(_) => Ok(()),
-            Err(Errno::EXIST) => {
-                self.adopt();
-                self.broken.map_or(Ok(()), Err)
-            }
-            Err(error) => Err(error),
+            Err(error) => Err(errno(error)),
         }
     }
 }
@@ -457,9 +355,8 @@ impl Drop for Uring {
     /// Closing a ring does not stop what it has started: waits for it.
     fn drop(&mut self) {
         while self.in_kernel > 0 {
-            match self.enter(0, 1) {
+            match self.enter(0, 1, EnterFlags::GETEVENTS) {
                 Ok(_) | Err(Errno::INTR) => {}
-                Err(Errno::EXIST) => self.adopt(),
                 Err(_) => thread::sleep(SUBMIT_PAUSE),
             }
             while self.next_completion().is_some() {}
