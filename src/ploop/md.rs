@@ -18,7 +18,7 @@
 mod reclaim;
 mod space;
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::io;
 use std::mem;
 use std::ops::Range;
@@ -105,7 +105,7 @@ struct Round {
 struct Covered {
     file_end: u32,
     copied: Vec<GuestCluster>,
-    pages: Vec<u32>,
+    pages: BTreeSet<u32>,
 }
 
 /// A control operation under way.
@@ -133,7 +133,7 @@ pub struct MdWriter<D: Disk> {
     /// Dirty pages, with when they are due.
     dirty: BTreeMap<u32, Duration>,
     /// Pages written, and covered by no sync.
-    written: Vec<u32>,
+    written: BTreeSet<u32>,
     /// Clusters copied, and covered by no sync.
     copied: Vec<GuestCluster>,
     waiters: Vec<Waiter>,
@@ -154,7 +154,7 @@ pub struct MdWriter<D: Disk> {
 impl<D: Disk> MdWriter<D> {
     pub(super) fn new(engine: Arc<Engine<D>>, mut metadata: Metadata) -> io::Result<Self> {
         let mut reclaim = Reclaim::default();
-        reclaim.add_leaked(mem::take(&mut metadata.leaked));
+        reclaim.add_leaked(&mem::take(&mut metadata.leaked));
         Ok(Self {
             io: engine.disk.open_io(DEPTH)?,
             metadata,
@@ -162,7 +162,7 @@ impl<D: Disk> MdWriter<D> {
             backlog: VecDeque::new(),
             completions: Vec::new(),
             dirty: BTreeMap::new(),
-            written: Vec::new(),
+            written: BTreeSet::new(),
             copied: Vec::new(),
             waiters: Vec::new(),
             round: Round {
@@ -220,7 +220,9 @@ impl<D: Disk> MdWriter<D> {
     }
 
     fn next_call(&self, now: Duration) -> Option<Duration> {
-        if self.io.completion_fd().is_none() && self.io.in_flight() > 0 {
+        let has_completions = self.io.completion_fd().is_none() && self.io.in_flight() > 0;
+        let can_start = self.round.phase == Phase::Idle && !self.waiters.is_empty();
+        if has_completions || can_start {
             return Some(Duration::ZERO);
         }
         let steps = |job: &ControlJob| !matches!(job.stage, ControlStage::Flush);
@@ -509,7 +511,7 @@ impl<D: Disk> MdWriter<D> {
         for page in pages.clone() {
             self.engine.bat.end_writeback(page, result.is_ok());
             if result.is_ok() {
-                self.written.push(page);
+                self.written.insert(page);
                 self.reclaim.page_written(page, self.round.number);
             }
         }

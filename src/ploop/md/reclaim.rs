@@ -13,6 +13,9 @@ use crate::format::HostCluster;
 /// A number of a round of the metadata thread; they count up.
 pub(super) type RoundNumber = u64;
 
+/// Extents in a batch of leaked clusters.
+const LEAKED_AT_ONCE: usize = 64;
+
 /// What a batch waits for next.
 #[derive(Debug, PartialEq, Eq)]
 enum Stage {
@@ -49,9 +52,11 @@ pub(super) struct Reclaim {
 impl Reclaim {
     /// Clusters that nobody maps, on disk or in memory, and no I/O uses: left by
     /// a crash or by another tool.
-    pub fn add_leaked(&mut self, extents: Vec<Extent>) {
-        if !extents.is_empty() {
-            self.add_batch(Stage::Grace { epoch: 0 }, extents, HashMap::new());
+    pub fn add_leaked(&mut self, extents: &[Extent]) {
+        // In small batches: the first ones come back while others are punched.
+        for extents in extents.chunks(LEAKED_AT_ONCE) {
+            let stage = Stage::Grace { epoch: 0 };
+            self.add_batch(stage, extents.to_vec(), HashMap::new());
         }
     }
 
@@ -226,7 +231,7 @@ mod tests {
     #[test]
     fn what_could_not_be_punched_does_not_come_back() {
         let mut reclaim = Reclaim::default();
-        reclaim.add_leaked(vec![extent(1, 2), extent(4, 6)]);
+        reclaim.add_leaked(&[extent(1, 2), extent(4, 6)]);
         for (id, hole) in reclaim.begin_punching(|_| true) {
             reclaim.punched(id, hole, hole.start != 4);
         }
@@ -237,7 +242,7 @@ mod tests {
     #[test]
     fn what_is_punched_after_the_start_of_a_sync_waits_for_the_next() {
         let mut reclaim = Reclaim::default();
-        reclaim.add_leaked(vec![extent(1, 2)]);
+        reclaim.add_leaked(&[extent(1, 2)]);
         let holes = reclaim.begin_punching(|_| true);
         reclaim.begin_sync();
         reclaim.punched(holes[0].0, holes[0].1, true);
