@@ -57,7 +57,7 @@ impl Image {
     ) -> Result<Self> {
         let dir = directories.make(bed)?;
         let format = contestant.format();
-        let path = dir.path().join("image");
+        let path = file_in(&dir, format);
         match contestant {
             Contestant::PlainFile => allocate(&path, geometry.disk_bytes)?,
             _ => create(&path, format, geometry, None)?,
@@ -146,7 +146,7 @@ impl Image {
         geometry: Geometry,
     ) -> Result<Self> {
         let dir = directories.make(bed)?;
-        let path = dir.path().join("image");
+        let path = file_in(&dir, Format::Qcow2);
         create(&path, Format::Qcow2, geometry, Some(&self.path))?;
         Ok(Self {
             path,
@@ -156,22 +156,32 @@ impl Image {
         })
     }
 
-    /// Has qemu-img look for damage, where the format can have any. Space that was
-    /// not given back is none. Nobody may serve the image meanwhile.
+    /// Looks for damage, where the format can have any: by qemu-img, or by our own
+    /// tool in a bundle, which qemu-img does not know. Space that was not given
+    /// back is no damage. Nobody may serve the image meanwhile.
     ///
     /// # Errors
     /// It is damaged.
-    pub fn check(&self) -> Result<()> {
-        /// What `qemu-img check` says of an image that has leaks and nothing worse.
+    pub fn check(&self, programs: &Programs) -> Result<()> {
+        /// What both tools say of an image that has leaks and nothing worse.
         const LEAKS: i32 = 3;
-        if self.format == Format::Raw || self.path.is_dir() {
-            return Ok(());
+        let mut command = if self.path.is_dir() {
+            Command::new(&programs.img)
+        } else {
+            Command::new("qemu-img")
+        };
+        command.arg("check");
+        match self.format {
+            Format::Raw => return Ok(()),
+            Format::Ploop if self.path.is_dir() => {}
+            format => {
+                command.args(["-f", format.qemu_name()]);
+            }
         }
-        let mut command = Command::new("qemu-img");
-        command
-            .args(["check", "-f", self.format.qemu_name()])
-            .arg(&self.path);
-        let output = command.output().context("starting qemu-img")?;
+        let output = command
+            .arg(&self.path)
+            .output()
+            .with_context(|| format!("starting {}", command.get_program().display()))?;
         if !output.status.success() && output.status.code() != Some(LEAKS) {
             bail!("the image is damaged: {}", complaint(&command, &output));
         }
@@ -188,6 +198,14 @@ impl Image {
         rustix::fs::syncfs(&dir).context("syncfs")?;
         Ok(())
     }
+}
+
+fn file_in(dir: &TempDir, format: Format) -> PathBuf {
+    dir.path().join(match format {
+        Format::Ploop => "disk.hds",
+        Format::Qcow2 => "disk.qcow2",
+        Format::Raw => "disk.raw",
+    })
 }
 
 fn create(path: &Path, format: Format, geometry: Geometry, backing: Option<&Path>) -> Result<()> {
@@ -303,17 +321,16 @@ mod tests {
             return;
         }
         let dir = tempfile::tempdir().unwrap();
-        let image = Image {
-            path: dir.path().join("image"),
-            backing: None,
-            dir,
-            format: Format::Ploop,
-        };
-        write_fully_mapped(&image.path, 1 << 30, 1 << 20).unwrap();
-        image.check().unwrap();
+        let path = file_in(&dir, Format::Ploop);
+        write_fully_mapped(&path, 1 << 30, 1 << 20).unwrap();
+        let check = Command::new("qemu-img")
+            .args(["check", "-f", "parallels"])
+            .arg(&path)
+            .status();
+        assert!(check.unwrap().success());
         let output = Command::new("qemu-img")
             .args(["map", "--output=json", "-f", "parallels"])
-            .arg(&image.path)
+            .arg(&path)
             .output()
             .unwrap();
         let map = String::from_utf8(output.stdout).unwrap();

@@ -135,7 +135,7 @@ impl<'a> Lab<'a> {
                 self.run_once(scenario, &mut station, side, round, self.setting.run_time)?;
                 side.note_memory(&station)?;
                 station.stop()?;
-                image.check()?;
+                image.check(&self.setting.programs)?;
             }
         }
         Ok(())
@@ -163,7 +163,9 @@ impl<'a> Lab<'a> {
             station.verify_sample(self.generation)?;
             side.note_memory(&station)?;
             station.stop()?;
-            self.stock.lasting(scenario, side.contestant)?.check()?;
+            self.stock
+                .lasting(scenario, side.contestant)?
+                .check(&self.setting.programs)?;
         }
         Ok(())
     }

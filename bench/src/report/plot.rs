@@ -128,8 +128,8 @@ fn draw(title: &str, rows: &[Row]) -> String {
          font-family=\"sans-serif\" font-size=\"12\">\n\
          <rect width=\"{WIDTH}\" height=\"{height}\" fill=\"#ffffff\"/>\n\
          <text x=\"10\" y=\"22\" font-size=\"15\" font-weight=\"bold\">{}</text>\n\
-         <text x=\"10\" y=\"40\" fill=\"#555555\">dot: median of the pairs; bar: its 95 % \
-         interval; ◆: target</text>\n",
+         <text x=\"10\" y=\"40\" fill=\"#555555\">dot: median of the pairs; bar: its \
+         interval; ◇: target</text>\n",
         escape(title)
     );
     for tick in axis.ticks() {

@@ -121,7 +121,7 @@ fn a_run_is_counted_verified_and_leaves_a_sound_image() {
             station.verify_sample(2).unwrap();
             station.stop().unwrap();
         }
-        rig.image.check().unwrap();
+        rig.image.check(&programs()).unwrap();
     }
 }
 
