@@ -15,4 +15,4 @@ export PLOOP_SIM_CUTS=${1:-1000000}
 export PLOOP_SIM_SEED=${2:-$(date +%s)}
 
 echo "seed $PLOOP_SIM_SEED, $PLOOP_SIM_CUTS cuts"
-exec cargo test --locked --profile sim --lib power_cuts -- --nocapture
+exec cargo test --locked --profile sim --lib power_cuts -- --nocapture --test-threads 2

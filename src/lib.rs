@@ -11,5 +11,5 @@ pub mod image;
 pub mod ploop;
 pub mod storage;
 
-#[cfg(all(test, not(loom)))]
+#[cfg(all(test, not(ploop_loom)))]
 mod sim;

@@ -7,6 +7,7 @@
 use crossbeam_queue::SegQueue;
 use crossbeam_utils::CachePadded;
 
+use super::sabotage::{self, Sabotage};
 use super::sync::atomic::{AtomicU32, Ordering};
 use crate::format::HostCluster;
 
@@ -97,6 +98,9 @@ impl Allocator {
     /// The file was made longer.
     pub fn extend(&self, end: u32) {
         self.end.fetch_max(end, Ordering::Release);
+        if sabotage::is(Sabotage::MapBeyondLength) {
+            self.set_stable_end(end);
+        }
     }
 
     /// The file's length up to here is stable.

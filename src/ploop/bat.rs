@@ -5,6 +5,7 @@
 //! Knows entries and pages; does no I/O and knows no thread.
 
 use super::entry::Entry;
+use super::sabotage::{self, Sabotage};
 use super::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use crate::format::GuestCluster;
 
@@ -136,7 +137,11 @@ impl Bat {
         let before = self
             .page(page)
             .fetch_update(Ordering::AcqRel, Ordering::Acquire, update);
-        debug_assert!(before.is_ok_and(|status| status & WRITEBACK == 0), "I11");
+        debug_assert!(
+            before.is_ok_and(|status| status & WRITEBACK == 0)
+                || sabotage::is(Sabotage::WritePageTwice),
+            "I11"
+        );
         let (word, bit) = self.dirty_bit(page);
         word.fetch_and(!bit, Ordering::AcqRel);
     }

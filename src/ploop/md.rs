@@ -39,6 +39,7 @@ use super::entry::Place;
 use super::inbox::{Inbox, Waker};
 use super::options::OnEnospc;
 use super::pio::{Pio, QueueMessage};
+use super::sabotage::{self, Sabotage};
 use crate::format::{Geometry, GuestCluster, Header, HostCluster, InUse};
 use crate::storage::{AlignedBuf, Buffer, Completion, Disk, FileId, Io, Op, ZeroMode};
 
@@ -258,6 +259,10 @@ impl<D: Disk> MdWriter<D> {
     fn hear(&mut self, message: MdMessage, now: Duration) {
         match message {
             MdMessage::Flush { inbox, request } => {
+                let syncing = self.round.phase == Phase::FinalSync;
+                if syncing && sabotage::is(Sabotage::FlushSharesOldSync) {
+                    return self.round.waiters.push(Waiter::Queue(inbox, request));
+                }
                 self.waiters.push(Waiter::Queue(inbox, request));
             }
             MdMessage::Freed { host, page } => {
@@ -309,6 +314,10 @@ impl<D: Disk> MdWriter<D> {
                 }
                 self.punching -= 1;
                 self.reclaim.punched(batch, extent, result.is_ok());
+                if sabotage::is(Sabotage::ReuseUnsynced) {
+                    self.reclaim.begin_sync();
+                    self.give_reclaimed();
+                }
             }
             MdOp::Extend { clusters } => self.extended(clusters, result, now),
         }
@@ -381,7 +390,9 @@ impl<D: Disk> MdWriter<D> {
             log::error!(
                 "a sync of the image failed: {errno}; flushes fail until it is opened again"
             );
-            self.engine.set_sync_failed();
+            if !sabotage::is(Sabotage::ForgetFailedSync) {
+                self.engine.set_sync_failed();
+            }
             return self.end_round(Err(EngineError::SyncFailed));
         }
         let engine = self.engine.clone();
@@ -397,18 +408,26 @@ impl<D: Disk> MdWriter<D> {
                 engine.bat.set_synced(GuestCluster(cluster));
             }
         }
+        self.give_reclaimed();
+        if self.round.phase == Phase::PreSync {
+            self.write_pages(now);
+        } else {
+            if sabotage::is(Sabotage::FlushCoversTooMuch) {
+                self.round.completed = engine.epochs.completed();
+            }
+            engine.set_covered(self.round.completed);
+            self.end_round(Ok(()));
+        }
+    }
+
+    /// Clusters whose way was over with the last sync may be given out again.
+    fn give_reclaimed(&mut self) {
         for extent in self.reclaim.end_sync() {
-            engine.alloc.put(extent);
+            self.engine.alloc.put(extent);
         }
         if self.space.has_parked() {
             let pios = self.space.take_all();
             self.try_again(pios);
-        }
-        if self.round.phase == Phase::PreSync {
-            self.write_pages(now);
-        } else {
-            engine.set_covered(self.round.completed);
-            self.end_round(Ok(()));
         }
     }
 
@@ -433,7 +452,10 @@ impl<D: Disk> MdWriter<D> {
             };
             self.queue(MdOp::Pages(pages), op);
         }
-        if nothing {
+        let is_over = self.ops.len() == 1 && self.round.waiters.is_empty();
+        if is_over && sabotage::is(Sabotage::WritePageTwice) {
+            self.end_round(Ok(()));
+        } else if nothing {
             self.pages_done();
         }
     }
@@ -442,7 +464,8 @@ impl<D: Disk> MdWriter<D> {
     /// for. For a flush these are all dirty pages; else those that are due, and
     /// their neighbours, which cost no further write.
     fn choose_pages(&self, now: Duration) -> Vec<Range<u32>> {
-        let all = !self.round.waiters.is_empty() || self.wants_reclaim_pages();
+        let flushes = !self.round.waiters.is_empty() && !sabotage::is(Sabotage::FlushWithoutBat);
+        let all = flushes || self.wants_reclaim_pages();
         let pages: Vec<_> = self.dirty.keys().copied().collect();
         let mut runs: Vec<_> = pages
             .chunk_by(|a, b| a + 1 == *b)
@@ -508,6 +531,8 @@ impl<D: Disk> MdWriter<D> {
     }
 
     fn pages_written(&mut self, pages: Range<u32>, result: Result<(), Errno>, now: Duration) {
+        let is_forgotten = sabotage::is(Sabotage::ForgetFailedPage);
+        let result = if is_forgotten { Ok(()) } else { result };
         for page in pages.clone() {
             self.engine.bat.end_writeback(page, result.is_ok());
             if result.is_ok() {
@@ -583,6 +608,11 @@ impl<D: Disk> MdWriter<D> {
             && let Some((batch, extent)) = self.holes.pop_front()
         {
             self.punching += 1;
+            if sabotage::is(Sabotage::ReuseUnpunched) {
+                self.punching -= 1;
+                self.reclaim.punched(batch, extent, true);
+                continue;
+            }
             let shift = engine.geometry().cluster.shift();
             let op = Op::Zero {
                 file: engine.top(),
@@ -819,7 +849,9 @@ impl<D: Disk> MdWriter<D> {
         if disk.len(top)? > len {
             disk.set_len(top, len)?;
         }
-        disk.sync(top)?;
+        if !sabotage::is(Sabotage::MarkBeforeSync) {
+            disk.sync(top)?;
+        }
         self.metadata.header.in_use = InUse::Closed;
         disk.write_all_at(top, &self.metadata.header.to_bytes(), 0)?;
         disk.sync(top)

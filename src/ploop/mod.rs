@@ -27,6 +27,7 @@ mod queue;
 mod request;
 mod runner;
 mod running;
+pub(crate) mod sabotage;
 mod sync;
 
 pub use engine::Engine;

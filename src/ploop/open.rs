@@ -12,6 +12,7 @@ use super::error::OpenError;
 use super::md::{MdWriter, Metadata};
 use super::options::Options;
 use super::runner::Runner;
+use super::sabotage::{self, Sabotage};
 use crate::format::{BatScan, Geometry, Header, HostCluster, InUse, Sector, Version, scan_bat};
 use crate::storage::{Disk, FileId};
 
@@ -364,7 +365,9 @@ fn mark_in_use(
     header.extension = Sector(0);
     disk.write_all_at(file, &header.to_bytes(), 0)
         .map_err(io("mark the image as in use"))?;
-    disk.sync(file).map_err(io("mark the image as in use"))?;
+    if !sabotage::is(Sabotage::ChangeBeforeMark) {
+        disk.sync(file).map_err(io("mark the image as in use"))?;
+    }
     let geometry = header.geometry();
     // A sparse BAT would have to be filled when the host may be full.
     if let Err(error) = disk.allocate(file, 0, geometry.data_start.min(file_len)) {

@@ -22,6 +22,7 @@ use super::epoch::{Epoch, Participant};
 use super::inbox::Inbox;
 use super::pio::{Home, Pio, QueueMessage, Work, ZeroKind};
 use super::request::{Command, Done, Request, SectorRange};
+use super::sabotage::{self, Sabotage};
 use crate::format::{GuestCluster, SECTOR_SIZE, Sector};
 use crate::storage::{Buffer, Completion, Disk, Io, Op, Segments};
 
@@ -463,7 +464,16 @@ impl<D: Disk> Queue<D> {
                 let pio = self.pio(key, cluster, offset, data);
                 self.engine.park(pio, true);
             }
-            (Err(errno), ..) => self.active[key].result = Err(EngineError::Io(errno)),
+            (Err(errno), _, target) => {
+                self.active[key].result = Err(EngineError::Io(errno));
+                if sabotage::is(Sabotage::FailedWriteUnmaps)
+                    && let Some((cluster, _)) = target
+                    && let Place::In(_, host) = self.engine.bat.get(cluster).place()
+                {
+                    let entry = self.engine.bat.get(cluster);
+                    self.engine.unmap(cluster, entry, host);
+                }
+            }
         }
         self.part_done(key);
     }
@@ -499,7 +509,7 @@ impl<D: Disk> Queue<D> {
         if succeeded && self.engine.is_write_through() {
             if self.engine.has_sync_failed() {
                 request.result = Err(EngineError::SyncFailed);
-            } else if !request.stable {
+            } else if !request.stable && !sabotage::is(Sabotage::WriteThroughTooEarly) {
                 return self.wait_for_flush(key);
             }
         }

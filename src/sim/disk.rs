@@ -196,7 +196,7 @@ impl SimDisk {
         self.state().step();
     }
 
-    /// The power shall go after so many more changes, whoever makes them.
+    /// The power shall go after so many more changes and syncs, whoever makes them.
     pub fn cut_after(&self, changes: Option<u64>) {
         self.state().changes_left = changes;
     }
@@ -298,6 +298,11 @@ impl State {
         if file < self.medium.first_writable {
             self.violations.push(format!("{what} of a lower level"));
         }
+        self.spend_power()
+    }
+
+    /// To be called before a change or a sync: false if the power has gone.
+    fn spend_power(&mut self) -> bool {
         match &mut self.changes_left {
             Some(0) => self.power_off(),
             Some(left) => *left -= 1,
@@ -667,6 +672,9 @@ impl State {
 
     /// A sync covers what had completed when it was submitted; it may cover more.
     fn sync(&mut self, file: FileId, submitted: u64) -> Result<(), Errno> {
+        if !self.spend_power() {
+            return Err(Errno::IO);
+        }
         let fails = self.fails(self.medium.faults.sync);
         let more: f64 = *[0.0, 0.0, 0.5, 1.0].choose(&mut self.rng).unwrap_or(&0.0);
         let covered: Vec<bool> = self

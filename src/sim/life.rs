@@ -20,7 +20,7 @@ use crate::ploop::Engine;
 /// Cuts in a row that an image has to stand.
 const GENERATIONS: u32 = 4;
 
-/// Changes of the host's files, at most, until the power goes in the midst of an
+/// Changes and syncs of the host's files, at most, until the power goes in the midst of an
 /// opening or closing.
 const CHANGES_MAX: u64 = 12;
 
@@ -138,9 +138,9 @@ impl Life {
     fn session(&mut self, profile: &Profile) -> Result<Option<Closed>, Failure> {
         let world = &mut self.world;
         world.cases.begin(&world.disk, &world.scenario);
-        let early_cut = world.rng.random_ratio(1, 8);
+        let early_cut = world.rng.random_ratio(1, 6);
         if early_cut {
-            let changes = world.rng.random_range(0..4);
+            let changes = world.rng.random_range(0..8);
             world.disk.cut_after(Some(changes));
         }
         let options = world.scenario.options(&mut world.rng);

@@ -20,6 +20,7 @@ mod memory;
 mod model;
 mod pattern;
 mod power_cuts;
+mod sabotage;
 mod scenario;
 mod session;
 mod tests;

@@ -8,6 +8,7 @@
 use std::collections::HashMap;
 
 use super::super::alloc::Extent;
+use super::super::sabotage::{self, Sabotage};
 use crate::format::HostCluster;
 
 /// A number of a round of the metadata thread; they count up.
@@ -128,7 +129,8 @@ impl Reclaim {
     pub fn begin_punching(&mut self, is_reached: impl Fn(u64) -> bool) -> Vec<(u64, Extent)> {
         let mut holes = Vec::new();
         for batch in &mut self.batches {
-            if matches!(batch.stage, Stage::Grace { epoch } if is_reached(epoch)) {
+            if matches!(batch.stage, Stage::Grace { epoch } if is_reached(epoch) || sabotage::is(Sabotage::PunchUnderOldIo))
+            {
                 batch.stage = Stage::Punching {
                     left: batch.extents.len(),
                 };
@@ -190,7 +192,8 @@ impl Reclaim {
 
 impl Batch {
     fn is_ready(&self) -> bool {
-        self.stage == Stage::Punched && self.pages.is_empty()
+        let removed = self.pages.is_empty() || sabotage::is(Sabotage::ReuseBeforeRemoval);
+        self.stage == Stage::Punched && removed
     }
 }
 

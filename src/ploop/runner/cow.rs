@@ -13,6 +13,7 @@ use rustix::io::Errno;
 use super::super::engine::{Engine, MdMessage};
 use super::super::entry::{Entry, Place};
 use super::super::pio::{Pio, Work};
+use super::super::sabotage::{self, Sabotage};
 use super::{Job, Runner};
 use crate::format::{Geometry, GuestCluster, HostCluster};
 use crate::storage::{AlignedBuf, Buffer, Completion, Disk, Op};
@@ -179,7 +180,9 @@ impl<D: Disk> Runner<D> {
     ) {
         match result {
             Ok(()) => {
-                let copy = Entry::mapped(self.engine.top(), cow.host).unstable();
+                let copy = Entry::mapped(self.engine.top(), cow.host);
+                let is_hidden = sabotage::is(Sabotage::MapUnstableCopy);
+                let copy = if is_hidden { copy } else { copy.unstable() };
                 let copied = MdMessage::Copied { cluster };
                 let published =
                     self.engine

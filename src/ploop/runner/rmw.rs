@@ -9,6 +9,7 @@ use std::collections::VecDeque;
 
 use super::super::entry::{Entry, Place};
 use super::super::pio::{Pio, Work};
+use super::super::sabotage::{self, Sabotage};
 use super::{Busy, Job, Runner};
 use crate::format::GuestCluster;
 use crate::storage::{Buffer, Completion, Disk, Op};
@@ -80,7 +81,9 @@ impl<D: Disk> Runner<D> {
     pub(super) fn end_graces(&mut self) {
         let epochs = &self.engine.epochs;
         let is_over = |busy: &Busy| match busy.job {
-            Job::AwaitIo { epoch, .. } => epochs.all_reached(epoch),
+            Job::AwaitIo { epoch, .. } => {
+                epochs.all_reached(epoch) || sabotage::is(Sabotage::ModifyUnderOldIo)
+            }
             _ => false,
         };
         let over: Vec<_> = self
