@@ -23,6 +23,11 @@ fn setting(name: &str) -> Option<u64> {
     Some(number.unwrap_or_else(|_| panic!("{name} is {value:?}, expected a number")))
 }
 
+/// Whether a run of some length was asked for.
+pub fn is_long() -> bool {
+    setting("PLOOP_SIM_CUTS").is_some()
+}
+
 /// Lives from `seed` on, until there were `cuts` cuts.
 fn run(seed: u64, cuts: u64, chains: bool) -> Record {
     let mut record = Record::default();
