@@ -6,6 +6,8 @@
 //! [`storage`] (host file I/O), [`format`] (bytes on disk).
 //! `docs/architecture.md` says who must not know what.
 
+pub mod control;
+pub mod device;
 pub mod format;
 pub mod image;
 pub mod ploop;

@@ -1,2 +1,57 @@
-//! Placeholder until its library part lands.
-fn main() {}
+//! The daemon: parses its arguments and calls the library.
+
+use std::env;
+use std::error::Error;
+use std::panic;
+use std::process::{self, ExitCode};
+
+use clap::Parser;
+use env_logger::{Builder, Env};
+use log::LevelFilter;
+use vhost_user_ploop::control::{self, Args, args};
+
+fn main() -> ExitCode {
+    if args::asks_for_capabilities(env::args_os()) {
+        println!("{}", args::CAPABILITIES);
+        return ExitCode::SUCCESS;
+    }
+    let args = Args::parse();
+    start_log(args.log_level);
+    abort_on_panic();
+    match control::run(&args) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("vhost-user-ploop: {}", chain_of_causes(&error));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn start_log(level: Option<LevelFilter>) {
+    let mut builder = Builder::from_env(Env::default().default_filter_or("info"));
+    if let Some(level) = level {
+        builder.filter(None, level);
+    }
+    builder.init();
+}
+
+/// A thread that panics and is gone would leave its queue hanging for ever. The
+/// image survives the end of the whole program as it survives a power cut, and
+/// the front-end notices it.
+fn abort_on_panic() {
+    let report = panic::take_hook();
+    panic::set_hook(Box::new(move |info| {
+        report(info);
+        process::abort();
+    }));
+}
+
+fn chain_of_causes(error: &dyn Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text = format!("{text}: {error}");
+        cause = error.source();
+    }
+    text
+}

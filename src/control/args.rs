@@ -1,0 +1,304 @@
+//! The command line of the daemon: QEMU's back-end program conventions and what
+//! is ours.
+
+use std::ffi::OsStr;
+use std::os::fd::RawFd;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use clap::builder::{PossibleValuesParser, RangedU64ValueParser, TypedValueParser};
+use clap::{ArgGroup, Parser, ValueEnum};
+use log::LevelFilter;
+
+use crate::device::{MAX_QUEUE_SIZE, MAX_QUEUES, Queues, Serial};
+use crate::ploop::{self, OnEnospc};
+use crate::storage::{Aio, Cache, HostOptions};
+
+/// What `--print-capabilities` prints.
+pub const CAPABILITIES: &str = r#"{"type":"block","features":["read-only","blk-file"]}"#;
+
+const PRINT_CAPABILITIES: &str = "--print-capabilities";
+
+/// Most runners: more threads than that only get in each other's way.
+const MAX_RUNNERS: u64 = 64;
+
+/// Longest `--writeback-delay`, in ms: a minute.
+const MAX_WRITEBACK_DELAY_MS: u64 = 60_000;
+
+const AFTER_HELP: &str = "\
+Examples:
+  ploop-img create disk 10G
+  vhost-user-ploop --socket-path=/run/disk.sock --blk-file=disk
+
+  A guest's memory must be shared with the back-end. QEMU:
+    -object memory-backend-memfd,id=mem,size=4G,share=on -machine memory-backend=mem
+    -chardev socket,id=disk,path=/run/disk.sock
+    -device vhost-user-blk-pci,chardev=disk
+  cloud-hypervisor:
+    --memory size=4G,shared=on --disk vhost_user=true,socket=/run/disk.sock
+
+SIGTERM and SIGINT complete what is in flight, close the image and remove the
+socket. A second one ends the program at once, which the image survives as it
+survives a power cut.";
+
+/// Serves a ploop disk image to a virtual machine, as a vhost-user-blk back-end.
+#[derive(Clone, Debug, Parser)]
+#[command(version, about, after_help = AFTER_HELP)]
+#[command(group(ArgGroup::new("socket").required(true).args(["socket_path", "fd"])))]
+pub struct Args {
+    /// Make the socket here and accept front-ends on it, one after the other.
+    ///
+    /// A socket that a dead process has left is replaced; one that somebody
+    /// listens on is not.
+    #[arg(long, value_name = "PATH")]
+    pub socket_path: Option<PathBuf>,
+
+    /// Accept front-ends on this inherited descriptor, a listening socket.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(RawFd).range(0..))]
+    pub fd: Option<RawFd>,
+
+    /// Print what this program can do, as JSON, and exit. Nothing else counts then.
+    #[arg(long)]
+    pub print_capabilities: bool,
+
+    /// The image: a bundle (its folder or its DiskDescriptor.xml) or a bare file.
+    #[arg(long, value_name = "PATH")]
+    pub blk_file: PathBuf,
+
+    /// Refuse writes, and change nothing in the image.
+    #[arg(long)]
+    pub read_only: bool,
+
+    /// How many virtqueues to offer, 1 to 64. One that no guest uses costs nearly
+    /// nothing; QEMU asks for one per vCPU.
+    #[arg(long, value_name = "N", default_value_t = MAX_QUEUES,
+          value_parser = clap::value_parser!(u16).range(1..=i64::from(MAX_QUEUES)))]
+    pub num_queues: u16,
+
+    /// Largest virtqueue to accept, in descriptors: a power of two from 4 to 1024.
+    /// The guest chooses; QEMU's `queue-size` says what.
+    #[arg(long, value_name = "N", default_value_t = MAX_QUEUE_SIZE, value_parser = queue_size)]
+    pub queue_size: u16,
+
+    /// How many threads make new mappings (first writes, discards, copies), 1 to
+    /// 64. Reads and overwrites do not need them.
+    #[arg(long, value_name = "N", default_value_t = ploop::Options::default().runners as u64,
+          value_parser = RangedU64ValueParser::<u64>::new().range(1..=MAX_RUNNERS))]
+    pub runners: u64,
+
+    /// Whether the host's page cache is used; as QEMU's `cache`. `none` goes
+    /// around it (O_DIRECT) where the file system can. A guest's flush makes data
+    /// stable in both.
+    #[arg(long, value_name = "MODE", value_enum, default_value_t = CacheMode::None)]
+    pub cache: CacheMode,
+
+    /// How the host does I/O. `auto` takes io_uring, unless the kernel lacks it or
+    /// the image lies in memory (tmpfs), where plain calls are faster.
+    #[arg(long, value_name = "HOW", value_enum, default_value_t = AioMode::Auto)]
+    pub aio: AioMode,
+
+    /// The disk's serial number, up to 20 visible ASCII characters.
+    /// [default: the beginning of the image's name]
+    #[arg(long, value_name = "TEXT")]
+    pub serial: Option<Serial>,
+
+    /// How long a changed mapping may wait, in ms, before it is written to the
+    /// image, so that many changes go in one write. 0: at once. What a guest
+    /// flushes never waits.
+    #[arg(long, value_name = "MS",
+          default_value_t = ploop::Options::default().writeback_delay.as_millis() as u64,
+          value_parser = RangedU64ValueParser::<u64>::new().range(..=MAX_WRITEBACK_DELAY_MS))]
+    pub writeback_delay: u64,
+
+    /// What happens to writes when the host's disk is full. `stop`: they wait
+    /// until there is space, and the guest with them; `report`: they fail.
+    #[arg(long, value_name = "WHAT", value_enum, default_value_t = EnospcPolicy::Stop)]
+    pub on_enospc: EnospcPolicy,
+
+    /// How much to say on standard error.
+    /// [default: what RUST_LOG says, else info]
+    #[arg(long, value_name = "LEVEL", value_parser = log_level())]
+    pub log_level: Option<LevelFilter>,
+}
+
+/// See [`Cache`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum CacheMode {
+    /// [`Cache::None`]
+    None,
+    /// [`Cache::Writeback`]
+    Writeback,
+}
+
+/// See [`Aio`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum AioMode {
+    /// [`Aio::Auto`]
+    Auto,
+    /// [`Aio::IoUring`]
+    #[value(name = "io_uring")]
+    IoUring,
+    /// [`Aio::Psync`]
+    Psync,
+}
+
+/// See [`OnEnospc`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum EnospcPolicy {
+    /// [`OnEnospc::Stop`]
+    Stop,
+    /// [`OnEnospc::Report`]
+    Report,
+}
+
+fn log_level() -> impl TypedValueParser<Value = LevelFilter> {
+    let names = ["off", "error", "warn", "info", "debug", "trace"];
+    PossibleValuesParser::new(names).try_map(|name| name.parse::<LevelFilter>())
+}
+
+fn queue_size(text: &str) -> Result<u16, String> {
+    let size = text.parse::<u16>().map_err(|error| error.to_string())?;
+    Queues::new(1, size)
+        .map(|_| size)
+        .map_err(|error| error.to_string())
+}
+
+/// Whether the capabilities are asked for; then nothing else on the command line
+/// counts, not even what is wrong with it.
+pub fn asks_for_capabilities<S: AsRef<OsStr>>(args: impl IntoIterator<Item = S>) -> bool {
+    args.into_iter()
+        .any(|arg| arg.as_ref() == PRINT_CAPABILITIES)
+}
+
+impl Args {
+    /// The engine's part.
+    pub fn engine_options(&self) -> ploop::Options {
+        let mut options = ploop::Options::default();
+        options.read_only = self.read_only;
+        options.runners = self.runners as usize;
+        options.max_queues = usize::from(self.num_queues);
+        // Most requests are one operation; what is more waits in the engine.
+        options.queue_depth = u32::from(self.queue_size);
+        options.writeback_delay = Duration::from_millis(self.writeback_delay);
+        options.on_enospc = match self.on_enospc {
+            EnospcPolicy::Stop => OnEnospc::Stop,
+            EnospcPolicy::Report => OnEnospc::Report,
+        };
+        options
+    }
+
+    /// The storage's part.
+    pub fn host_options(&self) -> HostOptions {
+        HostOptions {
+            cache: match self.cache {
+                CacheMode::None => Cache::None,
+                CacheMode::Writeback => Cache::Writeback,
+            },
+            aio: match self.aio {
+                AioMode::Auto => Aio::Auto,
+                AioMode::IoUring => Aio::IoUring,
+                AioMode::Psync => Aio::Psync,
+            },
+        }
+    }
+
+    /// The serial number: as given, else from the image's name.
+    pub fn serial_number(&self) -> Serial {
+        self.serial
+            .unwrap_or_else(|| Serial::from_file_name(&image_name(&self.blk_file)))
+    }
+}
+
+/// The name of a bundle's folder or of a bare image, without its extension.
+fn image_name(path: &Path) -> String {
+    let is_descriptor = path
+        .extension()
+        .is_some_and(|extension| extension.eq_ignore_ascii_case("xml"));
+    let named = if is_descriptor {
+        path.parent().filter(|folder| folder.file_name().is_some())
+    } else {
+        None
+    };
+    let stem = named.unwrap_or(path).file_stem();
+    stem.unwrap_or_default().to_string_lossy().into_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    fn parse(args: &[&str]) -> Result<Args, String> {
+        let always = [
+            "vhost-user-ploop",
+            "--socket-path=s",
+            "--blk-file=dir/disk.hds",
+        ];
+        Args::try_parse_from(always.iter().chain(args)).map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn the_description_is_consistent() {
+        Args::command().debug_assert();
+    }
+
+    #[test]
+    fn one_socket_is_needed() {
+        let parse = |args: &[&str]| Args::try_parse_from(args);
+        assert!(parse(&["x", "--blk-file=f"]).is_err());
+        assert!(parse(&["x", "--blk-file=f", "--fd=3"]).is_ok());
+        assert!(parse(&["x", "--blk-file=f", "--fd=3", "--socket-path=s"]).is_err());
+        assert!(parse(&["x", "--socket-path=s"]).is_err());
+    }
+
+    #[test]
+    fn wrong_values_are_named_with_what_is_allowed() {
+        for (arg, allowed) in [
+            ("--num-queues=0", "1..=64"),
+            ("--num-queues=65", "1..=64"),
+            ("--queue-size=100", "4 to 1024, a power of two"),
+            ("--queue-size=2048", "4 to 1024, a power of two"),
+            ("--runners=0", "1..=64"),
+            ("--cache=magic", "none, writeback"),
+            ("--aio=magic", "auto, io_uring, psync"),
+            ("--serial=123456789012345678901", "at most 20 bytes"),
+            ("--on-enospc=magic", "stop, report"),
+            ("--writeback-delay=60001", "0..=60000"),
+            ("--log-level=loud", "off, error, warn, info, debug, trace"),
+        ] {
+            let message = parse(&[arg]).unwrap_err();
+            let value = arg.split('=').nth(1).unwrap();
+            assert!(message.contains(value), "{message}");
+            assert!(message.contains(allowed), "{message}");
+        }
+    }
+
+    #[test]
+    fn capabilities_win_over_anything() {
+        assert!(asks_for_capabilities([
+            "x",
+            "--nonsense",
+            "--print-capabilities"
+        ]));
+        assert!(!asks_for_capabilities(["x", "--fd=3"]));
+        let value: serde_json::Value = serde_json::from_str(CAPABILITIES).unwrap();
+        assert_eq!(value["type"], "block");
+    }
+
+    #[test]
+    fn the_serial_number_comes_from_the_image() {
+        let serial = |file: &str| {
+            let args = ["x", "--fd=3", "--blk-file", file];
+            Args::try_parse_from(args).unwrap().serial_number()
+        };
+        let expected = |text: &str| text.parse::<Serial>().unwrap();
+        assert_eq!(serial("a/disk.hds"), expected("disk"));
+        assert_eq!(serial("a/bundle"), expected("bundle"));
+        assert_eq!(serial("a/bundle/DiskDescriptor.xml"), expected("bundle"));
+        assert_eq!(serial("DiskDescriptor.xml"), expected("DiskDescriptor"));
+        assert_eq!(
+            parse(&["--serial=abc"]).unwrap().serial_number(),
+            expected("abc")
+        );
+    }
+}

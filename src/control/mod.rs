@@ -1,0 +1,128 @@
+//! The daemon around the device: command line, socket, signals, main loop.
+//!
+//! Opens the floors below in order, serves, and closes them in reverse. Knows
+//! sockets' paths, descriptors and signals. Must not know virtio requests or what
+//! is in an image.
+
+pub mod args;
+mod main_loop;
+mod signals;
+mod socket;
+
+use std::io;
+use std::os::fd::RawFd;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use thiserror::Error;
+
+pub use args::Args;
+pub use main_loop::run as serve_until_signal;
+pub use signals::Signals;
+pub use socket::{ServerSocket, SocketError};
+
+use crate::device::{BlockDevice, Queues, QueuesError};
+use crate::image::{self, Access, ImageError, OpenMode};
+use crate::ploop::{Engine, EngineError, OpenError, Running};
+use crate::storage::HostDisk;
+
+/// Why the daemon ends with a failure.
+#[derive(Debug, Error)]
+pub enum Error {
+    /// The image is not there, not an image, or in use.
+    #[error("the image cannot be opened")]
+    Image(#[from] ImageError),
+    /// The image cannot be served.
+    #[error("{} cannot be served", path.display())]
+    Engine {
+        /// As given.
+        path: PathBuf,
+        /// Why.
+        source: OpenError,
+    },
+    /// Threads, rings or descriptors could not be made.
+    #[error("the I/O cannot be set up")]
+    Setup(#[source] io::Error),
+    /// There is nothing to listen on.
+    #[error("there is no socket")]
+    Socket(#[from] SocketError),
+    /// The queues cannot be as asked for.
+    #[error(transparent)]
+    Queues(#[from] QueuesError),
+    /// The main loop has failed.
+    #[error("the main loop has failed")]
+    MainLoop(#[from] event_manager::Error),
+    /// Not everything could be made stable at the end.
+    #[error("the image was not closed cleanly; it is checked when it is opened next")]
+    Close(#[source] EngineError),
+}
+
+/// Serves what the command line names until SIGTERM or SIGINT, and closes it.
+///
+/// # Errors
+/// See [`Error`]. The image is closed as well as it can be before any is returned.
+pub fn run(args: &Args) -> Result<(), Error> {
+    let signals = Signals::catch().map_err(Error::Setup)?;
+    raise_descriptor_limit();
+    let access = if args.read_only {
+        Access::Read
+    } else {
+        Access::Serve
+    };
+    let image = image::open(&args.blk_file, OpenMode::new(access))?;
+    let disk = HostDisk::new(image.files, args.host_options()).map_err(Error::Setup)?;
+    let opened = Engine::open(disk, &image.chain, args.engine_options());
+    let opened = opened.map_err(|source| Error::Engine {
+        path: args.blk_file.clone(),
+        source,
+    })?;
+    let running = Running::start(opened).map_err(Error::Setup)?;
+    let served = serve(args, &running, &signals);
+    // Whatever happened: the image is closed, and only then its locks go.
+    let closed = running.close().map_err(Error::Close);
+    drop(image.locks);
+    // The socket goes last, so that who finds it gone finds the image free.
+    let _socket = served?;
+    closed
+}
+
+/// Serves until a signal comes. Gives the socket back, for its time to go.
+fn serve(
+    args: &Args,
+    running: &Running<HostDisk>,
+    signals: &Signals,
+) -> Result<ServerSocket, Error> {
+    let queues = Queues::new(args.num_queues, args.queue_size)?;
+    let engine = Arc::clone(running.engine());
+    let device = BlockDevice::new(engine, args.serial_number(), queues);
+    let socket = open_socket(args)?;
+    log::info!("{}: ready for a front-end", args.blk_file.display());
+    main_loop::run(Arc::new(device), &socket, signals)?;
+    Ok(socket)
+}
+
+fn open_socket(args: &Args) -> Result<ServerSocket, SocketError> {
+    match (&args.socket_path, args.fd) {
+        (Some(path), _) => ServerSocket::bind(path),
+        // SAFETY: who started this program gave it the descriptor; nothing here
+        // has heard of it before.
+        (None, fd) => unsafe { ServerSocket::from_inherited(fd.unwrap_or(NO_DESCRIPTOR)) },
+    }
+}
+
+/// What the command line cannot lead to, as it asks for one of the two.
+const NO_DESCRIPTOR: RawFd = -1;
+
+/// Each queue in use has descriptors of its own for every file of a chain; the
+/// usual limit of 1024 is for the sake of `select(2)`, which is not used here.
+fn raise_descriptor_limit() {
+    let limit = getrlimit(Resource::Nofile);
+    let raised = Rlimit {
+        current: limit.maximum,
+        ..limit
+    };
+    if let Err(error) = setrlimit(Resource::Nofile, raised) {
+        log::debug!("the limit of descriptors stays: {error}");
+    }
+}

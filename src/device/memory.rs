@@ -1,0 +1,192 @@
+//! The guest's memory as one queue sees it.
+//!
+//! The front-end may replace the memory table while requests are in flight. A
+//! request keeps the map that its addresses were looked up in; it does so with one
+//! shared reference per queue and table, not one per request.
+
+use std::cell::Cell;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use vm_memory::{GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap};
+
+/// A table of guest memory. It is mapped as long as a reference to it is held.
+pub(super) type GuestMap = GuestMemoryMmap<()>;
+
+/// The memory of a connection, as the library replaces it.
+#[derive(Debug)]
+pub(super) struct SharedMemory {
+    atomic: GuestMemoryAtomic<GuestMap>,
+    /// Counts the tables, so that a queue sees cheaply that there is a new one.
+    generation: AtomicU64,
+}
+
+impl SharedMemory {
+    /// No memory yet.
+    pub fn new() -> Self {
+        Self {
+            atomic: GuestMemoryAtomic::new(GuestMap::new()),
+            generation: AtomicU64::new(0),
+        }
+    }
+
+    /// What the library needs to replace the table.
+    pub fn atomic(&self) -> GuestMemoryAtomic<GuestMap> {
+        self.atomic.clone()
+    }
+
+    /// To be called after each replacement.
+    pub fn replaced(&self) {
+        self.generation.fetch_add(1, Ordering::Release);
+    }
+}
+
+/// Which table a request was parsed with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[must_use = "the table is kept until the hold is released"]
+pub(super) struct Hold(u64);
+
+/// A table and the number of requests that hold it.
+#[derive(Debug)]
+struct Held {
+    generation: u64,
+    map: Arc<GuestMap>,
+    holds: Cell<usize>,
+}
+
+/// The tables that one queue uses: the newest, and older ones that requests in
+/// flight still hold.
+#[derive(Debug)]
+pub(super) struct QueueMemory {
+    shared: Arc<SharedMemory>,
+    newest: Held,
+    older: Vec<Held>,
+}
+
+impl QueueMemory {
+    pub fn new(shared: Arc<SharedMemory>) -> Self {
+        let newest = Held::load(&shared);
+        Self {
+            shared,
+            newest,
+            older: Vec::new(),
+        }
+    }
+
+    /// The newest table known here.
+    pub fn map(&self) -> &GuestMap {
+        &self.newest.map
+    }
+
+    /// Whether the front-end has replaced the table that [`Self::map`] gives.
+    pub fn is_stale(&self) -> bool {
+        self.shared.generation.load(Ordering::Acquire) != self.newest.generation
+    }
+
+    /// Takes over a new table, if there is one.
+    pub fn refresh(&mut self) {
+        if !self.is_stale() {
+            return;
+        }
+        let old = std::mem::replace(&mut self.newest, Held::load(&self.shared));
+        if old.holds.get() > 0 {
+            self.older.push(old);
+        }
+    }
+
+    /// Keeps the newest table until [`Self::release`].
+    pub fn hold(&self) -> Hold {
+        self.newest.holds.set(self.newest.holds.get() + 1);
+        Hold(self.newest.generation)
+    }
+
+    /// The table of a hold.
+    pub fn held(&self, hold: Hold) -> &GuestMap {
+        if hold.0 == self.newest.generation {
+            return &self.newest.map;
+        }
+        self.older
+            .iter()
+            .find(|held| held.generation == hold.0)
+            .map(|held| &*held.map)
+            .expect("a table stays until its last hold is released")
+    }
+
+    /// Ends a hold.
+    pub fn release(&mut self, hold: Hold) {
+        if hold.0 == self.newest.generation {
+            self.newest.drop_one();
+            return;
+        }
+        self.older.retain(|held| {
+            if held.generation == hold.0 {
+                held.drop_one();
+            }
+            held.holds.get() > 0
+        });
+    }
+}
+
+impl Held {
+    fn load(shared: &SharedMemory) -> Self {
+        // The count first: at worst the table is newer than it says, and is loaded
+        // once more.
+        let generation = shared.generation.load(Ordering::Acquire);
+        Self {
+            generation,
+            map: shared.atomic.memory().into_inner(),
+            holds: Cell::new(0),
+        }
+    }
+
+    fn drop_one(&self) {
+        self.holds.set(self.holds.get() - 1);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use vm_memory::{GuestAddress, GuestMemoryBackend};
+
+    fn replace(shared: &SharedMemory, len: usize) {
+        let map = GuestMap::from_ranges(&[(GuestAddress(0), len)]).unwrap();
+        shared.atomic.lock().unwrap().replace(map);
+        shared.replaced();
+    }
+
+    #[test]
+    fn a_replaced_table_stays_mapped_until_its_last_request_ends() {
+        let shared = Arc::new(SharedMemory::new());
+        replace(&shared, 0x1000);
+        let mut memory = QueueMemory::new(Arc::clone(&shared));
+        let first = memory.hold();
+        let second = memory.hold();
+        let old = Arc::downgrade(&memory.newest.map);
+
+        replace(&shared, 0x2000);
+        assert!(memory.is_stale());
+        memory.refresh();
+        assert!(!memory.is_stale());
+        let third = memory.hold();
+        assert_eq!(memory.map().last_addr(), GuestAddress(0x1fff));
+        assert_eq!(memory.held(first).last_addr(), GuestAddress(0xfff));
+        assert_eq!(memory.held(third).last_addr(), GuestAddress(0x1fff));
+
+        memory.release(first);
+        assert!(old.upgrade().is_some());
+        memory.release(second);
+        assert!(old.upgrade().is_none());
+        memory.release(third);
+    }
+
+    #[test]
+    fn a_table_that_nobody_holds_goes_at_once() {
+        let shared = Arc::new(SharedMemory::new());
+        let mut memory = QueueMemory::new(Arc::clone(&shared));
+        let old = Arc::downgrade(&memory.newest.map);
+        replace(&shared, 0x1000);
+        memory.refresh();
+        assert!(old.upgrade().is_none());
+    }
+}

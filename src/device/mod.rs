@@ -1,0 +1,214 @@
+//! virtio-blk over vhost-user.
+//!
+//! A [`BlockDevice`] is what a virtual disk looks like to drivers; a
+//! [`Connection`] serves it to one front-end. Each virtqueue has a thread:
+//!
+//! - `worker`: the thread's loop between ring and engine;
+//! - `request`: from a descriptor chain to a checked request and to its answer;
+//! - `requests`: those of one queue that are in flight;
+//! - `memory`: the guest's memory, replaceable under requests in flight;
+//! - `gate`: how another thread has a queue drained;
+//! - `backend`, `vring`: what the vhost-user library calls;
+//! - `config`: feature bits, configuration space and limits;
+//! - `ratelimit`: all logging, since guests can provoke most of it.
+//!
+//! Knows virtio and vhost-user. Must not know clusters, files or sockets' paths:
+//! it hands sectors and memory to the engine ([`crate::ploop`]) and hears how it
+//! went.
+#![deny(clippy::disallowed_macros)]
+
+mod backend;
+mod config;
+mod connection;
+mod gate;
+mod memory;
+mod ratelimit;
+mod request;
+mod requests;
+mod vring;
+mod worker;
+
+use std::fmt;
+use std::num::NonZeroU16;
+use std::str::FromStr;
+use std::sync::Arc;
+
+use thiserror::Error;
+
+pub use connection::{Connection, ConnectionError};
+pub use gate::Parked;
+
+use crate::ploop::Engine;
+use crate::storage::Disk;
+use config::ConfigSpace;
+use ratelimit::RateLimit;
+use request::{ID_LEN, Limits};
+
+/// Most virtqueues: the library names sets of queues by the bits of a `u64`.
+pub const MAX_QUEUES: u16 = 64;
+
+/// Largest ring, in descriptors. virtio allows more; QEMU makes none larger, and
+/// the kernel takes no more segments in one transfer.
+pub const MAX_QUEUE_SIZE: u16 = 1024;
+
+/// The disk's serial number: what Linux shows in `/sys/block/vda/serial`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Serial([u8; ID_LEN]);
+
+/// A text that is no [`Serial`].
+#[derive(Clone, Debug, Error, PartialEq, Eq)]
+pub enum SerialError {
+    /// It has too many bytes.
+    #[error("a serial number has at most {ID_LEN} bytes; this one has {0}")]
+    TooLong(usize),
+    /// It has something other than visible ASCII characters and spaces in it.
+    #[error("a serial number has only visible ASCII characters, not {0:?}")]
+    NotVisible(char),
+}
+
+impl Serial {
+    /// The beginning of a file's name, as far as it fits.
+    pub fn from_file_name(name: &str) -> Self {
+        let mut bytes = [0; ID_LEN];
+        let visible = name.bytes().filter(u8::is_ascii_graphic);
+        for (to, from) in bytes.iter_mut().zip(visible) {
+            *to = from;
+        }
+        Self(bytes)
+    }
+
+    /// Padded with zeros; not terminated if it is full.
+    pub(crate) fn as_bytes(&self) -> &[u8; ID_LEN] {
+        &self.0
+    }
+}
+
+impl FromStr for Serial {
+    type Err = SerialError;
+
+    fn from_str(text: &str) -> Result<Self, SerialError> {
+        if let Some(odd) = text.chars().find(|c| !matches!(c, ' '..='~')) {
+            return Err(SerialError::NotVisible(odd));
+        }
+        let mut bytes = [0; ID_LEN];
+        bytes
+            .get_mut(..text.len())
+            .ok_or(SerialError::TooLong(text.len()))?
+            .copy_from_slice(text.as_bytes());
+        Ok(Self(bytes))
+    }
+}
+
+/// How many queues of what size a device offers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Queues {
+    number: NonZeroU16,
+    size: NonZeroU16,
+}
+
+/// Queues that cannot be.
+#[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
+pub enum QueuesError {
+    /// None or too many.
+    #[error("{0} queues are not possible; 1 to {MAX_QUEUES} are")]
+    Number(u16),
+    /// Not a power of two from 4 on: the smallest request has 3 descriptors.
+    #[error("a queue size of {0} is not possible; 4 to {MAX_QUEUE_SIZE}, a power of two, is")]
+    Size(u16),
+}
+
+impl Queues {
+    /// `number` queues of up to `size` descriptors.
+    ///
+    /// # Errors
+    /// See [`QueuesError`].
+    pub fn new(number: u16, size: u16) -> Result<Self, QueuesError> {
+        let number = NonZeroU16::new(number)
+            .filter(|n| n.get() <= MAX_QUEUES)
+            .ok_or(QueuesError::Number(number))?;
+        let size = NonZeroU16::new(size)
+            .filter(|s| s.is_power_of_two() && (4..=MAX_QUEUE_SIZE).contains(&s.get()))
+            .ok_or(QueuesError::Size(size))?;
+        Ok(Self { number, size })
+    }
+}
+
+/// A virtual disk as drivers see it. Outlives the front-ends that come and go.
+pub struct BlockDevice<D: Disk> {
+    engine: Arc<Engine<D>>,
+    serial: Serial,
+    queues: Queues,
+    /// For log lines that a guest can provoke.
+    guest_limit: RateLimit,
+    /// For the others, so that a guest cannot drown them.
+    host_limit: RateLimit,
+}
+
+impl<D: Disk> BlockDevice<D> {
+    /// Shows what `engine` serves.
+    pub fn new(engine: Arc<Engine<D>>, serial: Serial, queues: Queues) -> Self {
+        Self {
+            engine,
+            serial,
+            queues,
+            guest_limit: RateLimit::new(),
+            host_limit: RateLimit::new(),
+        }
+    }
+
+    fn engine(&self) -> &Arc<Engine<D>> {
+        &self.engine
+    }
+
+    fn serial(&self) -> &[u8; ID_LEN] {
+        self.serial.as_bytes()
+    }
+
+    fn num_queues(&self) -> u16 {
+        self.queues.number.get()
+    }
+
+    fn queue_size(&self) -> u16 {
+        self.queues.size.get()
+    }
+
+    fn guest_limit(&self) -> &RateLimit {
+        &self.guest_limit
+    }
+
+    fn host_limit(&self) -> &RateLimit {
+        &self.host_limit
+    }
+
+    fn limits(&self) -> Limits {
+        Limits {
+            disk_size: self.engine.disk_size(),
+            read_only: self.engine.is_read_only(),
+            max_ranges: config::MAX_RANGES,
+            max_range_sectors: config::MAX_RANGE_SECTORS,
+        }
+    }
+
+    fn config_space(&self, writeback: bool) -> ConfigSpace {
+        ConfigSpace {
+            disk_size: self.engine.disk_size(),
+            num_queues: self.num_queues(),
+            queue_size: self.queue_size(),
+            host_block: self.engine.zero_granularity(),
+            cluster: self.engine.geometry().cluster.bytes() as u32,
+            writeback,
+        }
+    }
+}
+
+impl<D: Disk> fmt::Debug for BlockDevice<D> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("BlockDevice")
+            .field("serial", &self.serial)
+            .field("queues", &self.queues)
+            .finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests;

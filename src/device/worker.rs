@@ -1,0 +1,255 @@
+//! One virtqueue's thread.
+//!
+//! It takes chains from the ring and puts answers back as long as there are any,
+//! and tells the driver meanwhile that it need not kick. Then it sleeps in the
+//! library's event loop, which watches the kick, the engine's descriptors and the
+//! [`Gate`]. Everything here runs on the queue's own thread.
+
+use std::ffi::CString;
+use std::fmt::Display;
+use std::io;
+use std::os::fd::RawFd;
+use std::sync::Arc;
+
+use smallvec::SmallVec;
+use vhost_user_backend::VringT;
+use virtio_queue::{QueueOwnedT, QueueT};
+
+use super::BlockDevice;
+use super::gate::{Gate, Order, Parked};
+use super::memory::{QueueMemory, SharedMemory};
+use super::ratelimit::guest_log;
+use super::request::{self, Rejected};
+use super::requests::{Requests, Used};
+use super::vring::Vring;
+use crate::storage::Disk;
+
+/// What a look at the available ring has brought.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Taken {
+    /// At least one chain; perhaps there are more.
+    Some,
+    /// Nothing is there.
+    Nothing,
+    /// As many requests are in flight as the ring has room for.
+    Full,
+    /// The ring is stopped, disabled, or makes no sense.
+    Unusable,
+}
+
+/// Whether the thread goes on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Next {
+    /// Wait for the next event.
+    Sleep,
+    /// End the thread.
+    End,
+}
+
+/// The state of one queue thread.
+pub(super) struct Worker<D: Disk> {
+    index: usize,
+    device: Arc<BlockDevice<D>>,
+    gate: Arc<Gate>,
+    memory: QueueMemory,
+    requests: Requests<D>,
+    named: bool,
+}
+
+impl<D: Disk> Worker<D> {
+    pub fn new(
+        index: usize,
+        device: Arc<BlockDevice<D>>,
+        gate: Arc<Gate>,
+        memory: Arc<SharedMemory>,
+    ) -> Self {
+        Self {
+            index,
+            gate,
+            memory: QueueMemory::new(memory),
+            requests: Requests::new(index, Arc::clone(&device)),
+            device,
+            named: false,
+        }
+    }
+
+    /// Opens the engine's side when the ring is first used: a ring that no driver
+    /// enables costs next to nothing. Returns the descriptors to be watched from
+    /// now on; none if it was open.
+    ///
+    /// # Errors
+    /// Any of [`Engine::queue`](crate::ploop::Engine::queue). Requests that are
+    /// served all the same fail.
+    pub fn open(&mut self, vring: &Vring) -> io::Result<SmallVec<[RawFd; 2]>> {
+        if self.requests.is_open() || !is_running(vring) {
+            return Ok(SmallVec::new());
+        }
+        // Before the first request is taken: who stops the ring from now on waits
+        // until this thread has drained it.
+        vring.link(&self.gate);
+        self.gate.set_active();
+        self.requests.open()
+    }
+
+    /// Gives the engine's side back. Nothing may be in flight.
+    pub fn close(&mut self) {
+        self.requests.close();
+    }
+
+    /// Names the thread after its queue; the library names all of them alike.
+    pub fn name_thread(&mut self) {
+        if std::mem::replace(&mut self.named, true) {
+            return;
+        }
+        // The name is for people who look at the process: no matter if it fails.
+        if let Ok(name) = CString::new(format!("vq{}", self.index)) {
+            let _ = rustix::thread::set_name(&name);
+        }
+    }
+
+    /// Works until there is nothing to do at the moment.
+    pub fn serve(&mut self, vring: &Vring) -> Next {
+        let mut must_find_some = false;
+        loop {
+            if self.gate.has_order() && self.obey(vring) == Next::End {
+                return Next::End;
+            }
+            let taken = self.take(vring);
+            self.requests.poll(&mut self.memory);
+            let answered = self.answer(vring);
+            match taken {
+                Taken::Some => must_find_some = false,
+                _ if answered || self.requests.has_ready() => (),
+                Taken::Nothing if must_find_some => {
+                    self.complain("the available ring cannot be read");
+                    return Next::Sleep;
+                }
+                Taken::Nothing if self.ask_for_kicks(vring) => must_find_some = true,
+                Taken::Nothing | Taken::Full | Taken::Unusable => return Next::Sleep,
+            }
+        }
+    }
+
+    /// Carries out the order that the gate holds.
+    fn obey(&mut self, vring: &Vring) -> Next {
+        let Some((order, receipt)) = self.gate.take() else {
+            return Next::Sleep;
+        };
+        let (parked, next) = match order {
+            Order::Drain => (Parked::Fail, Next::Sleep),
+            Order::Close(parked) => (parked, Next::End),
+        };
+        self.requests.drain(&mut self.memory, parked);
+        self.answer(vring);
+        if next == Next::End {
+            self.close();
+        }
+        self.gate.settle(order, receipt);
+        next
+    }
+
+    /// Takes what the driver has made available and hands it to the engine.
+    fn take(&mut self, vring: &Vring) -> Taken {
+        self.memory.refresh();
+        let limits = self.device.limits();
+        let mut state = vring.get_mut();
+        if !state.is_enabled() || !state.get_queue().ready() {
+            return Taken::Unusable;
+        }
+        let ring = state.get_queue_mut();
+        let ring_size = ring.size();
+        let map = self.memory.map();
+        // This saves kicks; all works without.
+        let _ = ring.disable_notification(map);
+        let mut chains = match ring.iter(map) {
+            Ok(chains) => chains,
+            Err(error) => {
+                self.complain(format_args!("the available ring makes no sense: {error}"));
+                return Taken::Unusable;
+            }
+        };
+        let mut taken = Taken::Nothing;
+        while self.requests.in_flight() < usize::from(ring_size) {
+            let Some(chain) = chains.next() else {
+                return taken;
+            };
+            taken = Taken::Some;
+            let head = chain.head_index();
+            if head >= ring_size {
+                self.complain(format_args!("there is no descriptor {head}"));
+                continue;
+            }
+            // SAFETY: the map is held until the engine has completed the request,
+            // and then gone from it.
+            match unsafe { request::parse(chain, map, &limits) } {
+                Ok(request) => self.requests.accept(head, request, &self.memory),
+                Err(Rejected { reply, .. }) if self.memory.is_stale() => {
+                    // It may lie in memory that the front-end has just added.
+                    if let Some(reply) = reply {
+                        reply.abandon();
+                    }
+                    chains.go_to_previous_position();
+                    return taken;
+                }
+                Err(rejected) => self.requests.reject(head, rejected, map),
+            }
+        }
+        if taken == Taken::Nothing {
+            Taken::Full
+        } else {
+            taken
+        }
+    }
+
+    /// Puts what has ended into the used ring, with one signal for all of it.
+    /// Returns whether there was something.
+    fn answer(&mut self, vring: &Vring) -> bool {
+        if !self.requests.has_used() {
+            return false;
+        }
+        let mut state = vring.get_mut();
+        let ring = state.get_queue_mut();
+        let map = self.memory.map();
+        let mut result = Ok(());
+        for Used { head, len } in self.requests.take_used() {
+            result = result.and(ring.add_used(map, head, len));
+        }
+        let signalled = match ring.needs_notification(map) {
+            Ok(false) => Ok(()),
+            Ok(true) | Err(_) => state.signal_used_queue(),
+        };
+        drop(state);
+        if let Err(error) = result {
+            self.complain(format_args!("the used ring cannot be written: {error}"));
+        }
+        if let Err(error) = signalled {
+            self.complain(format_args!("the driver cannot be signalled: {error}"));
+        }
+        true
+    }
+
+    /// Asks the driver to kick from now on. Returns whether there is something in
+    /// the ring already.
+    fn ask_for_kicks(&self, vring: &Vring) -> bool {
+        let mut state = vring.get_mut();
+        state
+            .get_queue_mut()
+            .enable_notification(self.memory.map())
+            .unwrap_or(false)
+    }
+
+    fn complain(&self, what: impl Display) {
+        guest_log!(
+            self.device.guest_limit(),
+            Warn,
+            "queue {}: {what}",
+            self.index
+        );
+    }
+}
+
+/// Whether requests may be taken from the ring.
+fn is_running(vring: &Vring) -> bool {
+    let state = vring.get_ref();
+    state.is_enabled() && state.get_queue().ready()
+}

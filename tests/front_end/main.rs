@@ -1,0 +1,663 @@
+//! The device against `vhost`'s own front-end and rings made by hand: what a guest
+//! in QEMU or `blkio` does not do, and what nobody should.
+
+mod held;
+mod rig;
+
+use std::{sync::mpsc, thread};
+
+use rig::*;
+use vhost::VhostBackend;
+use vhost::vhost_user::VhostUserFrontend;
+use vhost_user_ploop::device::Parked;
+use virtio_bindings::virtio_blk::{
+    VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH,
+    VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES,
+};
+
+const OK: u8 = 0;
+const IOERR: u8 = 1;
+const UNSUPP: u8 = 2;
+
+/// How many requests a test has in flight.
+const BUSY: usize = 8;
+
+fn pattern(seed: u8, len: usize) -> Vec<u8> {
+    (0..len)
+        .map(|at| (at as u8).wrapping_mul(7) ^ seed)
+        .collect()
+}
+
+/// Writes a sector and reads it back into another place of the memory.
+fn expect_service(front_end: &mut FrontEnd, queue: usize) {
+    let data = pattern(queue as u8, 512);
+    front_end.fill(DATA, &data);
+    front_end.fill(DATA + 512, &[0; 512]);
+    let sector = 100 + queue as u64;
+    let ring = &mut front_end.rings[queue];
+    assert_eq!(
+        ring.run(VIRTIO_BLK_T_OUT, sector, &[readable(DATA, 512)]),
+        (OK, 1)
+    );
+    let target = [writable(DATA + 512, 512)];
+    assert_eq!(ring.run(VIRTIO_BLK_T_IN, sector, &target), (OK, 513));
+    assert_eq!(front_end.bytes(DATA + 512, 512), data);
+}
+
+#[test]
+fn every_queue_serves_every_kind_of_request() {
+    let rig = Rig::new();
+    let (mut front_end, _connection) = rig.start();
+    for queue in 0..front_end.rings.len() {
+        expect_service(&mut front_end, queue);
+        let range = [&100_u64.to_le_bytes()[..], &8_u32.to_le_bytes(), &[0; 4]].concat();
+        front_end.fill(DATA, &range);
+        let ring = &mut front_end.rings[queue];
+        let ranges = [readable(DATA, 16)];
+        assert_eq!(ring.run(VIRTIO_BLK_T_FLUSH, 0, &[]), (OK, 1));
+        assert_eq!(ring.run(VIRTIO_BLK_T_WRITE_ZEROES, 0, &ranges), (OK, 1));
+        assert_eq!(ring.run(VIRTIO_BLK_T_DISCARD, 0, &ranges), (OK, 1));
+        assert_eq!(
+            ring.run(VIRTIO_BLK_T_GET_ID, 0, &[writable(DATA, 20)]),
+            (OK, 21)
+        );
+        assert_eq!(
+            &front_end.bytes(DATA, 20)[..SERIAL.len()],
+            SERIAL.as_bytes()
+        );
+        front_end.fill(DATA, &[1; 512]);
+        let ring = &mut front_end.rings[queue];
+        let target = [writable(DATA, 512)];
+        assert_eq!(ring.run(VIRTIO_BLK_T_IN, 100, &target), (OK, 513));
+        assert_eq!(front_end.bytes(DATA, 512), [0; 512]);
+    }
+}
+
+#[test]
+fn a_driver_without_event_idx_is_served() {
+    let rig = Rig::new();
+    let (mut front_end, _connection) = rig.connect();
+    front_end.negotiate(WITHOUT_EVENT_IDX);
+    front_end.start_rings();
+    expect_service(&mut front_end, 0);
+}
+
+#[test]
+fn a_batch_has_one_signal() {
+    let rig = Rig::new();
+    let (mut front_end, _connection) = rig.start();
+    let ring = &mut front_end.rings[0];
+    let heads = make_busy(&rig, ring);
+    rig.disk.let_go();
+    for _ in &heads {
+        ring.wait_used();
+    }
+    thread::sleep(A_WHILE);
+    assert!(!ring.was_signalled());
+}
+
+/// Writes what later reads have to fetch from the disk: holes and zeros need none.
+fn map_sectors(ring: &mut Ring, count: usize) {
+    ring.fill(DATA, &pattern(1, 512 * count));
+    let data = [readable(DATA, 512 * count as u32)];
+    assert_eq!(ring.run(VIRTIO_BLK_T_OUT, 0, &data), (OK, 1));
+}
+
+/// Puts reads in flight and keeps them there.
+fn make_busy(rig: &Rig, ring: &mut Ring) -> Vec<u16> {
+    map_sectors(ring, BUSY);
+    rig.disk.hold();
+    let heads = (0..BUSY as u64)
+        .map(|index| ring.request(VIRTIO_BLK_T_IN, index, &[writable(DATA + 512 * index, 512)]))
+        .collect();
+    ring.kick();
+    rig.disk.wait_for_held(BUSY);
+    heads
+}
+
+/// Checks that all of these are in the used ring now, successfully.
+fn expect_answered(ring: &mut Ring, heads: &[u16]) {
+    let mut used: Vec<_> = std::iter::from_fn(|| ring.take_used()).collect();
+    used.sort_unstable();
+    let expected: Vec<_> = heads.iter().map(|&head| (head, 513)).collect();
+    assert_eq!(used, expected);
+    for &head in heads {
+        assert_eq!(ring.status(head), OK);
+    }
+}
+
+/// Sends a message while requests are in flight. It must be answered only when
+/// they are, and then all of them.
+fn expect_drained_by<R: Send>(
+    message: impl FnOnce(&mut FrontEnd) -> R + Send,
+) -> (Rig, FrontEnd, R, Served) {
+    let rig = Rig::new();
+    let (mut front_end, connection) = rig.start();
+    let heads = make_busy(&rig, &mut front_end.rings[0]);
+    let reply = thread::scope(|scope| {
+        let (tell, answered) = mpsc::channel();
+        let front_end = &mut front_end;
+        let rig = &rig;
+        let heads = &heads;
+        let sender = scope.spawn(move || {
+            let reply = message(front_end);
+            tell.send(()).unwrap();
+            expect_answered(&mut front_end.rings[0], heads);
+            reply
+        });
+        let early = answered.recv_timeout(A_WHILE);
+        rig.disk.let_go();
+        assert_eq!(
+            early,
+            Err(mpsc::RecvTimeoutError::Timeout),
+            "it did not wait"
+        );
+        sender.join().unwrap()
+    });
+    // The connection is still good.
+    front_end.vhost.get_features().unwrap();
+    (rig, front_end, reply, connection)
+}
+
+#[test]
+fn stopping_a_ring_drains_it() {
+    let (_rig, mut front_end, base, _connection) =
+        expect_drained_by(|front_end| front_end.vhost.get_vring_base(0).unwrap());
+    assert_eq!(base, u32::from(front_end.rings[0].avail_idx()));
+    // Nothing is taken from a stopped ring, and all of it when it runs again.
+    let ring = &mut front_end.rings[0];
+    let head = ring.request(VIRTIO_BLK_T_FLUSH, 0, &[]);
+    ring.kick();
+    thread::sleep(A_WHILE);
+    assert_eq!(ring.take_used(), None);
+    let ring_start = ring.avail_idx() - 1;
+    restart_ring(&mut front_end, 0, ring_start);
+    assert_eq!(front_end.rings[0].wait_used(), (head, 1));
+    expect_service(&mut front_end, 0);
+    expect_service(&mut front_end, 1);
+}
+
+fn restart_ring(front_end: &mut FrontEnd, index: usize, base: u16) {
+    front_end.start_ring_at(index, base);
+    front_end.vhost.set_vring_enable(index, true).unwrap();
+}
+
+#[test]
+fn disabling_a_ring_drains_it() {
+    let (_rig, mut front_end, (), _connection) = expect_drained_by(|front_end| {
+        front_end.vhost.set_vring_enable(0, false).unwrap();
+    });
+    let ring = &mut front_end.rings[0];
+    let head = ring.request(VIRTIO_BLK_T_FLUSH, 0, &[]);
+    ring.kick();
+    thread::sleep(A_WHILE);
+    assert_eq!(ring.take_used(), None);
+    front_end.vhost.set_vring_enable(0, true).unwrap();
+    assert_eq!(front_end.rings[0].wait_used(), (head, 1));
+    expect_service(&mut front_end, 0);
+}
+
+#[test]
+fn resetting_the_device_drains_it() {
+    let (_rig, mut front_end, (), _connection) = expect_drained_by(|front_end| {
+        front_end.vhost.reset_device().unwrap();
+    });
+    let features = front_end.vhost.get_features().unwrap();
+    front_end.vhost.set_features(features).unwrap();
+    for index in 0..front_end.rings.len() {
+        front_end.vhost.get_vring_base(index).unwrap();
+        front_end.rings[index].forget();
+    }
+    front_end.start_rings();
+    expect_service(&mut front_end, 0);
+    expect_service(&mut front_end, 3);
+}
+
+#[test]
+fn a_disconnect_drains_the_rings() {
+    let rig = Rig::new();
+    let (mut front_end, connection) = rig.start();
+    let heads = make_busy(&rig, &mut front_end.rings[0]);
+    let FrontEnd {
+        vhost, mut rings, ..
+    } = front_end;
+    drop(vhost);
+    assert!(!connection.has_ended_within(A_WHILE), "it did not wait");
+    rig.disk.let_go();
+    assert!(connection.has_ended_within(PATIENCE));
+    expect_answered(&mut rings[0], &heads);
+    connection.stop(Parked::Drop);
+
+    let (mut front_end, _connection) = rig.start();
+    expect_service(&mut front_end, 0);
+}
+
+#[test]
+fn stopping_the_device_drains_the_rings() {
+    let rig = Rig::new();
+    let (mut front_end, connection) = rig.start();
+    let heads = make_busy(&rig, &mut front_end.rings[2]);
+    let stopping = thread::spawn(move || connection.stop(Parked::Fail));
+    thread::sleep(A_WHILE);
+    assert!(!stopping.is_finished(), "it did not wait");
+    rig.disk.let_go();
+    stopping.join().unwrap();
+    expect_answered(&mut front_end.rings[2], &heads);
+}
+
+#[test]
+fn idle_and_unused_rings_stop_at_once() {
+    let rig = Rig::new();
+    let (mut front_end, connection) = rig.connect();
+    front_end.negotiate(u64::MAX);
+    for index in 0..front_end.rings.len() {
+        front_end.vhost.set_vring_enable(index, false).unwrap();
+        assert_eq!(front_end.vhost.get_vring_base(index).unwrap(), 0);
+    }
+    front_end.vhost.reset_device().unwrap();
+    connection.stop(Parked::Fail);
+}
+
+#[test]
+fn a_request_from_before_the_start_is_found_without_a_kick() {
+    let rig = Rig::new();
+    let (mut front_end, _connection) = rig.connect();
+    front_end.negotiate(u64::MAX);
+    let early = front_end.rings[0].request(VIRTIO_BLK_T_FLUSH, 0, &[]);
+    front_end.start_ring_at(0, 0);
+    let late = front_end.rings[0].request(VIRTIO_BLK_T_FLUSH, 0, &[]);
+    // The kick comes before the ring is enabled.
+    front_end.rings[0].kick();
+    thread::sleep(A_WHILE);
+    assert_eq!(front_end.rings[0].take_used(), None, "it is not enabled");
+    front_end.vhost.set_vring_enable(0, true).unwrap();
+    let mut used = [
+        front_end.rings[0].wait_used(),
+        front_end.rings[0].wait_used(),
+    ];
+    used.sort_unstable();
+    assert_eq!(used, [(early, 1), (late, 1)]);
+}
+
+#[test]
+fn a_kick_that_somebody_else_reads_does_not_end_the_queue() {
+    let rig = Rig::new();
+    let (mut front_end, _connection) = rig.start();
+    // The device and this loop compete for the kicks.
+    for _ in 0..200 {
+        let ring = &mut front_end.rings[0];
+        let head = ring.request(VIRTIO_BLK_T_FLUSH, 0, &[]);
+        ring.kick();
+        let _ = ring.kick.read();
+        ring.kick();
+        assert_eq!(ring.wait_used(), (head, 1));
+    }
+    expect_service(&mut front_end, 0);
+}
+
+#[test]
+fn requests_in_flight_keep_their_memory() {
+    let rig = Rig::new();
+    let (mut front_end, _connection) = rig.start();
+    front_end.fill(DATA, &pattern(9, 512));
+    let ring = &mut front_end.rings[0];
+    assert_eq!(
+        ring.run(VIRTIO_BLK_T_OUT, 5, &[readable(DATA, 512)]),
+        (OK, 1)
+    );
+    rig.disk.hold();
+    let read = ring.request(VIRTIO_BLK_T_IN, 5, &[writable(FAR, 512)]);
+    ring.kick();
+    rig.disk.wait_for_held(1);
+    // The region goes while the kernel has its address.
+    front_end.set_memory(2);
+    rig.disk.let_go();
+    assert_eq!(front_end.rings[0].wait_used(), (read, 513));
+    assert_eq!(front_end.bytes(FAR, 512), pattern(9, 512));
+    // New requests do not find it any more.
+    let ring = &mut front_end.rings[0];
+    assert_eq!(
+        ring.run(VIRTIO_BLK_T_IN, 5, &[writable(FAR, 512)]),
+        (IOERR, 1)
+    );
+    expect_service(&mut front_end, 0);
+}
+
+#[test]
+fn regions_come_and_go_one_by_one() {
+    let rig = Rig::new();
+    let (mut front_end, _connection) = rig.start();
+    front_end.set_memory(2);
+    assert!(front_end.vhost.get_max_mem_slots().unwrap() > 8);
+    let far = front_end.region(2);
+    for _ in 0..50 {
+        let read = [writable(FAR, 512)];
+        assert_eq!(
+            front_end.rings[0].run(VIRTIO_BLK_T_IN, 5, &read),
+            (IOERR, 1)
+        );
+        front_end.vhost.add_mem_region(&far).unwrap();
+        assert_eq!(front_end.rings[0].run(VIRTIO_BLK_T_IN, 5, &read), (OK, 513));
+        front_end.vhost.remove_mem_region(&far).unwrap();
+    }
+}
+
+#[test]
+fn data_may_lie_anywhere_in_the_memory() {
+    let rig = Rig::new();
+    let (mut front_end, _connection) = rig.start();
+    let data = pattern(3, 4096);
+    // Over a seam, at odd addresses, and in many pieces.
+    let pieces = [(SEAM - 1000, 1999), (DATA + 1, 97), (FAR + 513, 2000)];
+    let mut at = 0;
+    let descs = pieces.map(|(addr, len)| {
+        front_end.fill(addr, &data[at..at + len]);
+        at += len;
+        readable(addr, len as u32)
+    });
+    assert_eq!(at, data.len());
+    let ring = &mut front_end.rings[0];
+    assert_eq!(ring.run(VIRTIO_BLK_T_OUT, 40, &descs), (OK, 1));
+    let target = writable(SEAM - 2048, 4096);
+    assert_eq!(ring.run(VIRTIO_BLK_T_IN, 40, &[target]), (OK, 4097));
+    assert_eq!(front_end.bytes(SEAM - 2048, 4096), data);
+}
+
+#[test]
+fn refused_requests_are_answered_and_the_next_one_works() {
+    let rig = Rig::new();
+    let (mut front_end, _connection) = rig.start();
+    let size = DISK_SIZE.0;
+    front_end.fill(DATA, &[0xff; 512]);
+    let cases: &[(u32, u64, Vec<Desc>, u8)] = &[
+        (VIRTIO_BLK_T_IN, size, vec![writable(DATA, 512)], IOERR),
+        (VIRTIO_BLK_T_IN, size - 1, vec![writable(DATA, 1024)], IOERR),
+        (VIRTIO_BLK_T_OUT, u64::MAX, vec![readable(DATA, 512)], IOERR),
+        (
+            VIRTIO_BLK_T_OUT,
+            u64::MAX / 512 + 1,
+            vec![readable(DATA, 512)],
+            IOERR,
+        ),
+        (VIRTIO_BLK_T_IN, 0, vec![], IOERR),
+        (VIRTIO_BLK_T_OUT, 0, vec![], IOERR),
+        (VIRTIO_BLK_T_IN, 0, vec![writable(DATA, 513)], IOERR),
+        (VIRTIO_BLK_T_OUT, 0, vec![readable(DATA, 513)], IOERR),
+        (VIRTIO_BLK_T_IN, 0, vec![writable(1 << 40, 512)], IOERR),
+        (
+            VIRTIO_BLK_T_OUT,
+            0,
+            vec![readable(u64::MAX - 5, 512)],
+            IOERR,
+        ),
+        (
+            VIRTIO_BLK_T_OUT,
+            0,
+            vec![readable(FAR + REGION_LEN - 1, 512)],
+            IOERR,
+        ),
+        // Ranges of ones: flags that nobody knows, beyond the end.
+        (VIRTIO_BLK_T_DISCARD, 0, vec![readable(DATA, 16)], IOERR),
+        (VIRTIO_BLK_T_DISCARD, 0, vec![readable(DATA, 7)], IOERR),
+        (VIRTIO_BLK_T_WRITE_ZEROES, 0, vec![], IOERR),
+        (VIRTIO_BLK_T_GET_ID, 0, vec![], IOERR),
+        (77, 0, vec![], UNSUPP),
+        (u32::MAX, 0, vec![writable(DATA, 512)], UNSUPP),
+    ];
+    for (kind, sector, data, status) in cases {
+        let answer = front_end.rings[0].run(*kind, *sector, data);
+        assert_eq!(answer, (*status, 1), "{kind} at {sector}: {data:?}");
+        expect_service(&mut front_end, 0);
+    }
+}
+
+#[test]
+fn chains_without_an_answer_come_back_and_the_next_one_works() {
+    let rig = Rig::new();
+    let (mut front_end, _connection) = rig.start();
+    let ring = &mut front_end.rings[0];
+    let header = ring.header(VIRTIO_BLK_T_IN, 0);
+    let chains: &[&[Desc]] = &[
+        &[header],
+        &[header, readable(DATA, 512)],
+        &[header, writable(1 << 50, 512)],
+        &[readable(0, 0)],
+        &[
+            readable(0, u32::MAX),
+            readable(0, u32::MAX),
+            writable(DATA, 1),
+        ],
+    ];
+    for chain in chains {
+        let head = front_end.rings[0].chain(chain);
+        front_end.rings[0].kick();
+        assert_eq!(front_end.rings[0].wait_used(), (head, 0), "{chain:?}");
+        expect_service(&mut front_end, 0);
+    }
+}
+
+#[test]
+fn tables_that_loop_or_lead_nowhere_end() {
+    let rig = Rig::new();
+    let (mut front_end, _connection) = rig.start();
+    let ring = &mut front_end.rings[0];
+    let link = |desc: Desc, next| Desc {
+        flags: desc.flags | NEXT,
+        next,
+        ..desc
+    };
+    let table = |addr, len| Desc {
+        flags: INDIRECT,
+        ..readable(addr, len)
+    };
+    let header = ring.header(VIRTIO_BLK_T_IN, 0);
+    let status = writable(DATA, 1);
+    let tables: &[&[Desc]] = &[
+        &[link(header, 0)],
+        &[link(header, 1), link(status, 0)],
+        &[link(header, 5000)],
+        &[link(header, RING_SIZE)],
+        &[table(DATA, 15)],
+        &[table(1 << 40, 48)],
+        &[table(u64::MAX - 15, 48)],
+        &[table(ring.table(), 16)],
+        &[table(DATA, 0xffff_fff0)],
+    ];
+    for descs in tables {
+        let ring = &mut front_end.rings[0];
+        ring.write_table(ring.table(), descs);
+        ring.make_available(0);
+        ring.kick();
+        assert_eq!(ring.wait_used(), (0, 0), "{descs:?}");
+        expect_service(&mut front_end, 0);
+    }
+}
+
+#[test]
+fn heads_and_indexes_that_cannot_be_are_survived() {
+    let rig = Rig::new();
+    let (mut front_end, connection) = rig.start();
+    // A head that does not exist is no chain; the one after it is served.
+    let ring = &mut front_end.rings[0];
+    ring.make_available(RING_SIZE);
+    ring.make_available(u16::MAX);
+    let head = ring.request(VIRTIO_BLK_T_FLUSH, 0, &[]);
+    ring.kick();
+    assert_eq!(ring.wait_used(), (head, 1));
+    // More entries than the ring has.
+    let ring = &front_end.rings[0];
+    ring.set_avail_idx(ring.avail_idx().wrapping_add(RING_SIZE + 1));
+    ring.kick();
+    thread::sleep(A_WHILE);
+    // The other queues do not notice, and this one can be restarted.
+    expect_service(&mut front_end, 1);
+    front_end.vhost.get_vring_base(0).unwrap();
+    front_end.rings[0].forget();
+    restart_ring(&mut front_end, 0, 0);
+    expect_service(&mut front_end, 0);
+    connection.stop(Parked::Fail);
+}
+
+#[test]
+fn the_same_chain_again_and_again_fills_the_ring_and_no_more() {
+    let rig = Rig::new();
+    let (mut front_end, _connection) = rig.start();
+    let ring = &mut front_end.rings[0];
+    map_sectors(ring, 1);
+    rig.disk.hold();
+    let head = ring.request(VIRTIO_BLK_T_IN, 0, &[writable(DATA, 512)]);
+    ring.kick();
+    rig.disk.wait_for_held(1);
+    for count in 2..=RING_SIZE {
+        ring.make_available(head);
+        ring.kick();
+        rig.disk.wait_for_held(count.into());
+    }
+    // As many as the ring has room for are in flight: the device takes no more,
+    // and does not spin either.
+    for _ in 0..RING_SIZE / 2 {
+        ring.make_available(head);
+    }
+    ring.kick();
+    thread::sleep(A_WHILE);
+    rig.disk.let_go();
+    for _ in 0..RING_SIZE + RING_SIZE / 2 {
+        assert_eq!(ring.wait_used(), (head, 513));
+    }
+    expect_service(&mut front_end, 0);
+}
+
+#[test]
+fn any_part_of_the_configuration_space_can_be_read() {
+    let rig = Rig::new();
+    let (mut front_end, _connection) = rig.connect();
+    front_end.negotiate(u64::MAX);
+    let whole = front_end.get_config(0, 256);
+    assert_eq!(whole[..8], DISK_SIZE.0.to_le_bytes());
+    assert_eq!(whole[60..], [0; 196]);
+    for (offset, size) in [
+        (0, 1),
+        (0, 36),
+        (0, 60),
+        (0, 96),
+        (32, 1),
+        (58, 10),
+        (100, 100),
+    ] {
+        let part = front_end.get_config(offset, size);
+        assert_eq!(part, whole[offset as usize..(offset + size) as usize]);
+    }
+}
+
+#[test]
+fn the_write_cache_can_be_turned_off_and_on() {
+    const WRITEBACK: u32 = 32;
+    let rig = Rig::new();
+    let (mut front_end, _connection) = rig.start();
+    assert_eq!(front_end.get_config(WRITEBACK, 1), [1]);
+    for (mode, is_stable) in [(0, true), (1, false), (0, true)] {
+        front_end.set_config(WRITEBACK, &[mode]);
+        assert_eq!(front_end.get_config(WRITEBACK, 1), [mode]);
+        let before = rig.disk.syncs();
+        front_end.fill(DATA, &pattern(mode, 512));
+        let write = front_end.rings[0].run(VIRTIO_BLK_T_OUT, 9, &[readable(DATA, 512)]);
+        assert_eq!(write, (OK, 1));
+        assert_eq!(rig.disk.syncs() > before, is_stable, "mode {mode}");
+    }
+    // What cannot be written is left alone, and the connection lives.
+    front_end.set_config(0, &[1, 2, 3]);
+    front_end.set_config(WRITEBACK, &[1, 0]);
+    assert_eq!(front_end.get_config(0, 8), DISK_SIZE.0.to_le_bytes());
+    assert_eq!(front_end.get_config(WRITEBACK, 1), [0]);
+    // A reset turns it on again.
+    front_end.vhost.reset_device().unwrap();
+    assert_eq!(front_end.get_config(WRITEBACK, 1), [1]);
+}
+
+#[test]
+fn a_driver_that_cannot_flush_gets_stable_writes() {
+    let cannot_flush = !(1 << VIRTIO_BLK_F_FLUSH | 1 << VIRTIO_BLK_F_CONFIG_WCE);
+    for (features, is_stable) in [(cannot_flush, true), (u64::MAX, false)] {
+        let rig = Rig::new();
+        let (mut front_end, _connection) = rig.connect();
+        front_end.negotiate(features);
+        front_end.start_rings();
+        front_end.fill(DATA, &pattern(1, 512));
+        let ring = &mut front_end.rings[0];
+        // The first write may sync for its own reasons.
+        assert_eq!(
+            ring.run(VIRTIO_BLK_T_OUT, 9, &[readable(DATA, 512)]),
+            (OK, 1)
+        );
+        let before = rig.disk.syncs();
+        assert_eq!(
+            ring.run(VIRTIO_BLK_T_OUT, 9, &[readable(DATA, 512)]),
+            (OK, 1)
+        );
+        assert_eq!(rig.disk.syncs() > before, is_stable);
+    }
+}
+
+#[test]
+fn front_ends_come_and_go_and_come_again() {
+    let rig = Rig::new();
+    for round in 0..20 {
+        let (mut front_end, connection) = rig.start();
+        expect_service(&mut front_end, round % 4);
+        drop(front_end);
+        assert!(connection.has_ended_within(PATIENCE));
+        connection.stop(Parked::Drop);
+        // One that says nothing.
+        let (front_end, connection) = rig.connect();
+        drop(front_end);
+        assert!(connection.has_ended_within(PATIENCE));
+        connection.stop(Parked::Drop);
+    }
+}
+
+#[test]
+fn a_full_host_disk_does_not_hang_the_front_end() {
+    for message in ["stop", "disable", "reset", "end"] {
+        let rig = Rig::new();
+        let (mut front_end, connection) = rig.start();
+        let ring = &mut front_end.rings[0];
+        rig.disk.set_full(true);
+        ring.fill(DATA, &pattern(1, 512));
+        let head = ring.request(VIRTIO_BLK_T_OUT, 1 << 14, &[readable(DATA, 512)]);
+        ring.kick();
+        thread::sleep(A_WHILE);
+        assert_eq!(ring.take_used(), None, "it waits for space");
+        match message {
+            "stop" => drop(front_end.vhost.get_vring_base(0).unwrap()),
+            "disable" => front_end.vhost.set_vring_enable(0, false).unwrap(),
+            "reset" => front_end.vhost.reset_device().unwrap(),
+            _ => connection.stop(Parked::Fail),
+        }
+        let ring = &mut front_end.rings[0];
+        assert_eq!(ring.take_used(), Some((head, 1)), "{message}");
+        assert_eq!(ring.status(head), IOERR, "{message}");
+        rig.disk.set_full(false);
+    }
+}
+
+#[test]
+fn a_disconnect_drops_what_waits_for_space() {
+    let rig = Rig::new();
+    let (mut front_end, connection) = rig.start();
+    let ring = &mut front_end.rings[0];
+    rig.disk.set_full(true);
+    ring.fill(DATA, &pattern(1, 512));
+    let head = ring.request(VIRTIO_BLK_T_OUT, 1 << 14, &[readable(DATA, 512)]);
+    ring.kick();
+    thread::sleep(A_WHILE);
+    let FrontEnd {
+        vhost, mut rings, ..
+    } = front_end;
+    drop(vhost);
+    assert!(connection.has_ended_within(PATIENCE));
+    assert_eq!(rings[0].take_used(), None);
+    assert_eq!(rings[0].status(head), UNTOUCHED);
+    rig.disk.set_full(false);
+    let (mut front_end, _connection) = rig.start();
+    expect_service(&mut front_end, 0);
+}
