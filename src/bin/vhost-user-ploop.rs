@@ -46,11 +46,16 @@ fn abort_on_panic() {
     }));
 }
 
+/// What went wrong, and why. Some errors name their cause in their own words:
+/// then it is not said again.
 fn chain_of_causes(error: &dyn Error) -> String {
     let mut text = error.to_string();
     let mut cause = error.source();
     while let Some(error) = cause {
-        text = format!("{text}: {error}");
+        let words = error.to_string();
+        if !text.ends_with(&words) {
+            text = format!("{text}: {words}");
+        }
         cause = error.source();
     }
     text

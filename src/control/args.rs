@@ -43,7 +43,7 @@ survives a power cut.";
 
 /// Serves a ploop disk image to a virtual machine, as a vhost-user-blk back-end.
 #[derive(Clone, Debug, Parser)]
-#[command(version, about, after_help = AFTER_HELP)]
+#[command(name = "vhost-user-ploop", version, after_help = AFTER_HELP)]
 #[command(group(ArgGroup::new("socket").required(true).args(["socket_path", "fd"])))]
 pub struct Args {
     /// Make the socket here and accept front-ends on it, one after the other.
@@ -86,14 +86,13 @@ pub struct Args {
           value_parser = RangedU64ValueParser::<u64>::new().range(1..=MAX_RUNNERS))]
     pub runners: u64,
 
-    /// Whether the host's page cache is used; as QEMU's `cache`. `none` goes
-    /// around it (O_DIRECT) where the file system can. A guest's flush makes data
-    /// stable in both.
+    /// Whether the host's page cache is used; as QEMU's `cache`. `none` is O_DIRECT
+    /// where the file system can do that. What a guest flushes is stable in both.
     #[arg(long, value_name = "MODE", value_enum, default_value_t = CacheMode::None)]
     pub cache: CacheMode,
 
-    /// How the host does I/O. `auto` takes io_uring, unless the kernel lacks it or
-    /// the image lies in memory (tmpfs), where plain calls are faster.
+    /// How the host does I/O. `auto` is io_uring, unless the kernel lacks it or the
+    /// image lies in memory (tmpfs), where plain calls are faster.
     #[arg(long, value_name = "HOW", value_enum, default_value_t = AioMode::Auto)]
     pub aio: AioMode,
 
@@ -110,8 +109,7 @@ pub struct Args {
           value_parser = RangedU64ValueParser::<u64>::new().range(..=MAX_WRITEBACK_DELAY_MS))]
     pub writeback_delay: u64,
 
-    /// What happens to writes when the host's disk is full. `stop`: they wait
-    /// until there is space, and the guest with them; `report`: they fail.
+    /// What happens to writes that need space when the host's disk is full.
     #[arg(long, value_name = "WHAT", value_enum, default_value_t = EnospcPolicy::Stop)]
     pub on_enospc: EnospcPolicy,
 
@@ -121,33 +119,33 @@ pub struct Args {
     pub log_level: Option<LevelFilter>,
 }
 
-/// See [`Cache`].
+/// [`Cache`], as the command line has it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum CacheMode {
-    /// [`Cache::None`]
+    /// Around the host's page cache.
     None,
-    /// [`Cache::Writeback`]
+    /// Through the host's page cache.
     Writeback,
 }
 
-/// See [`Aio`].
+/// [`Aio`], as the command line has it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum AioMode {
-    /// [`Aio::Auto`]
+    /// What suits the image.
     Auto,
-    /// [`Aio::IoUring`]
+    /// One ring for each thread.
     #[value(name = "io_uring")]
     IoUring,
-    /// [`Aio::Psync`]
+    /// Plain system calls, one after the other.
     Psync,
 }
 
-/// See [`OnEnospc`].
+/// [`OnEnospc`], as the command line has it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum EnospcPolicy {
-    /// [`OnEnospc::Stop`]
+    /// They wait until there is space, and the guest with them.
     Stop,
-    /// [`OnEnospc::Report`]
+    /// They fail.
     Report,
 }
 
