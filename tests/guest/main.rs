@@ -342,7 +342,7 @@ const WRITE_CACHE: &str = r#"
     put 0xa5 200M
     sync
     fio --name=flush --filename=/dev/vda --rw=write --bs=4k --size=4k --offset=300M \
-        --buffer_pattern=0x77 --direct=1 --fsync=1 --minimal >/dev/null
+        --buffer_pattern=0x77 --direct=1 --end_fsync=1 --minimal >/dev/null
     meet_host flushed
     put 0x66 400M
     echo "write through" >/sys/block/vda/cache_type

@@ -24,7 +24,7 @@ use crate::common::{left_out, require_file, require_tool};
 
 /// How long a guest may run. Most need seconds, but the machine may be small
 /// and busy.
-const PATIENCE: Duration = Duration::from_secs(300);
+const PATIENCE: Duration = Duration::from_secs(180);
 
 /// What the guest's kernel says when a disk did not behave.
 const COMPLAINTS: [&str; 8] = [
