@@ -362,11 +362,20 @@ fn reopen_or_share(file: File, writable: bool, direct: bool) -> io::Result<File>
 }
 
 fn reopen(file: &File, writable: bool, direct: bool) -> io::Result<File> {
-    OpenOptions::new()
-        .read(true)
-        .write(writable)
-        .custom_flags(if direct { libc::O_DIRECT } else { 0 })
-        .open(format!("/proc/self/fd/{}", file.as_raw_fd()))
+    let path = format!("/proc/self/fd/{}", file.as_raw_fd());
+    let direct = if direct { libc::O_DIRECT } else { 0 };
+    let open = |flags| {
+        OpenOptions::new()
+            .read(true)
+            .write(writable)
+            .custom_flags(flags)
+            .open(&path)
+    };
+    // Only the owner of a file may read it without a trace.
+    match open(direct | libc::O_NOATIME) {
+        Err(error) if error.raw_os_error() == Some(libc::EPERM) => open(direct),
+        result => result,
+    }
 }
 
 fn set_direct(fd: BorrowedFd<'_>, on: bool) -> io::Result<()> {

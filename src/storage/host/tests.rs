@@ -49,7 +49,8 @@ fn open_way(disk: &HostDisk, way: Way, depth: u32) -> Option<HostIo> {
     }
 }
 
-/// Folders on a disk and in memory.
+/// Folders on a disk and in memory, and in what `PLOOP_TEST_FOLDERS` names, with
+/// colons between, for runs on other file systems.
 fn folders() -> Vec<tempfile::TempDir> {
     let target = Path::new(env!("CARGO_MANIFEST_DIR")).join("target");
     let mut folders = vec![match tempfile::tempdir_in(target) {
@@ -59,6 +60,11 @@ fn folders() -> Vec<tempfile::TempDir> {
     match tempfile::tempdir_in("/dev/shm") {
         Ok(folder) => folders.push(folder),
         Err(error) => eprintln!("LEFT OUT: no files in memory: /dev/shm: {error}"),
+    }
+    if let Some(more) = std::env::var_os("PLOOP_TEST_FOLDERS") {
+        folders.extend(
+            std::env::split_paths(&more).map(|path| tempfile::tempdir_in(path).expect("a folder")),
+        );
     }
     folders
 }
@@ -614,61 +620,82 @@ fn the_descriptor_polls_readable_for_each_kind_of_completion() {
 
 #[test]
 fn direct_io_that_does_not_work_is_given_up_by_all_threads() {
-    let folder = &folders()[0];
+    for folder in &folders() {
+        for way in WAYS {
+            let (path, bytes) = new_file(folder, 1 << 16, 10);
+            let file = File::options()
+                .read(true)
+                .write(true)
+                .custom_flags(libc::O_DIRECT)
+                .open(&path);
+            let Ok(file) = file else {
+                eprintln!("LEFT OUT: no direct I/O in {}", folder.path().display());
+                continue;
+            };
+            // The file system demands more than this, and will say so.
+            let none = Alignment {
+                memory: 1,
+                offset: 1,
+            };
+            let shared = Arc::new(SharedFile::pretend_direct(file, none));
+            let disk = HostDisk::of_shared(vec![shared], false);
+            let (Some(mut io), Some(mut other)) =
+                (open_way(&disk, way, 4), open_way(&disk, way, 4))
+            else {
+                continue;
+            };
+            let (result, op) = run_one(&mut io, read_op(3, 100));
+            assert_eq!(result, Ok(()), "{way:?}");
+            assert!(bytes_of(op) == bytes[3..103]);
+            let (result, _) = run_one(&mut other, write_op(5, b"other", false));
+            assert_eq!(result, Ok(()), "{way:?}");
+            let mut five = [0; 5];
+            disk.read_exact_at(TOP, &mut five, 5).expect("read");
+            assert_eq!(&five, b"other");
+            assert_eq!(disk.write_alignment(), 1);
+        }
+    }
+}
+
+/// Files of proc cannot be opened with `O_DIRECT`.
+#[test]
+fn a_file_that_cannot_be_opened_directly_is_served_through_the_cache() {
+    let memory = host_file(Path::new("/proc/self/mem"), false);
+    let shared = SharedFile::new(memory, Cache::None).expect("opens without");
+    let disk = HostDisk::of_shared(vec![Arc::new(shared)], false);
+    assert_eq!(disk.write_alignment(), 1);
+    let secret = *b"secret";
     for way in WAYS {
-        let (path, bytes) = new_file(folder, 1 << 16, 10);
-        let file = File::options()
-            .read(true)
-            .write(true)
-            .custom_flags(libc::O_DIRECT)
-            .open(&path);
-        let Ok(file) = file else {
-            eprintln!("LEFT OUT: no direct I/O in {}", folder.path().display());
-            return;
-        };
-        // The file system demands more than this, and will say so.
-        let none = Alignment {
-            memory: 1,
-            offset: 1,
-        };
-        let shared = Arc::new(SharedFile::pretend_direct(file, none));
-        let disk = HostDisk::of_shared(vec![shared], false);
-        let (Some(mut io), Some(mut other)) = (open_way(&disk, way, 4), open_way(&disk, way, 4))
-        else {
+        let Some(mut io) = open_way(&disk, way, 4) else {
             continue;
         };
-        let (result, op) = run_one(&mut io, read_op(3, 100));
+        let (result, op) = run_one(&mut io, read_op(secret.as_ptr() as u64, 6));
         assert_eq!(result, Ok(()), "{way:?}");
-        assert!(bytes_of(op) == bytes[3..103]);
-        let (result, _) = run_one(&mut other, write_op(5, b"other", false));
-        assert_eq!(result, Ok(()), "{way:?}");
-        let mut five = [0; 5];
-        disk.read_exact_at(TOP, &mut five, 5).expect("read");
-        assert_eq!(&five, b"other");
-        assert_eq!(disk.write_alignment(), 1);
+        assert_eq!(bytes_of(op), secret);
     }
 }
 
 #[test]
 fn writes_that_are_not_whole_blocks_are_refused_where_they_are_direct() {
-    let folder = &folders()[0];
-    let (path, bytes) = new_file(folder, 1 << 16, 11);
-    let disk = disk_with(&path, Cache::None);
-    let align = disk.write_alignment();
-    if align == 1 {
-        eprintln!("LEFT OUT: {} has no direct I/O", folder.path().display());
-        return;
-    }
-    assert!(align.is_power_of_two());
-    for way in WAYS {
-        let Some(mut io) = open_way(&disk, way, 4) else {
+    for folder in &folders() {
+        let (path, bytes) = new_file(folder, 1 << 16, 11);
+        let disk = disk_with(&path, Cache::None);
+        let align = disk.write_alignment();
+        if align == 1 {
+            eprintln!("LEFT OUT: {folder:?} takes writes of any alignment");
             continue;
-        };
-        let (result, _) = run_one(&mut io, write_op(1, &[1; 7], false));
-        assert_eq!(result, Err(Errno::INVAL));
+        }
+        assert!(align.is_power_of_two());
+        for way in WAYS {
+            let Some(mut io) = open_way(&disk, way, 4) else {
+                continue;
+            };
+            let (result, _) = run_one(&mut io, write_op(1, &[1; 7], false));
+            assert_eq!(result, Err(Errno::INVAL));
+        }
+        assert_eq!(disk.write_alignment(), align, "direct I/O goes on");
+        assert!(std::fs::read(&path).expect("read") == bytes);
     }
-    assert_eq!(disk.write_alignment(), align, "direct I/O goes on");
-    assert!(std::fs::read(&path).expect("read") == bytes);
 }
 
 #[test]
@@ -768,26 +795,27 @@ fn lower_files_are_opened_when_they_are_read() {
 
 #[test]
 fn a_file_that_cannot_be_opened_again_is_shared() {
-    let folder = &folders()[0];
-    let (path, bytes) = new_file(folder, 8192, 16);
-    let given = host_file(&path, true);
-    let shared = Arc::new(SharedFile::new(given, Cache::None).expect("open"));
-    let disk = HostDisk::of_shared(vec![shared], false);
-    for way in WAYS {
-        let files = Files {
-            open: vec![Some(Description::share(&disk.files[0]))],
-            shared: Arc::clone(&disk.files),
-        };
-        let mut io = match way {
-            Way::Psync => HostIo(Access::Psync(Psync::new(files, 4))),
-            Way::Ring(generation) => match Uring::new(files, 4, only(generation)) {
-                Ok(ring) => HostIo(Access::Uring(Box::new(ring))),
-                Err(_) => continue,
-            },
-        };
-        let (result, op) = run_one(&mut io, read_op(0, 8192));
-        assert_eq!(result, Ok(()));
-        assert!(bytes_of(op) == bytes);
+    for folder in &folders() {
+        let (path, bytes) = new_file(folder, 8192, 16);
+        let given = host_file(&path, true);
+        let shared = Arc::new(SharedFile::new(given, Cache::None).expect("open"));
+        let disk = HostDisk::of_shared(vec![shared], false);
+        for way in WAYS {
+            let files = Files {
+                open: vec![Some(Description::share(&disk.files[0]))],
+                shared: Arc::clone(&disk.files),
+            };
+            let mut io = match way {
+                Way::Psync => HostIo(Access::Psync(Psync::new(files, 4))),
+                Way::Ring(generation) => match Uring::new(files, 4, only(generation)) {
+                    Ok(ring) => HostIo(Access::Uring(Box::new(ring))),
+                    Err(_) => continue,
+                },
+            };
+            let (result, op) = run_one(&mut io, read_op(0, 8192));
+            assert_eq!(result, Ok(()));
+            assert!(bytes_of(op) == bytes);
+        }
     }
 }
 
@@ -835,36 +863,37 @@ fn a_disk_has_files() {
 #[test]
 fn punching_gives_space_back_and_keeping_does_not() {
     use std::os::unix::fs::MetadataExt;
-    let folder = &folders()[0];
-    for way in WAYS {
-        let (path, _) = new_file(folder, 1 << 20, 19);
-        let disk = disk_with(&path, Cache::None);
-        let Some(mut io) = open_way(&disk, way, 4) else {
-            continue;
-        };
-        let zero = |mode| Op::Zero {
-            file: TOP,
-            offset: 4096,
-            len: (1 << 20) - 8192,
-            mode,
-        };
-        disk.sync(TOP).expect("sync");
-        let used = || std::fs::metadata(&path).expect("stat").blocks() * 512;
-        let full = used();
-        assert!(full >= 1 << 20);
-        run_one(&mut io, zero(ZeroMode::KeepAllocated))
-            .0
-            .expect("zero");
-        if disk.files[0].can(Fallocation::ZeroRange) {
-            assert!(used() >= 1 << 20, "{}", used());
+    for folder in &folders() {
+        for way in WAYS {
+            let (path, _) = new_file(folder, 1 << 20, 19);
+            let disk = disk_with(&path, Cache::None);
+            let Some(mut io) = open_way(&disk, way, 4) else {
+                continue;
+            };
+            let zero = |mode| Op::Zero {
+                file: TOP,
+                offset: 4096,
+                len: (1 << 20) - 8192,
+                mode,
+            };
+            disk.sync(TOP).expect("sync");
+            let used = || std::fs::metadata(&path).expect("stat").blocks() * 512;
+            let full = used();
+            assert!(full >= 1 << 20);
+            run_one(&mut io, zero(ZeroMode::KeepAllocated))
+                .0
+                .expect("zero");
+            if disk.files[0].can(Fallocation::ZeroRange) {
+                assert!(used() >= 1 << 20, "{}", used());
+            }
+            run_one(&mut io, zero(ZeroMode::Punch)).0.expect("punch");
+            if disk.files[0].can(Fallocation::Punch) {
+                assert!(used() < 1 << 16, "{}", used());
+            } else {
+                eprintln!("LEFT OUT: {} cannot punch holes", folder.path().display());
+            }
+            assert_eq!(disk.len(TOP).expect("len"), 1 << 20);
         }
-        run_one(&mut io, zero(ZeroMode::Punch)).0.expect("punch");
-        if disk.files[0].can(Fallocation::Punch) {
-            assert!(used() < 1 << 16, "{}", used());
-        } else {
-            eprintln!("LEFT OUT: {} cannot punch holes", folder.path().display());
-        }
-        assert_eq!(disk.len(TOP).expect("len"), 1 << 20);
     }
 }
 

@@ -273,7 +273,11 @@ fn apply(model: &mut Vec<u8>, kind: &Kind, offset: usize, data: &[u8]) {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(400))]
+    #![proptest_config(ProptestConfig {
+        cases: 400,
+        failure_persistence: None,
+        ..ProptestConfig::default()
+    })]
 
     #[test]
     fn whatever_the_kernel_does_the_bytes_are_right(case in case()) {
