@@ -1,0 +1,247 @@
+//! What the sectors of a disk may hold, and a load that knows it.
+
+use rand::rngs::SmallRng;
+use rand::{Rng, SeedableRng};
+use smallvec::{SmallVec, smallvec};
+
+use crate::client::{BUFFER, DEPTH, Lane};
+
+pub const SECTOR: usize = 512;
+
+/// Sectors of a unit of the first half of the disk: small, so that each cluster
+/// belongs to all lanes.
+const SMALL_UNIT: u64 = 32;
+
+/// Sectors of a unit of the second half: so large that whole clusters can go.
+const LARGE_UNIT: u64 = 4096;
+
+/// Version of a sector that reads as zeros.
+const ZEROS: u32 = 0;
+
+/// The sectors that belong to one lane. Lanes never touch each other's sectors, so
+/// each knows what its own hold; but they share clusters.
+pub struct Model {
+    lane: u64,
+    lanes: u64,
+    /// Of all sectors of the disk: the versions of which it holds one.
+    sectors: Vec<SmallVec<[u32; 3]>>,
+    next_version: u32,
+    rng: SmallRng,
+    busy: Vec<Busy>,
+}
+
+/// A request in flight.
+struct Busy {
+    tag: usize,
+    start: u64,
+    count: u64,
+    kind: Kind,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    Read,
+    Write(u32),
+    Discard,
+    Zeroes,
+    Flush,
+}
+
+/// The bytes of a sector in a version.
+pub fn content(sector: u64, version: u32) -> [u8; SECTOR] {
+    let mut bytes = [0; SECTOR];
+    if version != ZEROS {
+        for (index, word) in bytes.chunks_exact_mut(8).enumerate() {
+            let mixed = (sector << 32 | u64::from(version))
+                .wrapping_add(index as u64)
+                .wrapping_mul(0x9e37_79b9_7f4a_7c15);
+            word.copy_from_slice(&mixed.to_le_bytes());
+        }
+    }
+    bytes
+}
+
+impl Model {
+    /// Of an empty disk.
+    pub fn new(lane: usize, lanes: usize, sectors: u64, seed: u64) -> Self {
+        Self {
+            lane: lane as u64,
+            lanes: lanes as u64,
+            sectors: vec![smallvec![ZEROS]; sectors as usize],
+            next_version: 1,
+            rng: SmallRng::seed_from_u64(seed ^ (lane as u64) << 32),
+            busy: Vec::new(),
+        }
+    }
+
+    fn owns(&self, sector: u64) -> bool {
+        let half = self.sectors.len() as u64 / 2;
+        let unit = if sector < half {
+            sector / SMALL_UNIT
+        } else {
+            (sector - half) / LARGE_UNIT
+        };
+        unit % self.lanes == self.lane
+    }
+
+    /// A range of own sectors.
+    fn pick(&mut self) -> (u64, u64) {
+        let half = self.sectors.len() as u64 / 2;
+        let (first, unit) = if self.rng.random_bool(0.6) {
+            (0, SMALL_UNIT)
+        } else {
+            (half, LARGE_UNIT)
+        };
+        loop {
+            let units = half / unit / self.lanes;
+            let start = first + (self.rng.random_range(0..units) * self.lanes + self.lane) * unit;
+            let end = (start + unit).min(self.sectors.len() as u64);
+            let mut pick = || self.rng.random_range(start..end);
+            let (a, b) = (pick(), pick());
+            let (a, b) = if self.rng.random_bool(0.2) {
+                (start, end - 1)
+            } else {
+                (a.min(b), a.max(b))
+            };
+            let overlaps = |busy: &Busy| busy.start <= b && a < busy.start + busy.count;
+            if !self.busy.iter().any(overlaps) {
+                return (a, b - a + 1);
+            }
+        }
+    }
+
+    fn pick_kind(&mut self) -> Kind {
+        match self.rng.random_range(0..100) {
+            0..35 => Kind::Read,
+            35..75 => {
+                self.next_version += 1;
+                Kind::Write(self.next_version)
+            }
+            75..85 => Kind::Discard,
+            85..95 => Kind::Zeroes,
+            _ => Kind::Flush,
+        }
+    }
+
+    /// Has up to [`DEPTH`] requests in flight until `count` are done, then none.
+    pub fn load(&mut self, lane: &mut Lane, count: usize) {
+        for _ in 0..count {
+            while self.busy.len() == DEPTH {
+                self.collect(lane, 1);
+            }
+            self.start(lane);
+        }
+        self.finish(lane);
+    }
+
+    /// Starts one request.
+    pub fn start(&mut self, lane: &mut Lane) {
+        let free = |tag: &usize| self.busy.iter().all(|busy| busy.tag != *tag);
+        let tag = (0..DEPTH).find(free).expect("there is room");
+        let (start, mut count) = self.pick();
+        let kind = self.pick_kind();
+        if matches!(kind, Kind::Read | Kind::Write(_)) {
+            count = count.min((BUFFER / SECTOR) as u64);
+        }
+        let (offset, len) = (start * SECTOR as u64, count * SECTOR as u64);
+        match kind {
+            Kind::Read => lane.read(offset, len as usize, tag),
+            Kind::Write(version) => {
+                let sectors = start..start + count;
+                let bytes: Vec<u8> = sectors.flat_map(|at| content(at, version)).collect();
+                lane.write(offset, &bytes, tag);
+            }
+            Kind::Discard => lane.discard(offset, len, tag),
+            Kind::Zeroes => lane.write_zeroes(offset, len, self.rng.random(), tag),
+            Kind::Flush => lane.flush(tag),
+        }
+        let busy = Busy {
+            tag,
+            start,
+            count,
+            kind,
+        };
+        self.may_become(&busy);
+        self.busy.push(busy);
+    }
+
+    /// From now on the sectors may hold what the request makes of them.
+    fn may_become(&mut self, busy: &Busy) {
+        let version = match busy.kind {
+            Kind::Read | Kind::Flush => return,
+            Kind::Write(version) => version,
+            Kind::Discard | Kind::Zeroes => ZEROS,
+        };
+        for sector in busy.start..busy.start + busy.count {
+            let possible = &mut self.sectors[sector as usize];
+            if !possible.contains(&version) {
+                possible.push(version);
+            }
+        }
+    }
+
+    /// Waits for ends and checks what they bring.
+    pub fn collect(&mut self, lane: &mut Lane, min: usize) {
+        for (tag, result) in lane.wait(min) {
+            assert_eq!(result, 0, "request {tag} failed");
+            self.ended(lane, tag);
+        }
+    }
+
+    /// Waits for all that is in flight.
+    pub fn finish(&mut self, lane: &mut Lane) {
+        while !self.busy.is_empty() {
+            self.collect(lane, 1);
+        }
+    }
+
+    /// How many requests are in flight.
+    pub fn in_flight(&self) -> usize {
+        self.busy.len()
+    }
+
+    /// What is in flight will not end any more; it may have been done or not.
+    pub fn forget_in_flight(&mut self) {
+        self.busy.clear();
+    }
+
+    /// A request has ended well.
+    pub fn ended(&mut self, lane: &Lane, tag: usize) {
+        let index = self.busy.iter().position(|busy| busy.tag == tag);
+        let busy = self.busy.swap_remove(index.expect("a request ends once"));
+        let version = match busy.kind {
+            Kind::Flush | Kind::Discard => return,
+            Kind::Read => {
+                let bytes = lane.bytes(tag, busy.count as usize * SECTOR);
+                return self.check(busy.start, &bytes);
+            }
+            Kind::Write(version) => version,
+            Kind::Zeroes => ZEROS,
+        };
+        for sector in busy.start..busy.start + busy.count {
+            self.sectors[sector as usize] = smallvec![version];
+        }
+    }
+
+    /// Checks what sectors were found to hold, as far as they are this lane's; from
+    /// then on they hold no other of the possible versions.
+    pub fn check(&mut self, start: u64, bytes: &[u8]) {
+        for (sector, found) in (start..).zip(bytes.chunks_exact(SECTOR)) {
+            if !self.owns(sector) {
+                continue;
+            }
+            let possible = &mut self.sectors[sector as usize];
+            let held = possible
+                .iter()
+                .copied()
+                .find(|&version| content(sector, version) == found);
+            let Some(version) = held else {
+                panic!(
+                    "sector {sector} holds none of the versions {possible:?}: {:x?}",
+                    &found[..16]
+                );
+            };
+            *possible = smallvec![version];
+        }
+    }
+}
