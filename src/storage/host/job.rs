@@ -261,45 +261,24 @@ impl Job {
             return Step::Nothing(Err(error));
         }
         let through = self.through;
-        match (&mut self.op, &mut self.route) {
-            (Op::Read { offset, buffer, .. }, Route::Straight) => Step::Read {
-                offset: *offset,
-                memory: memory_of(buffer),
-            },
+        let (start, memory) = match (&mut self.op, &mut self.route) {
             (
-                Op::Write {
-                    offset,
-                    buffer,
-                    dsync,
-                    ..
-                },
+                Op::Read { offset, buffer, .. } | Op::Write { offset, buffer, .. },
                 Route::Straight,
-            ) => Step::Write {
-                offset: *offset,
-                memory: memory_of(buffer),
-                dsync: *dsync,
+            ) => (*offset, memory_of(buffer)),
+            (op, Route::Rest(rest)) => (op_offset(op), memory_of_list(rest)),
+            (_, Route::Bounce(bounce)) => (bounce.start, memory_from(&mut bounce.memory, through)),
+            // Not reached: these are not transfers of the operation's own bytes.
+            _ => return Step::Nothing(Err(Errno::INVAL)),
+        };
+        let offset = start + through as u64;
+        match self.op {
+            Op::Write { dsync, .. } => Step::Write {
+                offset,
+                memory,
+                dsync,
             },
-            (op, route) => {
-                let (start, memory) = match route {
-                    Route::Bounce(bounce) => {
-                        (bounce.start, memory_from(&mut bounce.memory, through))
-                    }
-                    Route::Rest(rest) => (op_offset(op), memory_of_list(rest)),
-                    // Not reached: these two were handled before.
-                    Route::Straight | Route::ZeroFill(_) => {
-                        return Step::Nothing(Err(Errno::INVAL));
-                    }
-                };
-                let offset = start + through as u64;
-                match *op {
-                    Op::Write { dsync, .. } => Step::Write {
-                        offset,
-                        memory,
-                        dsync,
-                    },
-                    _ => Step::Read { offset, memory },
-                }
-            }
+            _ => Step::Read { offset, memory },
         }
     }
 
