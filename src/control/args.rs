@@ -10,7 +10,7 @@ use clap::builder::{PossibleValuesParser, RangedU64ValueParser, TypedValueParser
 use clap::{ArgGroup, Parser, ValueEnum};
 use log::LevelFilter;
 
-use crate::device::{MAX_QUEUE_SIZE, MAX_QUEUES, Queues, Serial};
+use crate::device::{DEFAULT_POLL, MAX_QUEUE_SIZE, MAX_QUEUES, Queues, Serial};
 use crate::ploop::{self, OnEnospc};
 use crate::storage::{Aio, Cache, HostOptions};
 
@@ -21,6 +21,9 @@ const PRINT_CAPABILITIES: &str = "--print-capabilities";
 
 /// Most runners: more threads than that only get in each other's way.
 const MAX_RUNNERS: u64 = 64;
+
+/// Longest `--poll-us`: a wait worth sleeping for.
+const MAX_POLL_US: u64 = 1000;
 
 /// Longest `--writeback-delay`, in ms: a minute.
 const MAX_WRITEBACK_DELAY_MS: u64 = 60_000;
@@ -108,6 +111,13 @@ pub struct Args {
           default_value_t = ploop::Options::default().writeback_delay.as_millis() as u64,
           value_parser = RangedU64ValueParser::<u64>::new().range(..=MAX_WRITEBACK_DELAY_MS))]
     pub writeback_delay: u64,
+
+    /// How long a queue's thread looks for new requests before it sleeps, at most,
+    /// in microseconds. It does so only under load; 0: never.
+    #[arg(long, value_name = "US",
+          default_value_t = DEFAULT_POLL.as_micros() as u64,
+          value_parser = RangedU64ValueParser::<u64>::new().range(..=MAX_POLL_US))]
+    pub poll_us: u64,
 
     /// What happens to writes that need space when the host's disk is full.
     #[arg(long, value_name = "WHAT", value_enum, default_value_t = EnospcPolicy::Stop)]
@@ -198,6 +208,11 @@ impl Args {
                 AioMode::Psync => Aio::Psync,
             },
         }
+    }
+
+    /// How long queue threads may look for work before they sleep.
+    pub fn longest_poll(&self) -> Duration {
+        Duration::from_micros(self.poll_us)
     }
 
     /// The serial number: as given, else from the image's name.

@@ -95,7 +95,8 @@ fn serve(
 ) -> Result<ServerSocket, Error> {
     let queues = Queues::new(args.num_queues, args.queue_size)?;
     let engine = Arc::clone(running.engine());
-    let device = BlockDevice::new(engine, args.serial_number(), queues);
+    let device =
+        BlockDevice::new(engine, args.serial_number(), queues).with_poll(args.longest_poll());
     let socket = open_socket(args)?;
     log::info!("{}: ready for a front-end", args.blk_file.display());
     main_loop::run(Arc::new(device), &socket, signals)?;

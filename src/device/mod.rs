@@ -25,6 +25,7 @@ mod memory;
 mod ratelimit;
 mod request;
 mod requests;
+mod spin;
 mod vring;
 mod worker;
 
@@ -32,6 +33,7 @@ use std::fmt;
 use std::num::NonZeroU16;
 use std::str::FromStr;
 use std::sync::Arc;
+use std::time::Duration;
 
 use thiserror::Error;
 
@@ -99,6 +101,10 @@ impl FromStr for Serial {
     }
 }
 
+/// How long a queue thread looks for work before it sleeps, at most; measured in
+/// `docs/performance.md`.
+pub const DEFAULT_POLL: Duration = Duration::from_micros(50);
+
 /// How many queues of what size a device offers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Queues {
@@ -138,6 +144,7 @@ pub struct BlockDevice<D: Disk> {
     engine: Arc<Engine<D>>,
     serial: Serial,
     queues: Queues,
+    longest_poll: Duration,
     /// For log lines that a guest can provoke.
     guest_limit: RateLimit,
     /// For the others, so that a guest cannot drown them.
@@ -151,9 +158,22 @@ impl<D: Disk> BlockDevice<D> {
             engine,
             serial,
             queues,
+            longest_poll: DEFAULT_POLL,
             guest_limit: RateLimit::new(),
             host_limit: RateLimit::new(),
         }
+    }
+
+    /// Lets queue threads look for work this long before they sleep, in place of
+    /// [`DEFAULT_POLL`]. They do only while sleeps are as short as that.
+    #[must_use]
+    pub fn with_poll(mut self, longest: Duration) -> Self {
+        self.longest_poll = longest;
+        self
+    }
+
+    fn longest_poll(&self) -> Duration {
+        self.longest_poll
     }
 
     fn engine(&self) -> &Arc<Engine<D>> {

@@ -21,6 +21,7 @@ use super::memory::{QueueMemory, SharedMemory};
 use super::ratelimit::guest_log;
 use super::request::{self, Rejected};
 use super::requests::{Requests, Used};
+use super::spin::Spin;
 use super::vring::Vring;
 use crate::storage::Disk;
 
@@ -53,6 +54,7 @@ pub(super) struct Worker<D: Disk> {
     gate: Arc<Gate>,
     memory: QueueMemory,
     requests: Requests<D>,
+    spin: Spin,
     named: bool,
 }
 
@@ -68,6 +70,7 @@ impl<D: Disk> Worker<D> {
             gate,
             memory: QueueMemory::new(memory),
             requests: Requests::new(index, Arc::clone(&device)),
+            spin: Spin::new(device.longest_poll()),
             device,
             named: false,
         }
@@ -109,6 +112,7 @@ impl<D: Disk> Worker<D> {
 
     /// Works until there is nothing to do at the moment.
     pub fn serve(&mut self, vring: &Vring) -> Next {
+        self.spin.wake();
         let mut must_find_some = false;
         loop {
             if self.gate.has_order() && self.obey(vring) == Next::End {
@@ -118,14 +122,23 @@ impl<D: Disk> Worker<D> {
             self.requests.poll(&mut self.memory);
             let answered = self.answer(vring);
             match taken {
-                Taken::Some => must_find_some = false,
-                _ if answered || self.requests.has_ready() => (),
+                Taken::Some => {
+                    must_find_some = false;
+                    self.spin.found();
+                }
+                _ if answered || self.requests.has_ready() => self.spin.found(),
+                Taken::Nothing | Taken::Full if !must_find_some && self.spin.goes_on() => {
+                    std::hint::spin_loop();
+                }
                 Taken::Nothing if must_find_some => {
                     self.complain("the available ring cannot be read");
                     return Next::Sleep;
                 }
                 Taken::Nothing if self.ask_for_kicks(vring) => must_find_some = true,
-                Taken::Nothing | Taken::Full | Taken::Unusable => return Next::Sleep,
+                Taken::Nothing | Taken::Full | Taken::Unusable => {
+                    self.spin.sleep();
+                    return Next::Sleep;
+                }
             }
         }
     }

@@ -128,6 +128,11 @@ impl SharedFile {
             Some((file, alignment)) => (file, Some(alignment)),
             None => (reopen_or_share(given, writable, false)?, None),
         };
+        let refused: [AtomicBool; 3] = Default::default();
+        if in_memory(&file).unwrap_or(false) {
+            // Allocating is zeroing there, which would only be done too early.
+            refused[Fallocation::Allocate as usize].store(true, Relaxed);
+        }
         Ok(Self {
             file,
             path,
@@ -135,9 +140,19 @@ impl SharedFile {
             opened_direct: alignment.is_some(),
             alignment: alignment.unwrap_or(Alignment::NONE),
             direct: AtomicBool::new(alignment.is_some()),
-            refused: Default::default(),
+            refused,
             length: Mutex::new(()),
         })
+    }
+
+    /// Takes space for a range now, whatever that costs. A file system that cannot
+    /// is left alone.
+    pub(super) fn reserve(&self, offset: u64, len: u64) -> io::Result<()> {
+        let keep = rustix::fs::FallocateFlags::KEEP_SIZE;
+        match rustix::fs::fallocate(&self.file, keep, offset, len) {
+            Err(Errno::OPNOTSUPP | Errno::NOSYS) => Ok(()),
+            result => Ok(result?),
+        }
     }
 
     /// A file that is taken to be direct with this alignment, whatever it is.
