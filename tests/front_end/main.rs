@@ -1,11 +1,14 @@
 //! The device against `vhost`'s own front-end and rings made by hand: what a guest
 //! in QEMU or `blkio` does not do, and what nobody should.
 
+#[path = "../common/front_end.rs"]
+mod front_end;
 mod held;
 mod rig;
 
 use std::{sync::mpsc, thread};
 
+use front_end::*;
 use rig::*;
 use vhost::VhostBackend;
 use vhost::vhost_user::VhostUserFrontend;

@@ -1,0 +1,374 @@
+//! The daemon as a process: its command line, its socket, its threads, its end.
+
+#[path = "../common/mod.rs"]
+mod common;
+#[path = "../common/front_end.rs"]
+mod front_end;
+
+use std::{
+    fs,
+    os::fd::{AsRawFd, OwnedFd},
+    os::unix::net::{UnixListener, UnixStream},
+    path::{Path, PathBuf},
+    process::{Command, Output, Stdio},
+    thread,
+    time::{Duration, Instant},
+};
+
+use common::{backend::Backend, img::ploop_img};
+use front_end::*;
+use rustix::io::{FdFlags, fcntl_setfd};
+use tempfile::TempDir;
+use vhost::VhostBackend;
+use virtio_bindings::virtio_blk::{
+    VIRTIO_BLK_F_RO, VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT,
+    VIRTIO_BLK_T_WRITE_ZEROES,
+};
+
+const OK: u8 = 0;
+const IOERR: u8 = 1;
+
+struct Rig {
+    folder: TempDir,
+    image: PathBuf,
+    socket: PathBuf,
+}
+
+impl Rig {
+    fn new() -> Self {
+        let folder = TempDir::new().unwrap();
+        let image = folder.path().join("disk.hds");
+        ploop_img(["create", image.to_str().unwrap(), "64M"]).ok();
+        Self {
+            socket: folder.path().join("socket"),
+            image,
+            folder,
+        }
+    }
+
+    fn serve(&self, options: &[&str]) -> Backend {
+        Backend::start(&self.image, &self.socket, options)
+    }
+
+    /// Runs the daemon to its end, which should come at once.
+    fn refused(&self, args: &[&str]) -> String {
+        let socket = format!("--socket-path={}", self.socket.display());
+        refused(&[&[socket.as_str()], args].concat())
+    }
+}
+
+fn daemon(args: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_vhost-user-ploop"));
+    command.args(args).stdin(Stdio::null());
+    command
+}
+
+fn output(args: &[&str]) -> Output {
+    daemon(args).output().unwrap()
+}
+
+/// Runs the daemon, which must fail in order; returns what it says.
+fn refused(args: &[&str]) -> String {
+    let output = output(args);
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert!(!output.status.success(), "{args:?}: {said}");
+    assert!(output.status.code().is_some(), "{args:?}: {said}");
+    assert!(!said.contains("panicked"), "{args:?}: {said}");
+    assert!(output.stdout.is_empty(), "{args:?}");
+    said
+}
+
+fn start_front_end(socket: &Path) -> FrontEnd {
+    let mut front_end = FrontEnd::connect(socket);
+    front_end.negotiate(u64::MAX);
+    front_end.start_rings();
+    front_end
+}
+
+fn expect_service(front_end: &mut FrontEnd) {
+    front_end.fill(DATA, &[7; 512]);
+    let ring = &mut front_end.rings[0];
+    assert_eq!(
+        ring.run(VIRTIO_BLK_T_OUT, 5, &[readable(DATA, 512)]),
+        (OK, 1)
+    );
+    let target = [writable(DATA + 512, 512)];
+    assert_eq!(ring.run(VIRTIO_BLK_T_IN, 5, &target), (OK, 513));
+    assert_eq!(front_end.bytes(DATA + 512, 512), [7; 512]);
+}
+
+#[test]
+fn capabilities_are_printed_whatever_else_is_given() {
+    for args in [
+        &["--print-capabilities"][..],
+        &["--nonsense", "--print-capabilities", "--fd=x"],
+    ] {
+        let output = output(args);
+        assert!(output.status.success());
+        assert_eq!(
+            String::from_utf8(output.stdout).unwrap(),
+            "{\"type\":\"block\",\"features\":[\"read-only\",\"blk-file\"]}\n"
+        );
+    }
+}
+
+#[test]
+fn what_cannot_be_served_is_refused() {
+    let rig = Rig::new();
+    let at = |name: &str| rig.folder.path().join(name);
+    fs::write(at("empty"), "").unwrap();
+    fs::write(at("text"), "not an image".repeat(100)).unwrap();
+    fs::create_dir(at("folder")).unwrap();
+    let header = &fs::read(&rig.image).unwrap()[..64];
+    fs::write(at("cut"), header).unwrap();
+    let fifo = at("fifo");
+    rustix::fs::mkfifoat(rustix::fs::CWD, &fifo, 0o600.into()).unwrap();
+    for name in ["absent", "empty", "text", "folder", "cut", "fifo"] {
+        for read_only in [&[][..], &["--read-only"]] {
+            let file = format!("--blk-file={}", at(name).display());
+            let said = rig.refused(&[&[file.as_str()], read_only].concat());
+            assert!(said.contains(name), "{said}");
+            assert!(!rig.socket.exists(), "{name}");
+        }
+    }
+}
+
+#[test]
+fn an_image_in_use_is_refused() {
+    let rig = Rig::new();
+    let backend = rig.serve(&[]);
+    let other = format!(
+        "--socket-path={}",
+        rig.folder.path().join("other").display()
+    );
+    let file = format!("--blk-file={}", rig.image.display());
+    let said = refused(&[&other, &file]);
+    assert!(said.contains("another process"), "{said}");
+    expect_service(&mut start_front_end(backend.socket()));
+    backend.stop();
+}
+
+#[test]
+fn a_stale_socket_is_replaced_and_a_live_one_is_not() {
+    let rig = Rig::new();
+    rig.serve(&[]).kill();
+    assert!(rig.socket.exists(), "it had no chance to remove it");
+    let mut child = daemon(&[])
+        .arg("--socket-path")
+        .arg(&rig.socket)
+        .arg("--blk-file")
+        .arg(&rig.image)
+        .spawn()
+        .unwrap();
+    let start = Instant::now();
+    while UnixStream::connect(&rig.socket).is_err() {
+        assert!(start.elapsed() < PATIENCE);
+        thread::sleep(Duration::from_millis(10));
+    }
+
+    let other = Rig::new();
+    let file = format!("--blk-file={}", other.image.display());
+    let said = rig.refused(&[&file]);
+    assert!(said.contains("listens"), "{said}");
+    expect_service(&mut start_front_end(&rig.socket));
+    child.kill().unwrap();
+    child.wait().unwrap();
+}
+
+#[test]
+fn a_listening_socket_is_inherited_and_no_other() {
+    let rig = Rig::new();
+    let file = format!("--blk-file={}", rig.image.display());
+    let listener = UnixListener::bind(&rig.socket).unwrap();
+    let (connected, _peer) = UnixStream::pair().unwrap();
+    let inherit = |fd: OwnedFd| {
+        fcntl_setfd(&fd, FdFlags::empty()).unwrap();
+        fd
+    };
+    let (listening, connected) = (inherit(listener.into()), inherit(connected.into()));
+    let argument = |fd: &OwnedFd| format!("--fd={}", fd.as_raw_fd());
+
+    let said = refused(&[&argument(&connected), &file]);
+    assert!(said.contains("not a listening one"), "{said}");
+    let said = refused(&["--fd=999", &file]);
+    assert!(said.contains("999"), "{said}");
+
+    let mut child = daemon(&[&argument(&listening), &file]).spawn().unwrap();
+    drop(listening);
+    let mut front_end = start_front_end(&rig.socket);
+    expect_service(&mut front_end);
+    let pid = rustix::process::Pid::from_child(&child);
+    rustix::process::kill_process(pid, rustix::process::Signal::INT).unwrap();
+    assert!(child.wait().unwrap().success());
+    assert!(rig.socket.exists(), "who made it removes it");
+    ploop_img(["check".as_ref(), rig.image.as_os_str()]).ok();
+}
+
+#[test]
+fn a_second_front_end_waits_its_turn() {
+    let rig = Rig::new();
+    let backend = rig.serve(&[]);
+    let mut first = start_front_end(backend.socket());
+    expect_service(&mut first);
+    let waiting = thread::spawn({
+        let socket = backend.socket().to_owned();
+        move || {
+            let mut second = start_front_end(&socket);
+            expect_service(&mut second);
+        }
+    });
+    thread::sleep(A_WHILE);
+    assert!(
+        !waiting.is_finished(),
+        "two guests at a time destroy the disk"
+    );
+    expect_service(&mut first);
+    drop(first);
+    waiting.join().unwrap();
+    backend.stop();
+}
+
+fn tasks(pid: u32) -> Vec<String> {
+    let tasks = fs::read_dir(format!("/proc/{pid}/task")).unwrap();
+    let name = |task: fs::DirEntry| fs::read_to_string(task.path().join("comm")).ok();
+    tasks
+        .filter_map(|task| Some(name(task.ok()?)?.trim().to_owned()))
+        // The kernel's, for io_uring.
+        .filter(|name| !name.starts_with("iou-"))
+        .collect()
+}
+
+fn descriptors(pid: u32) -> usize {
+    fs::read_dir(format!("/proc/{pid}/fd")).unwrap().count()
+}
+
+#[test]
+fn threads_have_names() {
+    let rig = Rig::new();
+    let backend = rig.serve(&["--runners=3"]);
+    let mut front_end = start_front_end(backend.socket());
+    expect_service(&mut front_end);
+    let tasks = tasks(backend.pid());
+    for name in ["vq0", "vq3", "vq63", "runner0", "runner2", "md", "messages"] {
+        assert!(tasks.iter().any(|task| task == name), "{name}: {tasks:?}");
+    }
+    assert!(
+        !tasks.iter().any(|task| task == "vring_worker"),
+        "{tasks:?}"
+    );
+}
+
+#[test]
+fn front_ends_leave_nothing_behind() {
+    let rig = Rig::new();
+    let backend = rig.serve(&[]);
+    let settle = || {
+        let start = Instant::now();
+        while tasks(backend.pid()).iter().any(|task| task == "connection") {
+            assert!(start.elapsed() < PATIENCE);
+            thread::sleep(Duration::from_millis(5));
+        }
+        // The end is noticed after the thread has gone.
+        thread::sleep(Duration::from_millis(20));
+        (tasks(backend.pid()).len(), descriptors(backend.pid()))
+    };
+    expect_service(&mut start_front_end(backend.socket()));
+    let before = settle();
+    for _ in 0..20 {
+        let mut front_end = start_front_end(backend.socket());
+        expect_service(&mut front_end);
+        // With requests in flight.
+        for ring in &mut front_end.rings {
+            ring.request(VIRTIO_BLK_T_FLUSH, 0, &[]);
+            ring.kick();
+        }
+        drop(front_end);
+        drop(UnixStream::connect(backend.socket()).unwrap());
+    }
+    // All twenty have been served when one more has.
+    expect_service(&mut start_front_end(backend.socket()));
+    assert_eq!(settle(), before);
+    backend.stop();
+}
+
+/// Of all threads together, in clock ticks.
+fn cpu_ticks(pid: u32) -> u64 {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
+    let fields: Vec<_> = stat
+        .rsplit(')')
+        .next()
+        .unwrap()
+        .split_whitespace()
+        .collect();
+    fields[11].parse::<u64>().unwrap() + fields[12].parse::<u64>().unwrap()
+}
+
+#[test]
+fn an_idle_daemon_uses_no_cpu() {
+    let rig = Rig::new();
+    let backend = rig.serve(&[]);
+    let mut front_end = start_front_end(backend.socket());
+    expect_service(&mut front_end);
+    // What the write leaves to be done is done by then.
+    thread::sleep(Duration::from_millis(500));
+    let before = cpu_ticks(backend.pid());
+    thread::sleep(Duration::from_secs(2));
+    assert!(cpu_ticks(backend.pid()) - before <= 1);
+    backend.stop();
+}
+
+#[test]
+fn a_read_only_image_is_not_touched() {
+    let rig = Rig::new();
+    let backend = rig.serve(&[]);
+    expect_service(&mut start_front_end(backend.socket()));
+    backend.stop();
+
+    let state = || {
+        let metadata = fs::metadata(&rig.image).unwrap();
+        (fs::read(&rig.image).unwrap(), metadata.modified().unwrap())
+    };
+    let before = state();
+    let backend = rig.serve(&["--read-only"]);
+    let mut front_end = start_front_end(backend.socket());
+    let features = front_end.vhost.get_features().unwrap();
+    assert_ne!(features & (1 << VIRTIO_BLK_F_RO), 0);
+    let ring = &mut front_end.rings[0];
+    assert_eq!(
+        ring.run(VIRTIO_BLK_T_IN, 5, &[writable(DATA, 512)]),
+        (OK, 513)
+    );
+    assert_eq!(
+        ring.run(VIRTIO_BLK_T_OUT, 5, &[readable(DATA, 512)]),
+        (IOERR, 1)
+    );
+    for kind in [VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_WRITE_ZEROES] {
+        assert_eq!(ring.run(kind, 0, &[readable(DATA, 16)]), (IOERR, 1));
+    }
+    assert_eq!(ring.run(VIRTIO_BLK_T_FLUSH, 0, &[]), (OK, 1));
+    assert_eq!(front_end.bytes(DATA, 512), [7; 512]);
+    drop(front_end);
+    backend.stop();
+    assert!(state() == before, "the file was changed");
+}
+
+#[test]
+fn ending_with_a_front_end_closes_the_image() {
+    let rig = Rig::new();
+    let backend = rig.serve(&[]);
+    let mut front_end = start_front_end(backend.socket());
+    expect_service(&mut front_end);
+    backend.stop();
+    ploop_img(["check".as_ref(), rig.image.as_os_str()]).ok();
+    // The front-end notices, and can come back.
+    assert!(front_end.vhost.get_features().is_err());
+    let backend = rig.serve(&[]);
+    let mut front_end = start_front_end(backend.socket());
+    let ring = &mut front_end.rings[0];
+    assert_eq!(
+        ring.run(VIRTIO_BLK_T_IN, 5, &[writable(DATA, 512)]),
+        (OK, 513)
+    );
+    assert_eq!(front_end.bytes(DATA, 512), [7; 512]);
+    backend.stop();
+}
