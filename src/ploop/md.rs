@@ -638,28 +638,34 @@ impl<D: Disk> MdWriter<D> {
         let step = self.extension();
         let low_water = engine.options.low_water;
         if let SpaceStep::Extend(clusters) =
-            self.space.step(engine.alloc.available(), low_water, step)
+            self.space
+                .step(engine.alloc.available(), low_water, step, now)
         {
             self.extend(clusters, now);
         }
         self.fail_hopeless();
     }
 
-    /// By how many clusters the file shall grow: in large steps, but not beyond
-    /// what the whole disk takes.
+    /// By how many clusters the file usually grows.
     fn extension(&self) -> u32 {
+        let shift = self.engine.geometry().cluster.shift();
+        let step = self.engine.options.preallocation >> shift;
+        u32::try_from(step).unwrap_or(u32::MAX).max(1)
+    }
+
+    /// How many clusters the file lacks for the whole disk to be mapped; at least
+    /// one, for some may be on their way through reclaim.
+    fn missing(&self) -> u32 {
         let geometry = self.engine.geometry();
-        let step = self.engine.options.preallocation >> geometry.cluster.shift();
         let in_file = self.engine.alloc.end() - geometry.first_host_cluster().0;
-        let missing = geometry.entries.saturating_sub(in_file);
-        (step as u32).min(missing).max(1)
+        geometry.entries.saturating_sub(in_file).max(1)
     }
 
     fn extend(&mut self, clusters: u32, now: Duration) {
         let engine = self.engine.clone();
         let end = engine.alloc.end();
         let limit = engine.geometry().host_cluster_limit();
-        self.space.begin_extending();
+        self.space.begin_extending(now);
         if engine.has_sync_failed() || end >= limit {
             let error = if end >= limit {
                 EngineError::ImageFull
@@ -672,7 +678,7 @@ impl<D: Disk> MdWriter<D> {
             }
             return;
         }
-        let clusters = clusters.min(limit - end);
+        let clusters = clusters.min(limit - end).min(self.missing());
         let op = Op::Allocate {
             file: engine.top(),
             offset: engine.geometry().host_offset(HostCluster(end)),

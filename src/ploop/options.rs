@@ -28,7 +28,8 @@ pub struct Options {
     pub writeback_delay: Duration,
     /// What to do when the host file system is full.
     pub on_enospc: OnEnospc,
-    /// By how many bytes the file grows ahead of its writers.
+    /// By how many bytes the file grows ahead of its writers, at least; up to
+    /// eight times as many when they use that up within a second.
     pub preallocation: u64,
     /// When no more clusters than this are left to be given out, the file grows. Set by the engine.
     pub(super) low_water: u32,
@@ -41,7 +42,7 @@ impl Default for Options {
             runners: 2,
             max_queues: 64,
             queue_depth: 256,
-            writeback_delay: Duration::from_millis(100),
+            writeback_delay: Duration::from_secs(1),
             on_enospc: OnEnospc::Stop,
             preallocation: 128 << 20,
             low_water: 0,

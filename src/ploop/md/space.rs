@@ -11,6 +11,12 @@ use super::super::pio::{Pio, QueueMessage};
 /// How long after the host said that it is full it is asked again.
 const RETRY: Duration = Duration::from_millis(500);
 
+/// Writers that use a step up in less are fast.
+const FAST: Duration = Duration::from_secs(1);
+
+/// The largest step, as a multiple of the usual one.
+const FACTOR_MAX: u32 = 8;
+
 /// What the metadata thread shall do next about space.
 pub(super) enum SpaceStep {
     Nothing,
@@ -25,6 +31,8 @@ pub(super) struct Space {
     /// Parked pios that have had their last try.
     hopeless: Vec<Pio>,
     extending: bool,
+    /// When the file was made longer last, and by how many times the usual step.
+    last_extension: Option<(Duration, u32)>,
     /// Somebody has needed space: from then on the file grows ahead.
     needed: bool,
     /// The host is full. When to look again.
@@ -81,21 +89,35 @@ impl Space {
     }
 
     /// What shall be done now, with so many clusters to be given out.
-    pub fn step(&self, available: u32, low_water: u32, step: u32) -> SpaceStep {
+    pub fn step(&self, available: u32, low_water: u32, step: u32, now: Duration) -> SpaceStep {
         let may_ask =
             self.retry_at.is_none() || self.ask_again || self.parked.iter().any(|pio| pio.last_try);
         if self.extending || !may_ask || !self.needed || available > low_water {
             return SpaceStep::Nothing;
         }
         // A full host may still have space for one.
-        let clusters = if self.announced { 1 } else { step };
+        let clusters = if self.announced {
+            1
+        } else {
+            step.saturating_mul(self.next_factor(now))
+        };
         SpaceStep::Extend(clusters.max(1))
     }
 
     /// The file is being made longer.
-    pub fn begin_extending(&mut self) {
+    pub fn begin_extending(&mut self, now: Duration) {
         self.extending = true;
         self.ask_again = false;
+        self.last_extension = Some((now, self.next_factor(now)));
+    }
+
+    /// How many times the usual step is right: while the host makes the file
+    /// longer, direct writes to it wait, so fast writers get larger steps.
+    fn next_factor(&self, now: Duration) -> u32 {
+        match self.last_extension {
+            Some((at, factor)) if now.saturating_sub(at) < FAST => (factor * 2).min(FACTOR_MAX),
+            _ => 1,
+        }
     }
 
     /// The file could not be made longer by so many clusters. True if it should
