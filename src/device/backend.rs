@@ -214,6 +214,10 @@ impl<D: Disk> VhostUserBackend for Backend<D> {
 
     fn update_memory(&self, _memory: GuestMemoryAtomic<GuestMap>) -> io::Result<()> {
         self.memory.replaced();
+        // Idle queues, too, shall let go of memory that the guest has no more.
+        for slot in &self.slots {
+            slot.gate.nudge();
+        }
         Ok(())
     }
 

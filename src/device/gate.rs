@@ -93,9 +93,21 @@ impl Gate {
         });
         state.given += 1;
         self.pending.store(true, Ordering::Release);
+        self.wake();
+        Some(state.given)
+    }
+
+    /// Makes the queue thread look round without an order, if it has ever been
+    /// active.
+    pub fn nudge(&self) {
+        if self.active.load(Ordering::SeqCst) {
+            self.wake();
+        }
+    }
+
+    fn wake(&self) {
         // It can only fail when the counter is full: then it is readable anyway.
         let _ = rustix::io::write(&self.wake, &1_u64.to_ne_bytes());
-        Some(state.given)
     }
 
     /// Waits until the order with this receipt is carried out.

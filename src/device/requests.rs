@@ -13,7 +13,7 @@ use super::gate::Parked;
 use super::memory::{Hold, QueueMemory};
 use super::ratelimit::guest_log;
 use super::request::{ID_LEN, Operation, Rejected, Reply, Request, Status};
-use crate::ploop::{self, Done, EngineError, Queue};
+use crate::ploop::{self, Command, Done, EngineError, Queue};
 use crate::storage::{Disk, Segments};
 
 /// An answered chain, for the used ring.
@@ -25,9 +25,32 @@ pub(super) struct Used {
     pub len: u32,
 }
 
+/// What the engine may have of one queue at a time, in bytes that are read or
+/// written, before no more is taken from the ring. One request may be larger. It
+/// bounds the memory that a guest can make the engine use; what a disk can do at a
+/// time is far below.
+const MAX_LOAD: u64 = 512 << 20;
+
+/// A discard or write-zeroes of so many bytes weighs as much as a transfer of one:
+/// it is done in larger pieces.
+const RANGE_BYTES_PER_BYTE: u64 = 64;
+
+/// How much of [`MAX_LOAD`] a command takes.
+fn weight(command: &Command) -> u64 {
+    match command {
+        Command::Read { data, .. } | Command::Write { data, .. } => data.len() as u64,
+        Command::Flush => 0,
+        Command::Discard { ranges } | Command::WriteZeroes { ranges, .. } => {
+            let bytes = ranges.iter().map(|range| range.count.bytes());
+            bytes.sum::<u64>() / RANGE_BYTES_PER_BYTE
+        }
+    }
+}
+
 /// A request that the engine has.
 #[derive(Debug)]
 struct InFlight {
+    weight: u64,
     head: u16,
     reply: Reply,
     memory: Hold,
@@ -42,6 +65,8 @@ pub(super) struct Requests<D: Disk> {
     engine: Option<Queue<D>>,
     /// By the tag that the engine knows them by.
     in_flight: Slab<InFlight>,
+    /// The weight of all of them.
+    load: u64,
     used: Vec<Used>,
     /// Empty; kept for its memory.
     done: Vec<Done>,
@@ -54,6 +79,7 @@ impl<D: Disk> Requests<D> {
             device,
             engine: None,
             in_flight: Slab::new(),
+            load: 0,
             used: Vec::new(),
             done: Vec::new(),
         }
@@ -86,9 +112,10 @@ impl<D: Disk> Requests<D> {
         self.engine = None;
     }
 
-    /// How many requests the engine has.
-    pub fn in_flight(&self) -> usize {
-        self.in_flight.len()
+    /// Whether the engine should have one more request, of a ring of that size. If
+    /// not, it has some that will end.
+    pub fn has_room(&self, ring_size: u16) -> bool {
+        self.in_flight.len() < usize::from(ring_size) && self.load < MAX_LOAD
     }
 
     /// Starts a request that was parsed with the newest map of `memory`.
@@ -96,7 +123,10 @@ impl<D: Disk> Requests<D> {
         let Request { operation, reply } = request;
         let (status, reply) = match (operation, &mut self.engine) {
             (Operation::Engine(command), Some(engine)) => {
+                let weight = weight(&command);
+                self.load += weight;
                 let tag = self.in_flight.insert(InFlight {
+                    weight,
                     head,
                     reply,
                     memory: memory.hold(),
@@ -163,10 +193,12 @@ impl<D: Disk> Requests<D> {
     fn settle(&mut self, memory: &mut QueueMemory, parked: Parked) {
         for Done { tag, result } in self.done.drain(..) {
             let InFlight {
+                weight,
                 head,
                 reply,
                 memory: hold,
             } = self.in_flight.remove(tag as usize);
+            self.load -= weight;
             if let Err(error) = &result {
                 guest_log!(
                     self.device.guest_limit(),
@@ -190,4 +222,29 @@ impl<D: Disk> Requests<D> {
 /// Answers `VIRTIO_BLK_T_GET_ID`; `target` has at most [`ID_LEN`] bytes.
 fn write_id(target: &Segments, serial: &[u8; ID_LEN]) {
     target.copy_from(0, &serial[..target.len()]);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::device::config::{MAX_RANGE_SECTORS, MAX_RANGES};
+    use crate::format::Sector;
+    use crate::ploop::SectorRange;
+
+    #[test]
+    fn a_ring_full_of_the_largest_discards_weighs_more_than_is_allowed_at_a_time() {
+        let range = SectorRange {
+            start: Sector(0),
+            count: Sector(MAX_RANGE_SECTORS.into()),
+        };
+        let ranges = (0..MAX_RANGES).map(|_| range).collect();
+        let largest = weight(&Command::Discard { ranges });
+        assert_eq!(largest, (128 << 30) / 64);
+        assert!(largest * 8 > MAX_LOAD);
+    }
+
+    #[test]
+    fn a_flush_weighs_nothing() {
+        assert_eq!(weight(&Command::Flush), 0);
+    }
 }

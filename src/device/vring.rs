@@ -3,8 +3,11 @@
 use std::fs::File;
 use std::io::{self, IoSliceMut};
 use std::os::fd::{AsRawFd, BorrowedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, MutexGuard, OnceLock};
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fs::OFlags;
 use rustix::io::{Errno, ReadWriteFlags, preadv2};
 use vhost_user_backend::{VringMutex, VringState, VringStateGuard, VringStateMutGuard, VringT};
 use virtio_queue::{Error as QueueError, Queue, QueueT};
@@ -15,8 +18,8 @@ use super::memory::GuestMap;
 
 type Memory = GuestMemoryAtomic<GuestMap>;
 
-/// The library's ring, changed in three places: see [`VringT::set_enabled`],
-/// [`VringT::set_queue_ready`] and [`VringT::read_kick`] below.
+/// The library's ring, changed in four places: see [`VringT::set_enabled`],
+/// [`VringT::set_queue_ready`], [`VringT::read_kick`] and [`Self::signal`].
 ///
 /// It has a lock. A queue's own thread takes it once or twice per batch of
 /// requests, another thread only to serve a message of the front-end.
@@ -24,6 +27,8 @@ type Memory = GuestMemoryAtomic<GuestMap>;
 pub(super) struct Vring {
     inner: VringMutex<Memory>,
     gate: Arc<OnceLock<Arc<Gate>>>,
+    /// Whether a write to the call descriptor can block.
+    call_may_block: Arc<AtomicBool>,
 }
 
 impl Vring {
@@ -31,6 +36,25 @@ impl Vring {
     /// first request. (The library makes the rings and knows nothing of gates.)
     pub fn link(&self, gate: &Arc<Gate>) {
         self.gate.get_or_init(|| Arc::clone(gate));
+    }
+
+    /// Signals the driver; `state` is what [`VringT::get_mut`] gives. Never blocks:
+    /// where the descriptor is full, the driver has not heard of earlier signals
+    /// yet, and needs no more.
+    ///
+    /// # Errors
+    /// Any of `write(2)`.
+    pub fn signal(&self, state: &VringState<Memory>) -> io::Result<()> {
+        if self.call_may_block.load(Ordering::Relaxed)
+            && let Some(call) = state.get_call()
+            && !is_ready(call, PollFlags::OUT)
+        {
+            return Ok(());
+        }
+        match state.signal_used_queue() {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(()),
+            result => result,
+        }
     }
 }
 
@@ -47,6 +71,7 @@ impl VringT<Memory> for Vring {
         Ok(Self {
             inner: VringMutex::new(memory, max_queue_size)?,
             gate: Arc::default(),
+            call_may_block: Arc::default(),
         })
     }
 
@@ -63,7 +88,7 @@ impl VringT<Memory> for Vring {
     }
 
     fn signal_used_queue(&self) -> io::Result<()> {
-        self.inner.signal_used_queue()
+        self.signal(&self.get_ref())
     }
 
     fn enable_notification(&self) -> Result<bool, QueueError> {
@@ -144,9 +169,9 @@ impl VringT<Memory> for Vring {
         if let Some(kick) = state.get_kick() {
             // SAFETY: the descriptor is open as long as `state` is borrowed.
             let fd = unsafe { BorrowedFd::borrow_raw(kick.as_raw_fd()) };
-            if read_now(fd) == Err(Errno::OPNOTSUPP) {
-                // Not an eventfd, or an old kernel. Left unread, it would be
-                // reported for ever.
+            // Not an eventfd, or an old kernel, refuses. Left unread, it would be
+            // reported for ever.
+            if read_now(fd) == Err(Errno::OPNOTSUPP) && is_ready(kick, PollFlags::IN) {
                 let _ = kick.consume();
             }
         }
@@ -154,6 +179,11 @@ impl VringT<Memory> for Vring {
     }
 
     fn set_call(&self, file: Option<File>) {
+        // All front-ends of note make it non-blocking. The flag is that of their
+        // descriptor as well, so it is not ours to set.
+        let flags = file.as_ref().map(rustix::fs::fcntl_getfl);
+        let may_block = matches!(flags, Some(Ok(flags)) if !flags.contains(OFlags::NONBLOCK));
+        self.call_may_block.store(may_block, Ordering::Relaxed);
         self.inner.set_call(file);
     }
 
@@ -169,6 +199,14 @@ fn read_now(event: BorrowedFd<'_>) -> Result<(), Errno> {
     let mut counter = [0; 8];
     let mut buffers = [IoSliceMut::new(&mut counter)];
     preadv2(event, &mut buffers, NO_OFFSET, ReadWriteFlags::NOWAIT).map(drop)
+}
+
+/// Whether it can be read or written at once.
+fn is_ready(fd: &impl AsRawFd, how: PollFlags) -> bool {
+    // SAFETY: the descriptor is open as long as `fd` is borrowed.
+    let fd = unsafe { BorrowedFd::borrow_raw(fd.as_raw_fd()) };
+    let now = Timespec::default();
+    poll(&mut [PollFd::from_borrowed_fd(fd, how)], Some(&now)) == Ok(1)
 }
 
 #[cfg(test)]

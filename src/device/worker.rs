@@ -19,7 +19,7 @@ use super::BlockDevice;
 use super::gate::{Gate, Order, Parked};
 use super::memory::{QueueMemory, SharedMemory};
 use super::ratelimit::guest_log;
-use super::request::{self, Rejected};
+use super::request;
 use super::requests::{Requests, Used};
 use super::spin::Spin;
 use super::vring::Vring;
@@ -28,11 +28,11 @@ use crate::storage::Disk;
 /// What a look at the available ring has brought.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Taken {
-    /// At least one chain; perhaps there are more.
+    /// At least one chain, or a reason to look again at once.
     Some,
     /// Nothing is there.
     Nothing,
-    /// As many requests are in flight as the ring has room for.
+    /// As many requests are in flight as may be.
     Full,
     /// The ring is stopped, disabled, or makes no sense.
     Unusable,
@@ -181,8 +181,13 @@ impl<D: Disk> Worker<D> {
                 return Taken::Unusable;
             }
         };
+        // Looked at behind the available index: what was made available before then
+        // may lie in memory that was there before then, and in no older.
+        if self.memory.is_stale() {
+            return Taken::Some;
+        }
         let mut taken = Taken::Nothing;
-        while self.requests.in_flight() < usize::from(ring_size) {
+        while self.requests.has_room(ring_size) {
             let Some(chain) = chains.next() else {
                 return taken;
             };
@@ -196,14 +201,6 @@ impl<D: Disk> Worker<D> {
             // and then gone from it.
             match unsafe { request::parse(chain, map, &limits) } {
                 Ok(request) => self.requests.accept(head, request, &self.memory),
-                Err(Rejected { reply, .. }) if self.memory.is_stale() => {
-                    // It may lie in memory that the front-end has just added.
-                    if let Some(reply) = reply {
-                        reply.abandon();
-                    }
-                    chains.go_to_previous_position();
-                    return taken;
-                }
                 Err(rejected) => self.requests.reject(head, rejected, map),
             }
         }
@@ -229,7 +226,7 @@ impl<D: Disk> Worker<D> {
         }
         let signalled = match ring.needs_notification(map) {
             Ok(false) => Ok(()),
-            Ok(true) | Err(_) => state.signal_used_queue(),
+            Ok(true) | Err(_) => vring.signal(&state),
         };
         drop(state);
         if let Err(error) = result {

@@ -106,6 +106,8 @@ pub struct Ring {
     next_desc: u16,
     avail_idx: u16,
     used_idx: u16,
+    /// That the driver has heard so far.
+    signals: u64,
 }
 
 impl FrontEnd {
@@ -228,6 +230,7 @@ impl Ring {
             next_desc: 0,
             avail_idx: 0,
             used_idx: 0,
+            signals: 0,
         }
     }
 
@@ -377,14 +380,15 @@ impl Ring {
             }
             assert!(start.elapsed() < PATIENCE, "nothing is used");
             if is_readable(&self.call_fd(), Duration::from_secs(1)) {
-                self.call.read().unwrap();
+                self.signals();
             }
         }
     }
 
-    /// Whether the driver was signalled since the last look.
-    pub fn was_signalled(&self) -> bool {
-        self.call.read().is_ok()
+    /// How many signals the driver has had so far.
+    pub fn signals(&mut self) -> u64 {
+        self.signals += self.call.read().unwrap_or(0);
+        self.signals
     }
 
     fn call_fd(&self) -> BorrowedFd<'_> {

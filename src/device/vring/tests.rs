@@ -36,6 +36,25 @@ fn a_kick_is_consumed() {
 }
 
 #[test]
+fn a_signal_that_cannot_be_delivered_does_not_block() {
+    let vring = vring();
+    for flags in [EventfdFlags::empty(), EventfdFlags::NONBLOCK] {
+        let call = eventfd(0, flags).unwrap();
+        vring.set_call(Some(File::from(call.try_clone().unwrap())));
+        vring.signal_used_queue().unwrap();
+        let full = u64::MAX - 2;
+        rustix::io::write(&call, &full.to_ne_bytes()).unwrap();
+        vring.signal_used_queue().unwrap();
+        let mut counter = [0; 8];
+        rustix::io::read(&call, &mut counter).unwrap();
+        assert_eq!(u64::from_ne_bytes(counter), u64::MAX - 1);
+        vring.signal_used_queue().unwrap();
+        rustix::io::read(&call, &mut counter).unwrap();
+        assert_eq!(u64::from_ne_bytes(counter), 1);
+    }
+}
+
+#[test]
 fn disabling_waits_for_the_queue_thread() {
     let vring = vring();
     let gate = Arc::new(Gate::new().unwrap());
