@@ -158,9 +158,10 @@ pub struct Shot {
     pub guid: Guid,
     /// What it lies on; `None` for the base.
     pub parent: Option<Guid>,
-    /// It is on its way out: a merge into it has started and has to be finished
-    /// before its content means anything by itself.
-    pub temporary: bool,
+    /// It was deleted, but the merge of its child into it is not finished: its
+    /// content means nothing by itself. (`Merging`, an element of ours; other
+    /// tools take it for a snapshot.)
+    pub merging: bool,
     unknown: Vec<Element>,
 }
 
@@ -201,7 +202,7 @@ impl Descriptor {
             shots: vec![Shot {
                 guid: Guid::TOP,
                 parent: None,
-                temporary: false,
+                merging: false,
                 unknown: Vec::new(),
             }],
             top: Guid::TOP,
@@ -434,8 +435,8 @@ impl Shot {
             Element::leaf("GUID", self.guid),
             Element::leaf("ParentGUID", self.parent.unwrap_or(Guid::NONE)),
         ];
-        if self.temporary {
-            fields.push(Element::leaf("Temporary", ""));
+        if self.merging {
+            fields.push(Element::leaf("Merging", ""));
         }
         fields.extend_from_slice(&self.unknown);
         Element::parent("Shot", fields)
@@ -595,7 +596,7 @@ fn parse_shot(element: Element) -> Result<Shot, DescriptorError> {
     Ok(Shot {
         guid,
         parent: (parent != Guid::NONE).then_some(parent),
-        temporary: fields.optional("Temporary")?.is_some(),
+        merging: fields.optional("Merging")?.is_some(),
         unknown: fields.rest,
     })
 }
@@ -606,7 +607,7 @@ fn shots_of_one_image(images: &[Image]) -> Result<Vec<Shot>, DescriptorError> {
         [image] => Ok(vec![Shot {
             guid: image.guid,
             parent: None,
-            temporary: false,
+            merging: false,
             unknown: Vec::new(),
         }]),
         _ => Err(DescriptorError::Missing {

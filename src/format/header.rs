@@ -139,26 +139,45 @@ impl Header {
             .ok()
             .filter(|&entries| entries <= Self::ENTRIES_MAX)
             .ok_or_else(bad_size)?;
+        Self::empty(Version::V2, cluster, entries, disk_size).ok_or_else(bad_size)
+    }
+
+    /// A header for a new, closed, empty image that is to lie on top of this one:
+    /// of the same version, with as many entries.
+    ///
+    /// # Errors
+    /// [`HeaderError::DiskSize`] if so many entries do not leave room for data.
+    pub fn on_top(&self) -> Result<Self, HeaderError> {
+        let g = &self.geometry;
+        Self::empty(g.version, g.cluster, g.entries, g.disk_size)
+            .ok_or(HeaderError::DiskSize(g.disk_size.0))
+    }
+
+    /// `None` if header and BAT reach beyond what the first block offset can say.
+    fn empty(
+        version: Version,
+        cluster: ClusterSize,
+        entries: u32,
+        disk_size: Sector,
+    ) -> Option<Self> {
         let metadata = cluster.count_for(Self::LEN as u64 + 4 * u64::from(entries));
         let data_start = metadata * cluster.bytes();
-        let mut header = Self {
+        Some(Self {
             geometry: Geometry {
-                version: Version::V2,
+                version,
                 cluster,
                 entries,
                 disk_size,
                 data_start,
             },
             heads: HEADS,
-            cylinders: 0,
-            first_block_sectors: u32::try_from(data_start / SECTOR_SIZE).map_err(|_| bad_size())?,
+            cylinders: cylinders(disk_size),
+            first_block_sectors: u32::try_from(data_start / SECTOR_SIZE).ok()?,
             disk_size_high: 0,
             flags: FLAG_EMPTY,
             in_use: InUse::Closed,
             extension: Sector(0),
-        };
-        header.cylinders = cylinders(disk_size);
-        Ok(header)
+        })
     }
 
     /// Whether a file that starts with `bytes` says that it is a ploop image.
@@ -323,6 +342,38 @@ impl Header {
     /// Says that the disk may hold data: clears the "empty" flag.
     pub fn clear_empty(&mut self) {
         self.flags &= !FLAG_EMPTY;
+    }
+
+    /// Says that the version is being changed, so that the BAT means nothing.
+    pub fn set_converting(&mut self) {
+        self.flags |= FLAG_CONVERTING;
+    }
+
+    /// The header of this image in another version, everything in its place. The
+    /// entries have to follow: [`Geometry::bat_value`] gives them.
+    ///
+    /// # Errors
+    /// [`HeaderError::FirstBlock`] if clusters start where version 2 has none,
+    /// [`HeaderError::DiskSize`] if the disk is larger than version 1 can say.
+    pub fn in_version(&self, version: Version) -> Result<Self, HeaderError> {
+        let g = &self.geometry;
+        let mut other = self.clone();
+        other.geometry.version = version;
+        other.disk_size_high = 0;
+        // Version 1 may leave it to be worked out.
+        let sectors = g.data_start / SECTOR_SIZE;
+        other.first_block_sectors =
+            u32::try_from(sectors).map_err(|_| HeaderError::DiskSize(g.disk_size.0))?;
+        if version == Version::V2 && !g.data_start.is_multiple_of(g.cluster.bytes()) {
+            return Err(HeaderError::FirstBlock {
+                sectors: other.first_block_sectors,
+                why: "not a multiple of the cluster, as version 2 has it",
+            });
+        }
+        if version == Version::V1 && g.disk_size.0 > u64::from(u32::MAX) {
+            return Err(HeaderError::DiskSize(g.disk_size.0));
+        }
+        Ok(other)
     }
 
     /// Whether a conversion between versions was cut off half-way.

@@ -10,9 +10,9 @@ use serde::Serialize;
 
 use super::delta::Delta;
 use super::error::{IoContext, Result};
-use super::file::ImageFile;
+use super::file::{HostImage, ImageFile};
 use super::open::{Access, OpenMode, image_of, open};
-use super::repair;
+use super::{repair, version};
 use crate::format::{BatScan, Extension, Geometry, HostCluster, InUse, SECTOR_SIZE};
 use crate::ploop::Level;
 use crate::storage::HostFile;
@@ -109,11 +109,14 @@ impl CheckReport {
 /// # Errors
 /// Whatever keeps it from being opened and read so, or repaired.
 pub fn check(path: &Path, repair: Option<Repair>, mode: OpenMode) -> Result<CheckReport> {
+    let mut whole = CheckReport::new(path);
+    if repair.is_some() {
+        bundle::finish_merges(path, &mut whole)?;
+    }
     let image = match repair {
         None => open(path, mode)?,
         Some(_) => open(path, OpenMode::new(Access::Repair))?,
     };
-    let mut whole = CheckReport::new(path);
     let mut levels = Vec::new();
     if image.is_top() {
         // First, as they are not the last level, which the sums are about.
@@ -130,9 +133,41 @@ pub fn check(path: &Path, repair: Option<Repair>, mode: OpenMode) -> Result<Chec
 
 fn check_level(level: Level, file: &HostFile, repair: Option<Repair>) -> Result<CheckReport> {
     match level {
-        Level::Ploop => check_delta(&mut Delta::load(image_of(file)?)?, repair),
+        Level::Ploop => check_image(&mut Delta::load(image_of(file)?)?, repair),
         Level::Plain { .. } => check_plain(file),
     }
+}
+
+/// Checks an image in the ploop format, and what a change of its version may have
+/// left beside it.
+fn check_image(delta: &mut Delta<HostImage>, repair: Option<Repair>) -> Result<CheckReport> {
+    let was_converting = delta.header().is_converting();
+    let text = "a change of the format version was cut off half-way";
+    if was_converting && repair != Some(Repair::All) {
+        // Nobody knows what the entries mean.
+        let mut report = CheckReport::new(delta.path());
+        report.corruption(text);
+        return Ok(report);
+    }
+    if was_converting {
+        version::undo_change(delta)?;
+    }
+    let mut report = check_delta(delta, repair)?;
+    if was_converting {
+        report.messages.push(format!("{text}; it is undone"));
+        report.corruptions_fixed += 1;
+    } else if version::has_copy(delta.path())? {
+        report.leak(
+            1,
+            "the copy of a BAT that is of no more use lies beside the image",
+        );
+        if repair.is_some() {
+            version::remove_copy(delta.path())?;
+            report.leaks -= 1;
+            report.leaks_fixed += 1;
+        }
+    }
+    Ok(report)
 }
 
 /// There is nothing to be wrong in a raw image.
@@ -311,9 +346,6 @@ impl Findings {
         report.fragmented_clusters = fragmented(geometry, delta.bat());
         if matches!(delta.header().in_use, InUse::Open | InUse::OpenByOthers) {
             report.corruption("the image was not closed cleanly");
-        }
-        if delta.header().is_converting() {
-            report.corruption("a change of the format version was cut off half-way");
         }
         if let Some(why) = &self.bad_extension {
             report.corruption(why);

@@ -105,7 +105,7 @@ impl Conversion {
         let mut buffer = vec![0; unit.min(size.next_multiple_of(output.unit())) as usize];
         let mut done = 0;
         while let Some(data) = source.next_data(done, unit)? {
-            check_cancelled(progress, &self.target)?;
+            check_cancelled(progress, &self.target, "nothing was left behind")?;
             let start = data.range.start / unit * unit;
             // What is before the data was found to be zeros, or is done.
             let bytes = &mut buffer[..];
@@ -320,14 +320,14 @@ impl Output for PloopOutput<'_> {
     }
 }
 
-fn is_zero(bytes: &[u8]) -> bool {
+pub(super) fn is_zero(bytes: &[u8]) -> bool {
     bytes
         .chunks(BLOCK)
         .all(|block| block == &ZEROS[..block.len()])
 }
 
 /// Writes all blocks that are not zeros, those that follow each other at once.
-fn write_data(file: &HostImage, bytes: &[u8], offset: u64) -> Result<()> {
+pub(super) fn write_data(file: &impl ImageFile, bytes: &[u8], offset: u64) -> Result<()> {
     let mut run = 0..0;
     let write = |run: Range<usize>| {
         if run.is_empty() {

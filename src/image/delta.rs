@@ -164,6 +164,11 @@ impl<F: ImageFile> Delta<F> {
         self.header = header;
     }
 
+    /// Says, in memory, that the disk may hold data.
+    pub(super) fn clear_empty(&mut self) {
+        self.header.clear_empty();
+    }
+
     /// Changes the in-use mark in memory.
     pub(super) fn set_mark(&mut self, mark: InUse) {
         self.header.in_use = mark;
@@ -180,6 +185,12 @@ impl<F: ImageFile> Delta<F> {
             sector.extend(entry.to_le_bytes());
         }
         self.write(&sector, 0, "write the header")
+    }
+
+    /// Puts other entries in place of the present ones, in memory, as they are.
+    pub(super) fn set_bat(&mut self, entries: Vec<u32>) {
+        self.bat = entries;
+        self.bat.resize(self.geometry().entries as usize, 0);
     }
 
     /// Changes an entry in memory; [`Self::write_entries`] takes it to the file.
@@ -321,5 +332,8 @@ pub(super) fn read_or_zeros(
     let there = file.file_len()?.saturating_sub(offset);
     let len = (bytes.len() as u64).min(there) as usize;
     bytes[len..].fill(0);
+    if len == 0 {
+        return Ok(());
+    }
     file.read_exact_at(&mut bytes[..len], offset)
 }

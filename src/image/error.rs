@@ -173,8 +173,13 @@ pub enum ImageError {
         why: String,
     },
     /// A signal ended the operation.
-    #[error("{}: interrupted; nothing was left behind", .0.display())]
-    Interrupted(PathBuf),
+    #[error("{}: interrupted; {state}", path.display())]
+    Interrupted {
+        /// Of the image.
+        path: PathBuf,
+        /// What there is now.
+        state: &'static str,
+    },
 }
 
 /// The result of an operation on an image.

@@ -7,6 +7,7 @@
 mod bundle;
 mod chain;
 mod check;
+mod compact;
 mod convert;
 mod create;
 mod delta;
@@ -20,11 +21,14 @@ mod open;
 mod progress;
 mod repair;
 mod resize;
+mod snapshot;
 #[cfg(test)]
 mod testing;
+mod version;
 
 pub use bundle::{Bundle, Location};
 pub use check::{CheckReport, Repair, check};
+pub use compact::compact;
 pub use convert::{Conversion, DiskFormat};
 pub use create::{create, is_bare_name};
 pub use delta::{Delta, read_header};
@@ -36,3 +40,8 @@ pub use map::{MapEntry, map};
 pub use open::{Access, OpenImage, OpenMode, open};
 pub use progress::Progress;
 pub use resize::{NewSize, resize};
+pub use snapshot::{
+    SnapshotInfo, create_snapshot, delete_snapshot, list_snapshots, merge_snapshots,
+    switch_snapshot,
+};
+pub use version::change_version;

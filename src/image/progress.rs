@@ -16,7 +16,7 @@ pub trait Progress {
         let _ = bytes;
     }
 
-    /// Whether to give up at the next place where nothing is left behind.
+    /// Whether to give up at the next place where that does no harm.
     fn is_cancelled(&self) -> bool {
         false
     }
@@ -25,10 +25,15 @@ pub trait Progress {
 /// Nobody listens.
 impl Progress for () {}
 
-/// Ends an operation that makes the file or folder `path`, if it shall end.
-pub(super) fn check_cancelled(progress: &dyn Progress, path: &Path) -> Result<()> {
+/// Ends an operation on `path`, if it shall end; `state` says what is left then.
+pub(super) fn check_cancelled(
+    progress: &dyn Progress,
+    path: &Path,
+    state: &'static str,
+) -> Result<()> {
     if progress.is_cancelled() {
-        return Err(ImageError::Interrupted(path.to_owned()));
+        let path = path.to_owned();
+        return Err(ImageError::Interrupted { path, state });
     }
     Ok(())
 }

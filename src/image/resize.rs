@@ -116,6 +116,8 @@ pub(super) fn grow<F: ImageFile>(delta: &mut Delta<F>, disk_size: Sector) -> Res
     let old_len = delta.file_len()?;
     delta.begin()?;
 
+    zero_behind_end(delta)?;
+
     let moved = match copy_away(delta, new.first_host_cluster()) {
         Ok(moved) => moved,
         Err(error) => {
@@ -146,6 +148,23 @@ pub(super) fn grow<F: ImageFile>(delta: &mut Delta<F>, disk_size: Sector) -> Res
         free_leaks(delta, &findings)?;
     }
     delta.finish(InUse::Closed)
+}
+
+/// The last cluster of a disk may hold more than the disk. What a guest has never
+/// seen must not come to light when the disk grows.
+fn zero_behind_end<F: ImageFile>(delta: &Delta<F>) -> Result<()> {
+    let geometry = delta.geometry();
+    let size = geometry.disk_size.bytes();
+    let inside = size % geometry.cluster.bytes();
+    let last = GuestCluster((size >> geometry.cluster.shift()) as u32);
+    match delta.lookup(last) {
+        Some(offset) if inside != 0 => {
+            delta.punch(offset + inside..offset + geometry.cluster.bytes())?;
+            // Before the copy that may follow, and before the size.
+            delta.sync()
+        }
+        _ => Ok(()),
+    }
 }
 
 /// Copies the clusters in front of `first` to the end of the file, and makes that

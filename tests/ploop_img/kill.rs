@@ -13,7 +13,7 @@ use super::common::left_out;
 /// Runs a command as often as it makes changes, and kills it before each of them.
 /// `prepare` gives the arguments, `check` sees what is left, and whether the
 /// command came to its end. Returns how often it was killed.
-fn kill_everywhere(
+pub fn kill_everywhere(
     prepare: impl Fn() -> Vec<String>,
     mut check: impl FnMut(u64, bool),
 ) -> Option<u64> {
@@ -38,7 +38,7 @@ fn kill_everywhere(
 }
 
 /// Passing names begin with this.
-fn is_passing(name: &str) -> bool {
+pub fn is_passing(name: &str) -> bool {
     name.starts_with(".ploop-img-")
 }
 

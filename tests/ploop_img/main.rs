@@ -11,3 +11,4 @@ mod create;
 mod fixtures;
 mod kill;
 mod resize;
+mod snapshot;

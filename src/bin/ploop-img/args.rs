@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use vhost_user_ploop::format::{ClusterSize, Guid, Sector};
+use vhost_user_ploop::format::{ClusterSize, Guid, Sector, Version};
 
 use vhost_user_ploop::image::{self, DiskFormat, NewSize};
 
@@ -98,6 +98,7 @@ Examples:
 Examples:
   ploop-img convert debian.raw vm1 -p         raw into a bundle
   ploop-img convert vm1 copy.hds              a bundle into one bare image
+  ploop-img convert --format-version 2 vm1    in place, the format of the kernel's driver
   ploop-img convert -O raw vm1 /tmp/disk      into a raw image of any name
 
 Without -f, a bundle is a ploop disk, and so is a file that ends in .hds and has \
@@ -108,7 +109,13 @@ a bare ploop image, any other a bundle.")]
         /// A bundle, a bare image, or a raw image
         source: PathBuf,
         /// What to make; must not exist
-        target: PathBuf,
+        #[arg(required_unless_present = "format_version")]
+        target: Option<PathBuf>,
+        /// Change the version of the format of SOURCE in place: 1 or 2
+        #[arg(long, value_name = "VERSION", value_parser = parse_version,
+            conflicts_with_all = ["target", "source_format", "target_format", "cluster_size",
+                "snapshot", "force_share", "progress"])]
+        format_version: Option<Version>,
         /// What SOURCE is, instead of looking at it
         #[arg(short = 'f', long, value_name = "FORMAT", value_enum)]
         source_format: Option<Format>,
@@ -142,6 +149,93 @@ Examples:
         /// The new size, or by how much to grow; rounded up to 512 bytes
         #[arg(value_name = "[+]SIZE", value_parser = parse_new_size)]
         size: NewSize,
+    },
+    /// Keep, show, delete and go back to states of a disk
+    #[command(after_help = "\
+Examples:
+  ploop-img snapshot create vm1
+  ploop-img snapshot list vm1
+  ploop-img convert --snapshot '{8d7ad97f-5a3b-4a0b-9d4c-0f8c6ad4f9a1}' vm1 then.raw
+  ploop-img snapshot switch vm1 '{8d7ad97f-5a3b-4a0b-9d4c-0f8c6ad4f9a1}'
+  ploop-img snapshot delete vm1 '{8d7ad97f-5a3b-4a0b-9d4c-0f8c6ad4f9a1}'")]
+    Snapshot {
+        #[command(subcommand)]
+        what: Snapshot,
+    },
+    /// Give back the space of zeros and of gaps
+    Compact {
+        /// A bundle's folder, its DiskDescriptor.xml, or a bare image
+        path: PathBuf,
+        /// Show progress even where standard error is no terminal
+        #[arg(short, long)]
+        progress: bool,
+    },
+}
+
+fn parse_version(text: &str) -> Result<Version, String> {
+    match text {
+        "1" => Ok(Version::V1),
+        "2" => Ok(Version::V2),
+        _ => Err(format!("'{text}' is no version of the format: give 1 or 2")),
+    }
+}
+
+/// What to do with snapshots.
+#[derive(Debug, Subcommand)]
+pub enum Snapshot {
+    /// Keep the present state under a name
+    ///
+    /// What the guest writes from then on goes into a new image file. Prints the
+    /// GUID of the snapshot.
+    Create {
+        /// A bundle's folder, or its DiskDescriptor.xml
+        path: PathBuf,
+        /// The name, instead of a random one
+        #[arg(long)]
+        guid: Option<Guid>,
+    },
+    /// Show all snapshots, each indented below what it lies on
+    List {
+        /// A bundle's folder, or its DiskDescriptor.xml
+        path: PathBuf,
+        #[command(flatten)]
+        format: OutputFormat,
+    },
+    /// Delete a snapshot; the disk and all other snapshots stay what they are
+    ///
+    /// What lies on it gets its content. One that several others lie on is
+    /// refused. Cut off in the middle, 'check --repair leaks' finishes it.
+    Delete {
+        /// A bundle's folder, or its DiskDescriptor.xml
+        path: PathBuf,
+        /// Which
+        guid: Guid,
+        /// Show progress even where standard error is no terminal
+        #[arg(short, long)]
+        progress: bool,
+    },
+    /// Go back to a snapshot; what was written since the last one is lost
+    ///
+    /// To keep it, create another snapshot first.
+    Switch {
+        /// A bundle's folder, or its DiskDescriptor.xml
+        path: PathBuf,
+        /// To which
+        guid: Guid,
+    },
+    /// Delete all snapshots of the chain, or a range of it, in one go
+    Merge {
+        /// A bundle's folder, or its DiskDescriptor.xml
+        path: PathBuf,
+        /// The first to go, instead of the base
+        #[arg(long, value_name = "GUID")]
+        from: Option<Guid>,
+        /// What all of them are merged into, and stays, instead of the present state
+        #[arg(long, value_name = "GUID")]
+        to: Option<Guid>,
+        /// Show progress even where standard error is no terminal
+        #[arg(short, long)]
+        progress: bool,
     },
 }
 

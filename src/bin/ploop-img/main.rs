@@ -12,7 +12,7 @@ use std::process::ExitCode;
 use clap::Parser;
 use vhost_user_ploop::image::{self, Access, CheckReport, Conversion, ImageError, OpenMode};
 
-use crate::args::{Cli, Command, Disk};
+use crate::args::{Cli, Command, Disk, Snapshot};
 use crate::progress::Bar;
 
 fn main() -> ExitCode {
@@ -63,7 +63,13 @@ fn run(command: Command) -> Result<ExitCode, ImageError> {
         })?,
         Command::Convert {
             source,
+            format_version: Some(version),
+            ..
+        } => image::change_version(&source, version)?,
+        Command::Convert {
+            source,
             target,
+            format_version: None,
             source_format,
             target_format,
             cluster_size,
@@ -77,7 +83,8 @@ fn run(command: Command) -> Result<ExitCode, ImageError> {
                 mode: OpenMode::new(Access::Read)
                     .snapshot(snapshot)
                     .force_share(force_share),
-                target,
+                // The command line requires it here.
+                target: target.unwrap_or_default(),
                 target_format: target_format.map(Into::into),
                 cluster: cluster_size,
             };
@@ -87,8 +94,39 @@ fn run(command: Command) -> Result<ExitCode, ImageError> {
             let size = image::resize(&path, size)?;
             show::resized(size);
         }
+        Command::Snapshot { what } => snapshot(what)?,
+        Command::Compact { path, progress } => {
+            let gained = image::compact(&path, &Bar::new(progress))?;
+            show::compacted(gained);
+        }
     }
     Ok(ExitCode::SUCCESS)
+}
+
+fn snapshot(what: Snapshot) -> Result<(), ImageError> {
+    match what {
+        Snapshot::Create { path, guid } => {
+            let guid = image::create_snapshot(&path, guid)?;
+            show::created(guid);
+            Ok(())
+        }
+        Snapshot::List { path, format } => {
+            show::snapshots(&image::list_snapshots(&path)?, format.output);
+            Ok(())
+        }
+        Snapshot::Delete {
+            path,
+            guid,
+            progress,
+        } => image::delete_snapshot(&path, guid, &Bar::new(progress)),
+        Snapshot::Switch { path, guid } => image::switch_snapshot(&path, guid),
+        Snapshot::Merge {
+            path,
+            from,
+            to,
+            progress,
+        } => image::merge_snapshots(&path, from, to, &Bar::new(progress)),
+    }
 }
 
 /// The exit codes of `qemu-img check`; 1, that the check failed, is an error.

@@ -1,8 +1,10 @@
 //! Results, for people and for programs.
 
 use serde::Serialize;
-use vhost_user_ploop::format::Sector;
-use vhost_user_ploop::image::{CheckReport, DiskInfo, ImageError, ImageInfo, MapEntry};
+use vhost_user_ploop::format::{Guid, Sector};
+use vhost_user_ploop::image::{
+    CheckReport, DiskInfo, ImageError, ImageInfo, MapEntry, SnapshotInfo,
+};
 
 use crate::args::Output;
 use crate::size::human;
@@ -165,4 +167,37 @@ pub fn resized(size: Sector) {
         human(size.bytes()),
         size.bytes()
     );
+}
+
+/// `snapshot create`: the name alone, for scripts.
+pub fn created(guid: Guid) {
+    say!("{guid}");
+}
+
+/// `snapshot list`: the tree.
+pub fn snapshots(list: &[SnapshotInfo], output: Output) {
+    if output == Output::Json {
+        return json(&list);
+    }
+    let width = |info: &SnapshotInfo| 2 * info.depth + info.guid.len();
+    let widest = list.iter().map(width).max().unwrap_or_default();
+    say!("{:<widest$}  {:>9}  File", "Snapshot", "Disk size");
+    for info in list {
+        let name = format!("{:indent$}{}", "", info.guid, indent = 2 * info.depth);
+        let mark = match (info.current, info.merging) {
+            (true, _) => "  (current state)",
+            (_, true) => "  (deleted, to be merged: see 'ploop-img check')",
+            _ => "",
+        };
+        say!(
+            "{name:<widest$}  {:>9}  {}{mark}",
+            human(info.actual_size),
+            info.filename.display()
+        );
+    }
+}
+
+/// `compact`: what it was good for.
+pub fn compacted(gained: u64) {
+    say!("{} given back.", human(gained));
 }

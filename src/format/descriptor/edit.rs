@@ -119,13 +119,13 @@ impl Descriptor {
     /// As [`Self::only_child`].
     pub fn begin_collapse(&mut self, guid: Guid) -> Result<Guid, EditError> {
         self.only_child(guid)?;
-        if let Some(shot) = self.shot(guid).filter(|shot| shot.temporary) {
+        if let Some(shot) = self.shot(guid).filter(|shot| shot.merging) {
             return Ok(shot.guid);
         }
         let nameless = Guid::random();
         self.rename(guid, nameless);
         for shot in self.shots.iter_mut().filter(|s| s.guid == nameless) {
-            shot.temporary = true;
+            shot.merging = true;
         }
         Ok(nameless)
     }
@@ -195,7 +195,7 @@ impl Descriptor {
         self.shots.push(Shot {
             guid: self.top,
             parent: Some(parent),
-            temporary: false,
+            merging: false,
             unknown: Vec::new(),
         });
     }

@@ -365,7 +365,7 @@ fn collapse_keeps_the_lower_file_and_the_upper_name() {
     let mut descriptor = chain_of(3);
     let nameless = descriptor.begin_collapse(guid(1)).unwrap();
     assert!(descriptor.shot(guid(1)).is_none());
-    assert!(descriptor.shot(nameless).unwrap().temporary);
+    assert!(descriptor.shot(nameless).unwrap().merging);
     assert_eq!(descriptor.begin_collapse(nameless), Ok(nameless));
     assert_eq!(Descriptor::parse(&descriptor.to_xml()).unwrap(), descriptor);
 

@@ -102,6 +102,66 @@ fn version_1_takes_half_of_the_size_and_an_implied_first_block() {
 }
 
 #[test]
+fn a_header_on_top_of_another() {
+    let top = small().on_top().unwrap();
+    assert_eq!(top, small());
+    // With the version, and with entries that the disk does not need.
+    let mut bytes = small().to_bytes();
+    bytes[..16].copy_from_slice(SIGNATURE_V1);
+    bytes[32..36].copy_from_slice(&9000u32.to_le_bytes());
+    bytes[48..52].copy_from_slice(&256u32.to_le_bytes());
+    let lower = Header::parse(&bytes).unwrap();
+    let top = lower.on_top().unwrap();
+    assert_eq!(top.geometry().version, Version::V1);
+    assert_eq!(top.geometry().entries, 9000);
+    assert_eq!(top.geometry().data_start, 2 << 15);
+    assert_eq!(Header::parse(&top.to_bytes()), Ok(top));
+}
+
+#[test]
+fn versions_change_where_they_can() {
+    let v2 = small();
+    let v1 = v2.in_version(Version::V1).unwrap();
+    assert_eq!(Header::parse(&v1.to_bytes()), Ok(v1.clone()));
+    assert_eq!(v1.geometry().data_start, v2.geometry().data_start);
+    assert_eq!(v1.in_version(Version::V2), Ok(v2));
+
+    let large = Header::new(Sector(1 << 32), ClusterSize::DEFAULT).unwrap();
+    assert_eq!(
+        large.in_version(Version::V1),
+        Err(HeaderError::DiskSize(1 << 32))
+    );
+    let mut bytes = v1.to_bytes();
+    bytes[48..52].fill(0);
+    let odd = Header::parse(&bytes).unwrap();
+    assert!(matches!(
+        odd.in_version(Version::V2),
+        Err(HeaderError::FirstBlock { .. })
+    ));
+}
+
+#[test]
+fn growing_keeps_the_grid() {
+    let grown = small().grown(Sector(64 * 9000)).unwrap();
+    assert_eq!(
+        grown,
+        Header::new(Sector(64 * 9000), ClusterSize::MIN).unwrap()
+    );
+    assert_eq!(small().grown(Sector(999)), Err(HeaderError::DiskSize(999)));
+    let mut bytes = small().to_bytes();
+    bytes[..16].copy_from_slice(SIGNATURE_V1);
+    bytes[48..52].fill(0);
+    let odd = Header::parse(&bytes).unwrap();
+    let grown = odd.grown(Sector(64 * 9000)).unwrap();
+    assert_eq!(grown.geometry().data_start, 512 + (2 << 15));
+    assert_eq!(Header::parse(&grown.to_bytes()), Ok(grown));
+    assert_eq!(
+        odd.grown(Sector(1 << 32)),
+        Err(HeaderError::DiskSize(1 << 32))
+    );
+}
+
+#[test]
 fn md_pages_cover_each_entry_once() {
     let header = Header::new(Sector(64 * 3000), ClusterSize::MIN).unwrap();
     let geometry = header.geometry();

@@ -8,11 +8,13 @@ use rustix::fs::FileType;
 
 use super::{CheckReport, Repair, check_level};
 use crate::format::{Descriptor, Guid, Header, ImageKind};
-use crate::image::bundle::Bundle;
+use crate::image::bundle::{Bundle, Location};
 use crate::image::delta::read_header;
 use crate::image::error::Result;
 use crate::image::folder::TEMPORARY_PREFIX;
 use crate::image::open::{OpenImage, OpenMode, image_of, lock, open_level};
+use crate::image::snapshot::finish_merge;
+use crate::image::version::COPY_SUFFIX;
 use crate::ploop::Level;
 
 /// Checks the images that only other snapshots than the top's own use.
@@ -43,6 +45,19 @@ pub(super) fn check_branches(
     Ok(reports)
 }
 
+/// Finishes what deleting snapshots began, if it was cut off.
+pub(super) fn finish_merges(path: &Path, report: &mut CheckReport) -> Result<()> {
+    if matches!(Location::of(path)?, Location::Bare(_)) {
+        return Ok(());
+    }
+    while finish_merge(path, &())? {
+        report.leaks_fixed += 1;
+        let text = "the deletion of a snapshot had been cut off";
+        report.messages.push(text.to_owned());
+    }
+    Ok(())
+}
+
 /// Checks descriptor and folder.
 pub(super) fn check_bundle(
     mut image: OpenImage,
@@ -51,6 +66,10 @@ pub(super) fn check_bundle(
 ) -> Result<()> {
     check_disk_size(&mut image, repair, report)?;
     if let Some(bundle) = &image.bundle {
+        for shot in bundle.descriptor().shots().iter().filter(|s| s.merging) {
+            let text = "is left of a deletion that was cut off";
+            report.leak(1, format!("snapshot {} {text}", shot.guid));
+        }
         check_strays(bundle, repair, report)?;
     }
     Ok(())
@@ -94,7 +113,11 @@ fn check_strays(bundle: &Bundle, repair: Option<Repair>, report: &mut CheckRepor
     for (name, kind) in folder.names()? {
         let path = PathBuf::from(&name);
         let is_known = name == Descriptor::FILE_NAME
-            || bundle.descriptor().images().iter().any(|i| i.file == path);
+            // That of an image, and the copy of its BAT, which belongs to it.
+            || bundle.descriptor().images().iter().any(|image| {
+                let image = image.file.as_os_str();
+                image == name || is_copy_of(&name, image)
+            });
         if is_known || !matches!(kind, FileType::RegularFile | FileType::Unknown) {
             continue;
         }
@@ -111,6 +134,11 @@ fn check_strays(bundle: &Bundle, repair: Option<Repair>, report: &mut CheckRepor
         }
     }
     Ok(())
+}
+
+fn is_copy_of(name: &OsStr, image: &OsStr) -> bool {
+    let name = name.as_encoded_bytes().strip_suffix(COPY_SUFFIX.as_bytes());
+    name == Some(image.as_encoded_bytes())
 }
 
 /// A passing name, or one of a delta: `root.hds.{GUID}`.

@@ -1,7 +1,9 @@
 use super::*;
 use crate::format::Version;
 use crate::image::check::{Repair, check_delta};
-use crate::image::testing::{Entry, Medium, cluster_content, delta, header, image, read_cluster};
+use crate::image::testing::{
+    Entry, Medium, cluster_content, delta as delta_of, header, image, read_cluster,
+};
 
 const OLD: u64 = 6;
 /// Takes three clusters for header and BAT.
@@ -19,7 +21,7 @@ fn sample(version: Version) -> Vec<u8> {
 
 /// The disk has one of its sizes, and all that was there is there.
 fn check_content(bytes: &[u8], from: Version) -> Sector {
-    let delta = delta(bytes.to_vec());
+    let delta = delta_of(bytes.to_vec());
     assert!(delta.scan().unwrap().is_clean());
     assert_eq!(delta.geometry().version, from);
     for (guest, index) in [(1, 1), (2, 0), (4, 3), (5, 2)] {
@@ -91,6 +93,32 @@ fn a_growth_inside_the_first_cluster_moves_nothing() {
         check_content(&medium.contents()[0], Version::V2),
         Sector(8000 * 64)
     );
+}
+
+#[test]
+fn what_was_behind_the_end_does_not_come_to_light() {
+    use Entry::{At, Hole};
+    // The last cluster is mapped, and full of what the guest never wrote.
+    let mut bytes = image(
+        &header(Version::V2, OLD),
+        &[Hole, Hole, Hole, Hole, Hole, At(0)],
+        1,
+    );
+    let sectors = OLD * 64 - 10;
+    bytes[36..44].copy_from_slice(&sectors.to_le_bytes());
+    let medium = Medium::default();
+    let mut delta = Delta::load(medium.file("image", bytes)).unwrap();
+    grow(&mut delta, Sector(NEW * 64)).unwrap();
+    medium.cut_everywhere(4, |mut files| {
+        let delta = delta_of(files.remove(0));
+        let cluster = read_cluster(&delta, 5);
+        let visible = match delta.geometry().disk_size {
+            Sector(size) if size == sectors => 54 * 512,
+            _ => cluster.len(),
+        };
+        assert!(cluster[..54 * 512] == cluster_content(0)[..54 * 512]);
+        assert!(cluster[54 * 512..visible].iter().all(|byte| *byte == 0));
+    });
 }
 
 #[test]

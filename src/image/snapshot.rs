@@ -1,0 +1,157 @@
+//! Snapshots of a bundle: its tree of images, and the changes of it.
+//!
+//! Every change is made of new files first, then one rename that puts the new
+//! descriptor in place, then the removal of files that are no more needed. Cut
+//! off anywhere, the bundle is in its old or its new state; `check` names the
+//! files that are left over.
+
+mod create;
+mod delete;
+mod list;
+mod merge;
+mod switch;
+
+use std::path::{Path, PathBuf};
+
+pub use create::create_snapshot;
+pub use delete::delete_snapshot;
+pub use list::{SnapshotInfo, list_snapshots};
+pub use merge::merge_snapshots;
+pub use switch::switch_snapshot;
+
+pub(super) use delete::finish_merge;
+
+use super::bundle::{Bundle, Location};
+use super::create::{new_header, publish_file, write_empty};
+use super::delta::read_header;
+use super::error::{ImageError, Result};
+use super::open::{image_of, lock_file, open_level};
+use crate::format::{Descriptor, Guid, Header, ImageKind, Sector};
+use crate::storage::HostFile;
+use crate::storage::lock::{ImageLock, LockMode};
+
+/// A bundle, and some of its images that nobody else uses as long as this lasts.
+/// The top is always one of them, so that only one change is made at a time.
+#[derive(Debug)]
+pub(super) struct Held {
+    pub bundle: Bundle,
+    images: Vec<(Guid, HostFile)>,
+    _locks: Vec<ImageLock>,
+}
+
+impl Held {
+    /// Opens the bundle at `path` with its top, and those images that `also`
+    /// names, for change.
+    pub fn open(path: &Path, also: impl Fn(&Bundle) -> Result<Vec<Guid>>) -> Result<Self> {
+        const TRIES: usize = 5;
+        for _ in 0..TRIES {
+            let Location::Bundle(bundle) = Location::of(path)? else {
+                return Err(ImageError::NotABundle(path.to_owned()));
+            };
+            let mut guids = also(&bundle)?;
+            guids.push(bundle.descriptor().top());
+            guids.sort_unstable();
+            guids.dedup();
+            let mut images = Vec::new();
+            let mut locks = Vec::new();
+            for guid in guids {
+                let file = open_for_change(&bundle, guid)?;
+                locks.push(lock_file(&file, LockMode::Exclusive, false)?);
+                images.push((guid, file));
+            }
+            // What the descriptor said before the locks were taken may be history.
+            if bundle.is_current()? {
+                return Ok(Self {
+                    bundle,
+                    images,
+                    _locks: locks,
+                });
+            }
+        }
+        Err(ImageError::Busy(path.to_owned()))
+    }
+
+    /// An image that is held.
+    pub fn file(&self, guid: Guid) -> Result<&HostFile> {
+        let held = self.images.iter().find(|(held, _)| *held == guid);
+        held.map(|(_, file)| file)
+            .ok_or_else(|| ImageError::NoSnapshot {
+                path: self.bundle.path().to_owned(),
+                guid,
+            })
+    }
+
+    /// After a change of the descriptor: files may belong to other nodes now.
+    fn follow(&mut self) {
+        let bundle = &self.bundle;
+        let held = std::mem::take(&mut self.images);
+        let owned = held.into_iter().filter_map(|(_, file)| {
+            let mut images = bundle.descriptor().images().iter();
+            let image = images.find(|image| bundle.path().join(&image.file) == file.path)?;
+            Some((image.guid, file))
+        });
+        self.images = owned.collect();
+    }
+
+    /// A file name for a new delta that is not taken.
+    fn new_name(&self) -> PathBuf {
+        let base = self.bundle.descriptor().images().first();
+        let base = base.and_then(|image| image.file.file_name()?.to_str());
+        let guid = Guid::random();
+        format!("{}.{guid}", base.unwrap_or(super::create::ROOT_NAME)).into()
+    }
+
+    /// Makes an empty delta with `header`, then puts the descriptor in place that
+    /// `edit` makes with its name. If that fails, the delta is gone again.
+    fn add_delta(
+        &mut self,
+        header: &Header,
+        edit: impl FnOnce(&Self, PathBuf) -> Result<Descriptor>,
+    ) -> Result<()> {
+        let name = self.new_name();
+        let descriptor = edit(self, name.clone())?;
+        publish_file(self.bundle.folder(), name.as_os_str(), |file| {
+            write_empty(file, header)
+        })?;
+        let saved = self.bundle.save(descriptor);
+        if saved.is_err() && !matches!(self.bundle.is_current(), Ok(false)) {
+            // The old descriptor is in place, so nothing names the new file.
+            let _ = self.bundle.folder().remove(&name);
+        }
+        saved
+    }
+}
+
+fn open_for_change(bundle: &Bundle, guid: Guid) -> Result<HostFile> {
+    bundle.require(guid)?;
+    match bundle.descriptor().image(guid) {
+        Some(image) => open_level(bundle, image, true),
+        None => Err(ImageError::NoSnapshot {
+            path: bundle.path().to_owned(),
+            guid,
+        }),
+    }
+}
+
+/// The header of an empty image that is to lie on node `below`.
+fn header_on_top(bundle: &Bundle, below: Guid, file: &HostFile) -> Result<Header> {
+    let descriptor = bundle.descriptor();
+    let kind = descriptor.image(below).map(|image| image.kind);
+    if kind == Some(ImageKind::Plain) {
+        return new_header(&file.path, plain_size(bundle, file)?, descriptor.cluster);
+    }
+    let header = read_header(&image_of(file)?)?;
+    header.on_top().map_err(|source| ImageError::Header {
+        path: file.path.clone(),
+        source,
+    })
+}
+
+/// Of a disk that is a plain image: what the descriptor says if that is the top,
+/// else as much of it as is in the file.
+fn plain_size(bundle: &Bundle, file: &HostFile) -> Result<Sector> {
+    use super::error::IoContext;
+    let len = file.file.metadata().context(&file.path, "look at")?.len();
+    let in_file = Sector(len / crate::format::SECTOR_SIZE);
+    Ok(in_file.min(bundle.descriptor().disk_size))
+}

@@ -1,0 +1,36 @@
+//! Making a snapshot: a new, empty top above what was the top.
+
+use std::path::Path;
+
+use super::{Held, header_on_top};
+use crate::format::{Guid, ImageKind};
+use crate::image::delta::Delta;
+use crate::image::error::Result;
+use crate::image::open::image_of;
+
+/// Keeps the present state of the bundle at `path` as a snapshot; gives back its
+/// name, which is `guid` or a random one. The guest's disk does not change.
+///
+/// # Errors
+/// A bare image, one in use, a name that is taken, a chain that is as long as it
+/// may be, or any I/O error.
+pub fn create_snapshot(path: &Path, guid: Option<Guid>) -> Result<Guid> {
+    let mut held = Held::open(path, |_| Ok(Vec::new()))?;
+    let top = held.bundle.descriptor().top();
+    let file = held.file(top)?;
+    let kind = held.bundle.descriptor().image(top).map(|image| image.kind);
+    if kind == Some(ImageKind::Expandable) {
+        // It will be read only from now on: nobody would repair it any more.
+        Delta::load(image_of(file)?)?.require_sound()?;
+    }
+    let header = header_on_top(&held.bundle, top, file)?;
+    let guid = guid.unwrap_or_else(Guid::random);
+    held.add_delta(&header, |held, name| {
+        let mut descriptor = held.bundle.descriptor().clone();
+        descriptor
+            .push_top(guid, name)
+            .map_err(|error| held.bundle.edit_error(error))?;
+        Ok(descriptor)
+    })?;
+    Ok(guid)
+}

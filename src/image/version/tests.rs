@@ -1,0 +1,119 @@
+use super::*;
+use crate::image::check::check_delta;
+use crate::image::testing::{
+    Entry, Medium, MemImage, cluster_content, header, image, read_cluster,
+};
+use Entry::{At, Hole, Raw};
+
+const CLUSTERS: u64 = 300;
+
+/// More than a sector of entries, two of which are mapped.
+fn sample(version: Version) -> Vec<u8> {
+    let header = header(Version::V2, CLUSTERS).in_version(version).unwrap();
+    let mut entries = [Hole; CLUSTERS as usize];
+    (entries[1], entries[299]) = (At(1), At(0));
+    image(&header, &entries, 2)
+}
+
+fn other(version: Version) -> Version {
+    match version {
+        Version::V1 => Version::V2,
+        Version::V2 => Version::V1,
+    }
+}
+
+fn check_content(delta: &Delta<MemImage>) {
+    assert!(read_cluster(delta, 1) == cluster_content(1));
+    assert!(read_cluster(delta, 299) == cluster_content(0));
+    assert_eq!(delta.bat().iter().filter(|entry| **entry != 0).count(), 2);
+}
+
+/// Changes the version, with the copy on the same medium.
+fn change_sample(version: Version) -> (Medium, Delta<MemImage>) {
+    let medium = Medium::default();
+    let mut delta = Delta::load(medium.file("image", sample(version))).unwrap();
+    let copy = medium.file("copy", Vec::new());
+    change(&mut delta, other(version), |content| {
+        copy.write_all_at(content, 0).unwrap();
+        copy.sync().unwrap();
+        Ok(())
+    })
+    .unwrap();
+    (medium, delta)
+}
+
+#[test]
+fn there_and_back() {
+    for version in [Version::V1, Version::V2] {
+        let (_, mut delta) = change_sample(version);
+        assert_eq!(delta.geometry().version, other(version));
+        check_content(&delta);
+        let report = check_delta(&mut delta, None).unwrap();
+        assert_eq!((report.corruptions, report.leaks), (0, 0), "{report:?}");
+        change(&mut delta, version, |_| Ok(())).unwrap();
+        check_content(&delta);
+        let mut bytes = vec![0; sample(version).len()];
+        delta.read(&mut bytes, 0).unwrap();
+        assert!(bytes == sample(version));
+    }
+}
+
+#[test]
+fn a_cut_anywhere_can_be_undone() {
+    for version in [Version::V1, Version::V2] {
+        let (medium, _) = change_sample(version);
+        let (mut old, mut new, mut undone) = (0, 0, 0);
+        let cuts = medium.cut_everywhere(20, |mut files| {
+            let copy = files.pop().unwrap();
+            let medium = Medium::default();
+            let mut delta = Delta::load(medium.file("image", files.remove(0))).unwrap();
+            if delta.header().is_converting() {
+                assert!(delta.require_readable().is_err());
+                undo(&mut delta, &copy).unwrap();
+                assert!(medium.contents()[0] == sample(version));
+                undone += 1;
+            }
+            check_content(&delta);
+            match delta.geometry().version == version {
+                true => old += 1,
+                false => new += 1,
+            }
+        });
+        assert!(
+            cuts > 20 && old > 5 && new > 1 && undone > 10,
+            "{cuts} {old} {new} {undone}"
+        );
+    }
+}
+
+#[test]
+fn a_wrong_copy_is_refused() {
+    let (medium, _) = change_sample(Version::V2);
+    let good = medium.contents().remove(1);
+    let mut torn = good.clone();
+    torn[500] ^= 1;
+    let mut foreign =
+        Delta::load(medium.file("b", image(&header(Version::V2, 5), &[], 0))).unwrap();
+    let mut own = Delta::load(medium.file("c", sample(Version::V2))).unwrap();
+    assert!(undo(&mut foreign, &good).is_err());
+    for copy in [&torn[..], &good[..good.len() - 1], &good[..10], &[]] {
+        assert!(undo(&mut own, copy).is_err());
+    }
+    undo(&mut own, &good).unwrap();
+}
+
+#[test]
+fn what_a_version_cannot_express_is_refused() {
+    let refuses = |bytes: Vec<u8>, version| {
+        let medium = Medium::default();
+        let mut delta = Delta::load(medium.file("image", bytes.clone())).unwrap();
+        let error = change(&mut delta, version, |_| panic!("too late")).unwrap_err();
+        assert!(error.to_string().contains("ploop-img convert"), "{error}");
+        assert!(medium.contents()[0] == bytes);
+    };
+    // Clusters that do not start at multiples of their size.
+    refuses(image(&header(Version::V1, 5), &[], 0), Version::V2);
+    // Host clusters behind what 32 bits of sectors reach.
+    let far = image(&header(Version::V2, 5), &[Raw(1 << 27)], 0);
+    refuses(far, Version::V1);
+}

@@ -1,0 +1,593 @@
+//! Snapshots: against a model, and cut off at every step.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use rand::rngs::StdRng;
+use rand::seq::IndexedRandom;
+use rand::{Rng, SeedableRng};
+use serde_json::Value;
+use tempfile::TempDir;
+
+use super::common::fixtures::fixture;
+use super::common::img::{Ran, names_in, ploop_img, qemu_img_check, run, sha256};
+use super::common::require_tool;
+use super::kill::{is_passing, kill_everywhere};
+
+const CLUSTER: usize = 64 << 10;
+
+/// A bundle, and a place for copies of what is in it.
+struct Disk {
+    folder: TempDir,
+    path: String,
+}
+
+impl Disk {
+    fn new(size: &str) -> Self {
+        let folder = TempDir::new().unwrap();
+        let path = folder.path().join("disk").to_str().unwrap().to_owned();
+        ploop_img(["create", "--cluster-size", "64k", &path, size]).ok();
+        Self { folder, path }
+    }
+
+    /// A disk of the official tool.
+    fn fixture(name: &str) -> Option<Self> {
+        let folder = TempDir::new().unwrap();
+        let path = fixture(name).unpack(folder.path())?;
+        let path = path.to_str().unwrap().to_owned();
+        Some(Self { folder, path })
+    }
+
+    fn list(&self) -> Vec<Value> {
+        let list = ploop_img(["snapshot", "list", "--output", "json", &self.path]).ok();
+        serde_json::from_str(&list).unwrap()
+    }
+
+    fn top_file(&self) -> PathBuf {
+        let list = self.list();
+        let top = list.iter().find(|shot| shot["current"] == true).unwrap();
+        top["filename"].as_str().unwrap().into()
+    }
+
+    /// Writes whole clusters into the top, as a guest would.
+    fn write(&self, cluster: usize, count: usize, pattern: u8) {
+        let command = format!(
+            "write -P {pattern} {} {}",
+            cluster * CLUSTER,
+            count * CLUSTER
+        );
+        let top = self.top_file();
+        run(
+            "qemu-io",
+            ["-f", "parallels", "-c", &command, top.to_str().unwrap()],
+        )
+        .ok();
+    }
+
+    fn create(&self) -> String {
+        ploop_img(["snapshot", "create", &self.path])
+            .ok()
+            .trim()
+            .to_owned()
+    }
+
+    fn snapshot(&self, args: &[&str]) -> Ran {
+        let command = ["snapshot", args[0], &self.path].into_iter();
+        ploop_img(command.chain(args[1..].iter().copied()))
+    }
+
+    /// What a guest reads, now or in a snapshot.
+    fn read(&self, snapshot: Option<&str>) -> Vec<u8> {
+        let raw = self.raw(snapshot);
+        let content = fs::read(&raw).unwrap();
+        fs::remove_file(raw).unwrap();
+        content
+    }
+
+    fn sha256(&self, snapshot: Option<&str>) -> String {
+        let raw = self.raw(snapshot);
+        let digest = sha256(&raw);
+        fs::remove_file(raw).unwrap();
+        digest
+    }
+
+    fn raw(&self, snapshot: Option<&str>) -> PathBuf {
+        let raw = self.folder.path().join("read.raw");
+        let mut args = vec!["convert", &self.path, raw.to_str().unwrap()];
+        args.extend(snapshot.iter().flat_map(|guid| ["--snapshot", *guid]));
+        ploop_img(args).ok();
+        raw
+    }
+
+    /// Every image is clean, for us and for QEMU, and no file is left over.
+    fn check(&self) {
+        ploop_img(["check", &self.path]).ok();
+        let list = self.list();
+        for shot in &list {
+            let file = Path::new(shot["filename"].as_str().unwrap());
+            if fs::read(file).unwrap().starts_with(b"Withou") && require_tool("qemu-img") {
+                qemu_img_check(file);
+            }
+        }
+        assert_eq!(names_in(self.path.as_ref()).len(), list.len() + 1);
+    }
+}
+
+fn has_qemu() -> bool {
+    require_tool("qemu-io") && require_tool("qemu-img")
+}
+
+#[test]
+fn states_are_kept_and_found_again() {
+    if !has_qemu() {
+        return;
+    }
+    for name in ["v1", "v2", "plain", "prealloc"] {
+        let Some(disk) = Disk::fixture(name) else {
+            return;
+        };
+        let first = disk.create();
+        assert_eq!(disk.sha256(None), fixture(name).sha256, "{name}");
+        disk.write(3, 5, 0x11);
+        let (second, with_second) = (disk.create(), disk.sha256(None));
+        disk.write(0, 4, 0x22);
+        disk.check();
+        assert_eq!(disk.sha256(Some(&first)), fixture(name).sha256);
+        assert_eq!(disk.sha256(Some(&second)), with_second);
+
+        let with_third = disk.sha256(None);
+        let third = disk.create();
+        disk.snapshot(&["switch", &first]).ok();
+        assert_eq!(disk.sha256(None), fixture(name).sha256);
+        assert_eq!(disk.sha256(Some(&third)), with_third);
+        disk.check();
+        // First has two children now.
+        let error = disk.snapshot(&["delete", &first]).fails();
+        assert!(error.contains("2 snapshots lie on"), "{error}");
+
+        disk.snapshot(&["delete", &second]).ok();
+        assert_eq!(disk.sha256(Some(&third)), with_third);
+        disk.snapshot(&["switch", &third]).ok();
+        assert_eq!(disk.sha256(None), with_third);
+        disk.snapshot(&["merge"]).ok();
+        assert_eq!(disk.list().len(), 1);
+        assert_eq!(disk.sha256(None), with_third, "{name}");
+        disk.check();
+    }
+}
+
+#[test]
+fn the_tree_is_shown() {
+    let disk = Disk::new("1M");
+    let first = disk.create();
+    let named = "{12345678-1234-1234-1234-123456789abc}";
+    disk.snapshot(&["create", "--guid", named]).ok();
+    let list = disk.list();
+    assert_eq!(list.len(), 3);
+    assert_eq!(list[0]["guid"], *first);
+    assert_eq!(list[0]["parent"], Value::Null);
+    assert_eq!(list[1]["guid"], *named);
+    assert_eq!(list[1]["parent"], *first);
+    assert_eq!(list[2]["current"], true);
+    assert_eq!(list[2]["depth"], 2);
+    let table = disk.snapshot(&["list"]).ok();
+    let lines: Vec<_> = table.lines().collect();
+    assert!(lines[1].starts_with(&first), "{table}");
+    assert!(lines[2].starts_with(&format!("  {named}")), "{table}");
+    assert!(lines[3].ends_with("(current state)"), "{table}");
+
+    let chain = ploop_img(["info", "--backing-chain", "--output", "json", &disk.path]).ok();
+    let chain: Vec<Value> = serde_json::from_str(&chain).unwrap();
+    assert_eq!(chain.len(), 3);
+    assert_eq!(chain[0]["backing-filename"], chain[1]["filename"]);
+    assert_eq!(chain[2]["backing-filename"], Value::Null);
+}
+
+#[test]
+fn what_cannot_be_is_refused() {
+    let disk = Disk::new("1M");
+    let top = disk.list()[0]["guid"].as_str().unwrap().to_owned();
+    let nobody = "{12345678-1234-1234-1234-123456789abc}";
+    let before = fs::read(Path::new(&disk.path).join("DiskDescriptor.xml")).unwrap();
+    for (args, what) in [
+        (["switch", nobody], "there is no snapshot"),
+        (["delete", nobody], "there is no snapshot"),
+        (["switch", &top], "is the top"),
+        (["delete", &top], "is the top"),
+    ] {
+        let error = disk.snapshot(&args).fails();
+        assert!(error.contains(what), "{args:?}: {error}");
+    }
+    let error = disk.snapshot(&["create", "--guid", &top]).fails();
+    assert!(error.contains("already"), "{error}");
+    let after = fs::read(Path::new(&disk.path).join("DiskDescriptor.xml")).unwrap();
+    assert_eq!(after, before);
+
+    let bare = disk.folder.path().join("bare.hds");
+    ploop_img(["create", bare.to_str().unwrap(), "1M"]).ok();
+    for args in [
+        vec!["create"],
+        vec!["list"],
+        vec!["merge"],
+        vec!["delete", &top],
+    ] {
+        let args = ["snapshot", args[0], bare.to_str().unwrap()]
+            .into_iter()
+            .chain(args[1..].iter().copied());
+        let error = ploop_img(args).fails();
+        assert!(error.contains("bare image"), "{error}");
+    }
+    // One image of several is not to be written by itself.
+    let first = disk.create();
+    let lower = Path::new(&disk.path).join("root.hds");
+    let error = ploop_img(["resize", lower.to_str().unwrap(), "2M"]).fails();
+    assert!(error.contains("one of 2 images"), "{error}");
+    let error = ploop_img(["resize", disk.top_file().to_str().unwrap(), "2M"]).fails();
+    assert!(error.contains("one of 2 images"), "{error}");
+    disk.snapshot(&["merge", "--from", nobody]).fails();
+    disk.snapshot(&["merge", "--from", &top, "--to", &first])
+        .fails();
+    disk.snapshot(&["merge", "--from", &first]).ok();
+}
+
+#[test]
+fn a_disk_that_grew_keeps_its_smaller_snapshots() {
+    if !has_qemu() {
+        return;
+    }
+    let disk = Disk::new("1M");
+    disk.write(0, 16, 1);
+    let small = disk.create();
+    ploop_img(["resize", &disk.path, "2M"]).ok();
+    disk.write(20, 4, 2);
+    let grown = disk.read(None);
+    assert_eq!(grown.len(), 2 << 20);
+    assert_eq!(disk.read(Some(&small)), vec![1; 1 << 20]);
+    disk.check();
+    let other = disk.create();
+    disk.snapshot(&["switch", &small]).ok();
+    assert_eq!(disk.read(None), vec![1; 1 << 20]);
+    disk.check();
+    disk.snapshot(&["switch", &other]).ok();
+    disk.snapshot(&["merge"]).ok();
+    assert!(disk.read(None) == grown);
+    disk.check();
+}
+
+#[test]
+fn the_map_names_the_level() {
+    if !has_qemu() {
+        return;
+    }
+    let disk = Disk::new("1M");
+    disk.write(0, 4, 1);
+    disk.create();
+    disk.write(2, 4, 2);
+    let map = ploop_img(["map", "--output", "json", &disk.path]).ok();
+    let map: Vec<Value> = serde_json::from_str(&map).unwrap();
+    let found: Vec<_> = map
+        .iter()
+        .map(|e| {
+            (
+                e["start"].as_u64().unwrap() / 65_536,
+                e["depth"].as_u64().unwrap(),
+                e["present"] == true,
+            )
+        })
+        .collect();
+    assert_eq!(found, [(0, 1, true), (2, 0, true), (6, 1, false)]);
+    assert_eq!(map[1]["filename"], disk.top_file().to_str().unwrap());
+}
+
+/// What the disk and its snapshots should be.
+#[derive(Clone, Default)]
+struct Model {
+    top: Vec<u8>,
+    /// What the top lies on.
+    parent: Option<String>,
+    /// Content and parent.
+    snapshots: BTreeMap<String, (Vec<u8>, Option<String>)>,
+}
+
+impl Model {
+    fn children(&self, guid: &str) -> usize {
+        let is_child = |parent: &Option<String>| parent.as_deref() == Some(guid);
+        let shots = self
+            .snapshots
+            .values()
+            .filter(|(_, parent)| is_child(parent));
+        shots.count() + usize::from(is_child(&self.parent))
+    }
+
+    fn remove(&mut self, guid: &str) {
+        let (_, below) = self.snapshots.remove(guid).unwrap();
+        let parents = self.snapshots.values_mut().map(|(_, parent)| parent);
+        for parent in parents.chain([&mut self.parent]) {
+            if parent.as_deref() == Some(guid) {
+                parent.clone_from(&below);
+            }
+        }
+    }
+
+    fn compare(&self, disk: &Disk) {
+        assert!(disk.read(None) == self.top);
+        for (guid, (content, _)) in &self.snapshots {
+            assert!(disk.read(Some(guid)) == *content, "{guid}");
+        }
+        assert_eq!(disk.list().len(), self.snapshots.len() + 1);
+        disk.check();
+    }
+
+    /// Makes a random change to both.
+    fn step(&mut self, disk: &Disk, rng: &mut StdRng) {
+        let guids: Vec<_> = self.snapshots.keys().cloned().collect();
+        let chosen = guids.choose(rng);
+        match (rng.random_range(0..12), chosen) {
+            (0..5, _) => {
+                let count = rng.random_range(1..6);
+                let clusters = self.top.len() / CLUSTER;
+                let at = rng.random_range(0..=clusters - count);
+                let pattern = rng.random_range(0..4);
+                disk.write(at, count, pattern);
+                self.top[at * CLUSTER..(at + count) * CLUSTER].fill(pattern);
+            }
+            (5..8, _) => {
+                let guid = disk.create();
+                let state = (self.top.clone(), self.parent.take());
+                self.snapshots.insert(guid.clone(), state);
+                self.parent = Some(guid);
+            }
+            (8, Some(guid)) => {
+                disk.snapshot(&["switch", guid]).ok();
+                self.top.clone_from(&self.snapshots[guid].0);
+                self.parent = Some(guid.clone());
+            }
+            (9, Some(guid)) if self.children(guid) > 1 => {
+                disk.snapshot(&["delete", guid]).fails();
+            }
+            (9, Some(guid)) => {
+                disk.snapshot(&["delete", guid]).ok();
+                self.remove(guid);
+            }
+            (10, _) => {
+                ploop_img(["resize", &disk.path, "+100k"]).ok();
+                self.top.resize(self.top.len() + (100 << 10), 0);
+            }
+            _ => {
+                let version = if rng.random() { "1" } else { "2" };
+                ploop_img(["compact", &disk.path]).ok();
+                ploop_img(["convert", "--format-version", version, &disk.path]).ok();
+            }
+        }
+    }
+}
+
+#[test]
+fn random_changes_against_a_model() {
+    if !has_qemu() {
+        return;
+    }
+    for seed in 0..3 {
+        let mut rng = StdRng::seed_from_u64(seed);
+        let disk = Disk::new("1M");
+        let mut model = Model {
+            top: vec![0; 1 << 20],
+            ..Model::default()
+        };
+        for step in 0..25 {
+            println!("seed {seed}, step {step}");
+            model.step(&disk, &mut rng);
+            model.compare(&disk);
+        }
+    }
+}
+
+/// Runs a command, killed before each of its changes: the disk and the snapshots
+/// that stay are what they were; a repair leaves nothing over.
+fn kill(disk: &Disk, arguments: &[String], may_change_top: bool) {
+    let copy = disk.folder.path().join("copy");
+    let contents = |disk: &Disk| {
+        let shots = disk.list();
+        let shots = shots.iter().filter(|shot| shot["merging"] == false);
+        let guids = shots.map(|shot| shot["guid"].as_str().unwrap().to_owned());
+        let contents = guids.map(|guid| {
+            let is_top = disk
+                .list()
+                .iter()
+                .any(|s| s["guid"] == *guid && s["current"] == true);
+            let content = disk.sha256(Some(&guid));
+            (if is_top { "top".to_owned() } else { guid }, content)
+        });
+        contents.collect::<BTreeMap<_, _>>()
+    };
+    fs::rename(&disk.path, &copy).unwrap();
+    let restore = || {
+        let _ = fs::remove_dir_all(&disk.path);
+        run("cp", ["-a", copy.to_str().unwrap(), &disk.path]).ok();
+    };
+    restore();
+    let old = contents(disk);
+    ploop_img(arguments).ok();
+    let new = contents(disk);
+    if !may_change_top {
+        assert_eq!(old["top"], new["top"], "{arguments:?}");
+    }
+    let killed = kill_everywhere(
+        || {
+            restore();
+            arguments.to_vec()
+        },
+        |step, ended| {
+            let now = contents(disk);
+            assert!(
+                now == old || now == new,
+                "{arguments:?}: step {step}: {now:?}"
+            );
+            assert!(!ended || now == new);
+            ploop_img(["check", "--repair", "all", &disk.path]).ok();
+            assert_eq!(
+                contents(&disk),
+                now,
+                "{arguments:?}: repair after step {step}"
+            );
+            disk.check();
+            assert!(
+                names_in(disk.path.as_ref())
+                    .iter()
+                    .all(|name| !is_passing(name))
+            );
+            assert!(disk.list().iter().all(|shot| shot["merging"] == false));
+        },
+    );
+    assert!(killed.is_none_or(|killed| killed >= 5), "{killed:?}");
+}
+
+fn guid_of(disk: &Disk, index: usize) -> String {
+    disk.list()[index]["guid"].as_str().unwrap().to_owned()
+}
+
+/// Two snapshots and a top, each with data of its own.
+fn three_levels(disk: &Disk) {
+    disk.write(3, 4, 1);
+    disk.create();
+    disk.write(5, 4, 2);
+    disk.create();
+    disk.write(0, 3, 3);
+}
+
+fn command(disk: &Disk, args: &[&str]) -> Vec<String> {
+    let mut args: Vec<_> = args.iter().map(|arg| (*arg).to_owned()).collect();
+    args.insert(2, disk.path.clone());
+    args
+}
+
+#[test]
+fn creating_can_be_cut_anywhere() {
+    let Some(disk) = Disk::fixture("v2") else {
+        return;
+    };
+    let guid = "{12345678-1234-1234-1234-123456789abc}";
+    kill(
+        &disk,
+        &command(&disk, &["snapshot", "create", "--guid", guid]),
+        false,
+    );
+}
+
+#[test]
+fn switching_can_be_cut_anywhere() {
+    if has_qemu() {
+        let disk = Disk::new("2M");
+        three_levels(&disk);
+        kill(
+            &disk,
+            &command(&disk, &["snapshot", "switch", &guid_of(&disk, 0)]),
+            true,
+        );
+    }
+}
+
+#[test]
+fn deleting_can_be_cut_anywhere() {
+    if !has_qemu() {
+        return;
+    }
+    let Some(mapped) = Disk::fixture("prealloc") else {
+        return;
+    };
+    let Some(plain) = Disk::fixture("plain") else {
+        return;
+    };
+    // A guest does not write to a plain image.
+    plain.create();
+    for (disk, index) in [(mapped, 0), (plain, 0), (Disk::new("2M"), 1)] {
+        three_levels(&disk);
+        kill(
+            &disk,
+            &command(&disk, &["snapshot", "delete", &guid_of(&disk, index)]),
+            false,
+        );
+    }
+}
+
+#[test]
+fn deleting_a_leaf_can_be_cut_anywhere() {
+    if has_qemu() {
+        let disk = Disk::new("2M");
+        three_levels(&disk);
+        let leaf = disk.create();
+        disk.snapshot(&["switch", &guid_of(&disk, 0)]).ok();
+        kill(
+            &disk,
+            &command(&disk, &["snapshot", "delete", &leaf]),
+            false,
+        );
+    }
+}
+
+#[test]
+fn a_version_change_can_be_cut_anywhere() {
+    if !has_qemu() {
+        return;
+    }
+    let Some(disk) = Disk::fixture("prealloc") else {
+        return;
+    };
+    three_levels(&disk);
+    let copy = disk.folder.path().join("copy");
+    fs::rename(&disk.path, &copy).unwrap();
+    let restore = || {
+        let _ = fs::remove_dir_all(&disk.path);
+        run("cp", ["-a", copy.to_str().unwrap(), &disk.path]).ok();
+    };
+    restore();
+    let content = disk.sha256(None);
+    kill_everywhere(
+        || {
+            restore();
+            ["convert", "--format-version", "1", &disk.path]
+                .map(str::to_owned)
+                .to_vec()
+        },
+        |step, _| {
+            ploop_img(["check", "--repair", "all", &disk.path]).ok();
+            assert_eq!(disk.sha256(None), content, "step {step}");
+            disk.check();
+        },
+    );
+}
+
+#[test]
+fn compacting_can_be_cut_anywhere() {
+    if !has_qemu() {
+        return;
+    }
+    let disk = Disk::new("2M");
+    disk.write(0, 20, 7);
+    disk.write(2, 3, 0);
+    disk.write(9, 2, 0);
+    let copy = disk.folder.path().join("copy");
+    fs::rename(&disk.path, &copy).unwrap();
+    let restore = || {
+        let _ = fs::remove_dir_all(&disk.path);
+        run("cp", ["-a", copy.to_str().unwrap(), &disk.path]).ok();
+    };
+    restore();
+    let content = disk.sha256(None);
+    let len = |disk: &Disk| fs::metadata(disk.top_file()).unwrap().len();
+    let before = len(&disk);
+    kill_everywhere(
+        || {
+            restore();
+            ["compact", &disk.path].map(str::to_owned).to_vec()
+        },
+        |step, ended| {
+            assert_eq!(disk.sha256(None), content, "step {step}");
+            ploop_img(["check", "--repair", "all", &disk.path]).ok();
+            assert_eq!(disk.sha256(None), content, "step {step}");
+            disk.check();
+            assert!(!ended || len(&disk) == before - 5 * CLUSTER as u64);
+        },
+    );
+}
