@@ -427,7 +427,7 @@ fn kill(disk: &Disk, arguments: &[String], may_change_top: bool) {
             assert!(!ended || now == new);
             ploop_img(["check", "--repair", "all", &disk.path]).ok();
             assert_eq!(
-                contents(&disk),
+                contents(disk),
                 now,
                 "{arguments:?}: repair after step {step}"
             );
