@@ -66,6 +66,12 @@ impl Waker {
         }
     }
 
+    /// Whether the reader may be asleep.
+    #[cfg(all(test, not(ploop_loom)))]
+    pub fn is_armed(&self) -> bool {
+        self.state.load(Ordering::Acquire) == ARMED
+    }
+
     /// Polls readable when the reader was woken.
     pub fn as_raw_fd(&self) -> RawFd {
         self.fd.as_raw_fd()

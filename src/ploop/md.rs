@@ -216,6 +216,12 @@ impl<D: Disk> MdWriter<D> {
         self.engine.md.waker()
     }
 
+    /// Whether nothing has woken the thread since its last look.
+    #[cfg(all(test, not(ploop_loom)))]
+    pub(crate) fn is_asleep(&self) -> bool {
+        self.waker().is_armed()
+    }
+
     pub(super) fn io(&self) -> &D::Io {
         &self.io
     }
@@ -661,24 +667,31 @@ impl<D: Disk> MdWriter<D> {
         geometry.entries.saturating_sub(in_file).max(1)
     }
 
+    /// Why the file cannot become longer any more, if it cannot.
+    fn no_growth(&self) -> Option<EngineError> {
+        let engine = &self.engine;
+        if engine.alloc.end() >= engine.geometry().host_cluster_limit() {
+            Some(EngineError::ImageFull)
+        } else if engine.has_sync_failed() {
+            Some(EngineError::SyncFailed)
+        } else {
+            None
+        }
+    }
+
     fn extend(&mut self, clusters: u32, now: Duration) {
         let engine = self.engine.clone();
-        let end = engine.alloc.end();
-        let limit = engine.geometry().host_cluster_limit();
         self.space.begin_extending(now);
-        if engine.has_sync_failed() || end >= limit {
-            let error = if end >= limit {
-                EngineError::ImageFull
-            } else {
-                EngineError::SyncFailed
-            };
+        if let Some(error) = self.no_growth() {
             self.space.extension_failed(1, OnEnospc::Stop, now);
             for pio in self.space.take_all() {
                 pio.home.complete(Err(error));
             }
             return;
         }
-        let clusters = clusters.min(limit - end).min(self.missing());
+        let end = engine.alloc.end();
+        let room = engine.geometry().host_cluster_limit() - end;
+        let clusters = clusters.min(room).min(self.missing());
         let op = Op::Allocate {
             file: engine.top(),
             offset: engine.geometry().host_offset(HostCluster(end)),
@@ -718,6 +731,11 @@ impl<D: Disk> MdWriter<D> {
         }
         if !full && self.engine.alloc.available() > 0 {
             return self.try_again([pio]);
+        }
+        // After a failed sync nothing comes back from the reclaim either.
+        let reclaims = self.reclaim.is_under_way() && !self.engine.has_sync_failed();
+        if let Some(error) = self.no_growth().filter(|_| !full && !reclaims) {
+            return pio.home.complete(Err(error));
         }
         let policy = self.engine.options.on_enospc;
         self.space.park(pio, full, policy, now);

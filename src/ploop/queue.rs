@@ -167,6 +167,12 @@ impl<D: Disk> Queue<D> {
             || (self.io.completion_fd().is_none() && self.io.in_flight() > 0)
     }
 
+    /// Whether nothing has woken the thread since its last look.
+    #[cfg(all(test, not(ploop_loom)))]
+    pub(crate) fn is_asleep(&self) -> bool {
+        self.inbox.waker().is_armed()
+    }
+
     /// Requests that wait for space on the host get one more try and then fail:
     /// for a ring that stops, as its guest waits for the end of the drain.
     pub fn give_up_parked(&mut self) {

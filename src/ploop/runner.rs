@@ -5,7 +5,7 @@
 //! these. All pios of a cluster that need a runner meet the same one, so a locked
 //! cluster is the business of one thread: what comes meanwhile waits in its list.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeMap, VecDeque};
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -45,7 +45,7 @@ pub struct Runner<D: Disk> {
     /// Operations that the ring had no room for.
     backlog: VecDeque<(u64, Op)>,
     /// Clusters that this runner has locked.
-    busy: HashMap<GuestCluster, Busy>,
+    busy: BTreeMap<GuestCluster, Busy>,
     completions: Vec<Completion>,
 }
 
@@ -88,7 +88,7 @@ impl<D: Disk> Runner<D> {
             inbox: engine.runners[index].clone(),
             ops: Slab::with_capacity(DEPTH as usize),
             backlog: VecDeque::new(),
-            busy: HashMap::new(),
+            busy: BTreeMap::new(),
             completions: Vec::new(),
             engine,
         })
@@ -119,6 +119,12 @@ impl<D: Disk> Runner<D> {
     /// What wakes the thread, beside [`Io::completion_fd`].
     pub(super) fn waker(&self) -> &Waker {
         self.inbox.waker()
+    }
+
+    /// Whether nothing has woken the thread since its last look.
+    #[cfg(all(test, not(ploop_loom)))]
+    pub(crate) fn is_asleep(&self) -> bool {
+        self.waker().is_armed()
     }
 
     pub(super) fn io(&self) -> &D::Io {

@@ -47,6 +47,8 @@ pub struct Medium {
     pub block: u32,
     /// How many blocks there is space for, in all files together.
     pub capacity: Option<u64>,
+    /// Completions announce themselves, as those of a ring do.
+    pub has_ring: bool,
     /// What goes wrong.
     pub faults: Faults,
     /// Files below this one are never to be written to.
@@ -62,6 +64,7 @@ impl Default for Medium {
             write_alignment: 512,
             block: 4096,
             capacity: None,
+            has_ring: false,
             faults: Faults::default(),
             first_writable: FileId(0),
             metadata_len: 0,
@@ -181,9 +184,25 @@ impl SimDisk {
         change(&mut self.state().medium);
     }
 
+    /// Whether the space is limited.
+    pub fn is_tight(&self) -> bool {
+        self.state().medium.capacity.is_some()
+    }
+
     /// Blocks in use, in all files together.
     pub fn used_blocks(&self) -> u64 {
         self.state().used_blocks
+    }
+
+    /// How many threads have opened the disk since the power came.
+    pub fn io_count(&self) -> usize {
+        self.state().ios.len()
+    }
+
+    /// Whether a thread's [`Io::reap`] has something to give; threads are counted
+    /// in the order in which they opened the disk.
+    pub fn has_completions(&self, io: usize) -> bool {
+        !self.state().ios[io].ready.is_empty()
     }
 
     /// Whether there is anything for [`Self::step`] to do.
@@ -843,8 +862,10 @@ impl Io for SimIo {
         self.disk.state().ios[self.index].in_flight
     }
 
+    /// Nobody polls it: who drives the actors asks [`SimDisk::has_completions`].
     fn completion_fd(&self) -> Option<RawFd> {
-        None
+        let has_ring = self.disk.state().medium.has_ring;
+        has_ring.then_some(RawFd::MAX)
     }
 }
 

@@ -16,6 +16,7 @@ use super::pattern::Value;
 use super::scenario::{Profile, Scenario};
 use super::session::{Closed, Failure, Session, World};
 use crate::ploop::Engine;
+use crate::storage::FileId;
 
 /// Cuts in a row that an image has to stand.
 const GENERATIONS: u32 = 4;
@@ -143,7 +144,14 @@ impl Life {
             let changes = world.rng.random_range(0..8);
             world.disk.cut_after(Some(changes));
         }
-        let options = world.scenario.options(&mut world.rng);
+        let mut options = world.scenario.options(&mut world.rng);
+        options.read_only = profile.read_only;
+        let policy = options.on_enospc;
+        let top = world.scenario.top();
+        let first_writable = FileId(top.0 + u8::from(profile.read_only));
+        world
+            .disk
+            .change_medium(|medium| medium.first_writable = first_writable);
         world.disk.note(|| format!("opening with {options:?}"));
         let chain = world.scenario.chain();
         let opened = match Engine::open(world.disk.clone(), &chain, options) {
@@ -158,7 +166,7 @@ impl Life {
                 return Ok(None);
             }
         };
-        let mut session = Session::new(opened, world);
+        let mut session = Session::new(opened, world, profile, policy);
         set_trouble(world, profile);
         let result = session.run(world, profile).and_then(|()| {
             if world.disk.is_powered() && world.rng.random_ratio(1, 4) {
@@ -182,7 +190,7 @@ impl Life {
         (0..world.scenario.levels)
             .map(|level| match level {
                 0 if world.scenario.plain_base => Ok(world.scenario.plain_image()),
-                level => Image::read(&world.disk, crate::storage::FileId(level as u8)),
+                level => Image::read(&world.disk, FileId(level as u8)),
             })
             .collect()
     }
@@ -230,7 +238,7 @@ impl Life {
         {
             return Err("I12: the image is marked as closed, and its content is neither the old nor the new one".to_owned());
         }
-        if closed == Some(Closed::Well) {
+        if closed == Some(Closed::Well) && !profile.read_only {
             let tail = image.tail(now.len());
             if !image.closed || tail > 0 {
                 return Err(format!(

@@ -120,6 +120,7 @@ impl Scenario {
             write_alignment: *[512, 512, 4096].choose(rng).unwrap(),
             first_writable: scenario.top(),
             metadata_len: 64 + 4 * u64::from(ENTRIES),
+            has_ring: rng.random(),
             ..Medium::default()
         };
         Self { medium, ..scenario }
@@ -338,6 +339,11 @@ pub struct Profile {
     pub faults: Faults,
     /// The host's space is short.
     pub is_tight: bool,
+    /// Actors get their turn only when something has woken them, as threads do;
+    /// else at any time.
+    pub is_lazy: bool,
+    /// The image is opened for reading only.
+    pub read_only: bool,
     /// Actions until the end.
     pub actions_left: u32,
 }
@@ -373,6 +379,8 @@ impl Profile {
             sectors: *[8, sectors, 3 * sectors].choose(rng).unwrap(),
             faults: random_faults(rng),
             is_tight,
+            is_lazy: rng.random(),
+            read_only: rng.random_ratio(1, 24),
             actions_left: *[60, 200, 200, 600].choose(rng).unwrap(),
         }
     }

@@ -11,7 +11,7 @@ use rand::seq::IndexedRandom;
 use smallvec::smallvec;
 
 use super::cases::{Case, Cases};
-use super::disk::SimDisk;
+use super::disk::{Faults, SimDisk};
 use super::file::SECTOR;
 use super::memory::Memory;
 use super::model::{ChangeId, Flush, Model, Read};
@@ -20,7 +20,8 @@ use super::scenario::{Action, Profile, Scenario};
 use crate::format::Sector;
 use crate::ploop::control::{Control, Outcome};
 use crate::ploop::{
-    Command, Done, Engine, EngineError, MdWriter, Opened, Queue, Request, Runner, SectorRange,
+    Command, Done, Engine, EngineError, MdWriter, OnEnospc, Opened, Queue, Request, Runner,
+    SectorRange,
 };
 
 /// Turns until what should have ended counts as hanging.
@@ -62,6 +63,17 @@ struct InFlight {
     queue: usize,
     kind: Kind,
     memory: Option<Memory>,
+    /// It came in this suspension.
+    held: Option<u32>,
+    /// It came after a sync was known to have failed.
+    after_failed_sync: bool,
+}
+
+/// When an actor wants to be polled, beside when it is woken.
+struct Alarm {
+    /// Of its [`crate::storage::Io`].
+    io: usize,
+    at: Option<Duration>,
 }
 
 /// Of the write cache, as far as the clients know.
@@ -84,7 +96,17 @@ struct Quiesce {
 enum Suspension {
     No,
     Under(Quiesce),
-    Yes,
+    /// Each gets a number.
+    Yes(u32),
+}
+
+impl Suspension {
+    fn number(&self) -> Option<u32> {
+        match self {
+            Self::Yes(number) => Some(*number),
+            _ => None,
+        }
+    }
 }
 
 /// See the module's text.
@@ -99,15 +121,51 @@ pub struct Session {
     write_through: WriteThrough,
     times_on: u32,
     suspension: Suspension,
-    /// Requests may fail.
-    may_fail: bool,
+    times_suspended: u32,
+    trouble: Trouble,
+    sync_failed: bool,
+    is_lazy: bool,
+    /// Of runners, the metadata thread, and queues, in this order.
+    alarms: Vec<Alarm>,
+}
+
+/// For what requests may fail.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Trouble {
+    /// The host fails.
+    faults: bool,
+    /// The host is full, and writes need not wait or were told not to.
+    space: bool,
+    read_only: bool,
+}
+
+impl Trouble {
+    fn explains(self, error: EngineError) -> bool {
+        match error {
+            EngineError::NoSpace => self.space,
+            EngineError::Io(_) | EngineError::Metadata(_) | EngineError::SyncFailed => self.faults,
+            EngineError::ReadOnly => self.read_only,
+            _ => false,
+        }
+    }
 }
 
 impl Session {
     /// Takes over what was opened.
-    pub fn new(opened: Opened<SimDisk>, world: &World) -> Self {
+    pub fn new(
+        opened: Opened<SimDisk>,
+        world: &World,
+        profile: &Profile,
+        policy: OnEnospc,
+    ) -> Self {
         let queues = (0..world.scenario.queues)
             .map(|_| opened.engine.queue().expect("there is room for all queues"))
+            .collect();
+        let alarms = (0..world.disk.io_count())
+            .map(|io| Alarm {
+                io,
+                at: Some(Duration::ZERO),
+            })
             .collect();
         Self {
             requests: BTreeMap::new(),
@@ -120,7 +178,15 @@ impl Session {
             write_through: WriteThrough::Off,
             times_on: 0,
             suspension: Suspension::No,
-            may_fail: false,
+            times_suspended: 0,
+            trouble: Trouble {
+                faults: profile.faults != Faults::default(),
+                space: profile.is_tight && policy == OnEnospc::Report,
+                read_only: profile.read_only,
+            },
+            sync_failed: false,
+            is_lazy: profile.is_lazy,
+            alarms,
         }
     }
 
@@ -129,7 +195,6 @@ impl Session {
     /// # Errors
     /// What the engine did wrong.
     pub fn run(&mut self, world: &mut World, profile: &Profile) -> Result<(), Failure> {
-        self.may_fail |= profile.has_trouble();
         for _ in 0..profile.actions_left {
             let action = profile.choose(&mut world.rng);
             self.act(world, profile, action)?;
@@ -149,7 +214,7 @@ impl Session {
             }
             Action::PollRunner => {
                 let runner = rng.random_range(0..self.runners.len());
-                self.runners[runner].poll(self.now);
+                self.poll_runner(world, runner);
             }
             Action::PollMd => self.poll_md(world)?,
             Action::Disk => world.disk.step(),
@@ -169,7 +234,7 @@ impl Session {
             }
             Action::GiveUp => {
                 let queue = rng.random_range(0..self.queues.len());
-                self.queues[queue].give_up_parked();
+                self.give_up(queue);
             }
             request if self.requests.len() < profile.depth => {
                 self.push(world, profile.sectors, request);
@@ -206,6 +271,8 @@ impl Session {
                 queue,
                 kind,
                 memory,
+                held: self.suspension.number(),
+                after_failed_sync: self.sync_failed,
             },
         );
         self.queues[queue].push(Request { tag, command });
@@ -321,8 +388,14 @@ impl Session {
     }
 
     fn poll_queue(&mut self, world: &mut World, queue: usize) -> Result<(), Failure> {
+        let alarm = self.runners.len() + 1 + queue;
+        let is_woken = !self.queues[queue].is_asleep() || self.queues[queue].has_ready();
+        if !is_woken && !self.has_alarm(world, alarm) {
+            return Ok(());
+        }
         let mut done = Vec::new();
         self.queues[queue].poll(&mut done);
+        self.alarms[alarm].at = None;
         if !world.disk.is_powered() {
             // What ends from now on ends for want of power.
             return Ok(());
@@ -341,10 +414,13 @@ impl Session {
             .remove(&tag)
             .filter(|request| request.queue == queue)
             .ok_or_else(|| format!("I10: request {tag} ends twice, or on another queue"))?;
-        if let Err(error) = done.result
-            && !self.may_fail
-        {
-            return Err(format!("I10: request {tag} failed for no reason: {error}"));
+        if let Err(error) = done.result {
+            self.sync_failed |= error == EngineError::SyncFailed;
+            if !self.trouble.explains(error) {
+                return Err(format!("I10: request {tag} failed for no reason: {error}"));
+            }
+        } else if request.held.is_some() && request.held == self.suspension.number() {
+            return Err(format!("S22: request {tag} was done while suspended"));
         }
         let good = done.result.is_ok();
         match request.kind {
@@ -367,6 +443,11 @@ impl Session {
                 world.model.end(id, good, on);
                 world.cases.count_if(Case::WriteThrough, good && on);
             }
+            Kind::Flush { .. } if good && request.after_failed_sync => {
+                return Err(format!(
+                    "I7: flush {tag} came after a failed sync and succeeded"
+                ));
+            }
             Kind::Flush { flush, has_work } if good => {
                 world.model.end_flush(&flush);
                 world.cases.count_if(Case::Flush, has_work);
@@ -379,10 +460,34 @@ impl Session {
     // --- the metadata thread, and what it was asked for ---
 
     fn poll_md(&mut self, world: &mut World) -> Result<(), Failure> {
-        self.md.poll(self.now);
+        let alarm = self.runners.len();
+        if self.md.is_asleep() && !self.has_alarm(world, alarm) {
+            return Ok(());
+        }
+        let after = self.md.poll(self.now);
+        self.alarms[alarm].at = after.map(|after| self.now + after);
         world
             .cases
             .look_at_metadata(&world.disk, &world.scenario, &self.engine)
+    }
+
+    /// Whether an actor that nothing woke wants to be polled.
+    fn has_alarm(&self, world: &World, alarm: usize) -> bool {
+        let Alarm { io, at } = &self.alarms[alarm];
+        !self.is_lazy || at.is_some_and(|at| at <= self.now) || world.disk.has_completions(*io)
+    }
+
+    fn poll_runner(&mut self, world: &World, runner: usize) {
+        if self.runners[runner].is_asleep() && !self.has_alarm(world, runner) {
+            return;
+        }
+        let after = self.runners[runner].poll(self.now);
+        self.alarms[runner].at = after.map(|after| self.now + after);
+    }
+
+    fn give_up(&mut self, queue: usize) {
+        self.trouble.space = true;
+        self.queues[queue].give_up_parked();
     }
 
     fn toggle_write_through(&mut self, world: &mut World) {
@@ -407,7 +512,7 @@ impl Session {
                 self.suspension = Suspension::Under(self.quiesce(world, Control::Suspend));
             }
             Suspension::Under(_) => {}
-            Suspension::Yes => {
+            Suspension::Yes(_) => {
                 self.engine.resume();
                 self.suspension = Suspension::No;
             }
@@ -437,7 +542,8 @@ impl Session {
             && let Some(result) = quiesce.outcome.get()
         {
             self.judge(world, "suspend", &quiesce.flush, result)?;
-            self.suspension = Suspension::Yes;
+            self.times_suspended += 1;
+            self.suspension = Suspension::Yes(self.times_suspended);
         }
         Ok(())
     }
@@ -452,7 +558,7 @@ impl Session {
         world.disk.note(|| format!("{what}: {result:?}"));
         match result {
             Ok(()) => world.model.end_flush(flush),
-            Err(error) if !self.may_fail => {
+            Err(error) if !self.trouble.explains(error) => {
                 return Err(format!("I10: {what} failed for no reason: {error}"));
             }
             Err(_) => {}
@@ -477,8 +583,8 @@ impl Session {
                 self.queues[queue].submit();
                 self.poll_queue(world, queue)?;
             }
-            for runner in &mut self.runners {
-                runner.poll(self.now);
+            for runner in 0..self.runners.len() {
+                self.poll_runner(world, runner);
             }
             self.poll_md(world)?;
             self.hear_controls(world)?;
@@ -487,8 +593,20 @@ impl Session {
                 self.now += Duration::from_millis(10);
             }
         }
+        Err(format!("I10: {what} hangs; {}", self.describe_hang(world)))
+    }
+
+    fn describe_hang(&self, world: &World) -> String {
         let tags: Vec<_> = self.requests.keys().collect();
-        Err(format!("I10: {what} hangs; under way: {tags:?}"))
+        let held: Vec<_> = self.queues.iter().map(Queue::held).collect();
+        let asleep: Vec<_> = self.runners.iter().map(Runner::is_asleep).collect();
+        let alarms: Vec<_> = self.alarms.iter().map(|alarm| alarm.at).collect();
+        format!(
+            "under way: {tags:?}, held: {held:?}, runners asleep: {asleep:?}, md asleep: {}, alarms: {alarms:?} at {:?}, host busy: {}",
+            self.md.is_asleep(),
+            self.now,
+            world.disk.is_busy()
+        )
     }
 
     /// Waits for every request; parked ones have to end.
@@ -499,27 +617,23 @@ impl Session {
         self.turn_until(world, "suspend", |session| {
             !matches!(session.suspension, Suspension::Under(_))
         })?;
-        if matches!(self.suspension, Suspension::Yes) {
+        if self.suspension.number().is_some() {
             self.toggle_suspension(world);
         }
+        let is_tight = world.disk.is_tight();
         // A write may find only now that there is no space.
         for _ in 0..PATIENCE {
             let in_flight = self.requests.len();
             if in_flight == 0 || !world.disk.is_powered() {
                 return Ok(());
             }
-            if self.may_fail {
-                for queue in &mut self.queues {
-                    queue.give_up_parked();
-                }
+            if is_tight {
+                (0..self.queues.len()).for_each(|queue| self.give_up(queue));
             }
-            self.turn_until(world, "a request", {
-                let give_up_again_at = self.now + Duration::from_millis(50);
-                let may_fail = self.may_fail;
-                move |session| {
-                    session.requests.len() < in_flight
-                        || (may_fail && session.now > give_up_again_at)
-                }
+            let give_up_again_at = self.now + Duration::from_millis(50);
+            self.turn_until(world, "a request", |session| {
+                let is_late = is_tight && session.now > give_up_again_at;
+                session.requests.len() < in_flight || is_late
             })?;
         }
         Err("I10: parked requests do not end".to_owned())
