@@ -252,11 +252,12 @@ fn extension_of<F: ImageFile>(
     let cluster_at = |sector: u64| {
         let offset = sector.checked_mul(SECTOR_SIZE)?;
         let end = offset.checked_add(geometry.cluster.bytes())?;
-        let inside = offset >= geometry.data_start && end <= file_len;
-        let whole =
-            (offset.wrapping_sub(geometry.data_start)).is_multiple_of(geometry.cluster.bytes());
-        (inside && whole)
-            .then(|| HostCluster((geometry.host_clusters_below(offset + 1) - 1) as u32))
+        let into_data = offset.checked_sub(geometry.data_start)?;
+        let host = geometry.host_clusters_below(offset);
+        let is_cluster = into_data.is_multiple_of(geometry.cluster.bytes())
+            && end <= file_len
+            && host < u64::from(geometry.host_cluster_limit());
+        is_cluster.then_some(HostCluster(host as u32))
     };
     let Some(first) = cluster_at(header.extension.0) else {
         return Ok(Err(

@@ -9,13 +9,13 @@ use std::path::{Path, PathBuf};
 use rustix::fs::OFlags;
 
 use super::bundle::Location;
-use super::chain::Chain;
 use super::create::{new_header, publish_disk, publish_file, refuse_existing, write_empty};
 use super::error::{ImageError, IoContext, Result};
 use super::file::{HostImage, ImageFile};
 use super::folder::{Folder, open_regular};
 use super::open::{OpenImage, OpenMode, lock_file, open};
 use super::progress::{Progress, check_cancelled};
+use super::reader::DiskReader;
 use crate::format::{ClusterSize, Header, HostCluster, Sector};
 use crate::storage::HostFile;
 use crate::storage::lock::LockMode;
@@ -62,24 +62,24 @@ impl Conversion {
         let (folder, name) = Folder::of(&self.target)?;
         refuse_existing(&folder, name)?;
         let source = Source::open(self)?;
-        if source.chain.disk_size() == Sector(0) {
+        if source.disk.disk_size() == Sector(0) {
             return Err(unsupported(
                 &self.source,
                 "is empty: there is no disk in it",
             ));
         }
-        progress.begin(source.chain.disk_size().bytes());
+        progress.begin(source.disk.disk_size().bytes());
         match self.target_format() {
             DiskFormat::Raw => publish_file(&folder, name, |file| {
-                let output = RawOutput::new(file, source.chain.disk_size())?;
-                self.copy(&source.chain, output, progress)
+                let output = RawOutput::new(file, source.disk.disk_size())?;
+                self.copy(&source.disk, output, progress)
             }),
             DiskFormat::Ploop => {
-                let cluster = self.cluster.unwrap_or(source.chain.cluster());
-                let header = new_header(&self.target, source.chain.disk_size(), cluster)?;
+                let cluster = self.cluster.unwrap_or(source.disk.cluster());
+                let header = new_header(&self.target, source.disk.disk_size(), cluster)?;
                 publish_disk(&self.target, &header, |file| {
                     let output = PloopOutput::new(file, header.clone())?;
-                    self.copy(&source.chain, output, progress)
+                    self.copy(&source.disk, output, progress)
                 })
             }
         }
@@ -96,7 +96,7 @@ impl Conversion {
 
     fn copy(
         &self,
-        source: &Chain<HostImage>,
+        source: &DiskReader<HostImage>,
         mut output: impl Output,
         progress: &dyn Progress,
     ) -> Result<()> {
@@ -122,7 +122,7 @@ impl Conversion {
 
 /// An open source; the locks last as long as it does.
 struct Source {
-    chain: Chain<HostImage>,
+    disk: DiskReader<HostImage>,
     _image: Option<OpenImage>,
     _lock: Option<crate::storage::lock::ImageLock>,
 }
@@ -137,7 +137,7 @@ impl Source {
         if format == DiskFormat::Ploop {
             let image = open(path, conversion.mode)?;
             return Ok(Self {
-                chain: Chain::load(&image)?,
+                disk: DiskReader::load(&image)?,
                 _image: Some(image),
                 _lock: None,
             });
@@ -152,7 +152,7 @@ impl Source {
             false => Some(lock_file(&file, LockMode::ReadOnly, true)?),
         };
         Ok(Self {
-            chain: Chain::of_raw(HostImage::new(file.file, file.path))?,
+            disk: DiskReader::of_raw(HostImage::new(file.file, file.path))?,
             _image: None,
             _lock: lock,
         })

@@ -100,11 +100,12 @@ pub enum ImageError {
         /// By the descriptor.
         disk_size: Sector,
     },
-    /// An image is to be written that is one of several of a disk.
+    /// An image is to be changed by itself that belongs to a bundle.
     #[error(
-        "{}: is one of {images} images of the disk {}; give that path instead",
+        "{}: belongs to the disk {}, which has {images} image{}; give that path instead",
         path.display(),
-        bundle.display()
+        bundle.display(),
+        if *images == 1 { "" } else { "s" }
     )]
     Member {
         /// Of the image file.

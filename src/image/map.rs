@@ -4,10 +4,10 @@ use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 
-use super::chain::{Chain, Extent};
 use super::error::Result;
 use super::file::HostImage;
 use super::open::{OpenMode, open};
+use super::reader::{DiskReader, Extent};
 
 /// A range of the disk in one state; serialised it has the keys of
 /// `qemu-img map --output=json`.
@@ -41,11 +41,11 @@ pub struct MapEntry {
 /// Whatever keeps it from being opened and read so.
 pub fn map(path: &Path, mode: OpenMode, mut each: impl FnMut(MapEntry)) -> Result<()> {
     let image = open(path, mode)?;
-    let chain = Chain::load(&image)?;
+    let disk = DiskReader::load(&image)?;
     let mut start = 0;
-    while let Some(extent) = chain.extent(start, u64::MAX) {
+    while let Some(extent) = disk.extent(start, u64::MAX) {
         start = extent.range.end;
-        for entry in entries_of(&chain, &extent)? {
+        for entry in entries_of(&disk, &extent)? {
             each(entry);
         }
     }
@@ -53,8 +53,8 @@ pub fn map(path: &Path, mode: OpenMode, mut each: impl FnMut(MapEntry)) -> Resul
 }
 
 /// One entry for an extent; several for one of a raw image with holes.
-fn entries_of(chain: &Chain<HostImage>, extent: &Extent) -> Result<Vec<MapEntry>> {
-    let depth_of = |level| chain.depth() - 1 - level;
+fn entries_of(disk: &DiskReader<HostImage>, extent: &Extent) -> Result<Vec<MapEntry>> {
+    let depth_of = |level| disk.depth() - 1 - level;
     let Some(place) = extent.place else {
         return Ok(vec![MapEntry {
             start: extent.range.start,
@@ -77,16 +77,16 @@ fn entries_of(chain: &Chain<HostImage>, extent: &Extent) -> Result<Vec<MapEntry>
         data,
         compressed: false,
         offset: Some(place.offset + (start - extent.range.start)),
-        filename: Some(chain.path(place.level).to_owned()),
+        filename: Some(disk.path(place.level).to_owned()),
     };
     let mut entries = Vec::new();
     let mut start = extent.range.start;
     // In an expandable image, a hole is a matter of its clusters alone.
-    if !chain.is_plain(place.level) {
+    if !disk.is_plain(place.level) {
         return Ok(vec![entry(start, extent.range.end, true)]);
     }
     while start < extent.range.end {
-        let data = chain.next_data(start, extent.range.end - start)?;
+        let data = disk.next_data(start, extent.range.end - start)?;
         let data = data.map_or(extent.range.end..extent.range.end, |data| data.range);
         let data_start = data.start.min(extent.range.end);
         if start < data_start {

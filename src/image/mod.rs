@@ -5,7 +5,6 @@
 //! operations return reports, `ploop-img` prints them.
 
 mod bundle;
-mod chain;
 mod check;
 mod compact;
 mod convert;
@@ -19,6 +18,7 @@ mod info;
 mod map;
 mod open;
 mod progress;
+mod reader;
 mod repair;
 mod resize;
 mod snapshot;

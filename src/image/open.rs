@@ -120,8 +120,12 @@ fn open_bare(path: PathBuf, mode: OpenMode) -> Result<OpenImage> {
         return Err(ImageError::NotABundle(path));
     }
     let writable = mode.access != Access::Read;
-    if writable {
-        refuse_member(&path)?;
+    match mode.access {
+        Access::Read => {}
+        // Those above a lower image would change with it.
+        Access::Serve | Access::Repair => refuse_member(&path, 2)?,
+        // The descriptor has to follow.
+        Access::Change => refuse_member(&path, 1)?,
     }
     let file = open_regular(rustix::fs::CWD, &path, OFlags::empty(), writable, &path)?;
     let file = HostFile {
@@ -142,9 +146,8 @@ fn open_bare(path: PathBuf, mode: OpenMode) -> Result<OpenImage> {
     })
 }
 
-/// One of several images of a disk must not be written by itself: those above it
-/// would change with it.
-fn refuse_member(path: &Path) -> Result<()> {
+/// Refuses an image that is one of `images` or more of the bundle it lies in.
+fn refuse_member(path: &Path, images: usize) -> Result<()> {
     let Some(folder) = path.parent() else {
         return Ok(());
     };
@@ -155,15 +158,15 @@ fn refuse_member(path: &Path) -> Result<()> {
     }) else {
         return Ok(());
     };
-    let images = bundle.descriptor().images();
-    let is_member = images
+    let of_bundle = bundle.descriptor().images();
+    let is_member = of_bundle
         .iter()
         .any(|image| Some(image.file.as_os_str()) == path.file_name());
-    if is_member && images.len() > 1 {
+    if is_member && of_bundle.len() >= images {
         return Err(ImageError::Member {
             path: path.to_owned(),
-            bundle: folder.to_owned(),
-            images: images.len(),
+            bundle: bundle.path().to_owned(),
+            images: of_bundle.len(),
         });
     }
     Ok(())

@@ -15,6 +15,8 @@ use super::file::ImageFile;
 use crate::format::{ClusterSize, GuestCluster, Header, HostCluster, Sector, Version};
 
 const SECTOR: usize = 512;
+/// The disk that these files are on is full then.
+const LEN_MAX: u64 = 1 << 26;
 /// What a hole is made of.
 const BLOCK: u64 = 4096;
 
@@ -145,6 +147,14 @@ fn apply(file: &mut Vec<u8>, change: &Change, mut keep: impl FnMut() -> bool) {
 
 impl MemImage {
     fn change(&self, change: Change) -> io::Result<()> {
+        let end = match &change {
+            Change::Write { offset, bytes } => offset + bytes.len() as u64,
+            Change::SetLen(len) => *len,
+            Change::Zero(_) | Change::Sync => 0,
+        };
+        if end > LEN_MAX {
+            return Err(io::ErrorKind::StorageFull.into());
+        }
         let mut state = self.medium.0.borrow_mut();
         apply(&mut state.current[self.index], &change, || true);
         state.steps.push(Step {

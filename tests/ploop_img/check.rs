@@ -151,3 +151,55 @@ fn a_reader_keeps_changes_away() {
     ploop_img(["check", &disk]).ok();
     ploop_img(["resize", &disk, "+1M"]).fails();
 }
+
+/// `qemu-io` puts the first cluster of such an image where its own rules have
+/// none: a version 1 image whose data area starts right behind the BAT.
+#[test]
+fn what_qemu_puts_off_the_grid_is_kept() {
+    if !require_tool("qemu-img") || !require_tool("qemu-io") {
+        return;
+    }
+    let folder = TempDir::new().unwrap();
+    let path = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+    let mut header = b"WithoutFreeSpace".to_vec();
+    for word in [2u32, 16, 16, 128, 64, 64 * 128, 0, 0, 0, 0, 0, 0] {
+        header.extend(word.to_le_bytes());
+    }
+    header.resize(512, 0);
+    fs::write(path("odd.hds"), header).unwrap();
+    for write in [
+        "write -P 1 0 64k",
+        "write -P 2 1M 128k",
+        "write -P 3 300k 4k",
+    ] {
+        run(
+            "qemu-io",
+            ["-f", "parallels", "-c", write, &path("odd.hds")],
+        )
+        .ok();
+    }
+    let convert = [
+        "convert",
+        "-f",
+        "parallels",
+        "-O",
+        "raw",
+        &path("odd.hds"),
+        &path("theirs.raw"),
+    ];
+    run("qemu-img", convert).ok();
+    ploop_img(["check", "--repair", "all", &path("odd.hds")]).ok();
+    ploop_img(["convert", &path("odd.hds"), &path("ours.raw")]).ok();
+    assert!(fs::read(path("theirs.raw")).unwrap() == fs::read(path("ours.raw")).unwrap());
+    qemu_img_check(Path::new(&path("odd.hds")));
+}
+
+#[test]
+fn the_image_of_a_bundle_is_not_resized_by_itself() {
+    let folder = TempDir::new().unwrap();
+    let Some(disk) = disk(&folder) else { return };
+    let error = ploop_img(["resize", &disk, "+1M"]).fails();
+    assert!(error.contains("give that path instead"), "{error}");
+    // But it may be repaired: that is no business of the descriptor's.
+    ploop_img(["check", "--repair", "all", &disk]).ok();
+}

@@ -222,9 +222,9 @@ fn what_cannot_be_is_refused() {
     let first = disk.create();
     let lower = Path::new(&disk.path).join("root.hds");
     let error = ploop_img(["resize", lower.to_str().unwrap(), "2M"]).fails();
-    assert!(error.contains("one of 2 images"), "{error}");
+    assert!(error.contains("which has 2 images"), "{error}");
     let error = ploop_img(["resize", disk.top_file().to_str().unwrap(), "2M"]).fails();
-    assert!(error.contains("one of 2 images"), "{error}");
+    assert!(error.contains("which has 2 images"), "{error}");
     disk.snapshot(&["merge", "--from", nobody]).fails();
     disk.snapshot(&["merge", "--from", &top, "--to", &first])
         .fails();

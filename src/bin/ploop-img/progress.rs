@@ -36,8 +36,11 @@ impl Bar {
         }
         let cancelled = Arc::new(AtomicBool::new(false));
         for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM] {
-            // Without it the program just ends, and may leave a passing file.
-            let _ = signal_hook::flag::register(signal, Arc::clone(&cancelled));
+            // The second one ends the program where it is: a sync may take long.
+            // Without them it just ends, and may leave a passing file.
+            let flag = || Arc::clone(&cancelled);
+            let _ = signal_hook::flag::register_conditional_shutdown(signal, 1, flag());
+            let _ = signal_hook::flag::register(signal, flag());
         }
         Self {
             bar,

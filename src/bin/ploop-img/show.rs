@@ -94,20 +94,22 @@ pub fn check(report: &CheckReport, output: Output) {
     }
     if report.corruptions_fixed + report.leaks_fixed > 0 {
         say!(
-            "Repaired: {} errors, {} leaks.",
-            report.corruptions_fixed,
-            report.leaks_fixed
+            "Repaired: {}, {}.",
+            count(report.corruptions_fixed, "error"),
+            count(report.leaks_fixed, "leak")
         );
     }
     match (report.corruptions, report.leaks) {
         (0, 0) => say!("The disk is clean."),
         (0, leaks) => say!(
-            "{leaks} leaks waste space; no data is in danger. \
-             'ploop-img check --repair leaks' gives the space back."
+            "{} of space; no data is in danger. \
+             'ploop-img check --repair leaks' gives the space back.",
+            count(leaks, "leak")
         ),
         (errors, leaks) => say!(
-            "{errors} errors and {leaks} leaks. Do not serve the disk before \
-             'ploop-img check --repair all'."
+            "{}, {}. Do not serve the disk before 'ploop-img check --repair all'.",
+            count(errors, "error"),
+            count(leaks, "leak")
         ),
     }
     let percent = |part: u64, whole: u64| 100.0 * part as f64 / whole.max(1) as f64;
@@ -119,6 +121,11 @@ pub fn check(report: &CheckReport, output: Output) {
         percent(report.fragmented_clusters, report.allocated_clusters)
     );
     say!("Image end offset: {}", report.image_end_offset);
+}
+
+fn count(number: u64, what: &str) -> String {
+    let plural = if number == 1 { "" } else { "s" };
+    format!("{number} {what}{plural}")
 }
 
 /// `map`: `entries` is called with what takes each entry.

@@ -1,3 +1,5 @@
+use proptest::prelude::*;
+
 use super::*;
 use crate::format::Version;
 use crate::image::testing::{
@@ -233,5 +235,46 @@ fn absurd_extension_offsets_are_named() {
         let (_, mut delta) = load(bytes);
         let report = check_delta(&mut delta, None).unwrap();
         assert_eq!(report.corruptions, 1, "{sector}: {report:?}");
+    }
+}
+
+/// Words that are interesting in headers and BATs of small images.
+fn words() -> impl Strategy<Value = u32> {
+    prop_oneof![
+        4 => 0u32..12,
+        2 => (0u32..12).prop_map(|cluster| 1 + 64 * cluster),
+        1 => any::<u32>(),
+        1 => Just(u32::MAX),
+    ]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(300))]
+
+    /// Whatever an image says: no panic, and what is repaired is clean.
+    #[test]
+    fn any_image_can_be_checked_and_repaired(
+        version_1: bool,
+        entries in prop::collection::vec(words(), 10),
+        fields in prop::collection::vec((9usize..16, words()), 0..3),
+        len in 0usize..9 * CLUSTER,
+        fill: u8,
+    ) {
+        let version = if version_1 { Version::V1 } else { Version::V2 };
+        let entries: Vec<_> = entries.into_iter().map(Raw).collect();
+        let mut bytes = image(&header(version, 10), &entries, 0);
+        for (field, word) in fields {
+            set_word(&mut bytes, 4 * field, word);
+        }
+        bytes.resize(len, fill);
+        let medium = Medium::default();
+        let Ok(mut delta) = Delta::load(medium.file("image", bytes)) else {
+            return Ok(());
+        };
+        if check_delta(&mut delta, Some(Repair::All)).is_ok() {
+            let (_, mut again) = load(medium.contents().remove(0));
+            let report = check_delta(&mut again, None).unwrap();
+            prop_assert_eq!((report.corruptions, report.leaks), (0, 0), "{:?}", report);
+        }
     }
 }

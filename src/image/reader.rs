@@ -12,16 +12,16 @@ use crate::ploop::Level;
 
 /// The levels of a disk, to be read as one.
 #[derive(Debug)]
-pub struct Chain<F> {
+pub struct DiskReader<F> {
     /// Base first.
-    levels: Vec<ChainLevel<F>>,
+    levels: Vec<ReaderLevel<F>>,
     disk_size: Sector,
     /// Of all expandable levels; what a disk without any is looked up in.
     cluster: ClusterSize,
 }
 
 #[derive(Debug)]
-enum ChainLevel<F> {
+enum ReaderLevel<F> {
     Ploop(Delta<F>),
     Plain { file: F, size: Sector },
 }
@@ -44,7 +44,7 @@ pub struct Place {
     pub offset: u64,
 }
 
-impl Chain<HostImage> {
+impl DiskReader<HostImage> {
     /// Reads all BATs of an open disk.
     ///
     /// # Errors
@@ -55,8 +55,8 @@ impl Chain<HostImage> {
         for (level, file) in image.chain.levels.iter().zip(&image.files) {
             let file = image_of(file)?;
             levels.push(match *level {
-                Level::Plain { size } => ChainLevel::Plain { file, size },
-                Level::Ploop => ChainLevel::Ploop(load_readable(file)?),
+                Level::Plain { size } => ReaderLevel::Plain { file, size },
+                Level::Ploop => ReaderLevel::Ploop(load_readable(file)?),
             });
         }
         Self::of(levels).ok_or_else(|| ImageError::Unsupported {
@@ -73,7 +73,7 @@ impl Chain<HostImage> {
         let len = file.file_len().context(file.path(), "get the length")?;
         let size = Sector(len.div_ceil(crate::format::SECTOR_SIZE));
         Ok(Self {
-            levels: vec![ChainLevel::Plain { file, size }],
+            levels: vec![ReaderLevel::Plain { file, size }],
             disk_size: size,
             cluster: ClusterSize::DEFAULT,
         })
@@ -86,15 +86,15 @@ fn load_readable(file: HostImage) -> Result<Delta<HostImage>> {
     Ok(delta)
 }
 
-impl<F: ImageFile> Chain<F> {
-    fn of(levels: Vec<ChainLevel<F>>) -> Option<Self> {
+impl<F: ImageFile> DiskReader<F> {
+    fn of(levels: Vec<ReaderLevel<F>>) -> Option<Self> {
         let disk_size = match levels.last()? {
-            ChainLevel::Ploop(delta) => delta.geometry().disk_size,
-            ChainLevel::Plain { size, .. } => *size,
+            ReaderLevel::Ploop(delta) => delta.geometry().disk_size,
+            ReaderLevel::Plain { size, .. } => *size,
         };
         let clusters = levels.iter().filter_map(|level| match level {
-            ChainLevel::Ploop(delta) => Some(delta.geometry().cluster),
-            ChainLevel::Plain { .. } => None,
+            ReaderLevel::Ploop(delta) => Some(delta.geometry().cluster),
+            ReaderLevel::Plain { .. } => None,
         });
         Some(Self {
             cluster: clusters.last().unwrap_or(ClusterSize::DEFAULT),
@@ -125,14 +125,14 @@ impl<F: ImageFile> Chain<F> {
 
     fn file(&self, level: usize) -> &F {
         match &self.levels[level] {
-            ChainLevel::Ploop(delta) => delta.file(),
-            ChainLevel::Plain { file, .. } => file,
+            ReaderLevel::Ploop(delta) => delta.file(),
+            ReaderLevel::Plain { file, .. } => file,
         }
     }
 
     /// Whether a level is a raw image.
     pub fn is_plain(&self, level: usize) -> bool {
-        matches!(self.levels[level], ChainLevel::Plain { .. })
+        matches!(self.levels[level], ReaderLevel::Plain { .. })
     }
 
     /// The extent that starts at byte `start` of the disk, at most to the end of
@@ -143,8 +143,8 @@ impl<F: ImageFile> Chain<F> {
         let mut end = (cluster_start + self.cluster.bytes()).min(self.disk_size.bytes());
         for (level, from) in self.levels.iter().enumerate().rev() {
             let (size, place) = match from {
-                ChainLevel::Plain { size, .. } => (size.bytes(), Some(cluster_start)),
-                ChainLevel::Ploop(delta) => {
+                ReaderLevel::Plain { size, .. } => (size.bytes(), Some(cluster_start)),
+                ReaderLevel::Ploop(delta) => {
                     (delta.geometry().disk_size.bytes(), delta.lookup(cluster))
                 }
             };
