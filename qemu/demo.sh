@@ -92,14 +92,15 @@ boot() {
     (cd "$work/$name" && echo script | cpio --quiet -o -H newc) |
         cat "$target/guest/initrd.cpio" - >"$work/initrd"
     # A vhost-user back-end reads and writes the guest's memory itself: the
-    # memory has to be shared.
+    # memory has to be shared. An emulated timer may seem dead while the machine
+    # is busy: no_timer_check.
     timeout 150 qemu-system-x86_64 \
         -nodefaults -no-user-config -no-reboot -display none -serial stdio \
         -accel "${ACCEL:-tcg}" -cpu max -smp 2 \
         -machine q35,memory-backend=mem -m 512M \
         -object memory-backend-memfd,id=mem,size=512M,share=on \
         -kernel "$target/guest/vmlinuz" -initrd "$work/initrd" \
-        -append "console=ttyS0 quiet panic=-1" \
+        -append "console=ttyS0 quiet panic=-1 no_timer_check" \
         -chardev socket,id=ploop,path="$socket" \
         -device vhost-user-blk-pci,chardev=ploop \
         </dev/null >"$console" 2>&1 &
