@@ -4,6 +4,7 @@
 mod common;
 #[path = "../common/front_end.rs"]
 mod front_end;
+mod nonsense;
 
 use std::{
     fs,
@@ -27,6 +28,9 @@ use virtio_bindings::virtio_blk::{
 
 const OK: u8 = 0;
 const IOERR: u8 = 1;
+
+/// How many front-ends talk nonsense, each in its own way.
+const FRONT_ENDS: u64 = 200;
 
 struct Rig {
     folder: TempDir,
@@ -371,4 +375,16 @@ fn ending_with_a_front_end_closes_the_image() {
     );
     assert_eq!(front_end.bytes(DATA, 512), [7; 512]);
     backend.stop();
+}
+
+#[test]
+fn a_front_end_that_talks_nonsense_harms_only_itself() {
+    let rig = Rig::new();
+    let backend = rig.serve(&["--log-level=off", "--num-queues=4"]);
+    for seed in 0..FRONT_ENDS {
+        nonsense::Nonsense::talk(backend.socket(), seed);
+    }
+    expect_service(&mut start_front_end(backend.socket()));
+    backend.stop();
+    ploop_img(["check".as_ref(), rig.image.as_os_str()]).ok();
 }
