@@ -58,7 +58,7 @@ impl Case {
 }
 
 /// See the module's text.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Cases {
     counts: BTreeMap<Case, u64>,
     /// Header and BAT as they were last written.

@@ -26,7 +26,7 @@ const GENERATIONS: u32 = 4;
 const CHANGES_MAX: u64 = 12;
 
 /// What a life has shown.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Record {
     /// Cuts that could lose something.
     pub cuts: u64,
@@ -154,15 +154,24 @@ impl Life {
             .change_medium(|medium| medium.first_writable = first_writable);
         world.disk.note(|| format!("opening with {options:?}"));
         let chain = world.scenario.chain();
+        let is_faulty = world.rng.random_ratio(1, 24);
+        if is_faulty {
+            world.disk.change_medium(|medium| {
+                medium.faults.read = 0.1;
+                medium.faults.write = 0.1;
+                medium.faults.sync = 0.1;
+            });
+        }
         let opened = match Engine::open(world.disk.clone(), &chain, options) {
             Ok(opened) => opened,
-            Err(error) if world.disk.is_powered() => {
+            Err(error) if world.disk.is_powered() && !is_faulty => {
                 return Err(format!("the image is not opened: {}", say(&error)));
             }
             Err(_) => {
                 world
                     .cases
                     .count_if(Case::Marking, world.disk.is_unsynced());
+                end_trouble(world);
                 return Ok(None);
             }
         };
@@ -177,11 +186,7 @@ impl Life {
         });
         world.disk.power_off();
         session.abandon();
-        world.cases.count_host_failures(world.disk.take_failures());
-        world.disk.change_medium(|medium| {
-            medium.faults = Faults::default();
-            medium.capacity = None;
-        });
+        end_trouble(world);
         result
     }
 
@@ -259,6 +264,15 @@ fn set_trouble(world: &mut World, profile: &Profile) {
     world.disk.change_medium(|medium| {
         medium.faults = profile.faults;
         medium.capacity = capacity;
+    });
+}
+
+/// The host is as it should be.
+fn end_trouble(world: &mut World) {
+    world.cases.count_host_failures(world.disk.take_failures());
+    world.disk.change_medium(|medium| {
+        medium.faults = Faults::default();
+        medium.capacity = None;
     });
 }
 

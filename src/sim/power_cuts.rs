@@ -67,6 +67,14 @@ fn run_and_report(what: &str, chains: bool) -> Record {
 }
 
 #[test]
+fn a_life_follows_from_its_seed() {
+    for seed in 0..20 {
+        let record = life::live(seed, true, false);
+        assert_eq!(record, life::live(seed, true, true));
+    }
+}
+
+#[test]
 fn power_cuts_single_image() {
     let record = run_and_report("single images", false);
     if record.cuts < ENOUGH {

@@ -81,6 +81,8 @@ pub struct Scenario {
     pub medium: Medium,
     /// Number of queues.
     pub queues: usize,
+    /// Of the disks of the lower deltas, base first: a disk may have grown since.
+    lower_sectors: Vec<u64>,
     /// Guest clusters that a lower delta has.
     lower: BTreeSet<u64>,
 }
@@ -114,6 +116,7 @@ impl Scenario {
             layout: Layout { islands },
             medium: Medium::default(),
             queues: rng.random_range(1..=3),
+            lower_sectors: random_sizes(rng, levels - 1, disk_sectors),
             lower: BTreeSet::new(),
         };
         let medium = Medium {
@@ -136,7 +139,7 @@ impl Scenario {
         let mut levels = vec![Level::Ploop; self.levels];
         if self.plain_base {
             levels[0] = Level::Plain {
-                size: Sector(self.disk_sectors),
+                size: Sector(self.sectors_of(0)),
             };
         }
         Chain { levels }
@@ -170,7 +173,7 @@ impl Scenario {
                 self.prepare_plain(disk, rng, &mut value);
                 continue;
             }
-            disk.prepare(file, 0, &self.header());
+            disk.prepare(file, 0, &self.header(level));
             let data_start = self.data_start();
             // The last sector before the data, so that the file is long enough.
             disk.prepare(file, data_start - SECTOR as u64, &[0; SECTOR]);
@@ -189,7 +192,7 @@ impl Scenario {
     pub fn plain_image(&self) -> Image {
         Image {
             cluster: self.cluster,
-            sectors: self.disk_sectors,
+            sectors: self.sectors_of(0),
             data_start: 0,
             closed: true,
             map: Vec::new(),
@@ -205,7 +208,14 @@ impl Scenario {
         }
     }
 
-    fn header(&self) -> Vec<u8> {
+    /// Of the disk of a level, in sectors.
+    fn sectors_of(&self, level: usize) -> u64 {
+        let lower = self.lower_sectors.get(level);
+        lower.copied().unwrap_or(self.disk_sectors)
+    }
+
+    fn header(&self, level: usize) -> Vec<u8> {
+        let sectors = self.sectors_of(level);
         let mut header = vec![0; 64];
         let (signature, first_block) = match self.version {
             1 => (b"WithoutFreeSpace", 0),
@@ -218,10 +228,10 @@ impl Scenario {
         let words = [
             (16, 2),
             (20, 16),
-            (24, (self.disk_sectors / (16 * 32)) as u32),
+            (24, (sectors / (16 * 32)) as u32),
             (28, (self.cluster / SECTOR as u64) as u32),
             (32, ENTRIES),
-            (36, self.disk_sectors as u32),
+            (36, sectors as u32),
             (48, first_block),
             (52, 1),
         ];
@@ -231,11 +241,14 @@ impl Scenario {
         header
     }
 
-    fn clusters(&self) -> Vec<u64> {
+    /// The guest clusters of the islands that a level has.
+    fn clusters(&self, level: usize) -> Vec<u64> {
         let per_cluster = self.cluster / SECTOR as u64;
+        let end = self.sectors_of(level).div_ceil(per_cluster);
         let islands = self.layout.islands().iter();
         islands
             .flat_map(|island| island.start / per_cluster..island.end.div_ceil(per_cluster))
+            .filter(|cluster| *cluster < end)
             .collect()
     }
 
@@ -267,7 +280,7 @@ impl Scenario {
         } else {
             self.cluster
         };
-        for guest in self.clusters() {
+        for guest in self.clusters(usize::from(file.0)) {
             if rng.random_ratio(1, 3) {
                 self.fill_cluster(disk, file, guest, offset, value());
                 let entry = (offset / unit) as u32;
@@ -283,14 +296,24 @@ impl Scenario {
         rng: &mut SmallRng,
         value: &mut impl FnMut() -> Value,
     ) {
-        for guest in self.clusters() {
+        for guest in self.clusters(0) {
             if rng.random_ratio(1, 2) {
                 self.fill_cluster(disk, FileId(0), guest, guest * self.cluster, value());
             }
         }
-        let end = self.disk_sectors * SECTOR as u64;
+        let end = self.sectors_of(0) * SECTOR as u64;
         disk.prepare(FileId(0), end - SECTOR as u64, &[0; SECTOR]);
     }
+}
+
+/// Each at most that of the level above. The last sectors of a disk are those of
+/// an island.
+fn random_sizes(rng: &mut SmallRng, levels: usize, sectors: u64) -> Vec<u64> {
+    let mut sizes: Vec<u64> = (0..levels)
+        .map(|_| sectors - u64::from(rng.random::<bool>()) * rng.random_range(0..700))
+        .collect();
+    sizes.sort_unstable();
+    sizes
 }
 
 /// What the driver may do next.
