@@ -11,6 +11,7 @@ use clap::{ArgGroup, Parser, ValueEnum};
 use log::LevelFilter;
 
 use crate::device::{DEFAULT_POLL, MAX_QUEUE_SIZE, MAX_QUEUES, Queues, Serial};
+use crate::format::Guid;
 use crate::ploop::{self, OnEnospc};
 use crate::storage::{Aio, Cache, HostOptions};
 
@@ -71,6 +72,11 @@ pub struct Args {
     /// Refuse writes, and change nothing in the image.
     #[arg(long)]
     pub read_only: bool,
+
+    /// Serve this snapshot of a bundle instead of its present state; as with
+    /// --read-only.
+    #[arg(long, value_name = "GUID")]
+    pub snapshot: Option<Guid>,
 
     /// How many virtqueues to offer, 1 to 64. One that no guest uses costs nearly
     /// nothing; QEMU asks for one per vCPU.
@@ -179,10 +185,16 @@ pub fn asks_for_capabilities<S: AsRef<OsStr>>(args: impl IntoIterator<Item = S>)
 }
 
 impl Args {
+    /// Whether nothing is to be written: asked for, or a snapshot is served, on
+    /// which others may depend.
+    pub fn is_read_only(&self) -> bool {
+        self.read_only || self.snapshot.is_some()
+    }
+
     /// The engine's part.
     pub fn engine_options(&self) -> ploop::Options {
         let mut options = ploop::Options::default();
-        options.read_only = self.read_only;
+        options.read_only = self.is_read_only();
         options.runners = self.runners as usize;
         options.max_queues = usize::from(self.num_queues);
         // Most requests are one operation; what is more waits in the engine.

@@ -65,12 +65,15 @@ pub enum Error {
 pub fn run(args: &Args) -> Result<(), Error> {
     let signals = Signals::catch().map_err(Error::Setup)?;
     raise_descriptor_limit();
-    let access = if args.read_only {
+    let access = if args.is_read_only() {
         Access::Read
     } else {
         Access::Serve
     };
-    let image = image::open(&args.blk_file, OpenMode::new(access))?;
+    let image = image::open(
+        &args.blk_file,
+        OpenMode::new(access).snapshot(args.snapshot),
+    )?;
     let disk = HostDisk::new(image.files, args.host_options()).map_err(Error::Setup)?;
     let opened = Engine::open(disk, &image.chain, args.engine_options());
     let opened = opened.map_err(|source| Error::Engine {

@@ -388,3 +388,39 @@ fn a_front_end_that_talks_nonsense_harms_only_itself() {
     backend.stop();
     ploop_img(["check".as_ref(), rig.image.as_os_str()]).ok();
 }
+
+#[test]
+fn a_snapshot_is_served_beside_the_present_state() {
+    let folder = TempDir::new().unwrap();
+    let bundle = folder.path().join("bundle");
+    let path = bundle.to_str().unwrap();
+    ploop_img(["create", path, "64M"]).ok();
+    let write = |front_end: &mut FrontEnd, byte: u8| {
+        front_end.fill(DATA, &[byte; 512]);
+        let source = [readable(DATA, 512)];
+        front_end.rings[0].run(VIRTIO_BLK_T_OUT, 9, &source)
+    };
+    let read = |front_end: &mut FrontEnd| {
+        let target = [writable(DATA, 512)];
+        let answer = front_end.rings[0].run(VIRTIO_BLK_T_IN, 9, &target);
+        assert_eq!(answer, (OK, 513));
+        front_end.bytes(DATA, 1)[0]
+    };
+    let nothing: [&str; 0] = [];
+
+    let backend = Backend::start(&bundle, &folder.path().join("first"), &nothing);
+    assert_eq!(write(&mut start_front_end(backend.socket()), 1), (OK, 1));
+    backend.stop();
+    let guid = ploop_img(["snapshot", "create", path]).ok();
+    let top = Backend::start(&bundle, &folder.path().join("top"), &nothing);
+    let option = ["--snapshot", guid.trim()];
+    let snapshot = Backend::start(&bundle, &folder.path().join("snapshot"), &option);
+    let mut of_top = start_front_end(top.socket());
+    let mut of_snapshot = start_front_end(snapshot.socket());
+    assert_eq!(write(&mut of_top, 2), (OK, 1));
+    assert_eq!(write(&mut of_snapshot, 3), (IOERR, 1));
+    assert_eq!(read(&mut of_top), 2);
+    assert_eq!(read(&mut of_snapshot), 1);
+    top.stop();
+    snapshot.stop();
+}
