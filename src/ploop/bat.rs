@@ -62,11 +62,6 @@ impl Bat {
         self.update(cluster, Entry::unlocked);
     }
 
-    /// The md page of the entry was marked dirty since the entry changed.
-    pub fn set_marked(&self, cluster: GuestCluster) {
-        self.update(cluster, Entry::marked);
-    }
-
     /// The write of the page that is being made contains the entry as it was
     /// read; it may have changed since.
     pub fn set_written(&self, cluster: GuestCluster, read: Entry) {

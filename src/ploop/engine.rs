@@ -46,6 +46,10 @@ pub struct Engine<D: Disk> {
     /// [`Epochs::completed`] at the start of the last good sync that covered the
     /// mapping too.
     covered: CachePadded<AtomicU64>,
+    /// How often the write cache was turned off, and how often that had made
+    /// everything from before stable.
+    barriers: AtomicU64,
+    barriers_ended: AtomicU64,
     /// Pios on their way through runners; parked ones do not count.
     pub(super) dispatched: AtomicUsize,
     /// The metadata thread was woken because of [`Options::low_water`].
@@ -140,6 +144,8 @@ impl<D: Disk> Engine<D> {
             suspended: AtomicBool::new(false),
             sync_failed: AtomicBool::new(false),
             covered: CachePadded::new(AtomicU64::new(0)),
+            barriers: AtomicU64::new(0),
+            barriers_ended: AtomicU64::new(0),
             dispatched: AtomicUsize::new(0),
             space_is_low: AtomicBool::new(false),
             inboxes: Mutex::default(),
@@ -214,6 +220,23 @@ impl<D: Disk> Engine<D> {
 
     pub(super) fn is_write_through(&self) -> bool {
         self.write_through.load(Ordering::Acquire)
+    }
+
+    /// How often the write cache was turned off.
+    pub(super) fn barriers(&self) -> u64 {
+        self.barriers.load(Ordering::Acquire)
+    }
+
+    /// A round that started when there were so many has made everything stable.
+    pub(super) fn end_barrier(&self, barriers: u64) {
+        self.barriers_ended.fetch_max(barriers, Ordering::AcqRel);
+    }
+
+    /// Whether something from before the write cache was turned off may not be
+    /// stable: the flush of that moment is not over, or has failed. Until one
+    /// succeeds, no write takes the short way.
+    pub(super) fn is_barrier_open(&self) -> bool {
+        self.barriers_ended.load(Ordering::Acquire) < self.barriers()
     }
 
     pub(super) fn is_suspended(&self) -> bool {
@@ -360,14 +383,16 @@ impl<D: Disk> Engine<D> {
         to: Entry,
         message: Option<MdMessage>,
     ) -> bool {
-        if self.bat.replace(cluster, from, to.changed()).is_err() {
+        let to = to.changed().after(from);
+        if self.bat.replace(cluster, from, to).is_err() {
             return false;
         }
         if let Some(message) = message {
             self.md.post(message);
         }
         self.mark_dirty(cluster);
-        self.bat.set_marked(cluster);
+        // Unless it is another's change by now: that one's page is not marked.
+        let _ = self.bat.replace(cluster, to, to.marked());
         true
     }
 
@@ -391,6 +416,10 @@ impl<D: Disk> Engine<D> {
     /// The same without blocking. If there has to be a flush, its end will be told
     /// in the result.
     pub(crate) fn begin_write_through(&self, on: bool) -> Option<Outcome> {
+        if on && !self.options.read_only {
+            // First: who sees the new mode knows that its barrier is not over.
+            self.barriers.fetch_add(1, Ordering::AcqRel);
+        }
         let before = self.write_through.swap(on, Ordering::AcqRel);
         let needs_flush = on && !before && !self.options.read_only;
         needs_flush.then(|| self.control(Control::Barrier))

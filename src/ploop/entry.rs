@@ -10,6 +10,7 @@ const UNSTABLE: u64 = 1 << 42;
 const CHANGED: u64 = 1 << 43;
 const UNMARKED: u64 = 1 << 44;
 const WRITTEN: u64 = 1 << 45;
+const CHANGE_SHIFT: u32 = 46;
 
 /// What an entry says. The whole of it is read and changed at once.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -98,9 +99,18 @@ impl Entry {
         Self(self.0 | CHANGED | UNMARKED)
     }
 
-    /// The same; a write of its page contains it.
+    /// The same, told from `before`, and from what was before that, by the number
+    /// of the change: an entry that was changed and changed back is another one.
+    pub const fn after(self, before: Self) -> Self {
+        let below = (1 << CHANGE_SHIFT) - 1;
+        let number = (before.0 >> CHANGE_SHIFT) + 1;
+        Self(self.0 & below | number << CHANGE_SHIFT)
+    }
+
+    /// The same; a write of its page contains it: who relies on it finds it there,
+    /// or on its way.
     pub const fn written(self) -> Self {
-        Self(self.0 | WRITTEN)
+        Self((self.0 | WRITTEN) & !UNMARKED)
     }
 
     /// The same after a sync: on disk, if a write of its page contained it.
@@ -146,6 +156,9 @@ mod tests {
                 assert_eq!(entry.changed().marked().written().synced(), entry);
                 assert!(entry.changed().synced().is_changed());
             }
+            let changed_back = entry.after(Entry::HOLE).after(entry);
+            assert_ne!(changed_back, entry);
+            assert_eq!(changed_back.place(), entry.place());
             assert!(entry.locked().is_locked() && !entry.is_locked());
             assert!(entry.unstable().is_unstable() && !entry.is_unstable());
         }

@@ -37,11 +37,12 @@ fn mapped(host: u32) -> Entry {
 
 /// As `Engine::change_and_tell` does it.
 fn change(bat: &Bat, from: Entry, to: Entry) -> bool {
-    if bat.replace(CLUSTER, from, to.changed()).is_err() {
+    let to = to.changed().after(from);
+    if bat.replace(CLUSTER, from, to).is_err() {
         return false;
     }
     bat.mark_dirty(PAGE);
-    bat.set_marked(CLUSTER);
+    let _ = bat.replace(CLUSTER, to, to.marked());
     true
 }
 

@@ -37,7 +37,6 @@ use super::control::{Control, Outcome};
 use super::engine::{Engine, MdMessage};
 use super::entry::Place;
 use super::inbox::{Inbox, Waker};
-use super::options::OnEnospc;
 use super::pio::{Pio, QueueMessage};
 use super::sabotage::{self, Sabotage};
 use crate::format::{Geometry, GuestCluster, Header, HostCluster, InUse};
@@ -98,6 +97,8 @@ struct Round {
     waiters: Vec<Waiter>,
     /// [`super::epoch::Epochs::completed`] when it started.
     completed: u64,
+    /// [`Engine::barriers`] when it started.
+    barriers: u64,
     error: Option<EngineError>,
 }
 
@@ -145,6 +146,8 @@ pub struct MdWriter<D: Disk> {
     holes: VecDeque<(u64, Extent)>,
     /// How many are being punched.
     punching: usize,
+    /// The last one could not be, which was said in the log.
+    punch_failed: bool,
     space: Space,
     control: VecDeque<ControlJob>,
     /// After a failed write of a page: when pages are written again unasked.
@@ -171,12 +174,14 @@ impl<D: Disk> MdWriter<D> {
                 phase: Phase::Idle,
                 waiters: Vec::new(),
                 completed: 0,
+                barriers: 0,
                 error: None,
             },
             covered: Covered::default(),
             reclaim,
             holes: VecDeque::new(),
             punching: 0,
+            punch_failed: false,
             space: Space::default(),
             control: VecDeque::new(),
             retry_at: Duration::ZERO,
@@ -311,13 +316,14 @@ impl<D: Disk> MdWriter<D> {
             MdOp::Pages(pages) => self.pages_written(pages, result, now),
             MdOp::Sync => self.synced(result, now),
             MdOp::Punch { batch, extent } => {
-                if let Err(errno) = result {
+                if let (Err(errno), false) = (result, self.punch_failed) {
                     log::warn!(
                         "cannot punch {} clusters at host cluster {}: {errno}; they are not used again until the image is reopened",
                         extent.len(),
                         extent.start
                     );
                 }
+                self.punch_failed = result.is_err();
                 self.punching -= 1;
                 self.reclaim.punched(batch, extent, result.is_ok());
                 if sabotage::is(Sabotage::ReuseUnsynced) {
@@ -340,7 +346,7 @@ impl<D: Disk> MdWriter<D> {
             let waiters = mem::take(&mut self.waiters);
             self.answer(waiters, Err(EngineError::SyncFailed));
         }
-        let reclaims = self.wants_reclaim_sync();
+        let reclaims = self.wants_reclaim_sync() && self.retry_at <= now;
         if self.waiters.is_empty() && !reclaims && !self.has_due(now) {
             return;
         }
@@ -349,6 +355,7 @@ impl<D: Disk> MdWriter<D> {
         self.round.error = None;
         // Before the pages are collected: what has completed until now is in them.
         self.round.completed = self.engine.epochs.completed();
+        self.round.barriers = self.engine.barriers();
         let needs_sync = !self.copied.is_empty() || self.engine.alloc.has_unstable_length();
         if needs_sync && !self.engine.has_sync_failed() {
             self.begin_sync(Phase::PreSync);
@@ -421,8 +428,11 @@ impl<D: Disk> MdWriter<D> {
             if sabotage::is(Sabotage::FlushCoversTooMuch) {
                 self.round.completed = engine.epochs.completed();
             }
-            engine.set_covered(self.round.completed);
-            self.end_round(Ok(()));
+            if self.round.error.is_none() {
+                engine.set_covered(self.round.completed);
+                engine.end_barrier(self.round.barriers);
+            }
+            self.end_round(self.round.error.map_or(Ok(()), Err));
         }
     }
 
@@ -510,7 +520,8 @@ impl<D: Disk> MdWriter<D> {
                 withheld |= !written;
                 put(geometry.entry_offset(cluster), &value.to_le_bytes());
             }
-            if withheld {
+            // After a failed sync no entry will ever wait with success.
+            if withheld && !engine.has_sync_failed() {
                 engine.bat.mark_dirty(page);
             }
         }
@@ -565,7 +576,9 @@ impl<D: Disk> MdWriter<D> {
 
     fn pages_done(&mut self) {
         let wants_sync = !self.round.waiters.is_empty() || self.wants_reclaim_sync();
-        if let Some(error) = self.round.error {
+        let error = self.round.error;
+        let reclaims_all_the_same = self.round.waiters.is_empty() && self.wants_reclaim_sync();
+        if let Some(error) = error.filter(|_| !reclaims_all_the_same) {
             self.end_round(Err(error));
         } else if wants_sync && !self.engine.is_read_only() {
             self.begin_sync(Phase::FinalSync);
@@ -636,6 +649,10 @@ impl<D: Disk> MdWriter<D> {
         }
         let pios = self.space.due(now);
         self.try_again(pios);
+        if self.engine.alloc.available() > 0 {
+            let pios = self.space.waiting_for_clusters();
+            self.try_again(pios);
+        }
         let engine = self.engine.clone();
         // Space that is in the file already comes before more of it.
         if self.reclaim.has_leaked() && !engine.has_sync_failed() {
@@ -663,7 +680,8 @@ impl<D: Disk> MdWriter<D> {
     /// one, for some may be on their way through reclaim.
     fn missing(&self) -> u32 {
         let geometry = self.engine.geometry();
-        let in_file = self.engine.alloc.end() - geometry.first_host_cluster().0;
+        let first = geometry.first_host_cluster().0;
+        let in_file = self.engine.alloc.end().saturating_sub(first);
         geometry.entries.saturating_sub(in_file).max(1)
     }
 
@@ -683,7 +701,7 @@ impl<D: Disk> MdWriter<D> {
         let engine = self.engine.clone();
         self.space.begin_extending(now);
         if let Some(error) = self.no_growth() {
-            self.space.extension_failed(1, OnEnospc::Stop, now);
+            self.space.extension_ended();
             for pio in self.space.take_all() {
                 pio.home.complete(Err(error));
             }
@@ -716,7 +734,7 @@ impl<D: Disk> MdWriter<D> {
             }
             Err(errno) => {
                 log::error!("cannot make the image file longer: {errno}");
-                self.space.extension_failed(1, OnEnospc::Stop, now);
+                self.space.extension_ended();
                 for pio in self.space.take_all() {
                     pio.home.complete(Err(EngineError::Io(errno)));
                 }
@@ -748,8 +766,12 @@ impl<D: Disk> MdWriter<D> {
         }
     }
 
-    fn try_again(&self, pios: impl IntoIterator<Item = Pio>) {
+    fn try_again(&mut self, pios: impl IntoIterator<Item = Pio>) {
         for pio in pios {
+            if self.engine.is_suspended() {
+                self.space.keep(pio);
+                continue;
+            }
             let cluster = pio.work.cluster(self.engine.geometry());
             self.engine.dispatch(cluster, pio);
         }
@@ -796,12 +818,17 @@ impl<D: Disk> MdWriter<D> {
         match job.stage {
             _ if job.what == Control::Resume => {
                 self.engine.end_suspension();
+                let pios = self.space.take_all();
+                self.try_again(pios);
                 self.end_control(Ok(()));
             }
             ControlStage::Grace(epoch) => {
-                let is_quiet = job.what == Control::Barrier
-                    || self.engine.dispatched.load(Ordering::Acquire) == 0;
-                if is_quiet && self.engine.epochs.all_reached(epoch) {
+                // In this order: a queue that has not seen the suspension yet may
+                // dispatch a pio until it leaves its epoch.
+                let is_quiet = self.engine.epochs.all_reached(epoch)
+                    && (job.what == Control::Barrier
+                        || self.engine.dispatched.load(Ordering::Acquire) == 0);
+                if is_quiet {
                     job.stage = ControlStage::Flush;
                     self.waiters.push(Waiter::Control);
                 }

@@ -80,7 +80,8 @@ impl<D: Disk> Engine<D> {
             // Version 1 only.
             disk.forgo_direct();
         }
-        let end = HostCluster(loaded.scan.used.len() as u32);
+        // A file may end before its data area starts.
+        let end = HostCluster(loaded.scan.used.len() as u32).max(geometry.first_host_cluster());
         if !options.read_only {
             metadata.leaked = leaked(&loaded.scan, geometry);
             mark_in_use(&disk, loaded.top, &mut metadata.header, loaded.file_len)?;
@@ -363,6 +364,7 @@ fn mark_in_use(
     let io = |what| OpenError::io(what, file);
     header.in_use = InUse::Open;
     header.extension = Sector(0);
+    header.clear_empty();
     disk.write_all_at(file, &header.to_bytes(), 0)
         .map_err(io("mark the image as in use"))?;
     if !sabotage::is(Sabotage::ChangeBeforeMark) {

@@ -99,6 +99,16 @@ pub(super) enum Work {
     },
 }
 
+impl Work {
+    /// So many bytes of a zeroing are done.
+    pub fn advance(&mut self, done: u64) {
+        if let Self::Zero { start, len, .. } = self {
+            *start += done;
+            *len -= done;
+        }
+    }
+}
+
 /// See the module's text.
 pub(super) struct Pio {
     pub home: Home,

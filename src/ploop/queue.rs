@@ -41,6 +41,15 @@ struct Active {
     changes_disk: bool,
     /// Each part is stable, mapping included.
     stable: bool,
+    /// A flush that started after all of it has succeeded.
+    flushed: bool,
+}
+
+impl Active {
+    /// Whether, in write-through, it may not complete yet.
+    fn needs_flush<D: Disk>(&self, engine: &Engine<D>) -> bool {
+        !self.flushed && (!self.stable || engine.is_barrier_open())
+    }
 }
 
 /// An operation on this queue's ring.
@@ -162,9 +171,7 @@ impl<D: Disk> Queue<D> {
 
     /// Whether [`Self::poll`] should be called without waiting for a descriptor.
     pub fn has_ready(&self) -> bool {
-        !self.finished.is_empty()
-            || !self.backlog.is_empty()
-            || (self.io.completion_fd().is_none() && self.io.in_flight() > 0)
+        !self.finished.is_empty() || (self.io.completion_fd().is_none() && self.io.in_flight() > 0)
     }
 
     /// Whether nothing has woken the thread since its last look.
@@ -227,6 +234,7 @@ impl<D: Disk> Queue<D> {
             result: Ok(()),
             changes_disk: !matches!(request.command, Command::Read { .. } | Command::Flush),
             stable: true,
+            flushed: false,
         });
         match self.check(&request.command) {
             Ok(()) => self.split(key, request.command),
@@ -494,6 +502,7 @@ impl<D: Disk> Queue<D> {
             }
             QueueMessage::FlushDone { request, result } => {
                 self.active[request].stable = true;
+                self.active[request].flushed = true;
                 if self.active[request].result.is_ok() {
                     self.active[request].result = result;
                 }
@@ -515,7 +524,9 @@ impl<D: Disk> Queue<D> {
         if succeeded && self.engine.is_write_through() {
             if self.engine.has_sync_failed() {
                 request.result = Err(EngineError::SyncFailed);
-            } else if !request.stable && !sabotage::is(Sabotage::WriteThroughTooEarly) {
+            } else if request.needs_flush(&self.engine)
+                && !sabotage::is(Sabotage::WriteThroughTooEarly)
+            {
                 return self.wait_for_flush(key);
             }
         }

@@ -46,6 +46,10 @@ pub struct Runner<D: Disk> {
     backlog: VecDeque<(u64, Op)>,
     /// Clusters that this runner has locked.
     busy: BTreeMap<GuestCluster, Busy>,
+    /// Copies under way; each takes the memory of a cluster.
+    copies: usize,
+    /// Pios that need a copy when there is memory for one more.
+    awaits_copy: VecDeque<Pio>,
     completions: Vec<Completion>,
 }
 
@@ -53,8 +57,9 @@ pub struct Runner<D: Disk> {
 enum RunnerOp {
     /// The write of a pio, given back if it has to be tried again.
     Write(Pio, GuestCluster, u32),
-    /// Zeroing inside a cluster; the pio has what is left to do.
-    Zero(Pio),
+    /// Zeroing so many bytes inside a cluster, the first that the pio still has to
+    /// do: it is moved on only when they are done.
+    Zero(Pio, u64),
     /// A step of the job of a locked cluster.
     Job(GuestCluster),
 }
@@ -89,6 +94,8 @@ impl<D: Disk> Runner<D> {
             ops: Slab::with_capacity(DEPTH as usize),
             backlog: VecDeque::new(),
             busy: BTreeMap::new(),
+            copies: 0,
+            awaits_copy: VecDeque::new(),
             completions: Vec::new(),
             engine,
         })
@@ -106,6 +113,11 @@ impl<D: Disk> Runner<D> {
         self.completions = completions;
         self.end_graces();
         for pio in self.inbox.take_all() {
+            self.run(pio);
+        }
+        while self.copies < self.copies_max()
+            && let Some(pio) = self.awaits_copy.pop_front()
+        {
             self.run(pio);
         }
         self.queue_backlog();
@@ -133,7 +145,10 @@ impl<D: Disk> Runner<D> {
 
     /// Whether it has nothing under way.
     pub(super) fn is_idle(&self) -> bool {
-        self.ops.is_empty() && self.busy.is_empty() && self.inbox.is_empty()
+        self.ops.is_empty()
+            && self.busy.is_empty()
+            && self.awaits_copy.is_empty()
+            && self.inbox.is_empty()
     }
 
     fn run(&mut self, pio: Pio) {
@@ -210,8 +225,11 @@ impl<D: Disk> Runner<D> {
                     Err(errno) => self.fail(pio, errno),
                 }
             }
-            RunnerOp::Zero(pio) => match completion.result {
-                Ok(()) => self.run(pio),
+            RunnerOp::Zero(mut pio, len) => match completion.result {
+                Ok(()) => {
+                    pio.work.advance(len);
+                    self.run(pio);
+                }
                 Err(errno) => self.fail(pio, errno),
             },
             RunnerOp::Job(cluster) => self.step(cluster, completion),

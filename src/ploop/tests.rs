@@ -387,3 +387,58 @@ fn leaked_clusters_are_used_before_the_file_grows() {
     assert_eq!(rig.read(8 * CLUSTER + 512, 512), [0; 512]);
     assert_eq!(rig.disk.live_len(FileId(0)), before);
 }
+
+#[test]
+fn a_zeroing_that_finds_no_space_is_done_later() {
+    for unmap in [false, true] {
+        let mut rig = Rig::new(16 * CLUSTER);
+        rig.write(0, &[7; 16384]).unwrap();
+        rig.disk
+            .change_medium(|medium| medium.next_zero_is_full = true);
+        rig.zero(0, 8192, unmap).unwrap();
+        assert_eq!(rig.read(0, 8192), [0; 8192]);
+        assert_eq!(rig.read(8192, 8192), [7; 8192]);
+    }
+}
+
+#[test]
+fn a_file_that_ends_before_its_data_area_is_made_whole() {
+    let disk = SimDisk::new(1, Medium::default(), 1);
+    let cluster = ClusterSize::from_bytes(CLUSTER).unwrap();
+    let header = Header::new(Sector(16 * CLUSTER / 512), cluster).unwrap();
+    let mut bytes = header.to_bytes();
+    bytes[48..52].copy_from_slice(&((10 * CLUSTER / 512) as u32).to_le_bytes());
+    disk.set_len(FileId(0), 4096).unwrap();
+    disk.write_all_at(FileId(0), &bytes, 0).unwrap();
+    disk.sync(FileId(0)).unwrap();
+    let mut rig = Rig::open(&disk, 1, options());
+    rig.write(0, &[7; 4096]).unwrap();
+    rig.flush().unwrap();
+    let mut rig = rig.reopen();
+    assert_eq!(rig.read(0, 4096), [7; 4096]);
+}
+
+#[test]
+fn parked_writes_stay_parked_while_the_engine_is_suspended() {
+    let medium = Medium {
+        capacity: Some(4 * CLUSTER / 4096),
+        ..Medium::default()
+    };
+    let disk = empty_image(medium, 1, 64 * CLUSTER);
+    let mut rig = Rig::open(&disk, 1, options());
+    let data = rig.segments(&vec![1; 8 * CLUSTER as usize]);
+    let start = Sector(0);
+    let tag = rig.push(Command::Write { start, data });
+    for _ in 0..3000 {
+        rig.turn();
+    }
+    rig.control(Control::Suspend).unwrap();
+    disk.change_medium(|medium| medium.capacity = None);
+    for _ in 0..3000 {
+        rig.turn();
+    }
+    assert!(rig.done.is_empty());
+    rig.control(Control::Resume).unwrap();
+    rig.result(tag).unwrap();
+    assert_eq!(rig.read(7 * CLUSTER, 512), [1; 512]);
+}

@@ -51,6 +51,8 @@ pub struct Medium {
     pub has_ring: bool,
     /// What goes wrong.
     pub faults: Faults,
+    /// The next zeroing finds no space for its own bookkeeping.
+    pub next_zero_is_full: bool,
     /// Files below this one are never to be written to.
     pub first_writable: FileId,
     /// Bytes of header and BAT of the top file, for [`Survivors::Region`], and
@@ -66,6 +68,7 @@ impl Default for Medium {
             capacity: None,
             has_ring: false,
             faults: Faults::default(),
+            next_zero_is_full: false,
             first_writable: FileId(0),
             metadata_len: 0,
         }
@@ -665,6 +668,9 @@ impl State {
     ) -> Result<(), Errno> {
         if !self.may_change(file, "zeroing") {
             return Err(Errno::IO);
+        }
+        if std::mem::take(&mut self.medium.next_zero_is_full) {
+            return Err(Errno::NOSPC);
         }
         if self.fails(self.medium.faults.zero) {
             let part = self.rng.random_range(0..=len / SECTOR as u64) * SECTOR as u64;

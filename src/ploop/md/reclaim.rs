@@ -5,7 +5,7 @@
 //! punched, after (b), and that is stable. Clusters go this way in batches; one
 //! sync serves for (a) and (c).
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 
 use super::super::alloc::Extent;
 use super::super::sabotage::{self, Sabotage};
@@ -16,6 +16,9 @@ pub(super) type RoundNumber = u64;
 
 /// Extents in a batch of leaked clusters.
 const LEAKED_AT_ONCE: usize = 64;
+
+/// Batches of leaked clusters under way.
+const LEAKED_BATCHES: usize = 2;
 
 /// What a batch waits for next.
 #[derive(Debug, PartialEq, Eq)]
@@ -47,6 +50,8 @@ pub(super) struct Reclaim {
     clusters: Vec<u32>,
     pages: HashMap<u32, RoundNumber>,
     batches: Vec<Batch>,
+    /// Clusters that were found leaked and are in no batch yet.
+    leaked: VecDeque<Extent>,
     next_id: u64,
 }
 
@@ -54,10 +59,20 @@ impl Reclaim {
     /// Clusters that nobody maps, on disk or in memory, and no I/O uses: left by
     /// a crash or by another tool.
     pub fn add_leaked(&mut self, extents: &[Extent]) {
-        // In small batches: the first ones come back while others are punched.
-        for extents in extents.chunks(LEAKED_AT_ONCE) {
-            let stage = Stage::Grace { epoch: 0 };
-            self.add_batch(stage, extents.to_vec(), HashMap::new());
+        self.leaked.extend(extents);
+    }
+
+    /// In small batches, few at a time: the first ones come back while others are
+    /// punched, and there may be millions.
+    fn batch_leaked(&mut self) {
+        let under_way = self.batches.iter().filter(|batch| batch.leaked).count();
+        for _ in under_way..LEAKED_BATCHES {
+            if self.leaked.is_empty() {
+                break;
+            }
+            let count = LEAKED_AT_ONCE.min(self.leaked.len());
+            let extents = self.leaked.drain(..count).collect();
+            self.add_batch(Stage::Grace { epoch: 0 }, extents, HashMap::new());
         }
     }
 
@@ -110,13 +125,12 @@ impl Reclaim {
 
     /// Whether any cluster is on the way.
     pub fn is_under_way(&self) -> bool {
-        self.has_open() || !self.batches.is_empty()
+        self.has_open() || !self.leaked.is_empty() || !self.batches.is_empty()
     }
 
     /// Whether clusters that were found leaked are on the way: they need no page.
     pub fn has_leaked(&self) -> bool {
-        let mut batches = self.batches.iter();
-        batches.any(|batch| batch.leaked)
+        !self.leaked.is_empty() || self.batches.iter().any(|batch| batch.leaked)
     }
 
     /// Whether a batch waits for the end of older I/O.
@@ -127,6 +141,7 @@ impl Reclaim {
 
     /// The holes to punch now, with the batch that each belongs to.
     pub fn begin_punching(&mut self, is_reached: impl Fn(u64) -> bool) -> Vec<(u64, Extent)> {
+        self.batch_leaked();
         let mut holes = Vec::new();
         for batch in &mut self.batches {
             if matches!(batch.stage, Stage::Grace { epoch } if is_reached(epoch) || sabotage::is(Sabotage::PunchUnderOldIo))

@@ -76,6 +76,29 @@ impl Space {
         }
     }
 
+    /// A pio that cannot be tried again at present, though it should. One that had
+    /// its last try waits no longer.
+    pub fn keep(&mut self, pio: Pio) {
+        if pio.last_try {
+            self.hopeless.push(pio);
+        } else {
+            self.parked.push(pio);
+        }
+    }
+
+    /// Pios that wait for clusters to be there, and not for the host to have space.
+    pub fn waiting_for_clusters(&mut self) -> Vec<Pio> {
+        if self.announced {
+            return Vec::new();
+        }
+        std::mem::take(&mut self.parked)
+    }
+
+    /// The file was not made longer, and that had nothing to do with space.
+    pub fn extension_ended(&mut self) {
+        self.extending = false;
+    }
+
     /// Pios of a queue that must not wait any longer: to be tried once more now.
     pub fn give_up(&mut self, inbox: &Arc<Inbox<QueueMessage>>) -> Vec<Pio> {
         let (mut of_queue, rest): (Vec<_>, Vec<_>) = std::mem::take(&mut self.parked)

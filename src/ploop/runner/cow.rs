@@ -21,6 +21,9 @@ use crate::storage::{AlignedBuf, Buffer, Completion, Disk, Op};
 /// Reads of a lower level are made at whole blocks, as direct I/O likes it.
 const BLOCK: u64 = 4096;
 
+/// The memory that copies of one runner may take, in bytes; one may take more.
+const COPIES_BYTES: u64 = 64 << 20;
+
 /// The copy of one cluster.
 pub(super) struct Cow {
     /// The entry before it was locked.
@@ -123,7 +126,17 @@ fn covered(pio: &Pio, cluster: GuestCluster, geometry: &Geometry) -> (u64, u64) 
 }
 
 impl<D: Disk> Runner<D> {
+    /// How many copies may be under way: a guest shall not decide how much memory
+    /// they take.
+    pub(super) fn copies_max(&self) -> usize {
+        let cluster = self.engine.geometry().cluster.bytes();
+        ((COPIES_BYTES / cluster) as usize).max(1)
+    }
+
     pub(super) fn begin_cow(&mut self, pio: Pio, cluster: GuestCluster, entry: Entry) {
+        if self.copies >= self.copies_max() {
+            return self.awaits_copy.push_back(pio);
+        }
         let Some(host) = self.engine.allocate() else {
             return self.park(pio, false);
         };
@@ -137,6 +150,7 @@ impl<D: Disk> Runner<D> {
             pios: vec![pio],
             writing: false,
         };
+        self.copies += 1;
         let mut waiting = VecDeque::new();
         let op = cow
             .read(&self.engine, cluster)
@@ -178,6 +192,7 @@ impl<D: Disk> Runner<D> {
         mut waiting: VecDeque<Pio>,
         result: Result<(), Errno>,
     ) {
+        self.copies -= 1;
         match result {
             Ok(()) => {
                 let copy = Entry::mapped(self.engine.top(), cow.host);

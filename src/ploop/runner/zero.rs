@@ -35,13 +35,9 @@ impl<D: Disk> Runner<D> {
             let (from, kind) = (*start, *kind);
             let piece = (*len).min(((u64::from(cluster.0) + 1) << shift) - from);
             let plan = self.plan_zero(cluster, from, piece, kind);
-            if !matches!(plan, ZeroPlan::Space | ZeroPlan::Copy(_)) {
-                *start += piece;
-                *len -= piece;
-            }
             match plan {
-                ZeroPlan::Nothing => {}
-                ZeroPlan::InPlace(op) => return self.queue(RunnerOp::Zero(pio), op),
+                ZeroPlan::Nothing => pio.work.advance(piece),
+                ZeroPlan::InPlace(op) => return self.queue(RunnerOp::Zero(pio, piece), op),
                 ZeroPlan::Space => return self.park(pio, false),
                 ZeroPlan::Copy(entry) => return self.begin_cow(pio, cluster, entry),
             }

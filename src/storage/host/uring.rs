@@ -219,7 +219,8 @@ impl Uring {
     }
 
     pub(super) fn completion_fd(&self) -> Option<RawFd> {
-        Some(self.ring.as_raw_fd())
+        // What a broken ring has failed does not show there.
+        self.broken.is_none().then(|| self.ring.as_raw_fd())
     }
 
     /// Which files are open, base first.
