@@ -54,6 +54,8 @@ pub(super) struct Worker<D: Disk> {
     gate: Arc<Gate>,
     memory: QueueMemory,
     requests: Requests<D>,
+    /// Whether [`Self::open`] has found the ring running. Nothing is taken before.
+    in_use: bool,
     spin: Spin,
     named: bool,
 }
@@ -70,6 +72,7 @@ impl<D: Disk> Worker<D> {
             gate,
             memory: QueueMemory::new(memory),
             requests: Requests::new(index, Arc::clone(&device)),
+            in_use: false,
             spin: Spin::new(device.longest_poll()),
             device,
             named: false,
@@ -91,6 +94,7 @@ impl<D: Disk> Worker<D> {
         // until this thread has drained it.
         vring.link(&self.gate);
         self.gate.set_active();
+        self.in_use = true;
         self.requests.open()
     }
 
@@ -166,7 +170,8 @@ impl<D: Disk> Worker<D> {
         self.memory.refresh();
         let limits = self.device.limits();
         let mut state = vring.get_mut();
-        if !state.is_enabled() || !state.get_queue().ready() {
+        // A ring that started after `open` has looked comes with an event of its own.
+        if !self.in_use || !state.is_enabled() || !state.get_queue().ready() {
             return Taken::Unusable;
         }
         let ring = state.get_queue_mut();
