@@ -90,10 +90,10 @@ struct Arguments {
     /// Our image tool.
     #[arg(long, value_name = "PATH", default_value = "target/release/ploop-img")]
     img: PathBuf,
-    /// A directory on a real file system, with 20 GiB free.
+    /// A directory on a real file system, with 20 GiB free (3 GiB for --short).
     #[arg(long, value_name = "DIR", default_value = "/var/tmp")]
     disk_dir: PathBuf,
-    /// A directory on tmpfs, with 18 GiB free.
+    /// A directory on tmpfs, with 18 GiB free (3 GiB for --short).
     #[arg(long, value_name = "DIR", default_value = "/dev/shm")]
     tmpfs_dir: PathBuf,
     /// Write figures.json, figures.md and the plots into DIR.
