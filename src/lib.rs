@@ -3,7 +3,7 @@
 //! Floors, top to bottom; each knows only the ones below it:
 //! [`control`] (event loop, sockets, signals), [`device`] (virtio-blk over
 //! vhost-user), [`ploop`] (the engine), [`image`] (offline work on images),
-//! [`storage`] (host file I/O), [`format`] (bytes on disk).
+//! [`storage`] (host file I/O), [`mod@format`] (bytes on disk).
 //! `docs/architecture.md` says who must not know what.
 
 pub mod control;

@@ -61,7 +61,7 @@ pub enum Error {
 /// Serves what the command line names until SIGTERM or SIGINT, and closes it.
 ///
 /// # Errors
-/// See [`Error`]. The image is closed as well as it can be before any is returned.
+/// See [`enum@Error`]. The image is closed as well as it can be before any is returned.
 pub fn run(args: &Args) -> Result<(), Error> {
     let signals = Signals::catch().map_err(Error::Setup)?;
     raise_descriptor_limit();
