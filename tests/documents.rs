@@ -1,6 +1,11 @@
 //! What is written about the programs is what they say themselves.
 
-use std::{collections::BTreeMap, fs, path::Path, process::Command};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs,
+    path::Path,
+    process::Command,
+};
 
 const DAEMON: &str = env!("CARGO_BIN_EXE_vhost-user-ploop");
 
@@ -86,6 +91,32 @@ fn the_readme_has_the_options_of_the_daemon() {
 }
 
 #[test]
+fn the_readme_has_the_commands_of_ploop_img() {
+    let help = output(env!("CARGO_BIN_EXE_ploop-img"), &["--help"]);
+    let commands: BTreeSet<_> = help
+        .lines()
+        .skip_while(|line| *line != "Commands:")
+        .skip(1)
+        .take_while(|line| !line.is_empty())
+        .filter_map(|line| line.split_whitespace().next())
+        .filter(|command| *command != "help")
+        .collect();
+    let readme = repo_file("README.md");
+    let (_, section) = readme
+        .split_once("\n## ploop-img\n")
+        .expect("it has a section");
+    let section = section.split("\n## ").next().unwrap_or_default();
+    let listed = section
+        .lines()
+        .filter_map(|line| line.strip_prefix("    ploop-img "));
+    let listed: BTreeSet<_> = listed
+        .filter_map(|line| line.split_whitespace().next())
+        .collect();
+    assert!(!commands.is_empty());
+    assert_eq!(commands, listed);
+}
+
+#[test]
 fn the_description_for_libvirt_fits_the_capabilities() {
     let description: serde_json::Value =
         serde_json::from_str(&repo_file("qemu/50-vhost-user-ploop.json")).expect("it is JSON");
@@ -111,4 +142,35 @@ fn the_domain_for_libvirt_is_xml() {
             Err(error) => panic!("{error} at {}", reader.error_position()),
         }
     }
+}
+
+/// The crates that a manifest names, whatever for.
+fn dependencies(manifest: &str) -> BTreeSet<String> {
+    let mut is_list = false;
+    let mut crates = BTreeSet::new();
+    for line in manifest.lines() {
+        if let Some(section) = line.strip_prefix('[') {
+            is_list = section.ends_with("dependencies]");
+        } else if is_list && let Some((name, _)) = line.split_once(" = ") {
+            crates.insert(name.to_owned());
+        }
+    }
+    crates
+}
+
+#[test]
+fn each_dependency_has_its_reason_and_no_other_has_one() {
+    let mut used = dependencies(&repo_file("Cargo.toml"));
+    used.extend(dependencies(&repo_file("bench/Cargo.toml")));
+    let document = repo_file("docs/dependencies.md");
+    let explained: BTreeSet<String> = document
+        .lines()
+        .filter_map(|line| line.strip_prefix("| "))
+        .filter_map(|line| line.split('|').next())
+        .flat_map(|cell| cell.split(','))
+        .map(|name| name.trim().to_owned())
+        .filter(|name| name != "crate")
+        .collect();
+    assert!(used.len() > 20, "{used:?}");
+    assert_eq!(used, explained);
 }

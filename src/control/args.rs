@@ -2,15 +2,18 @@
 //! is ours.
 
 use std::ffi::OsStr;
+use std::fmt::Display;
+use std::ops::RangeInclusive;
 use std::os::fd::RawFd;
 use std::path::{Path, PathBuf};
+use std::str::FromStr;
 use std::time::Duration;
 
-use clap::builder::{PossibleValuesParser, RangedU64ValueParser, TypedValueParser};
+use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{ArgGroup, Parser, ValueEnum};
 use log::LevelFilter;
 
-use crate::device::{DEFAULT_POLL, MAX_QUEUE_SIZE, MAX_QUEUES, Queues, Serial};
+use crate::device::{DEFAULT_POLL, MAX_QUEUE_SIZE, MAX_QUEUES, MIN_QUEUE_SIZE, Queues, Serial};
 use crate::format::Guid;
 use crate::ploop::{self, OnEnospc};
 use crate::storage::{Aio, Cache, HostOptions};
@@ -58,7 +61,7 @@ pub struct Args {
     pub socket_path: Option<PathBuf>,
 
     /// Accept front-ends on this inherited descriptor, a listening socket.
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(RawFd).range(0..))]
+    #[arg(long, value_name = "N", value_parser = |text: &str| number(text, 0..=RawFd::MAX))]
     pub fd: Option<RawFd>,
 
     /// Print what this program can do, as JSON, and exit. Nothing else counts then.
@@ -81,7 +84,7 @@ pub struct Args {
     /// How many virtqueues to offer, 1 to 64. One that no guest uses costs nearly
     /// nothing; QEMU asks for one per vCPU.
     #[arg(long, value_name = "N", default_value_t = MAX_QUEUES,
-          value_parser = clap::value_parser!(u16).range(1..=i64::from(MAX_QUEUES)))]
+          value_parser = |text: &str| number(text, 1..=MAX_QUEUES))]
     pub num_queues: u16,
 
     /// Largest virtqueue to accept, in descriptors: a power of two from 4 to 1024.
@@ -92,7 +95,7 @@ pub struct Args {
     /// How many threads make new mappings (first writes, discards, copies), 1 to
     /// 64. Reads and overwrites do not need them.
     #[arg(long, value_name = "N", default_value_t = ploop::Options::default().runners as u64,
-          value_parser = RangedU64ValueParser::<u64>::new().range(1..=MAX_RUNNERS))]
+          value_parser = |text: &str| number(text, 1..=MAX_RUNNERS))]
     pub runners: u64,
 
     /// Whether the host's page cache is used; as QEMU's `cache`. `none` is O_DIRECT
@@ -115,14 +118,14 @@ pub struct Args {
     /// flushes never waits.
     #[arg(long, value_name = "MS",
           default_value_t = ploop::Options::default().writeback_delay.as_millis() as u64,
-          value_parser = RangedU64ValueParser::<u64>::new().range(..=MAX_WRITEBACK_DELAY_MS))]
+          value_parser = |text: &str| number(text, 0..=MAX_WRITEBACK_DELAY_MS))]
     pub writeback_delay: u64,
 
     /// How long a queue's thread looks for new requests before it sleeps, at most,
     /// in microseconds. It does so only under load; 0: never.
     #[arg(long, value_name = "US",
           default_value_t = DEFAULT_POLL.as_micros() as u64,
-          value_parser = RangedU64ValueParser::<u64>::new().range(..=MAX_POLL_US))]
+          value_parser = |text: &str| number(text, 0..=MAX_POLL_US))]
     pub poll_us: u64,
 
     /// What happens to writes that need space when the host's disk is full.
@@ -170,11 +173,22 @@ fn log_level() -> impl TypedValueParser<Value = LevelFilter> {
     PossibleValuesParser::new(names).try_map(|name| name.parse::<LevelFilter>())
 }
 
+/// A number in `allowed`. Whatever is wrong with another text, the error says what
+/// is right.
+fn number<T: FromStr + PartialOrd + Display>(
+    text: &str,
+    allowed: RangeInclusive<T>,
+) -> Result<T, String> {
+    let number = text.parse().ok().filter(|number| allowed.contains(number));
+    number.ok_or_else(|| format!("{} to {} are possible", allowed.start(), allowed.end()))
+}
+
 fn queue_size(text: &str) -> Result<u16, String> {
-    let size = text.parse::<u16>().map_err(|error| error.to_string())?;
-    Queues::new(1, size)
-        .map(|_| size)
-        .map_err(|error| error.to_string())
+    let size = text.parse().ok();
+    size.filter(|&size| Queues::new(1, size).is_ok())
+        .ok_or_else(|| {
+            format!("powers of two from {MIN_QUEUE_SIZE} to {MAX_QUEUE_SIZE} are possible")
+        })
 }
 
 /// Whether the capabilities are asked for; then nothing else on the command line
@@ -279,16 +293,23 @@ mod tests {
     #[test]
     fn wrong_values_are_named_with_what_is_allowed() {
         for (arg, allowed) in [
-            ("--num-queues=0", "1..=64"),
-            ("--num-queues=65", "1..=64"),
-            ("--queue-size=100", "4 to 1024, a power of two"),
-            ("--queue-size=2048", "4 to 1024, a power of two"),
-            ("--runners=0", "1..=64"),
+            ("--num-queues=0", "1 to 64"),
+            ("--num-queues=65", "1 to 64"),
+            ("--num-queues=many", "1 to 64"),
+            ("--queue-size=100", "powers of two from 4 to 1024"),
+            ("--queue-size=2048", "powers of two from 4 to 1024"),
+            ("--queue-size=99999", "powers of two from 4 to 1024"),
+            ("--queue-size=1k", "powers of two from 4 to 1024"),
+            ("--runners=0", "1 to 64"),
+            ("--runners=-1", "1 to 64"),
             ("--cache=magic", "none, writeback"),
             ("--aio=magic", "auto, io_uring, psync"),
             ("--serial=123456789012345678901", "at most 20 bytes"),
             ("--on-enospc=magic", "stop, report"),
-            ("--writeback-delay=60001", "0..=60000"),
+            ("--writeback-delay=60001", "0 to 60000"),
+            ("--writeback-delay=1s", "0 to 60000"),
+            ("--poll-us=1001", "0 to 1000"),
+            ("--fd=-1", "0 to 2147483647"),
             ("--log-level=loud", "off, error, warn, info, debug, trace"),
         ] {
             let message = parse(&[arg]).unwrap_err();

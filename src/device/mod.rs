@@ -53,6 +53,9 @@ pub const MAX_QUEUES: u16 = 64;
 /// the kernel takes no more segments in one transfer.
 pub const MAX_QUEUE_SIZE: u16 = 1024;
 
+/// Smallest ring, in descriptors: the smallest request with data has 3.
+pub const MIN_QUEUE_SIZE: u16 = 4;
+
 /// The disk's serial number: what Linux shows in `/sys/block/vda/serial`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Serial([u8; ID_LEN]);
@@ -118,8 +121,11 @@ pub enum QueuesError {
     /// None or too many.
     #[error("{0} queues are not possible; 1 to {MAX_QUEUES} are")]
     Number(u16),
-    /// Not a power of two from 4 on: the smallest request has 3 descriptors.
-    #[error("a queue size of {0} is not possible; 4 to {MAX_QUEUE_SIZE}, a power of two, is")]
+    /// Not a power of two, too small or too large.
+    #[error(
+        "a queue size of {0} is not possible; powers of two from {MIN_QUEUE_SIZE} to \
+         {MAX_QUEUE_SIZE} are"
+    )]
     Size(u16),
 }
 
@@ -133,7 +139,7 @@ impl Queues {
             .filter(|n| n.get() <= MAX_QUEUES)
             .ok_or(QueuesError::Number(number))?;
         let size = NonZeroU16::new(size)
-            .filter(|s| s.is_power_of_two() && (4..=MAX_QUEUE_SIZE).contains(&s.get()))
+            .filter(|s| s.is_power_of_two() && (MIN_QUEUE_SIZE..=MAX_QUEUE_SIZE).contains(&s.get()))
             .ok_or(QueuesError::Size(size))?;
         Ok(Self { number, size })
     }

@@ -41,6 +41,10 @@ pub struct CheckReport {
     pub image_end_offset: u64,
     /// What is wrong and was not repaired.
     pub corruptions: u64,
+    /// Of them, marks that say that an image was not closed cleanly: what a crash
+    /// leaves, and harmless by itself.
+    #[serde(skip)]
+    pub unclosed: u64,
     /// Clusters and files that waste space and were not repaired.
     pub leaks: u64,
     /// What was wrong and is repaired.
@@ -84,6 +88,7 @@ impl CheckReport {
     fn sum(mut self, levels: Vec<Self>) -> Self {
         for level in &levels {
             self.corruptions += level.corruptions;
+            self.unclosed += level.unclosed;
             self.leaks += level.leaks;
             self.corruptions_fixed += level.corruptions_fixed;
             self.leaks_fixed += level.leaks_fixed;
@@ -347,6 +352,7 @@ impl Findings {
         report.fragmented_clusters = fragmented(geometry, delta.bat());
         if matches!(delta.header().in_use, InUse::Open | InUse::OpenByOthers) {
             report.corruption("the image was not closed cleanly");
+            report.unclosed = 1;
         }
         if let Some(why) = &self.bad_extension {
             report.corruption(why);

@@ -36,7 +36,7 @@ pub enum ImageError {
     #[error("{}: is a folder without a DiskDescriptor.xml, so no ploop disk", .0.display())]
     NoDescriptor(PathBuf),
     /// Somebody else uses the image.
-    #[error("{}: {source}; stop it first{}", path.display(), share_hint(*.shareable))]
+    #[error("{}: {source}; stop it first", path.display())]
     Locked {
         /// Of the image file.
         path: PathBuf,
@@ -185,14 +185,6 @@ pub enum ImageError {
 
 /// The result of an operation on an image.
 pub type Result<T> = std::result::Result<T, ImageError>;
-
-fn share_hint(shareable: bool) -> &'static str {
-    if shareable {
-        ", or read it all the same with --force-share"
-    } else {
-        ""
-    }
-}
 
 /// Adds to an [`io::Error`] what was tried on which file.
 pub(super) trait IoContext<T> {

@@ -84,6 +84,7 @@ impl<D: Disk> Engine<D> {
         let end = HostCluster(loaded.scan.used.len() as u32).max(geometry.first_host_cluster());
         if !options.read_only {
             metadata.leaked = leaked(&loaded.scan, geometry);
+            report_unclosed(&loaded.header, &metadata.leaked);
             mark_in_use(&disk, loaded.top, &mut metadata.header, loaded.file_len)?;
         }
         let pages = geometry.md_pages();
@@ -350,6 +351,17 @@ fn leaked(scan: &BatScan, geometry: &Geometry) -> Vec<Extent> {
         }
     }
     extents
+}
+
+/// Says so if the image was not closed: its check has come to a good end by now.
+fn report_unclosed(header: &Header, leaked: &[Extent]) {
+    if matches!(header.in_use, InUse::Open | InUse::OpenByOthers) {
+        let clusters: u64 = leaked.iter().map(|extent| u64::from(extent.len())).sum();
+        log::warn!(
+            "the image was not closed cleanly; its mapping is sound, and leaked clusters \
+             ({clusters}) will be used again"
+        );
+    }
 }
 
 /// Before anything else of the file changes, the mark is stable (I12). The format

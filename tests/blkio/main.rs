@@ -18,8 +18,9 @@ use std::{
 };
 
 use client::{BUFFER, Client, DEPTH};
-use common::{backend::Backend, require_tool};
+use common::{backend::Backend, fixtures::FIXTURES, require_tool};
 use model::{Model, SECTOR};
+use sha2::{Digest, Sha256};
 use tempfile::TempDir;
 
 /// Requests of each lane in one run.
@@ -190,6 +191,32 @@ fn an_image_of_qemus_is_true_to_the_model() {
             .arg(size));
     });
     expect_true_to_model(&rig, 3, &["--runners", "4"], 5);
+}
+
+#[test]
+fn disks_of_the_official_tool_are_served_as_they_are() {
+    // A plain one can only lie below another image.
+    for fixture in FIXTURES.iter().filter(|fixture| fixture.is_ploop) {
+        let folder = TempDir::new_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+        let Some(bundle) = fixture.unpack(folder.path()) else {
+            return;
+        };
+        // As it came, and as it was closed.
+        for _ in 0..2 {
+            let socket = folder.path().join("socket");
+            let backend = Backend::start::<&str>(&bundle, &socket, &[]);
+            let mut client = Client::connect(backend.socket(), 1);
+            assert_eq!(client.capacity, fixture.size, "{}", fixture.name);
+            let bytes = read_back(&mut client, &mut []);
+            let digest: String = Sha256::digest(&bytes)
+                .iter()
+                .map(|byte| format!("{byte:02x}"))
+                .collect();
+            assert_eq!(digest, fixture.sha256, "{}", fixture.name);
+            drop(client);
+            backend.stop();
+        }
+    }
 }
 
 #[test]

@@ -7,9 +7,11 @@ mod front_end;
 mod nonsense;
 
 use std::{
-    fs,
+    fs::{self, Permissions},
     os::fd::{AsRawFd, OwnedFd},
+    os::unix::fs::{FileExt, PermissionsExt},
     os::unix::net::{UnixListener, UnixStream},
+    os::unix::process::CommandExt,
     path::{Path, PathBuf},
     process::{Command, Output, Stdio},
     thread,
@@ -138,6 +140,78 @@ fn what_cannot_be_served_is_refused() {
 }
 
 #[test]
+fn a_file_without_permission_is_refused() {
+    const NOBODY: u32 = 65_534;
+    let rig = Rig::new();
+    let mode = |path: &Path, mode| fs::set_permissions(path, Permissions::from_mode(mode)).unwrap();
+    mode(rig.folder.path(), 0o777);
+    let socket = format!("--socket-path={}", rig.socket.display());
+    let file = format!("--blk-file={}", rig.image.display());
+    let mut command = daemon(&[&socket, &file]);
+    mode(&rig.image, 0o000);
+    if rustix::process::geteuid().is_root() {
+        command.uid(NOBODY).gid(NOBODY);
+    }
+    let Ok(output) = command.output() else {
+        let _ = common::left_out("nobody cannot run programs from the build's folder");
+        return;
+    };
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    assert!(said.contains("Permission denied"), "{said}");
+    assert!(!rig.socket.exists());
+}
+
+/// Overwrites a word of an image's metadata.
+fn set_word(image: &Path, at: u64, word: u32) {
+    let file = fs::OpenOptions::new().write(true).open(image).unwrap();
+    file.write_all_at(&word.to_le_bytes(), at).unwrap();
+}
+
+#[test]
+fn a_corrupt_image_is_refused_with_the_command_to_run() {
+    let rig = Rig::new();
+    // The first entry of the BAT, beyond the end of the file.
+    set_word(&rig.image, 64, 1000);
+    let before = fs::read(&rig.image).unwrap();
+    let file = format!("--blk-file={}", rig.image.display());
+    for read_only in [&[][..], &["--read-only"]] {
+        let said = rig.refused(&[&[file.as_str()], read_only].concat());
+        assert!(said.contains("ploop-img check --repair all"), "{said}");
+        assert!(fs::read(&rig.image).unwrap() == before);
+    }
+    ploop_img(["check", "--repair", "all", rig.image.to_str().unwrap()]).ok();
+    let backend = rig.serve(&[]);
+    expect_service(&mut start_front_end(backend.socket()));
+    backend.stop();
+}
+
+#[test]
+fn an_image_that_was_not_closed_is_checked_and_served() {
+    let rig = Rig::new();
+    let backend = rig.serve(&[]);
+    expect_service(&mut start_front_end(backend.socket()));
+    backend.kill();
+    let arg = rig.image.to_str().unwrap();
+    let found = ploop_img(["check", arg]);
+    assert_eq!(found.code, Some(2), "{found:?}");
+    assert!(found.stdout.contains("can serve the disk"), "{found:?}");
+
+    // A socket that is there before the daemon says nothing about it.
+    fs::remove_file(&rig.socket).unwrap();
+    let backend = rig.serve(&[]);
+    let log = backend.log();
+    assert!(log.contains("not closed cleanly"), "{log}");
+    expect_service(&mut start_front_end(backend.socket()));
+    backend.stop();
+    ploop_img(["check", arg]).ok();
+    let backend = rig.serve(&[]);
+    let log = backend.log();
+    assert_eq!(log.matches("not closed cleanly").count(), 1, "{log}");
+    backend.stop();
+}
+
+#[test]
 fn an_image_in_use_is_refused() {
     let rig = Rig::new();
     let backend = rig.serve(&[]);
@@ -147,7 +221,10 @@ fn an_image_in_use_is_refused() {
     );
     let file = format!("--blk-file={}", rig.image.display());
     let said = refused(&[&other, &file]);
-    assert!(said.contains("another process"), "{said}");
+    assert_eq!(said.matches("another process").count(), 1, "{said}");
+    let said = refused(&[&other, &file, "--read-only"]);
+    assert!(said.contains("stop it first"), "{said}");
+    assert!(!said.contains("--"), "an option of another program: {said}");
     expect_service(&mut start_front_end(backend.socket()));
     backend.stop();
 }

@@ -27,7 +27,7 @@ fn main() -> ExitCode {
     match run(cli.command) {
         Ok(code) => code,
         Err(error) => {
-            eprintln!("ploop-img: {error}");
+            eprintln!("ploop-img: {error}{}", hint(&error));
             ExitCode::FAILURE
         }
     }
@@ -126,6 +126,16 @@ fn snapshot(what: Snapshot) -> Result<(), ImageError> {
             to,
             progress,
         } => image::merge_snapshots(&path, from, to, &Bar::new(progress)),
+    }
+}
+
+/// What this program has an option for.
+fn hint(error: &ImageError) -> &'static str {
+    match error {
+        ImageError::Locked {
+            shareable: true, ..
+        } => ", or read it all the same with --force-share",
+        _ => "",
     }
 }
 

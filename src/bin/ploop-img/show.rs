@@ -106,6 +106,11 @@ pub fn check(report: &CheckReport, output: Output) {
              'ploop-img check --repair leaks' gives the space back.",
             count(leaks, "leak")
         ),
+        (errors, leaks) if errors == report.unclosed => say!(
+            "Not closed cleanly, as after a crash, and nothing else is wrong; {}. \
+             vhost-user-ploop can serve the disk; 'ploop-img check --repair all' tidies it up.",
+            count(leaks, "leak")
+        ),
         (errors, leaks) => say!(
             "{}, {}. Do not serve the disk before 'ploop-img check --repair all'.",
             count(errors, "error"),
@@ -135,8 +140,18 @@ pub fn map(
 ) -> Result<(), ImageError> {
     match output {
         Output::Human => {
-            say!("{:<16}{:<16}{:<16}File", "Offset", "Length", "Mapped to");
-            entries(&mut |entry| map_line(&entry))
+            // The heading comes with the first entry, of which there is one at
+            // least: nothing is printed of what cannot be read.
+            let mut heading = Some(format!(
+                "{:<16}{:<16}{:<16}File",
+                "Offset", "Length", "Mapped to"
+            ));
+            entries(&mut |entry| {
+                if let Some(heading) = heading.take() {
+                    say!("{heading}");
+                }
+                map_line(&entry);
+            })
         }
         Output::Json => {
             // A line each, like qemu-img: a map may have millions of entries. It has

@@ -4,13 +4,19 @@ use vhost_user_ploop::format::{ClusterSize, SECTOR_SIZE, Sector};
 use vhost_user_ploop::image::NewSize;
 
 /// Parses bytes: digits, perhaps with a fraction, and a suffix of b, k, M, G, T,
-/// P or E in either case; powers of 1024.
+/// P or E in either case; powers of 1024. Or whole bytes in hexadecimal after `0x`.
 ///
 /// # Errors
 /// In words, naming the value.
 pub fn parse_bytes(text: &str) -> Result<u64, String> {
     let help = "a number of bytes, or one with a suffix of k, M, G, T, P or E, as in 10G";
     let wrong = || format!("'{text}' is no size: give {help}");
+    let too_large = || format!("'{text}' is too large: sizes end at 8E");
+    if let Some(digits) = text.strip_prefix("0x").or(text.strip_prefix("0X")) {
+        let is_number = !digits.is_empty() && digits.bytes().all(|b| b.is_ascii_hexdigit());
+        let bytes = u64::from_str_radix(digits, 16).map_err(|_| too_large());
+        return if is_number { bytes } else { Err(wrong()) };
+    }
     let (number, unit) = match text.char_indices().next_back() {
         Some((at, suffix)) if suffix.is_ascii_alphabetic() => {
             (&text[..at], unit(suffix).ok_or_else(wrong)?)
@@ -22,7 +28,10 @@ pub fn parse_bytes(text: &str) -> Result<u64, String> {
     if whole.is_empty() || !is_digits(whole) || !is_digits(fraction) || number.ends_with('.') {
         return Err(wrong());
     }
-    let too_large = || format!("'{text}' is too large: sizes end at 8E");
+    if unit == 1 && !fraction.is_empty() {
+        // There is no part of a byte; a suffix was forgotten.
+        return Err(wrong());
+    }
     let whole: u64 = whole.parse().map_err(|_| too_large())?;
     let bytes = whole.checked_mul(unit).ok_or_else(too_large)?;
     let part = match fraction {
@@ -117,6 +126,7 @@ mod tests {
             ("0.5T", 1 << 39),
             ("2P", 2 << 50),
             ("8E", 8 << 60),
+            ("0x1F0", 0x1f0),
         ] {
             assert_eq!(parse_bytes(text), Ok(bytes), "{text}");
         }
@@ -133,6 +143,12 @@ mod tests {
             ".5",
             "1.x",
             "1e3",
+            "1.5",
+            "1.5b",
+            "0x",
+            "0x1k",
+            "0x1.8",
+            "0x11111111111111111",
             "16E",
             "1é",
             "99999999999999999999",
