@@ -172,6 +172,12 @@ impl<D: Disk> Requests<D> {
         self.engine.as_ref().is_some_and(Queue::has_ready)
     }
 
+    /// To be called before the thread sleeps. False if [`Self::poll`] has something
+    /// to do already.
+    pub fn may_sleep(&mut self) -> bool {
+        self.engine.as_mut().is_none_or(Queue::may_sleep)
+    }
+
     /// Waits until nothing is in flight any more.
     pub fn drain(&mut self, memory: &mut QueueMemory, parked: Parked) {
         if let Some(engine) = &mut self.engine {

@@ -139,6 +139,7 @@ impl<D: Disk> Worker<D> {
                     return Next::Sleep;
                 }
                 Taken::Nothing if self.ask_for_kicks(vring) => must_find_some = true,
+                _ if !self.requests.may_sleep() => {}
                 Taken::Nothing | Taken::Full | Taken::Unusable => {
                     self.spin.sleep();
                     return Next::Sleep;

@@ -387,8 +387,11 @@ impl<D: Disk> Engine<D> {
         if self.bat.replace(cluster, from, to).is_err() {
             return false;
         }
-        if let Some(message) = message {
-            self.md.post(message);
+        match message {
+            // The write of the page is soon enough for it.
+            Some(message @ MdMessage::Copied { .. }) => self.md.leave(message),
+            Some(message) => self.md.post(message),
+            None => {}
         }
         self.mark_dirty(cluster);
         // Unless it is another's change by now: that one's page is not marked.

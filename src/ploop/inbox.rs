@@ -1,7 +1,7 @@
 //! A thread's inbox: a lock-free list and a descriptor that wakes its reader.
 //!
 //! The reader's descriptor is written only when the reader may be asleep: while
-//! it works, a message costs no system call.
+//! it works, a message costs no system call, neither its sender nor the reader.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
@@ -11,12 +11,14 @@ use rustix::event::{EventfdFlags, eventfd};
 use super::llist::{LockFreeList, Taken};
 use super::sync::atomic::{AtomicU8, Ordering, fence};
 
-/// The reader is awake; its descriptor may be signalled.
+/// The reader is awake, and its descriptor is not signalled.
 const AWAKE: u8 = 0;
 /// The reader may be asleep, and its descriptor is not signalled.
 const ARMED: u8 = 1;
 /// Somebody is about to signal the descriptor.
 const WAKING: u8 = 2;
+/// The descriptor is signalled.
+const SIGNALLED: u8 = 3;
 
 /// Wakes one thread.
 pub struct Waker {
@@ -50,20 +52,33 @@ impl Waker {
             // Cannot fail: the counter is far from its end, as only one signals
             // and the reader drains before it arms again.
             let _ = rustix::io::write(&self.fd, &1_u64.to_ne_bytes());
-            self.state.store(AWAKE, Ordering::Release);
+            self.state.store(SIGNALLED, Ordering::Release);
         }
     }
 
     /// The reader is about to look for work for the last time before it sleeps.
     /// Whatever is posted from now on wakes it.
     pub fn arm(&self) {
-        // While somebody is about to signal, the reader will be woken anyway.
-        if self.state.load(Ordering::Acquire) == AWAKE {
-            let mut counter = [0; 8];
-            let _ = rustix::io::read(&self.fd, &mut counter);
-            self.state.store(ARMED, Ordering::Relaxed);
-            fence(Ordering::SeqCst);
+        match self.state.load(Ordering::Acquire) {
+            AWAKE => {}
+            SIGNALLED => {
+                let mut counter = [0; 8];
+                let _ = rustix::io::read(&self.fd, &mut counter);
+            }
+            // While somebody is about to signal, the reader will be woken anyway.
+            _ => return,
         }
+        self.state.store(ARMED, Ordering::Relaxed);
+        fence(Ordering::SeqCst);
+    }
+
+    /// The reader works, and looks for what is posted from now on by itself: it
+    /// need not be woken until it arms again.
+    pub fn disarm(&self) {
+        // Fails if somebody is waking the reader, which does no harm.
+        let _ = self
+            .state
+            .compare_exchange(ARMED, AWAKE, Ordering::Relaxed, Ordering::Relaxed);
     }
 
     /// Whether the reader may be asleep.
@@ -106,6 +121,22 @@ impl<T> Inbox<T> {
     pub fn post(&self, message: T) {
         self.list.push(message);
         self.waker.wake();
+    }
+
+    /// Adds a message that the reader will see when something else wakes it.
+    pub fn leave(&self, message: T) {
+        self.list.push(message);
+    }
+
+    /// The reader has nothing to do and wants to sleep. False if it must not,
+    /// because there is a message.
+    pub fn may_sleep(&self) -> bool {
+        self.waker.arm();
+        let nothing = self.list.is_empty();
+        if !nothing {
+            self.waker.disarm();
+        }
+        nothing
     }
 
     /// Everything posted so far, oldest first.

@@ -94,6 +94,29 @@ fn a_reader_is_woken_for_a_message_that_it_did_not_see() {
 }
 
 #[test]
+fn a_reader_that_worked_meanwhile_is_woken_or_may_not_sleep() {
+    check(|| {
+        let inbox = Arc::new(Inbox::new().unwrap());
+        inbox.waker().arm();
+        let sender = {
+            let inbox = inbox.clone();
+            thread::spawn(move || inbox.post(1))
+        };
+        inbox.waker().disarm();
+        let mut seen = inbox.take_all().count();
+        while !inbox.may_sleep() {
+            seen += inbox.take_all().count();
+        }
+        sender.join().unwrap();
+        if seen == 0 {
+            let mut counter = [0; 8];
+            let woken = rustix::io::read(inbox.waker(), &mut counter);
+            assert!(woken.is_ok(), "asleep, with a message in the inbox");
+        }
+    });
+}
+
+#[test]
 fn a_look_up_sees_a_hole_or_a_cluster_that_is_ready() {
     check(|| {
         let bat = bat(Entry::HOLE);

@@ -120,17 +120,17 @@ impl<D: Disk> Queue<D> {
     /// Appends the requests that have ended to `done`. Never blocks. Queues more
     /// I/O where an end makes that necessary; starts it, too.
     pub fn poll(&mut self, done: &mut Vec<Done>) {
-        loop {
-            let epoch = self.participant.enter();
-            self.look();
-            self.participant.leave(epoch);
-            // A message that comes after this look must wake the thread.
-            self.inbox.waker().arm();
-            if self.inbox.is_empty() {
-                break;
-            }
-        }
+        self.inbox.waker().disarm();
+        let epoch = self.participant.enter();
+        self.look();
+        self.participant.leave(epoch);
         done.append(&mut self.finished);
+    }
+
+    /// To be called before the thread sleeps: from then on [`Self::fds`] wake it.
+    /// False if [`Self::poll`] has something to do already.
+    pub fn may_sleep(&mut self) -> bool {
+        !self.has_ready() && self.inbox.may_sleep()
     }
 
     fn look(&mut self) {
@@ -163,13 +163,13 @@ impl<D: Disk> Queue<D> {
     }
 
     /// Descriptors that poll readable (level-triggered) while [`Self::poll`] has
-    /// something to do.
+    /// something to do, from [`Self::may_sleep`] on.
     pub fn fds(&self) -> SmallVec<[RawFd; 2]> {
         let inbox = self.inbox.waker().as_raw_fd();
         self.io.completion_fd().into_iter().chain([inbox]).collect()
     }
 
-    /// Whether [`Self::poll`] should be called without waiting for a descriptor.
+    /// Whether [`Self::poll`] has something to do that no descriptor tells of.
     pub fn has_ready(&self) -> bool {
         !self.finished.is_empty() || (self.io.completion_fd().is_none() && self.io.in_flight() > 0)
     }
@@ -208,10 +208,10 @@ impl<D: Disk> Queue<D> {
     }
 
     /// Blocks until [`Self::poll`] may have something to do, or the time is over.
-    fn wait(&self, at_most: Timespec) {
+    fn wait(&mut self, at_most: Timespec) {
         use rustix::event::{PollFd, PollFlags, poll};
         use std::os::fd::BorrowedFd;
-        if self.has_ready() {
+        if !self.may_sleep() {
             return;
         }
         let raw = self.fds();

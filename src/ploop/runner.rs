@@ -18,7 +18,7 @@ mod cow;
 mod rmw;
 mod zero;
 
-use self::cow::Cow;
+use self::cow::{CopyBuffers, Cow};
 use self::rmw::Rmw;
 use super::EngineError;
 use super::engine::{Engine, WritePlan};
@@ -50,6 +50,8 @@ pub struct Runner<D: Disk> {
     copies: usize,
     /// Pios that need a copy when there is memory for one more.
     awaits_copy: VecDeque<Pio>,
+    /// Memory for copies, kept for the next ones.
+    buffers: CopyBuffers,
     completions: Vec<Completion>,
 }
 
@@ -96,6 +98,7 @@ impl<D: Disk> Runner<D> {
             busy: BTreeMap::new(),
             copies: 0,
             awaits_copy: VecDeque::new(),
+            buffers: CopyBuffers::new(engine.geometry().cluster.bytes()),
             completions: Vec::new(),
             engine,
         })
@@ -104,16 +107,31 @@ impl<D: Disk> Runner<D> {
     /// Does what there is to do, without waiting. Returns after how long it wants
     /// to be called again if nothing wakes it before.
     pub fn poll(&mut self, _now: Duration) -> Option<Duration> {
-        self.inbox.waker().arm();
-        let mut completions = std::mem::take(&mut self.completions);
-        self.io.reap(&mut completions);
-        for completion in completions.drain(..) {
-            self.op_done(completion);
+        self.inbox.waker().disarm();
+        loop {
+            self.look();
+            if self.inbox.may_sleep() {
+                break;
+            }
         }
-        self.completions = completions;
+        let waits_for_io = |busy: &Busy| matches!(busy.job, Job::AwaitIo { .. });
+        if self.io.completion_fd().is_none() && self.io.in_flight() > 0 {
+            return Some(Duration::ZERO);
+        }
+        self.busy.values().any(waits_for_io).then_some(GRACE_POLL)
+    }
+
+    fn look(&mut self) {
+        self.reap();
         self.end_graces();
         for pio in self.inbox.take_all() {
             self.run(pio);
+            if self.io.completion_fd().is_none() {
+                // Its I/O ends while it is being started: one pio is taken to its
+                // end before the next, while its data is in the CPU's cache.
+                self.io.submit();
+                while self.reap() {}
+            }
         }
         while self.copies < self.copies_max()
             && let Some(pio) = self.awaits_copy.pop_front()
@@ -121,11 +139,22 @@ impl<D: Disk> Runner<D> {
             self.run(pio);
         }
         self.queue_backlog();
-        let waits_for_io = |busy: &Busy| matches!(busy.job, Job::AwaitIo { .. });
-        if self.io.completion_fd().is_none() && self.io.in_flight() > 0 {
-            return Some(Duration::ZERO);
+    }
+
+    /// Goes on with what has ended, and starts what that takes. False if nothing
+    /// has.
+    fn reap(&mut self) -> bool {
+        let mut completions = std::mem::take(&mut self.completions);
+        self.io.reap(&mut completions);
+        let some = !completions.is_empty();
+        for completion in completions.drain(..) {
+            self.op_done(completion);
         }
-        self.busy.values().any(waits_for_io).then_some(GRACE_POLL)
+        self.completions = completions;
+        if some {
+            self.queue_backlog();
+        }
+        some
     }
 
     /// What wakes the thread, beside [`Io::completion_fd`].

@@ -395,6 +395,7 @@ impl Session {
         }
         let mut done = Vec::new();
         self.queues[queue].poll(&mut done);
+        self.queues[queue].may_sleep();
         self.alarms[alarm].at = None;
         if !world.disk.is_powered() {
             // What ends from now on ends for want of power.

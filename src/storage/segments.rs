@@ -212,7 +212,9 @@ pub enum Buffer {
 impl Buffer {
     /// `len` bytes of our own, all zero.
     pub fn zeroed(len: usize) -> Self {
-        Self::Owned(AlignedBuf::from_iter(4096, std::iter::repeat_n(0, len)))
+        let mut bytes = AlignedBuf::with_capacity(4096, len);
+        bytes.resize(len, 0);
+        Self::Owned(bytes)
     }
 
     /// In bytes.

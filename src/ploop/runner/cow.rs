@@ -24,6 +24,56 @@ const BLOCK: u64 = 4096;
 /// The memory that copies of one runner may take, in bytes; one may take more.
 const COPIES_BYTES: u64 = 64 << 20;
 
+/// The memory that a runner keeps for its next copies, in bytes.
+const KEPT_BYTES: u64 = 4 << 20;
+
+/// Buffers of a cluster each, kept so that not every copy has its memory made and
+/// zeroed first.
+pub(super) struct CopyBuffers {
+    kept: Vec<AlignedBuf>,
+    cluster: usize,
+    /// How many are kept at most.
+    most: usize,
+}
+
+impl CopyBuffers {
+    pub(super) fn new(cluster: u64) -> Self {
+        Self {
+            kept: Vec::new(),
+            cluster: cluster as usize,
+            most: ((KEPT_BYTES / cluster) as usize).max(1),
+        }
+    }
+
+    /// With anything in it.
+    fn take(&mut self) -> AlignedBuf {
+        self.kept.pop().unwrap_or_else(|| {
+            let mut buffer = AlignedBuf::with_capacity(BLOCK as usize, self.cluster);
+            buffer.resize(self.cluster, 0);
+            buffer
+        })
+    }
+
+    /// With zeros.
+    fn take_zeroed(&mut self) -> AlignedBuf {
+        let mut buffer = self.take();
+        buffer.fill(0);
+        buffer
+    }
+
+    fn give_back(&mut self, op: Op) {
+        if let Op::Write {
+            buffer: Buffer::Owned(bytes),
+            ..
+        } = op
+            && bytes.len() == self.cluster
+            && self.kept.len() < self.most
+        {
+            self.kept.push(bytes);
+        }
+    }
+}
+
 /// The copy of one cluster.
 pub(super) struct Cow {
     /// The entry before it was locked.
@@ -37,7 +87,12 @@ pub(super) struct Cow {
 
 impl Cow {
     /// The read of what the first write does not cover; `None` if that is nothing.
-    fn read<D: Disk>(&self, engine: &Engine<D>, cluster: GuestCluster) -> Option<Op> {
+    fn read<D: Disk>(
+        &self,
+        engine: &Engine<D>,
+        cluster: GuestCluster,
+        buffers: &mut CopyBuffers,
+    ) -> Option<Op> {
         let Place::In(file, host) = self.from.place() else {
             return None;
         };
@@ -60,7 +115,11 @@ impl Cow {
         (wanted.start < wanted.end).then(|| Op::Read {
             file,
             offset: level.offset(host) + wanted.start,
-            buffer: Buffer::zeroed((wanted.end - wanted.start) as usize),
+            buffer: if wanted == (0..geometry.cluster.bytes()) {
+                Buffer::Owned(buffers.take())
+            } else {
+                Buffer::zeroed((wanted.end - wanted.start) as usize)
+            },
         })
     }
 
@@ -72,6 +131,7 @@ impl Cow {
         cluster: GuestCluster,
         read: Option<(u64, AlignedBuf)>,
         waiting: &mut VecDeque<Pio>,
+        buffers: &mut CopyBuffers,
     ) -> Op {
         while waiting
             .front()
@@ -87,12 +147,12 @@ impl Cow {
                 bytes
             }
             Some((from, read)) => {
-                let mut bytes = AlignedBuf::from_iter(BLOCK as usize, std::iter::repeat_n(0, size));
+                let mut bytes = buffers.take_zeroed();
                 let from = from as usize;
                 bytes[from..from + read.len()].copy_from_slice(&read);
                 bytes
             }
-            None => AlignedBuf::from_iter(BLOCK as usize, std::iter::repeat_n(0, size)),
+            None => buffers.take_zeroed(),
         };
         for pio in &self.pios {
             let (start, end) = covered(pio, cluster, geometry);
@@ -152,9 +212,11 @@ impl<D: Disk> Runner<D> {
         };
         self.copies += 1;
         let mut waiting = VecDeque::new();
-        let op = cow
-            .read(&self.engine, cluster)
-            .unwrap_or_else(|| cow.write(&self.engine, cluster, None, &mut waiting));
+        let buffers = &mut self.buffers;
+        let op = match cow.read(&self.engine, cluster, buffers) {
+            Some(read) => read,
+            None => cow.write(&self.engine, cluster, None, &mut waiting, buffers),
+        };
         self.queue_job(cluster, Job::Cow(cow), waiting, op);
     }
 
@@ -178,10 +240,15 @@ impl<D: Disk> Runner<D> {
                     return self.end_cow(cluster, cow, waiting, Err(Errno::IO));
                 };
                 let from = offset - self.engine.level(file).offset(host);
-                let op = cow.write(&self.engine, cluster, Some((from, bytes)), &mut waiting);
+                let read = Some((from, bytes));
+                let buffers = &mut self.buffers;
+                let op = cow.write(&self.engine, cluster, read, &mut waiting, buffers);
                 self.queue_job(cluster, Job::Cow(cow), waiting, op);
             }
-            (result, _) => self.end_cow(cluster, cow, waiting, result),
+            (result, op) => {
+                self.buffers.give_back(op);
+                self.end_cow(cluster, cow, waiting, result);
+            }
         }
     }
 
