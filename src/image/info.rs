@@ -120,7 +120,7 @@ fn describe(level: Level, file: &HostFile, guid: Option<Guid>) -> Result<ImageIn
         backing_filename: None,
     };
     match level {
-        Level::Plain { size } => info.virtual_size = size.bytes(),
+        Level::Plain { size, .. } => info.virtual_size = size.bytes(),
         Level::Ploop => {
             let delta = Delta::load(image_of(file)?)?;
             let geometry = *delta.geometry();

@@ -329,5 +329,8 @@ fn check_plain(
         }
         None => descriptor.disk_size,
     };
-    Ok(Level::Plain { size })
+    Ok(Level::Plain {
+        size,
+        cluster: descriptor.cluster,
+    })
 }

@@ -55,7 +55,7 @@ impl DiskReader<HostImage> {
         for (level, file) in image.chain.levels.iter().zip(&image.files) {
             let file = image_of(file)?;
             levels.push(match *level {
-                Level::Plain { size } => ReaderLevel::Plain { file, size },
+                Level::Plain { size, .. } => ReaderLevel::Plain { file, size },
                 Level::Ploop => ReaderLevel::Ploop(load_readable(file)?),
             });
         }

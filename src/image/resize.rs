@@ -37,7 +37,7 @@ pub fn resize(path: &Path, size: NewSize) -> Result<Sector> {
     };
     let file = image_of(file)?;
     let new_size = match *level {
-        Level::Plain { size: old_size } => {
+        Level::Plain { size: old_size, .. } => {
             let new_size = larger(path, old_size, size)?;
             file.set_len(new_size.bytes())
                 .and_then(|()| file.sync())

@@ -63,7 +63,7 @@ pub struct Engine<D: Disk> {
 /// Where the clusters of one file of the chain are.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct LevelMap {
-    /// Of the file; for a plain one only the cluster size and disk size are meant.
+    /// Of the file. A plain one has its data from the first byte on.
     pub geometry: Geometry,
     /// A raw image: guest cluster and host cluster are the same.
     pub plain: bool,
@@ -71,11 +71,7 @@ pub(super) struct LevelMap {
 
 impl LevelMap {
     pub fn offset(&self, host: HostCluster) -> u64 {
-        if self.plain {
-            u64::from(host.0) << self.geometry.cluster.shift()
-        } else {
-            self.geometry.host_offset(host)
-        }
+        self.geometry.host_offset(host)
     }
 
     /// Bytes of its disk: beyond, it reads as zeros.
@@ -191,8 +187,17 @@ impl<D: Disk> Engine<D> {
         FileId((self.levels.len() - 1) as u8)
     }
 
-    pub(super) fn has_lower(&self) -> bool {
-        self.levels.len() > 1
+    /// Whether the top has a BAT. A raw one has none: all of its clusters are
+    /// mapped, each to itself, and stay so. Then nothing is allocated or unmapped,
+    /// no md page is ever dirty, and there is no mark and no tail.
+    pub(super) fn has_bat(&self) -> bool {
+        !self.level(self.top()).plain
+    }
+
+    /// Whether a cluster that becomes a hole reads as zeros, and its space comes
+    /// back: there is a BAT to say so, and nothing below that would show.
+    pub(super) fn can_unmap(&self) -> bool {
+        self.has_bat() && self.levels.len() == 1
     }
 
     pub(super) fn level(&self, file: FileId) -> &LevelMap {

@@ -127,7 +127,8 @@ enum ControlStage {
 pub struct MdWriter<D: Disk> {
     engine: Arc<Engine<D>>,
     io: D::Io,
-    metadata: Metadata,
+    /// `None`: the top is plain and has none.
+    metadata: Option<Metadata>,
     ops: Slab<MdOp>,
     /// Operations that the ring had no room for.
     backlog: VecDeque<(u64, Op)>,
@@ -156,9 +157,11 @@ pub struct MdWriter<D: Disk> {
 }
 
 impl<D: Disk> MdWriter<D> {
-    pub(super) fn new(engine: Arc<Engine<D>>, mut metadata: Metadata) -> io::Result<Self> {
+    pub(super) fn new(engine: Arc<Engine<D>>, mut metadata: Option<Metadata>) -> io::Result<Self> {
         let mut reclaim = Reclaim::default();
-        reclaim.add_leaked(&mem::take(&mut metadata.leaked));
+        if let Some(metadata) = &mut metadata {
+            reclaim.add_leaked(&mem::take(&mut metadata.leaked));
+        }
         Ok(Self {
             io: engine.disk.open_io(DEPTH)?,
             metadata,
@@ -507,11 +510,13 @@ impl<D: Disk> MdWriter<D> {
             let at = (at - start) as usize;
             bytes[at..at + part.len()].copy_from_slice(part);
         };
-        if pages.start == 0 {
-            put(0, &self.metadata.header.to_bytes());
-        }
-        if pages.end == geometry.md_pages() {
-            put(geometry.metadata_len(), &self.metadata.bat_tail);
+        if let Some(metadata) = &self.metadata {
+            if pages.start == 0 {
+                put(0, &metadata.header.to_bytes());
+            }
+            if pages.end == geometry.md_pages() {
+                put(geometry.metadata_len(), &metadata.bat_tail);
+            }
         }
         for page in pages {
             let mut withheld = false;
@@ -660,9 +665,11 @@ impl<D: Disk> MdWriter<D> {
         }
         let step = self.extension();
         let low_water = engine.options.low_water;
-        if let SpaceStep::Extend(clusters) =
-            self.space
-                .step(engine.alloc.available(), low_water, step, now)
+        // In a raw image it is the holes that lack space: trying again is all.
+        if engine.has_bat()
+            && let SpaceStep::Extend(clusters) =
+                self.space
+                    .step(engine.alloc.available(), low_water, step, now)
         {
             self.extend(clusters, now);
         }
@@ -869,7 +876,7 @@ impl<D: Disk> MdWriter<D> {
 
     /// Gives back the space behind the last mapped cluster and marks the image as
     /// closed, last and after a sync (I12). Everything is flushed, so what the
-    /// disk maps is what memory maps.
+    /// disk maps is what memory maps; for a raw image that is all.
     fn close_file(&mut self) -> Result<(), EngineError> {
         let engine = self.engine.clone();
         if engine.is_read_only() {
@@ -878,6 +885,9 @@ impl<D: Disk> MdWriter<D> {
         if engine.has_sync_failed() {
             return Err(EngineError::SyncFailed);
         }
+        let Some(metadata) = &mut self.metadata else {
+            return Ok(());
+        };
         let top = engine.top();
         let end = engine
             .bat
@@ -888,23 +898,22 @@ impl<D: Disk> MdWriter<D> {
             })
             .max()
             .unwrap_or(engine.geometry().first_host_cluster().0);
-        self.cut_and_mark(top, engine.geometry().host_offset(HostCluster(end)))
-            .map_err(|error| {
-                log::error!("cannot mark the image as closed: {error}");
-                EngineError::Io(Errno::from_io_error(&error).unwrap_or(Errno::IO))
-            })
+        let len = engine.geometry().host_offset(HostCluster(end));
+        cut_and_mark(&engine.disk, top, len, &mut metadata.header).map_err(|error| {
+            log::error!("cannot mark the image as closed: {error}");
+            EngineError::Io(Errno::from_io_error(&error).unwrap_or(Errno::IO))
+        })
     }
+}
 
-    fn cut_and_mark(&mut self, top: FileId, len: u64) -> io::Result<()> {
-        let disk = &self.engine.disk;
-        if disk.len(top)? > len {
-            disk.set_len(top, len)?;
-        }
-        if !sabotage::is(Sabotage::MarkBeforeSync) {
-            disk.sync(top)?;
-        }
-        self.metadata.header.in_use = InUse::Closed;
-        disk.write_all_at(top, &self.metadata.header.to_bytes(), 0)?;
-        disk.sync(top)
+fn cut_and_mark(disk: &impl Disk, top: FileId, len: u64, header: &mut Header) -> io::Result<()> {
+    if disk.len(top)? > len {
+        disk.set_len(top, len)?;
     }
+    if !sabotage::is(Sabotage::MarkBeforeSync) {
+        disk.sync(top)?;
+    }
+    header.in_use = InUse::Closed;
+    disk.write_all_at(top, &header.to_bytes(), 0)?;
+    disk.sync(top)
 }

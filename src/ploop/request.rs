@@ -35,7 +35,8 @@ pub enum Command {
     /// Make every write, discard and zeroing that completed before stable.
     Flush,
     /// The content is of no more use: give the space back. Whole clusters read as
-    /// zeros afterwards.
+    /// zeros afterwards, unless there are lower levels or the disk is a raw file:
+    /// then, what was not a whole block of the host may be as it was.
     Discard {
         /// Of one or more ranges.
         ranges: SmallVec<[SectorRange; 1]>,

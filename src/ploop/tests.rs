@@ -11,6 +11,8 @@ use crate::format::{ClusterSize, Header, Sector};
 use crate::sim::disk::{Medium, SimDisk};
 use crate::storage::{Disk, FileId, Segments};
 
+mod plain;
+
 const CLUSTER: u64 = 32 << 10;
 
 /// An engine, one queue, and the memory of its client.
@@ -49,9 +51,11 @@ fn options() -> Options {
 
 impl Rig {
     fn open(disk: &SimDisk, levels: usize, options: Options) -> Self {
-        let chain = Chain {
-            levels: vec![Level::Ploop; levels],
-        };
+        Self::open_chain(disk, vec![Level::Ploop; levels], options)
+    }
+
+    fn open_chain(disk: &SimDisk, levels: Vec<Level>, options: Options) -> Self {
+        let chain = Chain { levels };
         let Opened {
             engine,
             runners,

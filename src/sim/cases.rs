@@ -28,6 +28,10 @@ pub enum Case {
     Undecided,
     /// I6: a mapping was written that hides a cluster of a lower delta.
     Copied,
+    /// I5, I6: the power went while a cluster was being copied up.
+    CopyCut,
+    /// I5, I6: the host failed a read or a write of a copy.
+    CopyFailed,
     /// I7: the host failed a sync or a write of metadata.
     HostFailed,
     /// I7: a flush failed.
@@ -42,13 +46,15 @@ pub enum Case {
 }
 
 impl Case {
-    const ALL: [(Self, &'static str); 11] = [
+    const ALL: [(Self, &'static str); 13] = [
         (Self::Moved, "I1  cluster passed to another guest cluster"),
         (Self::Reused, "I2  freed cluster mapped again"),
         (Self::Flush, "I3  flush with something to flush"),
         (Self::WriteThrough, "I4  write-through change"),
         (Self::Undecided, "I5  cut with undecided sectors"),
         (Self::Copied, "I6  lower cluster copied up"),
+        (Self::CopyCut, "I6  cut in the midst of a copy"),
+        (Self::CopyFailed, "I6  error in the midst of a copy"),
         (Self::HostFailed, "I7  failed sync or metadata write"),
         (Self::FailedFlush, "I7  flush that had to fail"),
         (Self::Grown, "I8  mapping in a part that was added"),
@@ -82,9 +88,9 @@ impl Cases {
         }
     }
 
-    /// The host has failed so many syncs and writes of metadata.
-    pub fn count_host_failures(&mut self, failures: u64) {
-        *self.counts.entry(Case::HostFailed).or_default() += failures;
+    /// It has happened so many times.
+    pub fn count_many(&mut self, case: Case, times: u64) {
+        *self.counts.entry(case).or_default() += times;
     }
 
     /// How often.

@@ -58,6 +58,8 @@ pub struct Medium {
     /// Bytes of header and BAT of the top file, for [`Survivors::Region`], and
     /// for the rule that of each page of it one write is in flight at a time.
     pub metadata_len: u64,
+    /// Bytes that a copy from a lower file writes at once: a cluster.
+    pub copy_len: u64,
 }
 
 impl Default for Medium {
@@ -71,6 +73,7 @@ impl Default for Medium {
             next_zero_is_full: false,
             first_writable: FileId(0),
             metadata_len: 0,
+            copy_len: u64::MAX,
         }
     }
 }
@@ -87,6 +90,15 @@ pub struct MetadataWrite {
     pub bytes: Vec<u8>,
     /// The length that was sure to survive a cut at that moment.
     pub certain_len: u64,
+}
+
+/// What has happened to copies from lower files.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Copies {
+    /// Reads and writes that have failed.
+    pub failed: u64,
+    /// Times that the power went while one was under way.
+    pub cut: u64,
 }
 
 /// See the module's text. Clones share the same files.
@@ -113,6 +125,7 @@ struct State {
     metadata_writes: Vec<MetadataWrite>,
     violations: Vec<String>,
     failures: u64,
+    copies: Copies,
     trace: Option<Vec<String>>,
 }
 
@@ -160,6 +173,7 @@ impl SimDisk {
             metadata_writes: Vec::new(),
             violations: Vec::new(),
             failures: 0,
+            copies: Copies::default(),
             trace: None,
         };
         Self {
@@ -278,6 +292,11 @@ impl SimDisk {
         std::mem::take(&mut self.state().failures)
     }
 
+    /// What has happened to copies since the last call.
+    pub fn take_copies(&self) -> Copies {
+        std::mem::take(&mut self.state().copies)
+    }
+
     /// Starts to keep a record of everything that is done.
     pub fn start_trace(&self) {
         self.state().trace = Some(Vec::new());
@@ -336,6 +355,9 @@ impl State {
     fn power_off(&mut self) {
         if std::mem::replace(&mut self.powered, false) {
             self.note(|| "the power goes".to_owned());
+            let mut under_way = self.pending.iter();
+            let is_copying = under_way.any(|pending| self.is_of_copy(&pending.op));
+            self.copies.cut += u64::from(is_copying);
         }
         self.pending.clear();
         for io in &mut self.ios {
@@ -583,7 +605,31 @@ impl State {
             Op::Sync { file } => Some(self.sync(*file, pending.submitted)),
         };
         if let Some(result) = pending.effect {
+            let failed_copy = result.is_err() && self.is_of_copy(&pending.op);
+            self.copies.failed += u64::from(failed_copy);
             self.note(|| format!("{} takes effect: {result:?}", id.0));
+        }
+    }
+
+    /// Whether an operation is a step of a copy: memory of the engine's own is
+    /// filled from a lower file, or goes to the data of the top a cluster at once.
+    fn is_of_copy(&self, op: &Op) -> bool {
+        let top = FileId(self.files.len() as u8 - 1);
+        match op {
+            Op::Read {
+                file,
+                buffer: Buffer::Owned(_),
+                ..
+            } => *file < top,
+            Op::Write {
+                offset,
+                buffer: Buffer::Owned(bytes),
+                ..
+            } => {
+                let is_data = top > FileId(0) && *offset >= self.medium.metadata_len;
+                is_data && bytes.len() as u64 == self.medium.copy_len
+            }
+            _ => false,
         }
     }
 

@@ -4,6 +4,8 @@
 //! closed, or after it was closed. What is left is judged, becomes what the model
 //! starts from, and is opened again: stale data hurts late.
 
+use std::collections::BTreeMap;
+
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
 
@@ -32,6 +34,9 @@ pub struct Record {
     pub cuts: u64,
     /// Cuts that could not, as everything was synced.
     pub idle_cuts: u64,
+    /// Of the former, how many there were of each kind of disk: number of deltas,
+    /// and what the lowest is.
+    pub kinds: BTreeMap<(usize, &'static str), u64>,
     /// See [`Cases`].
     pub cases: Cases,
 }
@@ -41,7 +46,17 @@ impl Record {
     pub fn add(&mut self, other: &Self) {
         self.cuts += other.cuts;
         self.idle_cuts += other.idle_cuts;
+        for (kind, cuts) in &other.kinds {
+            *self.kinds.entry(*kind).or_default() += cuts;
+        }
         self.cases.add(&other.cases);
+    }
+
+    /// How many cuts there were of disks with so many deltas.
+    pub fn cuts_at_depth(&self, levels: usize) -> u64 {
+        let kinds = self.kinds.iter();
+        let at_depth = kinds.filter(|((depth, _), _)| *depth == levels);
+        at_depth.map(|(_, cuts)| cuts).sum()
     }
 }
 
@@ -50,10 +65,12 @@ struct Life {
     record: Record,
 }
 
-/// How the image was before it was opened last.
+/// How the top was before it was opened last.
 struct Before {
     closed: bool,
     file: SimFile,
+    /// See [`Scenario::bytes_behind`].
+    behind: Vec<u8>,
 }
 
 /// Lives the life that follows from a seed.
@@ -113,8 +130,9 @@ impl Life {
         world.disk.note(|| format!("{profile:?}"));
         let top = world.scenario.top();
         let before = Before {
-            closed: Image::read(&world.disk, top)?.closed,
+            closed: read_image(world, top)?.closed,
             file: world.disk.snapshot(top),
+            behind: world.scenario.bytes_behind(&world.disk),
         };
         let closed = self.session(&profile)?;
         let world = &mut self.world;
@@ -125,6 +143,8 @@ impl Life {
         let is_unsynced = world.disk.is_unsynced();
         if is_unsynced {
             self.record.cuts += 1;
+            let kind = (world.scenario.levels, world.scenario.base());
+            *self.record.kinds.entry(kind).or_default() += 1;
             let undecided = world.model.undecided() > 0;
             world.cases.count_if(Case::Undecided, undecided);
         } else {
@@ -193,10 +213,7 @@ impl Life {
     fn read_chain(&self) -> Result<Vec<Image>, Failure> {
         let world = &self.world;
         (0..world.scenario.levels)
-            .map(|level| match level {
-                0 if world.scenario.plain_base => Ok(world.scenario.plain_image()),
-                level => Image::read(&world.disk, FileId(level as u8)),
-            })
+            .map(|level| read_image(world, FileId(level as u8)))
             .collect()
     }
 
@@ -243,7 +260,9 @@ impl Life {
         {
             return Err("I12: the image is marked as closed, and its content is neither the old nor the new one".to_owned());
         }
-        if closed == Some(Closed::Well) && !profile.read_only {
+        if image.plain {
+            judge_plain(world, before, &now)?;
+        } else if closed == Some(Closed::Well) && !profile.read_only {
             let tail = image.tail(now.len());
             if !image.closed || tail > 0 {
                 return Err(format!(
@@ -255,6 +274,29 @@ impl Life {
         self.rebase(&chain);
         Ok(())
     }
+}
+
+fn read_image(world: &World, file: FileId) -> Result<Image, Failure> {
+    match file.0 {
+        0 if world.scenario.plain_base => Ok(world.scenario.plain_image()),
+        _ => Image::read(&world.disk, file),
+    }
+}
+
+/// A raw file never becomes another length than that of its disk, and what it has
+/// behind the disk stays.
+fn judge_plain(world: &World, before: &Before, now: &SimFile) -> Result<(), Failure> {
+    let (old, full) = (before.file.len(), world.scenario.plain_len());
+    if now.len() != old && now.len() != full {
+        return Err(format!(
+            "I12: the raw file had {old} bytes and now has {}",
+            now.len()
+        ));
+    }
+    if world.scenario.bytes_behind(&world.disk) != before.behind {
+        return Err("I5: what is behind the disk in its raw file has changed".to_owned());
+    }
+    Ok(())
 }
 
 /// Lets things go wrong as the profile says.
@@ -269,7 +311,11 @@ fn set_trouble(world: &mut World, profile: &Profile) {
 
 /// The host is as it should be.
 fn end_trouble(world: &mut World) {
-    world.cases.count_host_failures(world.disk.take_failures());
+    let failures = world.disk.take_failures();
+    world.cases.count_many(Case::HostFailed, failures);
+    let copies = world.disk.take_copies();
+    world.cases.count_many(Case::CopyFailed, copies.failed);
+    world.cases.count_many(Case::CopyCut, copies.cut);
     world.disk.change_medium(|medium| {
         medium.faults = Faults::default();
         medium.capacity = None;

@@ -5,10 +5,12 @@
 //! life that failed is seen again as the first of its own run. `ci/sim.sh` makes
 //! long runs.
 
+use std::fmt::Write;
 use std::time::Instant;
 
 use super::cases::Case;
 use super::life::{self, Record};
+use super::scenario::DELTAS_MAX;
 
 /// Cuts of a run that nobody asked to be longer: what a debug build does in some
 /// seconds.
@@ -57,13 +59,29 @@ fn run_and_report(what: &str, chains: bool) -> Record {
     let start = Instant::now();
     let record = run(seed, cuts, chains);
     println!(
-        "{what}: seed {seed}, {} cuts with something unsynced (and {} without), {:.0?}, no violation\n{}",
+        "{what}: seed {seed}, {} cuts with something unsynced (and {} without), {:.0?}, no violation\n{}{}",
         record.cuts,
         record.idle_cuts,
         start.elapsed(),
-        record.cases
+        record.cases,
+        kinds(&record)
     );
     record
+}
+
+/// The cuts of each kind of disk, a line for each number of deltas.
+fn kinds(record: &Record) -> String {
+    let mut text = String::new();
+    for depth in 1..=DELTAS_MAX {
+        let kinds = record.kinds.iter().filter(|((of, _), _)| *of == depth);
+        let kinds: Vec<_> = kinds
+            .map(|((_, base), cuts)| format!("{cuts} on {base}"))
+            .collect();
+        if !kinds.is_empty() {
+            let _ = writeln!(text, "  {depth} deltas: {}", kinds.join(", "));
+        }
+    }
+    text
 }
 
 #[test]
@@ -99,6 +117,14 @@ fn power_cuts_single_image() {
 #[test]
 fn power_cuts_chains() {
     let record = run_and_report("images and chains", true);
-    let copied = record.cases.get(Case::Copied) > 0;
-    assert!(copied || record.cuts < ENOUGH, "nothing was copied up");
+    if record.cuts < ENOUGH {
+        return;
+    }
+    for case in [Case::Copied, Case::CopyCut, Case::CopyFailed] {
+        assert!(record.cases.get(case) > 0, "never happened: {case:?}");
+    }
+    for depth in 1..=DELTAS_MAX {
+        let cuts = record.cuts_at_depth(depth);
+        assert!(cuts > ENOUGH / 100, "{depth} deltas: {cuts} cuts");
+    }
 }

@@ -13,12 +13,15 @@ use super::checker::Image;
 use super::disk::{Faults, Medium, SimDisk};
 use super::file::SECTOR;
 use super::pattern::{self, Value};
-use crate::format::Sector;
+use crate::format::{ClusterSize, Sector};
 use crate::ploop::{Chain, Level, OnEnospc, Options};
 use crate::storage::FileId;
 
 /// BAT entries of every image: they fill one md page and a part of the next.
 pub const ENTRIES: u32 = 1016;
+
+/// Deltas of a chain, at most.
+pub const DELTAS_MAX: usize = 8;
 
 /// Where requests go: around the border between two runners, and between two md
 /// pages. The rest of the disk is never touched, so that the disk is small.
@@ -65,7 +68,7 @@ impl Layout {
 /// See the module's text.
 #[derive(Clone, Debug)]
 pub struct Scenario {
-    /// Of the format.
+    /// Of the top's format.
     pub version: u8,
     /// Bytes of a cluster.
     pub cluster: u64,
@@ -73,7 +76,7 @@ pub struct Scenario {
     pub disk_sectors: u64,
     /// Deltas, the top included.
     pub levels: usize,
-    /// The first of them is a raw image.
+    /// The first of them is a raw image. It may be the top, too.
     pub plain_base: bool,
     /// Where requests go.
     pub layout: Layout,
@@ -83,6 +86,10 @@ pub struct Scenario {
     pub queues: usize,
     /// Of the disks of the lower deltas, base first: a disk may have grown since.
     lower_sectors: Vec<u64>,
+    /// Of their formats.
+    lower_versions: Vec<u8>,
+    /// What a raw top has behind the end of the disk, in sectors: nobody's business.
+    behind: u64,
     /// Guest clusters that a lower delta has.
     lower: BTreeSet<u64>,
 }
@@ -90,7 +97,7 @@ pub struct Scenario {
 impl Scenario {
     /// One deck of cards.
     pub fn random(rng: &mut SmallRng, chains: bool) -> Self {
-        let version = if rng.random_ratio(1, 4) { 1 } else { 2 };
+        let version = random_version(rng);
         let cluster: u64 = *[32 << 10, 32 << 10, 64 << 10].choose(rng).unwrap();
         let per_cluster = cluster / SECTOR as u64;
         let short = rng.random_range(0..per_cluster);
@@ -103,7 +110,7 @@ impl Scenario {
             islands.push(before * per_cluster..end);
         }
         let levels = if chains && rng.random() {
-            rng.random_range(2..=8)
+            rng.random_range(2..=DELTAS_MAX)
         } else {
             1
         };
@@ -112,17 +119,29 @@ impl Scenario {
             cluster,
             disk_sectors,
             levels,
-            plain_base: levels > 1 && rng.random_ratio(1, 3),
+            plain_base: rng.random_ratio(1, if levels > 1 { 3 } else { 8 }),
             layout: Layout { islands },
             medium: Medium::default(),
             queues: rng.random_range(1..=3),
             lower_sectors: random_sizes(rng, levels - 1, disk_sectors),
+            lower_versions: (1..levels).map(|_| random_version(rng)).collect(),
+            behind: if rng.random() {
+                rng.random_range(1..20)
+            } else {
+                0
+            },
             lower: BTreeSet::new(),
         };
+        let metadata_len = 64 + 4 * u64::from(ENTRIES);
         let medium = Medium {
             write_alignment: *[512, 512, 4096].choose(rng).unwrap(),
             first_writable: scenario.top(),
-            metadata_len: 64 + 4 * u64::from(ENTRIES),
+            metadata_len: if scenario.is_plain_top() {
+                0
+            } else {
+                metadata_len
+            },
+            copy_len: cluster,
             has_ring: rng.random(),
             ..Medium::default()
         };
@@ -134,12 +153,44 @@ impl Scenario {
         FileId((self.levels - 1) as u8)
     }
 
+    /// Whether the image has no BAT.
+    pub fn is_plain_top(&self) -> bool {
+        self.levels == 1 && self.plain_base
+    }
+
+    /// Whether a discarded cluster becomes a hole.
+    pub fn can_unmap(&self) -> bool {
+        self.levels == 1 && !self.plain_base
+    }
+
+    /// What the lowest delta is.
+    pub fn base(&self) -> &'static str {
+        match self.version_of(0) {
+            _ if self.plain_base => "plain",
+            1 => "version 1",
+            _ => "version 2",
+        }
+    }
+
+    /// What a raw top has behind the end of the disk.
+    pub fn bytes_behind(&self, disk: &SimDisk) -> Vec<u8> {
+        let end = self.disk_sectors * SECTOR as u64;
+        disk.read_live(FileId(0), end, self.behind as usize * SECTOR)
+    }
+
+    /// The length in bytes of the file of a raw image, once it was opened.
+    pub fn plain_len(&self) -> u64 {
+        let behind = if self.is_plain_top() { self.behind } else { 0 };
+        (self.sectors_of(0) + behind) * SECTOR as u64
+    }
+
     /// For the engine.
     pub fn chain(&self) -> Chain {
         let mut levels = vec![Level::Ploop; self.levels];
         if self.plain_base {
             levels[0] = Level::Plain {
                 size: Sector(self.sectors_of(0)),
+                cluster: ClusterSize::from_bytes(self.cluster).unwrap(),
             };
         }
         Chain { levels }
@@ -174,7 +225,7 @@ impl Scenario {
                 continue;
             }
             disk.prepare(file, 0, &self.header(level));
-            let data_start = self.data_start();
+            let data_start = self.data_start(level);
             // The last sector before the data, so that the file is long enough.
             disk.prepare(file, data_start - SECTOR as u64, &[0; SECTOR]);
             if file != self.top() {
@@ -194,15 +245,26 @@ impl Scenario {
             cluster: self.cluster,
             sectors: self.sectors_of(0),
             data_start: 0,
-            closed: true,
+            closed: false,
             map: Vec::new(),
             plain: true,
         }
     }
 
-    fn data_start(&self) -> u64 {
-        let bat_end = 64 + 4 * u64::from(ENTRIES);
-        match self.version {
+    fn version_of(&self, level: usize) -> u8 {
+        let lower = self.lower_versions.get(level);
+        lower.copied().unwrap_or(self.version)
+    }
+
+    /// As many as the disk of the level needs; of the top [`ENTRIES`].
+    fn entries_of(&self, level: usize) -> u32 {
+        let per_cluster = self.cluster / SECTOR as u64;
+        self.sectors_of(level).div_ceil(per_cluster) as u32
+    }
+
+    fn data_start(&self, level: usize) -> u64 {
+        let bat_end = 64 + 4 * u64::from(self.entries_of(level));
+        match self.version_of(level) {
             1 => bat_end.next_multiple_of(SECTOR as u64),
             _ => bat_end.next_multiple_of(self.cluster),
         }
@@ -217,11 +279,11 @@ impl Scenario {
     fn header(&self, level: usize) -> Vec<u8> {
         let sectors = self.sectors_of(level);
         let mut header = vec![0; 64];
-        let (signature, first_block) = match self.version {
+        let (signature, first_block) = match self.version_of(level) {
             1 => (b"WithoutFreeSpace", 0),
             _ => (
                 b"WithouFreSpacExt",
-                self.data_start() as u32 / SECTOR as u32,
+                self.data_start(level) as u32 / SECTOR as u32,
             ),
         };
         header[..16].copy_from_slice(signature);
@@ -230,7 +292,7 @@ impl Scenario {
             (20, 16),
             (24, (sectors / (16 * 32)) as u32),
             (28, (self.cluster / SECTOR as u64) as u32),
-            (32, ENTRIES),
+            (32, self.entries_of(level)),
             (36, sectors as u32),
             (48, first_block),
             (52, 1),
@@ -274,13 +336,14 @@ impl Scenario {
         rng: &mut SmallRng,
         value: &mut impl FnMut() -> Value,
     ) {
-        let mut offset = self.data_start();
-        let unit = if self.version == 1 {
+        let level = usize::from(file.0);
+        let mut offset = self.data_start(level);
+        let unit = if self.version_of(level) == 1 {
             SECTOR as u64
         } else {
             self.cluster
         };
-        for guest in self.clusters(usize::from(file.0)) {
+        for guest in self.clusters(level) {
             if rng.random_ratio(1, 3) {
                 self.fill_cluster(disk, file, guest, offset, value());
                 let entry = (offset / unit) as u32;
@@ -302,8 +365,17 @@ impl Scenario {
             }
         }
         let end = self.sectors_of(0) * SECTOR as u64;
-        disk.prepare(FileId(0), end - SECTOR as u64, &[0; SECTOR]);
+        if self.is_plain_top() {
+            let bytes = vec![0xbb; self.behind as usize * SECTOR];
+            disk.prepare(FileId(0), end, &bytes);
+        } else {
+            disk.prepare(FileId(0), end - SECTOR as u64, &[0; SECTOR]);
+        }
     }
+}
+
+fn random_version(rng: &mut SmallRng) -> u8 {
+    if rng.random_ratio(1, 4) { 1 } else { 2 }
 }
 
 /// Each at most that of the level above. The last sectors of a disk are those of

@@ -364,8 +364,7 @@ impl Session {
         (kind, None, command)
     }
 
-    /// A discard makes zeros for sure only of whole clusters that no lower delta
-    /// has.
+    /// A discard makes zeros for sure only of whole clusters that become holes.
     fn touch_zeroed(
         &self,
         world: &mut World,
@@ -380,7 +379,7 @@ impl Session {
             let cluster_end = (cluster + per_cluster).min(world.scenario.disk_sectors);
             let end = cluster_end.min(range.end);
             let is_whole = at == cluster && end == cluster_end;
-            let certain = !discard || (is_whole && world.scenario.levels == 1);
+            let certain = !discard || (is_whole && world.scenario.can_unmap());
             let index = world.index(&(at..end));
             world.model.touch(id, index, Value::ZEROS, certain);
             at = end;

@@ -38,8 +38,18 @@ unsafe impl Send for Lane {}
 impl Client {
     /// Connects with so many queues.
     pub fn connect(socket: &Path, queues: usize) -> Self {
+        Self::connect_as(socket, queues, false)
+    }
+
+    /// The same to a disk that cannot be written to.
+    pub fn connect_read_only(socket: &Path, queues: usize) -> Self {
+        Self::connect_as(socket, queues, true)
+    }
+
+    fn connect_as(socket: &Path, queues: usize, read_only: bool) -> Self {
         let mut blkio = Blkio::new("virtio-blk-vhost-user").unwrap();
         blkio.set_str("path", socket.to_str().unwrap()).unwrap();
+        blkio.set_bool("read-only", read_only).unwrap();
         blkio.connect().unwrap();
         blkio.set_i32("num-queues", queues as i32).unwrap();
         blkio.set_i32("queue-size", QUEUE_SIZE).unwrap();

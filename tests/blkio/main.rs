@@ -7,6 +7,7 @@ mod common;
 
 mod client;
 mod model;
+mod plain;
 
 use std::{
     fs,
@@ -195,8 +196,7 @@ fn an_image_of_qemus_is_true_to_the_model() {
 
 #[test]
 fn disks_of_the_official_tool_are_served_as_they_are() {
-    // A plain one can only lie below another image.
-    for fixture in FIXTURES.iter().filter(|fixture| fixture.is_ploop) {
+    for fixture in FIXTURES {
         let folder = TempDir::new_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
         let Some(bundle) = fixture.unpack(folder.path()) else {
             return;

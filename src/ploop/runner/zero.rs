@@ -56,7 +56,7 @@ impl<D: Disk> Runner<D> {
             match entry.place() {
                 Place::Hole => return ZeroPlan::Nothing,
                 Place::In(file, host) if file == engine.top() => {
-                    let unmap = is_whole && kind != ZeroKind::KeepAllocated && !engine.has_lower();
+                    let unmap = is_whole && kind != ZeroKind::KeepAllocated && engine.can_unmap();
                     if !unmap {
                         let at = engine.level(file).offset(host) + offset;
                         return self.zero_in_place(file, at, len, kind);

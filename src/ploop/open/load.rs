@@ -1,0 +1,249 @@
+//! Reading a chain: headers and BATs of all levels are checked, and merged into
+//! one mapping. Writes nothing.
+
+use std::io;
+
+use super::super::engine::LevelMap;
+use super::super::entry::Entry;
+use super::super::error::OpenError;
+use super::{Chain, Level};
+use crate::format::{BatScan, ClusterSize, Geometry, Header, HostCluster, Sector, scan_bat};
+use crate::storage::{Disk, FileId};
+
+/// The most deltas in a chain.
+const LEVELS_MAX: usize = 126;
+
+/// Bytes of BAT that are read at once.
+const READ_AT_ONCE: usize = 1 << 20;
+
+/// A chain as it was read.
+pub(super) struct Loaded {
+    /// Base first; at least one.
+    pub levels: Vec<LevelMap>,
+    /// Of the top, for all of its disk, merged from all levels.
+    pub entries: Vec<Entry>,
+    /// Of the top, unless it is plain.
+    pub image: Option<TopImage>,
+}
+
+/// What the file of the top says of itself.
+pub(super) struct TopImage {
+    pub header: Header,
+    pub scan: BatScan,
+    pub file_len: u64,
+}
+
+impl Loaded {
+    pub fn top(&self) -> FileId {
+        FileId((self.levels.len() - 1) as u8)
+    }
+
+    /// Of the top.
+    pub fn geometry(&self) -> &Geometry {
+        &self.levels[self.levels.len() - 1].geometry
+    }
+}
+
+pub(super) fn load(disk: &impl Disk, chain: &Chain) -> Result<Loaded, OpenError> {
+    let count = chain.levels.len();
+    if count == 0 || count > LEVELS_MAX {
+        return Err(OpenError::Levels(count));
+    }
+    let top = FileId((count - 1) as u8);
+    let (header, top_geometry) = match chain.levels[count - 1] {
+        Level::Plain { size, cluster } => (None, plain_geometry(top, size, cluster)?),
+        Level::Ploop => {
+            let header = read_header(disk, top)?;
+            let geometry = *header.geometry();
+            (Some(header), geometry)
+        }
+    };
+    let mut entries = vec![Entry::HOLE; top_geometry.entries as usize];
+    let mut levels = Vec::with_capacity(count);
+    let mut image = None;
+    for (level, file) in chain.levels.iter().zip((0..).map(FileId)) {
+        let geometry = match *level {
+            Level::Plain { size, cluster } => plain_geometry(file, size, cluster)?,
+            Level::Ploop if file == top => top_geometry,
+            Level::Ploop => *read_header(disk, file)?.geometry(),
+        };
+        check_fit(file, &geometry, &top_geometry)?;
+        let plain = *level != Level::Ploop;
+        levels.push(LevelMap { geometry, plain });
+        if plain {
+            map_plain(file, &geometry, &mut entries);
+            continue;
+        }
+        let (scan, file_len) = load_bat(disk, file, &geometry, &mut entries)?;
+        image = header
+            .clone()
+            .filter(|_| file == top)
+            .map(|header| TopImage {
+                header,
+                scan,
+                file_len,
+            });
+    }
+    Ok(Loaded {
+        levels,
+        entries,
+        image,
+    })
+}
+
+fn read_header(disk: &impl Disk, file: FileId) -> Result<Header, OpenError> {
+    let len = disk
+        .len(file)
+        .map_err(OpenError::io("get the length", file))?;
+    let needed = Header::LEN as u64;
+    if len < needed {
+        return Err(OpenError::Truncated {
+            level: file.0,
+            needed,
+            len,
+        });
+    }
+    let mut bytes = [0; Header::LEN];
+    disk.read_exact_at(file, &mut bytes, 0)
+        .map_err(OpenError::io("read the header", file))?;
+    let header = Header::parse(&bytes).map_err(|source| OpenError::Header {
+        level: file.0,
+        source,
+    })?;
+    if header.is_converting() {
+        return Err(OpenError::Converting { level: file.0 });
+    }
+    Ok(header)
+}
+
+fn check_fit(file: FileId, lower: &Geometry, top: &Geometry) -> Result<(), OpenError> {
+    let why = if lower.cluster != top.cluster {
+        "its cluster size is another than that of the top"
+    } else if lower.disk_size > top.disk_size || lower.entries > top.entries {
+        "its disk is larger than that of the top"
+    } else {
+        return Ok(());
+    };
+    Err(OpenError::Misfit { level: file.0, why })
+}
+
+/// Of a raw image: data from its first byte on, and an entry for each cluster.
+fn plain_geometry(file: FileId, size: Sector, cluster: ClusterSize) -> Result<Geometry, OpenError> {
+    let misfit = |why| OpenError::Misfit { level: file.0, why };
+    if file != FileId(0) {
+        return Err(misfit("only the base may be plain"));
+    }
+    // The largest disk that a ploop image can have, too.
+    let header = Header::new(size, cluster);
+    let header = header.map_err(|_| misfit("its disk has no sector, or too many"))?;
+    Ok(Geometry {
+        data_start: 0,
+        ..*header.geometry()
+    })
+}
+
+/// Maps every cluster of a raw base to itself.
+fn map_plain(file: FileId, geometry: &Geometry, entries: &mut [Entry]) {
+    for (entry, cluster) in entries.iter_mut().zip(0..geometry.entries) {
+        *entry = Entry::mapped(file, HostCluster(cluster));
+    }
+}
+
+/// Reads, checks and merges the BAT of one level; says how long its file is, too.
+fn load_bat(
+    disk: &impl Disk,
+    file: FileId,
+    geometry: &Geometry,
+    entries: &mut [Entry],
+) -> Result<(BatScan, u64), OpenError> {
+    let len = disk
+        .len(file)
+        .map_err(OpenError::io("get the length", file))?;
+    let needed = geometry.metadata_len();
+    if len < needed {
+        return Err(OpenError::Truncated {
+            level: file.0,
+            needed,
+            len,
+        });
+    }
+    let mut reader = BatReader {
+        disk,
+        file,
+        at: Header::LEN as u64,
+        end: needed,
+        chunk: Vec::new(),
+        error: None,
+    };
+    let values = std::iter::from_fn(|| reader.next_chunk()).flatten();
+    let merged = values.zip(entries.iter_mut()).map(|(value, entry)| {
+        if let Some(host) = geometry.host_cluster(value).filter(|_| value != 0) {
+            *entry = Entry::mapped(file, host);
+        }
+        value
+    });
+    let scan = scan_bat(geometry, len, merged);
+    if let Some(error) = reader.error {
+        return Err(OpenError::io("read the BAT", file)(error));
+    }
+    match scan.problems.first() {
+        None => Ok((scan, len)),
+        Some(first) => Err(OpenError::CorruptBat {
+            level: file.0,
+            problems: scan.problem_count,
+            first: first.to_string(),
+        }),
+    }
+}
+
+/// Gives a BAT in chunks; ends early at an error.
+struct BatReader<'a, D> {
+    disk: &'a D,
+    file: FileId,
+    at: u64,
+    end: u64,
+    chunk: Vec<u8>,
+    error: Option<io::Error>,
+}
+
+impl<D: Disk> BatReader<'_, D> {
+    fn next_chunk(&mut self) -> Option<Vec<u32>> {
+        let len = (self.end - self.at).min(READ_AT_ONCE as u64);
+        if len == 0 {
+            return None;
+        }
+        self.chunk.resize(len as usize, 0);
+        let result = self.disk.read_exact_at(self.file, &mut self.chunk, self.at);
+        if let Err(error) = result {
+            self.error = Some(error);
+            return None;
+        }
+        self.at += len;
+        let words = self.chunk.chunks_exact(4).map(|bytes| {
+            let mut word = [0; 4];
+            word.copy_from_slice(bytes);
+            u32::from_le_bytes(word)
+        });
+        Some(words.collect())
+    }
+}
+
+/// What follows the BAT in its last md page: it stays what it is.
+pub(super) fn read_bat_tail(
+    disk: &impl Disk,
+    file: FileId,
+    geometry: &Geometry,
+) -> Result<Vec<u8>, OpenError> {
+    let start = geometry.metadata_len();
+    let end = start
+        .next_multiple_of(Geometry::MD_PAGE)
+        .min(geometry.data_start);
+    let len = disk
+        .len(file)
+        .map_err(OpenError::io("get the length", file))?;
+    let mut tail = vec![0; (end - start) as usize];
+    let in_file = (end.min(len) - start.min(len)) as usize;
+    disk.read_exact_at(file, &mut tail[..in_file], start)
+        .map_err(OpenError::io("read the BAT", file))?;
+    Ok(tail)
+}
