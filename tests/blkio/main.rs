@@ -6,8 +6,11 @@
 mod common;
 
 mod client;
+mod kill;
 mod model;
 mod plain;
+mod survivors;
+mod write_through;
 
 use std::{
     fs,

@@ -1,10 +1,13 @@
 //! What the sectors of a disk may hold, and a load that knows it.
 
+use std::ops::Range;
+
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
 use smallvec::{SmallVec, smallvec};
 
 use crate::client::{BUFFER, DEPTH, Lane};
+use crate::survivors::Survivors;
 
 pub const SECTOR: usize = 512;
 
@@ -16,7 +19,7 @@ const SMALL_UNIT: u64 = 32;
 const LARGE_UNIT: u64 = 4096;
 
 /// Version of a sector that reads as zeros.
-const ZEROS: u32 = 0;
+pub const ZEROS: u32 = 0;
 
 /// The sectors that belong to one lane. Lanes never touch each other's sectors, so
 /// each knows what its own hold; but they share clusters.
@@ -25,6 +28,8 @@ pub struct Model {
     lanes: u64,
     /// Of all sectors of the disk: the versions of which it holds one.
     sectors: Vec<SmallVec<[u32; 3]>>,
+    /// What they may hold if the daemon were killed now.
+    survivors: Survivors,
     next_version: u32,
     rng: SmallRng,
     busy: Vec<Busy>,
@@ -36,6 +41,8 @@ struct Busy {
     start: u64,
     count: u64,
     kind: Kind,
+    /// From [`Survivors`]: of a change, its number; of a flush, what it covers.
+    mark: u64,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -68,6 +75,7 @@ impl Model {
             lane: lane as u64,
             lanes: lanes as u64,
             sectors: vec![smallvec![ZEROS]; sectors as usize],
+            survivors: Survivors::new(sectors),
             next_version: 1,
             rng: SmallRng::seed_from_u64(seed ^ (lane as u64) << 32),
             busy: Vec::new(),
@@ -87,12 +95,13 @@ impl Model {
     /// A range of own sectors.
     fn pick(&mut self) -> (u64, u64) {
         let half = self.sectors.len() as u64 / 2;
-        let (first, unit) = if self.rng.random_bool(0.6) {
-            (0, SMALL_UNIT)
-        } else {
-            (half, LARGE_UNIT)
-        };
         loop {
+            // Each time anew: the few large units may all be busy.
+            let (first, unit) = if self.rng.random_bool(0.6) {
+                (0, SMALL_UNIT)
+            } else {
+                (half, LARGE_UNIT)
+            };
             let units = half / unit / self.lanes;
             let start = first + (self.rng.random_range(0..units) * self.lanes + self.lane) * unit;
             let end = (start + unit).min(self.sectors.len() as u64);
@@ -155,29 +164,29 @@ impl Model {
             Kind::Zeroes => lane.write_zeroes(offset, len, self.rng.random(), tag),
             Kind::Flush => lane.flush(tag),
         }
-        let busy = Busy {
+        let mark = match kind {
+            Kind::Read => 0,
+            Kind::Flush => self.survivors.flush_starts(),
+            Kind::Write(version) => self.may_become(start..start + count, version),
+            Kind::Discard | Kind::Zeroes => self.may_become(start..start + count, ZEROS),
+        };
+        self.busy.push(Busy {
             tag,
             start,
             count,
             kind,
-        };
-        self.may_become(&busy);
-        self.busy.push(busy);
+            mark,
+        });
     }
 
-    /// From now on the sectors may hold what the request makes of them.
-    fn may_become(&mut self, busy: &Busy) {
-        let version = match busy.kind {
-            Kind::Read | Kind::Flush => return,
-            Kind::Write(version) => version,
-            Kind::Discard | Kind::Zeroes => ZEROS,
-        };
-        for sector in busy.start..busy.start + busy.count {
-            let possible = &mut self.sectors[sector as usize];
+    /// From now on the sectors may hold this version.
+    fn may_become(&mut self, sectors: Range<u64>, version: u32) -> u64 {
+        for possible in &mut self.sectors[sectors.start as usize..sectors.end as usize] {
             if !possible.contains(&version) {
                 possible.push(version);
             }
         }
+        self.survivors.change_starts(sectors, version)
     }
 
     /// Waits for ends and checks what they bring.
@@ -209,8 +218,11 @@ impl Model {
     pub fn ended(&mut self, lane: &Lane, tag: usize) {
         let index = self.busy.iter().position(|busy| busy.tag == tag);
         let busy = self.busy.swap_remove(index.expect("a request ends once"));
+        let sectors = busy.start..busy.start + busy.count;
         let version = match busy.kind {
-            Kind::Flush | Kind::Discard => return,
+            // It may have had an effect or not.
+            Kind::Discard => return,
+            Kind::Flush => return self.survivors.flush_ends(busy.mark),
             Kind::Read => {
                 let bytes = lane.bytes(tag, busy.count as usize * SECTOR);
                 return self.check(busy.start, &bytes);
@@ -218,9 +230,35 @@ impl Model {
             Kind::Write(version) => version,
             Kind::Zeroes => ZEROS,
         };
-        for sector in busy.start..busy.start + busy.count {
+        for sector in sectors.clone() {
             self.sectors[sector as usize] = smallvec![version];
         }
+        self.survivors.change_ends(sectors, busy.mark);
+    }
+
+    /// From now on the daemon promises, or not, that what is completed is stable.
+    pub fn set_write_through(&mut self, on: bool) {
+        self.survivors.write_through = on;
+    }
+
+    /// The daemon was killed: sectors hold what was flushed, or anything later.
+    /// Returns how many of its sectors may have lost a completed change.
+    pub fn killed(&mut self) -> usize {
+        self.forget_in_flight();
+        let mut at_risk = 0;
+        for (sector, possible) in self.sectors.iter_mut().enumerate() {
+            let survivors = self.survivors.of(sector);
+            at_risk += usize::from(!survivors.iter().all(|version| possible.contains(version)));
+            *possible = survivors;
+        }
+        at_risk
+    }
+
+    /// All sectors have been checked since the daemon was killed. What was read then
+    /// is in the file, and no other kill takes it away.
+    pub fn survived(&mut self) {
+        let held = |possible: &SmallVec<[u32; 3]>| possible[0];
+        self.survivors.reset(self.sectors.iter().map(held));
     }
 
     /// Checks what sectors were found to hold, as far as they are this lane's; from
@@ -241,7 +279,11 @@ impl Model {
                     &found[..16]
                 );
             };
-            *possible = smallvec![version];
+            if possible.len() > 1 {
+                *possible = smallvec![version];
+                // What a discard was seen to have done is as good as written.
+                self.survivors.is_seen(sector, version);
+            }
         }
     }
 }
