@@ -3,10 +3,9 @@
 //! Used by the engine when it opens an image and by `ploop-img check`. Knows
 //! entries and the [`Geometry`]; does not read them from anywhere.
 
-use fixedbitset::FixedBitSet;
 use thiserror::Error;
 
-use super::{Geometry, GuestCluster, HostCluster, SECTOR_SIZE};
+use super::{ClusterSet, Geometry, GuestCluster, HostCluster, SECTOR_SIZE};
 
 /// An entry that a good image does not have.
 #[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
@@ -69,10 +68,9 @@ impl BatProblem {
 /// What a BAT says, from [`scan_bat`].
 #[derive(Clone, Debug)]
 pub struct BatScan {
-    /// The host clusters of the file that some entry points at, by number. As
-    /// long as the file, a started last cluster included, so what is not set and
+    /// The host clusters of the file that some entry points at. As long as the file, a started last cluster included, so what is not set and
     /// not below [`Geometry::first_host_cluster`] is leaked.
-    pub used: FixedBitSet,
+    pub used: ClusterSet,
     /// Entries that point at a host cluster of their own, whole or cut.
     pub mapped: u32,
     /// Of [`Self::mapped`], those that no sector of the disk belongs to: the BAT
@@ -100,9 +98,8 @@ impl BatScan {
     /// How many host clusters of the data area no entry points at, a started
     /// last cluster included.
     pub fn leaked(&self, geometry: &Geometry) -> u64 {
-        let first = geometry.first_host_cluster().0 as usize;
-        let in_data_area = self.used.len().saturating_sub(first);
-        (in_data_area - self.used.count_ones(..)) as u64
+        let gaps = self.used.gaps(geometry.first_host_cluster());
+        gaps.map(|gap| u64::from(gap.end.0 - gap.start.0)).sum()
     }
 }
 
@@ -111,9 +108,9 @@ impl BatScan {
 /// `file_len` is the length of the image file in bytes. An iterator that is
 /// longer than [`Geometry::entries`] is read no further than that.
 ///
-/// Takes a bit of memory for each host cluster of the file: for the largest
-/// number of clusters that the format can name 512 MiB, of which the system
-/// provides only what entries touch.
+/// Takes a bit of memory for each host cluster of the file: 32 MiB for a file of
+/// 8 TiB with clusters of 32 KiB, and 512 MiB for the largest number of clusters
+/// that the format can name. Of it the system provides only what entries touch.
 pub fn scan_bat(
     geometry: &Geometry,
     file_len: u64,
@@ -137,52 +134,96 @@ pub fn scan_bat_with(
     entries: impl IntoIterator<Item = u32>,
     mut report: impl FnMut(BatProblem),
 ) -> BatScan {
-    let clusters = geometry
-        .host_clusters_below(file_len)
-        .min(u64::from(geometry.host_cluster_limit()));
-    let disk_clusters = geometry.cluster.count_for(geometry.disk_size.bytes());
-    let first = geometry.first_host_cluster();
-    let mut scan = BatScan {
-        used: FixedBitSet::with_capacity(clusters as usize),
-        mapped: 0,
-        beyond_disk: 0,
-        end: first,
-        problems: Vec::new(),
-        problem_count: 0,
-    };
-    let mut problem_count = 0;
-    let mut report = |problem| {
-        problem_count += 1;
-        report(problem);
-    };
-    for (guest, value) in (0..geometry.entries).zip(entries) {
+    let mut scanner = BatScanner::new(geometry, file_len);
+    for value in entries.into_iter().take(geometry.entries as usize) {
+        if let Err(problem) = scanner.look_at(value) {
+            report(problem);
+        }
+    }
+    scanner.end()
+}
+
+/// Looks at the entries of a BAT one by one, for who has other plans with them.
+#[derive(Debug)]
+pub struct BatScanner<'a> {
+    geometry: &'a Geometry,
+    file_len: u64,
+    disk_clusters: u64,
+    /// The entry to come.
+    next: u32,
+    scan: BatScan,
+}
+
+impl<'a> BatScanner<'a> {
+    /// Before the first entry. `file_len` is the length of the image file in bytes.
+    pub fn new(geometry: &'a Geometry, file_len: u64) -> Self {
+        let clusters = geometry
+            .host_clusters_below(file_len)
+            .min(u64::from(geometry.host_cluster_limit()));
+        Self {
+            geometry,
+            file_len,
+            disk_clusters: geometry.disk_clusters(),
+            next: 0,
+            scan: BatScan {
+                used: ClusterSet::new(clusters),
+                mapped: 0,
+                beyond_disk: 0,
+                end: geometry.first_host_cluster(),
+                problems: Vec::new(),
+                problem_count: 0,
+            },
+        }
+    }
+
+    /// The next `count` entries are zero.
+    pub fn skip(&mut self, count: u32) {
+        self.next += count;
+    }
+
+    /// Looks at the next entry. Which cluster it maps, and to where, if it does.
+    ///
+    /// # Errors
+    /// What is wrong with it.
+    pub fn look_at(
+        &mut self,
+        value: u32,
+    ) -> Result<Option<(GuestCluster, HostCluster)>, BatProblem> {
+        let guest = GuestCluster(self.next);
+        self.next += 1;
         if value == 0 {
-            continue;
+            return Ok(None);
         }
-        let guest = GuestCluster(guest);
+        let result = self.judge(guest, value);
+        self.scan.problem_count += u32::from(result.is_err());
+        result.map(|host| Some((guest, host)))
+    }
+
+    fn judge(&mut self, guest: GuestCluster, value: u32) -> Result<HostCluster, BatProblem> {
+        let (geometry, scan) = (self.geometry, &mut self.scan);
         let Some(host) = geometry.host_cluster(value) else {
-            report(unmappable(geometry, guest, value));
-            continue;
+            return Err(unmappable(geometry, guest, value));
         };
-        let index = host.0 as usize;
-        if index >= scan.used.len() {
-            report(BatProblem::BeyondEnd { guest, host });
-            continue;
+        if u64::from(host.0) >= scan.used.len() {
+            return Err(BatProblem::BeyondEnd { guest, host });
         }
-        if scan.used.put(index) {
-            report(BatProblem::Duplicate { guest, host });
-            continue;
-        }
-        if geometry.host_offset(host) + geometry.cluster.bytes() > file_len {
-            report(BatProblem::Truncated { guest, host });
+        if !scan.used.insert(host) {
+            return Err(BatProblem::Duplicate { guest, host });
         }
         scan.mapped += 1;
-        scan.beyond_disk += u32::from(u64::from(guest.0) >= disk_clusters);
+        scan.beyond_disk += u32::from(u64::from(guest.0) >= self.disk_clusters);
         // `host` is below `used.len()`, so one more fits.
         scan.end = scan.end.max(HostCluster(host.0 + 1));
+        if geometry.host_offset(host) + geometry.cluster.bytes() > self.file_len {
+            return Err(BatProblem::Truncated { guest, host });
+        }
+        Ok(host)
     }
-    scan.problem_count = problem_count;
-    scan
+
+    /// What it all says; [`BatScan::problems`] is left to the caller.
+    pub fn end(self) -> BatScan {
+        self.scan
+    }
 }
 
 fn unmappable(geometry: &Geometry, guest: GuestCluster, value: u32) -> BatProblem {

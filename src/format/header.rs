@@ -421,6 +421,12 @@ impl Geometry {
         Header::LEN as u64 + 4 * self.entries as u64
     }
 
+    /// How many clusters the disk has, a started last one counted whole: at most
+    /// [`Self::entries`].
+    pub fn disk_clusters(&self) -> u64 {
+        self.cluster.count_for(self.disk_size.bytes())
+    }
+
     /// How many md pages header and BAT fill, a started one counted whole.
     pub const fn md_pages(&self) -> u32 {
         self.metadata_len().div_ceil(Self::MD_PAGE) as u32

@@ -4,12 +4,14 @@
 //! types. Does no I/O and knows nothing of files, threads or virtio.
 
 mod bat;
+mod cluster_set;
 mod descriptor;
 mod extension;
 mod header;
 mod units;
 
-pub use bat::{BatProblem, BatScan, scan_bat, scan_bat_with};
+pub use bat::{BatProblem, BatScan, BatScanner, scan_bat, scan_bat_with};
+pub use cluster_set::ClusterSet;
 pub use descriptor::{
     Descriptor, DescriptorError, EditError, Guid, Image, ImageKind, Shot, XmlError,
 };

@@ -5,7 +5,6 @@ mod bundle;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
-use fixedbitset::FixedBitSet;
 use serde::Serialize;
 
 use super::delta::Delta;
@@ -13,7 +12,7 @@ use super::error::{IoContext, Result};
 use super::file::{HostImage, ImageFile};
 use super::open::{Access, OpenMode, image_of, open};
 use super::{repair, version};
-use crate::format::{BatScan, Extension, Geometry, HostCluster, InUse, SECTOR_SIZE};
+use crate::format::{BatScan, ClusterSet, Extension, Geometry, HostCluster, InUse, SECTOR_SIZE};
 use crate::ploop::Level;
 use crate::storage::HostFile;
 
@@ -207,6 +206,7 @@ pub(super) fn check_delta<F: ImageFile>(
 
 /// What there is to say of one image file.
 pub(super) struct Findings {
+    /// Of the BAT; the format extension's clusters count as used.
     pub scan: BatScan,
     /// One after the highest host cluster that something uses: an entry, or the
     /// format extension.
@@ -220,22 +220,18 @@ pub(super) struct Findings {
 
 /// Looks at an image file, changes nothing.
 pub(super) fn examine<F: ImageFile>(delta: &Delta<F>) -> Result<Findings> {
-    let scan = delta.scan()?;
-    let mut used = scan.used.clone();
+    let mut scan = delta.scan()?;
     let bad_extension = match extension_of(delta)? {
         Ok(clusters) => {
             for cluster in clusters {
-                used.grow_and_insert(cluster.0 as usize);
+                scan.used.insert(cluster);
             }
             None
         }
         Err(why) => Some(why),
     };
-    let end = match used.maximum() {
-        Some(last) => scan.end.max(HostCluster(last as u32 + 1)),
-        None => scan.end,
-    };
-    let leaks = find_leaks(delta, &used, end)?;
+    let end = scan.end.max(scan.used.end());
+    let leaks = find_leaks(delta, &scan.used, end)?;
     Ok(Findings {
         scan,
         end,
@@ -290,7 +286,7 @@ fn extension_of<F: ImageFile>(
 /// space and is used again.
 fn find_leaks<F: ImageFile>(
     delta: &Delta<F>,
-    used: &FixedBitSet,
+    used: &ClusterSet,
     end: HostCluster,
 ) -> Result<Vec<Range<HostCluster>>> {
     let geometry = delta.geometry();
@@ -312,7 +308,7 @@ fn find_leaks<F: ImageFile>(
         for cluster in first..after {
             let inner = whole_blocks(geometry, HostCluster(cluster));
             let takes_space = data.start < inner.end && inner.start < data.end;
-            if takes_space && !used.contains(cluster as usize) {
+            if takes_space && !used.contains(HostCluster(cluster)) {
                 push(cluster..cluster + 1);
             }
         }

@@ -199,7 +199,9 @@ fn move_down<F: ImageFile>(delta: &mut Delta<F>) -> Result<()> {
     let first = geometry.first_host_cluster().0;
     // So many clusters fit there, without a hole.
     let end = first + scan.mapped;
-    let mut free = (first..end).filter(|host| !scan.used.contains(*host as usize));
+    let mut free = (first..end)
+        .map(HostCluster)
+        .filter(|host| !scan.used.contains(*host));
     let mut moved = Vec::new();
     let mut buffer = vec![0; geometry.cluster.bytes() as usize];
     for guest in (0..geometry.entries).map(GuestCluster) {
@@ -208,7 +210,7 @@ fn move_down<F: ImageFile>(delta: &mut Delta<F>) -> Result<()> {
         let Some(host) = host.filter(|host| host.0 >= end) else {
             continue;
         };
-        let Some(to) = free.next().map(HostCluster) else {
+        let Some(to) = free.next() else {
             break;
         };
         let target = geometry.host_offset(to);

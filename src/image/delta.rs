@@ -3,11 +3,16 @@
 
 use std::path::Path;
 
+use zerocopy::FromZeros;
+
 use super::error::{ImageError, IoContext, Result};
 use super::file::ImageFile;
 use crate::format::{
     BatScan, Geometry, GuestCluster, Header, HostCluster, InUse, SECTOR_SIZE, scan_bat,
 };
+
+/// Bytes of BAT that are read at once.
+const READ_AT_ONCE: usize = 1 << 20;
 
 /// An image file whose header was checked and whose BAT was read. The entries
 /// may still say anything: [`Self::require_sound`] or `check` judge them.
@@ -307,20 +312,31 @@ pub fn read_header(file: &impl ImageFile) -> Result<Header> {
     })
 }
 
+/// Reads all entries. The system provides memory only for those that are not zero:
+/// a BAT that claims to be huge costs what it holds.
 fn read_bat(file: &impl ImageFile, entries: u32) -> Result<Vec<u32>> {
-    const CHUNK: usize = 1 << 20;
-    let mut bat = Vec::with_capacity(entries as usize);
-    let mut chunk = vec![0; CHUNK.min(4 * entries as usize)];
+    const ZEROS: [u8; 4096] = [0; 4096];
+    let no_memory = |_| std::io::Error::from(std::io::ErrorKind::OutOfMemory);
+    let mut bat = <[u32]>::new_box_zeroed_with_elems(entries as usize)
+        .map_err(no_memory)
+        .context(file.path(), "hold the BAT")?;
+    let mut bytes = vec![0; READ_AT_ONCE.min(4 * entries as usize)];
     let mut offset = Header::LEN as u64;
-    while bat.len() < entries as usize {
-        let len = chunk.len().min(4 * (entries as usize - bat.len()));
-        file.read_exact_at(&mut chunk[..len], offset)
+    for part in bat.chunks_mut(READ_AT_ONCE / 4) {
+        let bytes = &mut bytes[..4 * part.len()];
+        file.read_exact_at(bytes, offset)
             .context(file.path(), "read the BAT")?;
-        let words = chunk[..len].chunks_exact(4);
-        bat.extend(words.map(|word| u32::from_le_bytes([word[0], word[1], word[2], word[3]])));
-        offset += len as u64;
+        offset += bytes.len() as u64;
+        let pieces = bytes
+            .chunks(ZEROS.len())
+            .zip(part.chunks_mut(ZEROS.len() / 4));
+        for (bytes, part) in pieces.filter(|(bytes, _)| **bytes != ZEROS[..bytes.len()]) {
+            for (entry, word) in part.iter_mut().zip(bytes.chunks_exact(4)) {
+                *entry = u32::from_le_bytes([word[0], word[1], word[2], word[3]]);
+            }
+        }
     }
-    Ok(bat)
+    Ok(bat.into_vec())
 }
 
 /// Fills `bytes` from `offset`; beyond the end of the file there are zeros.

@@ -25,15 +25,23 @@ pub struct Bat {
 }
 
 impl Bat {
-    /// From its entries, clean.
-    pub fn new(entries: impl ExactSizeIterator<Item = Entry>, pages: u32) -> Self {
-        Self {
-            entries: entries.map(|entry| AtomicU64::new(entry.bits())).collect(),
+    /// So many holes, clean; `None` if there is not the memory for as many entries.
+    ///
+    /// They take eight bytes each, but only where there is something else than
+    /// holes: a BAT that claims to be huge costs what it holds.
+    pub fn holes(entries: u32, pages: u32) -> Option<Self> {
+        Some(Self {
+            entries: zeroed(entries as usize)?,
             pages: (0..pages).map(|_| AtomicU8::new(0)).collect(),
             dirty: (0..pages.div_ceil(u64::BITS))
                 .map(|_| AtomicU64::new(0))
                 .collect(),
-        }
+        })
+    }
+
+    /// Sets an entry that is what the disk has, before any other thread looks.
+    pub fn load(&self, cluster: GuestCluster, entry: Entry) {
+        self.entry(cluster).store(entry.bits(), Ordering::Relaxed);
     }
 
     /// The entry of a cluster of the disk.
@@ -153,10 +161,23 @@ impl Bat {
         &self.pages[page as usize]
     }
 
-    /// All entries in order.
+    /// All entries, in order.
     pub fn iter(&self) -> impl Iterator<Item = Entry> {
         self.entries
             .iter()
             .map(|entry| Entry::from_bits(entry.load(Ordering::Acquire)))
     }
+}
+
+/// The bits of [`Entry::HOLE`], as memory that the system has not provided yet.
+#[cfg(not(ploop_loom))]
+fn zeroed(count: usize) -> Option<Box<[AtomicU64]>> {
+    use zerocopy::FromZeros;
+    <[AtomicU64]>::new_box_zeroed_with_elems(count).ok()
+}
+
+/// Loom's atomics are more than their bits.
+#[cfg(ploop_loom)]
+fn zeroed(count: usize) -> Option<Box<[AtomicU64]>> {
+    Some((0..count).map(|_| AtomicU64::new(0)).collect())
 }

@@ -108,6 +108,13 @@ pub enum OpenError {
     /// A chain has at least one level and at most 126.
     #[error("a chain of {0} levels is not supported (1 to 126 are)")]
     Levels(usize),
+    /// There is not the memory for the BAT, which takes at most eight bytes for
+    /// each of its entries.
+    #[error("there is not enough memory for a BAT of {entries} entries")]
+    Memory {
+        /// Of the top.
+        entries: u32,
+    },
     /// Threads, rings or descriptors could not be made.
     #[error("cannot set up the I/O of the engine")]
     Setup(#[source] io::Error),

@@ -28,7 +28,9 @@ fn check(model: impl Fn() + Send + Sync + 'static) {
 }
 
 fn bat(entry: Entry) -> Arc<Bat> {
-    Arc::new(Bat::new([entry].into_iter(), 1))
+    let bat = Bat::holes(1, 1).unwrap();
+    bat.load(GuestCluster(0), entry);
+    Arc::new(bat)
 }
 
 fn mapped(host: u32) -> Entry {

@@ -6,7 +6,7 @@ mod load;
 use std::io;
 use std::sync::Arc;
 
-use self::load::{TopImage, load, read_bat_tail};
+use self::load::{Loaded, TopImage, load, read_bat_tail};
 use super::alloc::{Allocator, Extent};
 use super::bat::Bat;
 use super::engine::{Engine, LevelMap};
@@ -15,7 +15,9 @@ use super::md::{MdWriter, Metadata};
 use super::options::Options;
 use super::runner::Runner;
 use super::sabotage::{self, Sabotage};
-use crate::format::{BatScan, ClusterSize, Geometry, Header, HostCluster, InUse, Sector};
+use crate::format::{
+    BatScan, ClusterSize, Geometry, GuestCluster, Header, HostCluster, InUse, Sector,
+};
 use crate::storage::{Disk, FileId};
 
 /// What the files of a [`Disk`] are, base first: the index is the [`FileId`].
@@ -77,8 +79,8 @@ impl<D: Disk> Engine<D> {
             Some(image) => prepare_image(&disk, top, image, &options)?,
             None => prepare_plain(&disk, top, &geometry, &options)?,
         };
-        let bat = Bat::new(loaded.entries.into_iter(), geometry.md_pages());
-        start(disk, loaded.levels, bat, alloc, options, metadata).map_err(OpenError::Setup)
+        let Loaded { levels, bat, .. } = loaded;
+        start(disk, levels, bat, alloc, options, metadata).map_err(OpenError::Setup)
     }
 }
 
@@ -160,19 +162,12 @@ fn start<D: Disk>(
 /// Clusters of the file that nothing maps: left by a crash, by a discard, or by
 /// another tool.
 fn leaked(scan: &BatScan, geometry: &Geometry) -> Vec<Extent> {
-    let mut extents: Vec<Extent> = Vec::new();
-    let first = geometry.first_host_cluster().0;
-    let unused = scan.used.zeroes().map(|cluster| cluster as u32);
-    for cluster in unused.filter(|cluster| *cluster >= first) {
-        match extents.last_mut() {
-            Some(last) if last.end == cluster => last.end += 1,
-            _ => extents.push(Extent {
-                start: cluster,
-                end: cluster + 1,
-            }),
-        }
-    }
-    extents
+    let gaps = scan.used.gaps(geometry.first_host_cluster());
+    gaps.map(|gap| Extent {
+        start: gap.start.0,
+        end: gap.end.0,
+    })
+    .collect()
 }
 
 /// Says so if the image was not closed: its check has come to a good end by now.
@@ -205,8 +200,11 @@ fn mark_in_use(
         disk.sync(file).map_err(io("mark the image as in use"))?;
     }
     let geometry = header.geometry();
-    // A sparse BAT would have to be filled when the host may be full.
-    if let Err(error) = disk.allocate(file, 0, geometry.data_start.min(file_len)) {
+    // A sparse BAT would have to be filled when the host may be full. Of entries
+    // that no cluster of the disk has, none will.
+    let last = GuestCluster(geometry.disk_clusters() as u32 - 1);
+    let pages = (u64::from(geometry.md_page(last)) + 1) * Geometry::MD_PAGE;
+    if let Err(error) = disk.allocate(file, 0, pages.min(geometry.data_start).min(file_len)) {
         log::warn!("cannot allocate space for the whole BAT: {error}");
     }
     let end = geometry

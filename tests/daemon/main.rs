@@ -4,6 +4,7 @@
 mod common;
 #[path = "../common/front_end.rs"]
 mod front_end;
+mod huge;
 mod nonsense;
 
 use std::{

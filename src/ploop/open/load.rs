@@ -2,12 +2,16 @@
 //! one mapping. Writes nothing.
 
 use std::io;
+use std::ops::Range;
 
+use super::super::bat::Bat;
 use super::super::engine::LevelMap;
 use super::super::entry::Entry;
 use super::super::error::OpenError;
 use super::{Chain, Level};
-use crate::format::{BatScan, ClusterSize, Geometry, Header, HostCluster, Sector, scan_bat};
+use crate::format::{
+    BatScan, BatScanner, ClusterSize, Geometry, GuestCluster, Header, HostCluster, Sector,
+};
 use crate::storage::{Disk, FileId};
 
 /// The most deltas in a chain.
@@ -16,12 +20,15 @@ const LEVELS_MAX: usize = 126;
 /// Bytes of BAT that are read at once.
 const READ_AT_ONCE: usize = 1 << 20;
 
+/// What most of a large BAT is, if the disk is thin.
+const ZEROS: [u8; 4096] = [0; 4096];
+
 /// A chain as it was read.
 pub(super) struct Loaded {
     /// Base first; at least one.
     pub levels: Vec<LevelMap>,
     /// Of the top, for all of its disk, merged from all levels.
-    pub entries: Vec<Entry>,
+    pub bat: Bat,
     /// Of the top, unless it is plain.
     pub image: Option<TopImage>,
 }
@@ -58,7 +65,8 @@ pub(super) fn load(disk: &impl Disk, chain: &Chain) -> Result<Loaded, OpenError>
             (Some(header), geometry)
         }
     };
-    let mut entries = vec![Entry::HOLE; top_geometry.entries as usize];
+    let entries = top_geometry.entries;
+    let bat = Bat::holes(entries, top_geometry.md_pages()).ok_or(OpenError::Memory { entries })?;
     let mut levels = Vec::with_capacity(count);
     let mut image = None;
     for (level, file) in chain.levels.iter().zip((0..).map(FileId)) {
@@ -71,10 +79,10 @@ pub(super) fn load(disk: &impl Disk, chain: &Chain) -> Result<Loaded, OpenError>
         let plain = *level != Level::Ploop;
         levels.push(LevelMap { geometry, plain });
         if plain {
-            map_plain(file, &geometry, &mut entries);
+            map_plain(file, &geometry, &bat);
             continue;
         }
-        let (scan, file_len) = load_bat(disk, file, &geometry, &mut entries)?;
+        let (scan, file_len) = load_bat(disk, file, &geometry, &bat)?;
         image = header
             .clone()
             .filter(|_| file == top)
@@ -84,11 +92,7 @@ pub(super) fn load(disk: &impl Disk, chain: &Chain) -> Result<Loaded, OpenError>
                 file_len,
             });
     }
-    Ok(Loaded {
-        levels,
-        entries,
-        image,
-    })
+    Ok(Loaded { levels, bat, image })
 }
 
 fn read_header(disk: &impl Disk, file: FileId) -> Result<Header, OpenError> {
@@ -143,9 +147,12 @@ fn plain_geometry(file: FileId, size: Sector, cluster: ClusterSize) -> Result<Ge
 }
 
 /// Maps every cluster of a raw base to itself.
-fn map_plain(file: FileId, geometry: &Geometry, entries: &mut [Entry]) {
-    for (entry, cluster) in entries.iter_mut().zip(0..geometry.entries) {
-        *entry = Entry::mapped(file, HostCluster(cluster));
+fn map_plain(file: FileId, geometry: &Geometry, bat: &Bat) {
+    for cluster in 0..geometry.entries {
+        bat.load(
+            GuestCluster(cluster),
+            Entry::mapped(file, HostCluster(cluster)),
+        );
     }
 }
 
@@ -154,7 +161,7 @@ fn load_bat(
     disk: &impl Disk,
     file: FileId,
     geometry: &Geometry,
-    entries: &mut [Entry],
+    bat: &Bat,
 ) -> Result<(BatScan, u64), OpenError> {
     let len = disk
         .len(file)
@@ -167,26 +174,28 @@ fn load_bat(
             len,
         });
     }
-    let mut reader = BatReader {
-        disk,
-        file,
-        at: Header::LEN as u64,
-        end: needed,
-        chunk: Vec::new(),
-        error: None,
-    };
-    let values = std::iter::from_fn(|| reader.next_chunk()).flatten();
-    let merged = values.zip(entries.iter_mut()).map(|(value, entry)| {
-        if let Some(host) = geometry.host_cluster(value).filter(|_| value != 0) {
-            *entry = Entry::mapped(file, host);
+    let mut scanner = BatScanner::new(geometry, len);
+    let mut first_problem = None;
+    let entries = Header::LEN as u64..needed;
+    for_chunks(disk, file, entries, |words| {
+        if words == &ZEROS[..words.len()] {
+            return scanner.skip(words.len() as u32 / 4);
         }
-        value
-    });
-    let scan = scan_bat(geometry, len, merged);
-    if let Some(error) = reader.error {
-        return Err(OpenError::io("read the BAT", file)(error));
-    }
-    match scan.problems.first() {
+        for word in words.chunks_exact(4) {
+            let value = u32::from_le_bytes([word[0], word[1], word[2], word[3]]);
+            match scanner.look_at(value) {
+                Ok(Some((guest, host))) => bat.load(guest, Entry::mapped(file, host)),
+                // Not written down: the memory for it may not even be there.
+                Ok(None) => {}
+                Err(problem) => {
+                    first_problem.get_or_insert(problem);
+                }
+            }
+        }
+    })
+    .map_err(OpenError::io("read the BAT", file))?;
+    let scan = scanner.end();
+    match first_problem {
         None => Ok((scan, len)),
         Some(first) => Err(OpenError::CorruptBat {
             level: file.0,
@@ -196,36 +205,23 @@ fn load_bat(
     }
 }
 
-/// Gives a BAT in chunks; ends early at an error.
-struct BatReader<'a, D> {
-    disk: &'a D,
+/// Gives a range of a file to `each`, in pieces as long as [`ZEROS`] but for the
+/// last.
+fn for_chunks(
+    disk: &impl Disk,
     file: FileId,
-    at: u64,
-    end: u64,
-    chunk: Vec<u8>,
-    error: Option<io::Error>,
-}
-
-impl<D: Disk> BatReader<'_, D> {
-    fn next_chunk(&mut self) -> Option<Vec<u32>> {
-        let len = (self.end - self.at).min(READ_AT_ONCE as u64);
-        if len == 0 {
-            return None;
-        }
-        self.chunk.resize(len as usize, 0);
-        let result = self.disk.read_exact_at(self.file, &mut self.chunk, self.at);
-        if let Err(error) = result {
-            self.error = Some(error);
-            return None;
-        }
-        self.at += len;
-        let words = self.chunk.chunks_exact(4).map(|bytes| {
-            let mut word = [0; 4];
-            word.copy_from_slice(bytes);
-            u32::from_le_bytes(word)
-        });
-        Some(words.collect())
+    range: Range<u64>,
+    mut each: impl FnMut(&[u8]),
+) -> io::Result<()> {
+    let mut buffer = vec![0; READ_AT_ONCE.min((range.end - range.start) as usize)];
+    let mut at = range.start;
+    while at < range.end {
+        let len = (range.end - at).min(buffer.len() as u64) as usize;
+        disk.read_exact_at(file, &mut buffer[..len], at)?;
+        buffer[..len].chunks(ZEROS.len()).for_each(&mut each);
+        at += len as u64;
     }
+    Ok(())
 }
 
 /// What follows the BAT in its last md page: it stays what it is.
