@@ -8,15 +8,16 @@ mod common;
 mod qemu;
 
 use std::{
+    ffi::OsStr,
     fs,
     os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
-    process::Command,
     thread,
     time::{Duration, Instant},
 };
 
 use common::backend::Backend;
+use common::img::{ploop_img, qemu_img_check, run};
 use qemu::{Guest, Image, Running};
 use tempfile::TempDir;
 
@@ -87,34 +88,22 @@ impl Rig {
     fn qemu_io_finds(&self, pattern: u8, offset: u64) -> bool {
         let copy = self.path("copy.hds");
         fs::copy(&self.disk, &copy).expect("the image can be copied");
-        let output = Command::new("qemu-io")
-            .args(["-r", "-f", "parallels", "-c"])
-            .arg(format!("read -P {pattern} {offset} 4k"))
-            .arg(copy)
-            .output()
-            .expect("qemu-io can be started");
-        let said = String::from_utf8_lossy(&output.stdout);
-        assert!(said.contains("read 4096/4096"), "qemu-io: {output:?}");
-        output.status.success() && !said.contains("Pattern verification failed")
+        let read = format!("read -P {pattern} {offset} 4k");
+        let args = ["-r", "-f", "parallels", "-c", &read].map(OsStr::new);
+        let ran = run("qemu-io", args.into_iter().chain([copy.as_os_str()]));
+        assert!(ran.stdout.contains("read 4096/4096"), "{ran:?}");
+        ran.code == Some(0) && !ran.stdout.contains("Pattern verification failed")
     }
 }
 
 fn create(disk: &Path, size: &str) {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_ploop-img"));
-    succeed(command.arg("create").arg(disk).arg(size));
+    ploop_img(["create".as_ref(), disk.as_os_str(), size.as_ref()]).ok();
 }
 
 /// Asks both tools whether an image is clean.
 fn check(disk: &Path) {
-    let mut ours = Command::new(env!("CARGO_BIN_EXE_ploop-img"));
-    succeed(ours.arg("check").arg(disk));
-    let mut theirs = Command::new("qemu-img");
-    succeed(theirs.args(["check", "-f", "parallels"]).arg(disk));
-}
-
-fn succeed(command: &mut Command) {
-    let output = command.output().expect("the program can be started");
-    assert!(output.status.success(), "{command:?}: {output:#?}");
+    ploop_img(["check".as_ref(), disk.as_os_str()]).ok();
+    qemu_img_check(disk);
 }
 
 /// Formats the disk and lets fio verify what it wrote, with as many jobs as
