@@ -324,6 +324,48 @@ fn descriptors(pid: u32) -> usize {
     fs::read_dir(format!("/proc/{pid}/fd")).unwrap().count()
 }
 
+/// Serves a guest until the daemon is asked to end, and gives back its log.
+fn log_of(level: Option<&str>, option: Option<&str>) -> String {
+    let rig = Rig::new();
+    let log = rig.folder.path().join("log");
+    let mut command = daemon(&[]);
+    command.arg("--socket-path").arg(&rig.socket);
+    command.arg("--blk-file").arg(&rig.image);
+    command.args(option).stderr(fs::File::create(&log).unwrap());
+    match level {
+        Some(level) => command.env("RUST_LOG", level),
+        None => command.env_remove("RUST_LOG"),
+    };
+    let mut child = command.spawn().unwrap();
+    let start = Instant::now();
+    while !rig.socket.exists() {
+        assert!(start.elapsed() < PATIENCE);
+        thread::sleep(Duration::from_millis(10));
+    }
+    expect_service(&mut start_front_end(&rig.socket));
+    let pid = rustix::process::Pid::from_child(&child);
+    rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
+    assert!(child.wait().unwrap().success());
+    fs::read_to_string(log).unwrap()
+}
+
+#[test]
+fn the_log_level_comes_from_the_environment_or_the_command_line() {
+    let usual = log_of(None, None);
+    assert!(usual.contains(" INFO "), "{usual}");
+    assert!(!usual.contains(" DEBUG "), "{usual}");
+    let more = log_of(Some("debug"), None);
+    assert!(more.contains(" DEBUG "), "{more}");
+    assert_eq!(log_of(Some("error"), None), "");
+    // Of one part of the program, as others write it.
+    let part = log_of(Some("off,vhost_user_ploop::control=info"), None);
+    assert!(part.contains(" INFO  vhost_user_ploop::control"), "{part}");
+    // What is on the command line was said later.
+    assert_eq!(log_of(Some("debug"), Some("--log-level=error")), "");
+    let more = log_of(Some("error"), Some("--log-level=debug"));
+    assert!(more.contains(" DEBUG "), "{more}");
+}
+
 #[test]
 fn threads_have_names() {
     let rig = Rig::new();

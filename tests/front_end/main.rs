@@ -60,13 +60,12 @@ fn every_queue_serves_every_kind_of_request() {
     let (mut front_end, _connection) = rig.start();
     for queue in 0..front_end.rings.len() {
         expect_service(&mut front_end, queue);
-        let range = [&100_u64.to_le_bytes()[..], &8_u32.to_le_bytes(), &[0; 4]].concat();
-        front_end.fill(DATA, &range);
+        front_end.fill(DATA, &ranges(&[(100, 8, 0)]));
         let ring = &mut front_end.rings[queue];
-        let ranges = [readable(DATA, 16)];
+        let parts = [readable(DATA, 16)];
         assert_eq!(ring.run(VIRTIO_BLK_T_FLUSH, 0, &[]), (OK, 1));
-        assert_eq!(ring.run(VIRTIO_BLK_T_WRITE_ZEROES, 0, &ranges), (OK, 1));
-        assert_eq!(ring.run(VIRTIO_BLK_T_DISCARD, 0, &ranges), (OK, 1));
+        assert_eq!(ring.run(VIRTIO_BLK_T_WRITE_ZEROES, 0, &parts), (OK, 1));
+        assert_eq!(ring.run(VIRTIO_BLK_T_DISCARD, 0, &parts), (OK, 1));
         assert_eq!(
             ring.run(VIRTIO_BLK_T_GET_ID, 0, &[writable(DATA, 20)]),
             (OK, 21)
@@ -80,6 +79,111 @@ fn every_queue_serves_every_kind_of_request() {
         let target = [writable(DATA, 512)];
         assert_eq!(ring.run(VIRTIO_BLK_T_IN, 100, &target), (OK, 513));
         assert_eq!(front_end.bytes(DATA, 512), [0; 512]);
+    }
+}
+
+/// Ranges as they lie in memory: first sector, count and flags of each.
+fn ranges(ranges: &[(u64, u32, u32)]) -> Vec<u8> {
+    let bytes = ranges.iter().map(|(sector, count, flags)| {
+        let (count, flags) = (count.to_le_bytes(), flags.to_le_bytes());
+        [&sector.to_le_bytes()[..], &count, &flags].concat()
+    });
+    bytes.collect::<Vec<_>>().concat()
+}
+
+#[test]
+fn a_discard_or_write_zeroes_may_have_many_ranges() {
+    const UNMAP: u32 = 1;
+    /// Of what is written at the start of each of the first four clusters.
+    const SECTORS: u64 = 64;
+    /// Between the starts of clusters.
+    const CLUSTER: u64 = 2048;
+    let rig = Rig::new();
+    let (mut front_end, _connection) = rig.start();
+    let data = pattern(1, SECTORS as usize * 512);
+    let places = (DATA, DATA + data.len() as u64);
+    let len = data.len() as u32;
+
+    // A part of a cluster, a whole one, and from one far into the next. The
+    // sectors of the zeroes are aligned to nothing, some ranges are unmapped, and
+    // one comes twice.
+    let discards = [
+        (8, 16, 0),
+        (CLUSTER, CLUSTER as u32, 0),
+        (2 * CLUSTER + 32, CLUSTER as u32, 0),
+    ];
+    let zeroes = [
+        (3, 5, 0),
+        (CLUSTER + 1, 1, UNMAP),
+        (3 * CLUSTER - 7, 14, UNMAP),
+        (2 * CLUSTER + 63, 9, 0),
+        (3, 5, UNMAP),
+    ];
+    let cases = [
+        (VIRTIO_BLK_T_DISCARD, &discards[..]),
+        (VIRTIO_BLK_T_WRITE_ZEROES, &zeroes),
+    ];
+    for (kind, list) in cases {
+        for cluster in 0..4 {
+            front_end.fill(places.0, &data);
+            let source = [readable(places.0, len)];
+            let ring = &mut front_end.rings[0];
+            let answer = ring.run(VIRTIO_BLK_T_OUT, cluster * CLUSTER, &source);
+            assert_eq!(answer, (OK, 1));
+        }
+        // Cut where the driver pleases.
+        let bytes = ranges(list);
+        front_end.fill(places.0, &bytes);
+        let cut = bytes.len() as u32 - 10;
+        let parts = [
+            readable(places.0, cut),
+            readable(places.0 + u64::from(cut), 10),
+        ];
+        assert_eq!(front_end.rings[0].run(kind, 0, &parts), (OK, 1));
+
+        for cluster in 0..4 {
+            let first = cluster * CLUSTER;
+            let target = [writable(places.1, len)];
+            let answer = front_end.rings[0].run(VIRTIO_BLK_T_IN, first, &target);
+            assert_eq!(answer, (OK, len + 1));
+            let mut expected = data.clone();
+            for (index, sector) in expected.chunks_mut(512).enumerate() {
+                let number = first + index as u64;
+                let is_in = |range: &(u64, u32, u32)| {
+                    (range.0..range.0 + u64::from(range.1)).contains(&number)
+                };
+                if list.iter().any(is_in) {
+                    sector.fill(0);
+                }
+            }
+            let found = front_end.bytes(places.1, data.len());
+            assert!(found == expected, "{kind}: cluster {cluster}");
+        }
+    }
+}
+
+#[test]
+fn a_bad_range_among_good_ones_changes_nothing() {
+    let rig = Rig::new();
+    let (mut front_end, _connection) = rig.start();
+    let size = DISK_SIZE.0;
+    for kind in [VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_WRITE_ZEROES] {
+        for bad in [(size - 1, 2, 0), (u64::MAX, 2, 0), (200, 8, 1 << 31)] {
+            let data = pattern(3, 512);
+            front_end.fill(DATA, &data);
+            let source = [readable(DATA, 512)];
+            let answer = front_end.rings[0].run(VIRTIO_BLK_T_OUT, 100, &source);
+            assert_eq!(answer, (OK, 1));
+            front_end.fill(DATA, &ranges(&[(100, 8, 0), bad]));
+            let parts = [readable(DATA, 32)];
+            let (status, used) = front_end.rings[0].run(kind, 0, &parts);
+            assert_ne!(status, OK, "{kind}: {bad:?}");
+            assert_eq!(used, 1);
+            let target = [writable(DATA, 512)];
+            let answer = front_end.rings[0].run(VIRTIO_BLK_T_IN, 100, &target);
+            assert_eq!(answer, (OK, 513));
+            assert_eq!(front_end.bytes(DATA, 512), data, "{kind}: {bad:?}");
+        }
     }
 }
 
