@@ -1,6 +1,5 @@
 //! Copying a disk into another format, holes left out on both sides.
 
-use std::ffi::OsStr;
 use std::fs::File;
 use std::io::Read;
 use std::ops::Range;
@@ -9,7 +8,10 @@ use std::path::{Path, PathBuf};
 use rustix::fs::OFlags;
 
 use super::bundle::Location;
-use super::create::{new_header, publish_disk, publish_file, refuse_existing, write_empty};
+use super::create::{
+    is_raw_name, new_header, publish_disk, publish_file, refuse_existing, refuse_foreign_name,
+    write_empty,
+};
 use super::error::{ImageError, IoContext, Result};
 use super::file::{HostImage, ImageFile};
 use super::folder::{Folder, open_regular};
@@ -57,8 +59,11 @@ impl Conversion {
     /// error nothing is left behind.
     ///
     /// # Errors
-    /// Whatever keeps the source from being read or the target from being made.
+    /// Whatever keeps the source from being read or the target from being made; a
+    /// target with the name of a format that is not made here, unless its format is
+    /// given.
     pub fn run(&self, progress: &dyn Progress) -> Result<()> {
+        let target_format = self.target_format()?;
         let (folder, name) = Folder::of(&self.target)?;
         refuse_existing(&folder, name)?;
         let source = Source::open(self)?;
@@ -69,7 +74,7 @@ impl Conversion {
             ));
         }
         progress.begin(source.disk.disk_size().bytes());
-        match self.target_format() {
+        match target_format {
             DiskFormat::Raw => publish_file(&folder, name, |file| {
                 let output = RawOutput::new(file, source.disk.disk_size())?;
                 self.copy(&source.disk, output, progress)
@@ -85,12 +90,19 @@ impl Conversion {
         }
     }
 
-    /// By the name, unless said: `.raw` and `.img` are raw, all else is ploop.
-    fn target_format(&self) -> DiskFormat {
-        let extension = self.target.extension().and_then(OsStr::to_str);
-        self.target_format.unwrap_or(match extension {
-            Some("raw" | "img") => DiskFormat::Raw,
-            _ => DiskFormat::Ploop,
+    /// By the name, unless said: `.raw` and `.img` are raw, all else is ploop that
+    /// has not the name of a third format.
+    fn target_format(&self) -> Result<DiskFormat> {
+        if let Some(format) = self.target_format {
+            return Ok(format);
+        }
+        refuse_foreign_name(
+            &self.target,
+            "say -O raw or -O ploop if it shall have that name, or choose another",
+        )?;
+        Ok(match is_raw_name(&self.target) {
+            true => DiskFormat::Raw,
+            false => DiskFormat::Ploop,
         })
     }
 

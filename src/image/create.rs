@@ -16,11 +16,48 @@ pub fn is_bare_name(path: &Path) -> bool {
     path.extension() == Some(OsStr::new("hds"))
 }
 
+/// Suffixes of raw images.
+const RAW: [&str; 2] = ["raw", "img"];
+/// Suffixes of formats that are neither raw nor ours.
+const FOREIGN: [&str; 7] = ["qcow2", "qcow", "qed", "vdi", "vhd", "vhdx", "vmdk"];
+
+/// The suffix of `path`, if it is one of those, in whichever case.
+fn suffix_of<'a>(path: &Path, known: &[&'a str]) -> Option<&'a str> {
+    let suffix = path.extension()?;
+    let is_it = |name: &&&str| suffix.eq_ignore_ascii_case(name);
+    known.iter().find(is_it).copied()
+}
+
+/// Whether `path` has the name of a raw image.
+pub(super) fn is_raw_name(path: &Path) -> bool {
+    suffix_of(path, &RAW).is_some()
+}
+
+/// Refuses a name that promises another format than a disk of ours, or than a raw
+/// image, would have. `instead` says what to do.
+pub(super) fn refuse_foreign_name(path: &Path, instead: &str) -> Result<()> {
+    refuse_suffix(path, &FOREIGN, instead)
+}
+
+fn refuse_suffix(path: &Path, known: &[&str], instead: &str) -> Result<()> {
+    match suffix_of(path, known) {
+        None => Ok(()),
+        Some(suffix) => Err(ImageError::Unsupported {
+            path: path.to_owned(),
+            why: format!("is a name for a {suffix} image, and this would not be one; {instead}"),
+        }),
+    }
+}
+
 /// Makes an empty disk in the ploop format, version 2.
 ///
 /// # Errors
-/// [`ImageError::Exists`]; a size that the format cannot hold; any I/O error.
+/// [`ImageError::Exists`]; a name with the suffix of another format; a size that
+/// the format cannot hold; any I/O error.
 pub fn create(path: &Path, disk_size: Sector, cluster: ClusterSize) -> Result<()> {
+    let instead = "choose one that ends in .hds for a bare ploop image, or a folder's for a bundle";
+    refuse_foreign_name(path, instead)?;
+    refuse_suffix(path, &RAW, instead)?;
     let header = new_header(path, disk_size, cluster)?;
     publish_disk(path, &header, |image| write_empty(image, &header))
 }

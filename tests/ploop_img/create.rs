@@ -101,6 +101,75 @@ fn sizes_that_make_no_sense() {
 }
 
 #[test]
+fn sizes_are_those_of_qemu_img() {
+    if !require_tool("qemu-img") {
+        return;
+    }
+    let folder = TempDir::new().unwrap();
+    let path = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+    let both = |size: &str| {
+        let (raw, ours) = (path("qemu.raw"), path("ours.hds"));
+        let theirs = run("qemu-img", ["create", "-q", "-f", "raw", &raw, size]);
+        let ran = ploop_img(["create", &ours, "--", size]);
+        let made = [&theirs, &ran].map(|ran| ran.code == Some(0));
+        let lengths = made[0].then(|| {
+            let info = run(
+                "qemu-img",
+                ["info", "--output=json", "-f", "parallels", &ours],
+            );
+            let info: Value = serde_json::from_str(&info.ok()).unwrap();
+            fs::remove_file(&ours).unwrap();
+            let len = fs::metadata(&raw).unwrap().len();
+            fs::remove_file(&raw).unwrap();
+            (len, info["virtual-size"].as_u64().unwrap())
+        });
+        assert_eq!(made[0], made[1], "{size}: {theirs:?}, {ran:?}");
+        lengths
+    };
+    for size in [
+        "1", "513", "7b", "1B", "1k", "3K", "1.5M", "1.5m", "2G", "2g", "0.001T", "1T", "1.0",
+        "2.", ".5M", "1.k", "1.99999k", "0x400", "0X1F000",
+    ] {
+        let lengths = both(size).unwrap_or_else(|| panic!("{size} was refused"));
+        assert_eq!(lengths.0, lengths.1, "{size}");
+    }
+    for size in [
+        "",
+        "k",
+        ".",
+        ".k",
+        "1kb",
+        "1kk",
+        "1KiB",
+        "1.5",
+        "1.5b",
+        "1e3",
+        "0x1k",
+        "1k ",
+        "1X",
+        "8E",
+        "inf",
+        "nan",
+        "99999999999999999999",
+    ] {
+        assert_eq!(both(size), None, "{size}");
+    }
+}
+
+#[test]
+fn a_name_of_another_format_is_refused() {
+    let folder = TempDir::new().unwrap();
+    for suffix in ["qcow2", "vmdk", "vhdx", "raw", "img", "Img"] {
+        let disk = folder.path().join(format!("disk.{suffix}"));
+        let error = ploop_img(["create", disk.to_str().unwrap(), "1M"]).fails();
+        let name = format!("a {} image", suffix.to_lowercase());
+        assert!(error.contains(&name), "{error}");
+        assert!(error.contains(".hds"), "{error}");
+    }
+    assert!(names_in(folder.path()).is_empty());
+}
+
+#[test]
 fn places_where_nothing_can_be_made() {
     let folder = TempDir::new().unwrap();
     let path = |name| folder.path().join(name).to_str().unwrap().to_owned();

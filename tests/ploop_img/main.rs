@@ -10,5 +10,6 @@ mod convert;
 mod create;
 mod fixtures;
 mod kill;
+mod progress;
 mod resize;
 mod snapshot;

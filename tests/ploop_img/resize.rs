@@ -63,9 +63,47 @@ fn smaller_is_refused_and_the_same_is_nothing() {
         assert!(error.contains("smaller"), "{error}");
         ploop_img(["resize", arg, "10M"]).ok();
         assert_eq!(sha256(&image_file(&disk)), before);
-        let ran = ploop_img(["resize", arg, "-1M"]);
-        assert_eq!(ran.code, Some(1), "{ran:?}");
+        ploop_img(["resize", arg, "+0"]).ok();
+        for less in ["-1M", "-1.5k", "-0x400"] {
+            let ran = ploop_img(["resize", arg, less]);
+            assert_eq!(ran.code, Some(1), "{ran:?}");
+            let said = format!("'{less}' would make the disk smaller");
+            assert!(ran.stderr.contains(&said), "{ran:?}");
+        }
+        for nonsense in ["0", "+-1M", "++1M", "+", "--shrink", "9E", "+9E"] {
+            let ran = ploop_img(["resize", arg, nonsense]);
+            assert_eq!(ran.code, Some(1), "{ran:?}");
+            assert!(ran.stderr.contains("SIZE"), "{ran:?}");
+        }
         assert_eq!(sha256(&image_file(&disk)), before);
+        // What 64-bit bytes can say, but 1 MiB clusters cannot map.
+        for absurd in ["1E", "+7.9E"] {
+            ploop_img(["resize", arg, absurd]).fails();
+        }
+        assert_eq!(sha256(&image_file(&disk)), before);
+    }
+}
+
+#[test]
+fn sizes_have_fractions_and_may_be_relative() {
+    let folder = TempDir::new().unwrap();
+    let disk = folder.path().join("bare.hds");
+    let arg = disk.to_str().unwrap();
+    ploop_img(["create", arg, "1.5M"]).ok();
+    assert_eq!(virtual_size(arg), 3 << 19);
+    for (size, bytes) in [
+        ("2M", 2 << 20),
+        ("+5M", 7 << 20),
+        ("+1.5k", (7 << 20) + 1536),
+        ("+1", (7 << 20) + 2048),
+        ("0x800000", 8 << 20),
+        ("1.5G", 3 << 29),
+        ("+.5g", 2 << 30),
+    ] {
+        let said = ploop_img(["resize", arg, size]).ok();
+        assert!(said.contains(&format!("({bytes} bytes)")), "{size}: {said}");
+        assert_eq!(virtual_size(arg), bytes, "{size}");
+        ploop_img(["check", arg]).ok();
     }
 }
 

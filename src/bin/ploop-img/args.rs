@@ -22,7 +22,8 @@ A disk is a bundle, which is a folder with image files and a DiskDescriptor.xml 
 that says how they stack, or a bare image file (*.hds). Where a disk is asked \
 for, give the folder, the descriptor in it, or the bare image.
 
-Sizes are in bytes, or have a suffix of k, M, G, T, P or E (powers of 1024).
+Sizes are in bytes, or have a suffix of k, M, G, T, P or E (powers of 1024), as in \
+10G or 1.5T.
 
 Examples:
   ploop-img create vm1 10G                    an empty 10 GiB disk in the folder vm1
@@ -104,7 +105,8 @@ Examples:
 Without -f, a bundle is a ploop disk, and so is a file that ends in .hds and has \
 the header of one; other files are raw unless they look like another format. \
 Without -O, a TARGET that ends in .raw or .img is raw; one that ends in .hds is \
-a bare ploop image, any other a bundle.")]
+a bare ploop image, any other a bundle. One that ends in .qcow2, .vmdk or the like \
+needs -O: no such image is made.")]
     Convert {
         /// A bundle, a bare image, or a raw image
         source: PathBuf,
@@ -147,7 +149,8 @@ Examples:
         /// A bundle's folder, its DiskDescriptor.xml, or a bare image
         path: PathBuf,
         /// The new size, or by how much to grow; rounded up to 512 bytes
-        #[arg(value_name = "[+]SIZE", value_parser = parse_new_size)]
+        // A size below zero gets an answer of its own.
+        #[arg(value_name = "[+]SIZE", value_parser = parse_new_size, allow_hyphen_values = true)]
         size: NewSize,
     },
     /// Keep, show, delete and go back to states of a disk

@@ -25,25 +25,21 @@ pub fn parse_bytes(text: &str) -> Result<u64, String> {
     };
     let (whole, fraction) = number.split_once('.').unwrap_or((number, ""));
     let is_digits = |part: &str| part.bytes().all(|byte| byte.is_ascii_digit());
-    if whole.is_empty() || !is_digits(whole) || !is_digits(fraction) || number.ends_with('.') {
+    if !is_digits(whole) || !is_digits(fraction) || (whole.is_empty() && fraction.is_empty()) {
         return Err(wrong());
     }
-    if unit == 1 && !fraction.is_empty() {
+    let whole: u64 = match whole {
+        "" => 0,
+        _ => whole.parse().map_err(|_| too_large())?,
+    };
+    let part: f64 = format!("0.{fraction}0").parse().map_err(|_| wrong())?;
+    if unit == 1 && part != 0.0 {
         // There is no part of a byte; a suffix was forgotten.
         return Err(wrong());
     }
-    let whole: u64 = whole.parse().map_err(|_| too_large())?;
     let bytes = whole.checked_mul(unit).ok_or_else(too_large)?;
-    let part = match fraction {
-        "" => 0.0,
-        _ => {
-            format!("0.{fraction}")
-                .parse::<f64>()
-                .map_err(|_| wrong())?
-                * unit as f64
-        }
-    };
-    bytes.checked_add(part.round() as u64).ok_or_else(too_large)
+    let part = (part * unit as f64).round() as u64;
+    bytes.checked_add(part).ok_or_else(too_large)
 }
 
 fn unit(suffix: char) -> Option<u64> {
@@ -56,10 +52,14 @@ fn unit(suffix: char) -> Option<u64> {
 /// # Errors
 /// As [`parse_bytes`], and for nothing.
 pub fn parse_disk_size(text: &str) -> Result<Sector, String> {
-    let bytes = parse_bytes(text)?;
-    if bytes == 0 {
-        return Err("a disk of no bytes is none: give a size above 0".to_owned());
+    match parse_sectors(text)? {
+        Sector(0) => Err("a disk of no bytes is none: give a size above 0".to_owned()),
+        sectors => Ok(sectors),
     }
+}
+
+fn parse_sectors(text: &str) -> Result<Sector, String> {
+    let bytes = parse_bytes(text)?;
     if bytes > i64::MAX as u64 {
         return Err(format!("'{text}' is too large: disks end below 8E"));
     }
@@ -69,10 +69,18 @@ pub fn parse_disk_size(text: &str) -> Result<Sector, String> {
 /// A new disk size, or with a `+` in front how much to grow by.
 ///
 /// # Errors
-/// As [`parse_bytes`], and for nothing.
+/// As [`parse_disk_size`], and for a `-` in front.
 pub fn parse_new_size(text: &str) -> Result<NewSize, String> {
+    if let Some(less) = text.strip_prefix('-')
+        && parse_bytes(less).is_ok()
+    {
+        return Err(format!(
+            "'{text}' would make the disk smaller, which would cut off what the guest has \
+             there: give its new size, or +SIZE to grow by"
+        ));
+    }
     match text.strip_prefix('+') {
-        Some(more) => parse_disk_size(more).map(NewSize::GrowBy),
+        Some(more) => parse_sectors(more).map(NewSize::GrowBy),
         None => parse_disk_size(text).map(NewSize::Exactly),
     }
 }
@@ -126,6 +134,12 @@ mod tests {
             ("0.5T", 1 << 39),
             ("2P", 2 << 50),
             ("8E", 8 << 60),
+            ("1.0", 1),
+            ("1.", 1),
+            (".5k", 512),
+            ("1.G", 1 << 30),
+            ("0.0001k", 0),
+            ("1.99999k", 2048),
             ("0x1F0", 0x1f0),
         ] {
             assert_eq!(parse_bytes(text), Ok(bytes), "{text}");
@@ -139,7 +153,8 @@ mod tests {
             "1X",
             "1 G",
             "1GB",
-            "1.",
+            ".",
+            ".k",
             ".5",
             "1.x",
             "1e3",
@@ -166,8 +181,20 @@ mod tests {
         assert!(parse_disk_size("8E").is_err());
         assert_eq!(parse_new_size("1k"), Ok(NewSize::Exactly(Sector(2))));
         assert_eq!(parse_new_size("+1k"), Ok(NewSize::GrowBy(Sector(2))));
-        assert!(parse_new_size("-1k").is_err());
-        assert!(parse_new_size("++1k").is_err());
+        assert_eq!(parse_new_size("+1.5k"), Ok(NewSize::GrowBy(Sector(3))));
+        assert_eq!(parse_new_size("+0"), Ok(NewSize::GrowBy(Sector(0))));
+        for (text, what) in [
+            ("-1k", "smaller"),
+            ("-1.5G", "smaller"),
+            ("0", "above 0"),
+            ("-x", "no size"),
+            ("++1k", "no size"),
+            ("+-1k", "no size"),
+            ("+8E", "too large"),
+        ] {
+            let error = parse_new_size(text).unwrap_err();
+            assert!(error.contains(what), "{text}: {error}");
+        }
         assert_eq!(parse_cluster_size("1M"), Ok(ClusterSize::DEFAULT));
         for text in ["16k", "128M", "100k", "0"] {
             assert!(parse_cluster_size(text).is_err(), "{text}");

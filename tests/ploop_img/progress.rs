@@ -1,0 +1,124 @@
+//! Progress: a bar on a terminal, lines where they are asked for, else nothing.
+
+use std::fs::{self, File};
+use std::io::Read;
+use std::os::fd::OwnedFd;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::thread::{self, JoinHandle};
+
+use rustix::fs::{Mode, OFlags};
+use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
+use rustix::termios::{Winsize, tcsetwinsize};
+use tempfile::TempDir;
+
+use super::common::img::{ploop_img, ploop_img_command};
+
+/// A terminal: the side that programs have, and what they say to it.
+fn terminal() -> (OwnedFd, JoinHandle<String>) {
+    let flags = OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC;
+    let screen = openpt(flags).unwrap();
+    grantpt(&screen).unwrap();
+    unlockpt(&screen).unwrap();
+    let name = ptsname(&screen, Vec::new()).unwrap();
+    let flags = OFlags::RDWR | OFlags::NOCTTY | OFlags::CLOEXEC;
+    let line = rustix::fs::open(name.as_c_str(), flags, Mode::empty()).unwrap();
+    let size = Winsize {
+        ws_row: 24,
+        ws_col: 100,
+        ws_xpixel: 0,
+        ws_ypixel: 0,
+    };
+    tcsetwinsize(&line, size).unwrap();
+    let mut screen = File::from(screen);
+    let reader = thread::spawn(move || {
+        let (mut said, mut buffer) = (Vec::new(), [0; 4096]);
+        // Ends with an error once no program has the terminal any more.
+        while let Ok(read @ 1..) = screen.read(&mut buffer) {
+            said.extend(&buffer[..read]);
+        }
+        String::from_utf8(said).unwrap()
+    });
+    (line, reader)
+}
+
+fn command(args: &[&str]) -> Command {
+    let mut command = ploop_img_command();
+    command.args(args).env("TERM", "xterm");
+    command
+}
+
+/// Runs `ploop-img` with standard error on a terminal; gives back what it says
+/// there.
+fn on_a_terminal(args: &[&str]) -> String {
+    let (line, reader) = terminal();
+    let mut command = command(args);
+    let output = command.stderr(line).output().unwrap();
+    // It holds the last descriptor of the terminal.
+    drop(command);
+    assert_eq!(output.status.code(), Some(0), "{output:?}");
+    reader.join().unwrap()
+}
+
+fn raw_file(folder: &Path) -> String {
+    let raw = folder.join("a.raw");
+    fs::write(&raw, vec![7; 40 << 20]).unwrap();
+    raw.to_str().unwrap().to_owned()
+}
+
+#[test]
+fn a_terminal_shows_a_bar_that_is_gone_in_the_end() {
+    let folder = TempDir::new().unwrap();
+    let path = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+    let raw = raw_file(folder.path());
+    let (disk, copy, back) = (path("disk"), path("copy.hds"), path("back.raw"));
+    let convert = [
+        on_a_terminal(&["convert", &raw, &disk]),
+        on_a_terminal(&["convert", &disk, &copy]),
+        on_a_terminal(&["convert", "-p", &disk, &back]),
+    ];
+    let guid = ploop_img(["snapshot", "create", &disk]).ok();
+    let delete = on_a_terminal(&["snapshot", "delete", &disk, guid.trim()]);
+    ploop_img(["snapshot", "create", &disk]).ok();
+    let merge = on_a_terminal(&["snapshot", "merge", &disk]);
+    let compact = on_a_terminal(&["compact", &disk]);
+    for said in convert.iter().chain([&delete, &merge, &compact]) {
+        assert!(said.contains('%') && said.contains('\r'), "{said:?}");
+        // The line is erased, and nothing follows.
+        assert!(said.ends_with("\r\u{1b}[2K"), "{said:?}");
+        assert!(!said.contains('\n'), "{said:?}");
+    }
+    for said in convert {
+        assert!(said.contains("40.00 MiB"), "{said:?}");
+    }
+}
+
+#[test]
+fn nothing_is_shown_where_standard_error_is_no_terminal() {
+    let folder = TempDir::new().unwrap();
+    let path = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+    let raw = raw_file(folder.path());
+    let ran = ploop_img(["convert", &raw, &path("b")]);
+    assert_eq!(ran.code, Some(0));
+    assert_eq!((ran.stdout.as_str(), ran.stderr.as_str()), ("", ""));
+    // Not even where standard output is one.
+    let (line, reader) = terminal();
+    let mut command = command(&["convert", &raw, &path("c")]);
+    let child = command.stdout(line).stderr(Stdio::piped()).spawn().unwrap();
+    drop(command);
+    let output = child.wait_with_output().unwrap();
+    assert_eq!((output.status.code(), output.stderr), (Some(0), vec![]));
+    assert_eq!(reader.join().unwrap(), "");
+}
+
+#[test]
+fn lines_are_printed_where_they_are_asked_for() {
+    let folder = TempDir::new().unwrap();
+    let raw = raw_file(folder.path());
+    let copy = folder.path().join("b");
+    let ran = ploop_img(["convert", "-p", &raw, copy.to_str().unwrap()]);
+    assert_eq!((ran.code, ran.stdout.as_str()), (Some(0), ""));
+    assert!(ran.stderr.ends_with("100%\n"), "{ran:?}");
+    assert!(ran.stderr.lines().count() > 3, "{ran:?}");
+    assert!(!ran.stderr.contains(['\r', '\u{1b}']), "{ran:?}");
+}
