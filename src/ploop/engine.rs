@@ -286,6 +286,11 @@ impl<D: Disk> Engine<D> {
         self.covered.store(completed, Ordering::Release);
     }
 
+    /// The next flush has to go to the metadata thread, whatever has completed.
+    pub(super) fn uncover(&self) {
+        self.set_covered(u64::MAX);
+    }
+
     /// The entry of a cluster, for a request that relies on it: from then on a
     /// flush of the client covers the entry, even if whoever changed it has not
     /// come to marking its page dirty.

@@ -102,6 +102,14 @@ struct Round {
     error: Option<EngineError>,
 }
 
+impl Round {
+    /// Whether a queue waits for it, and not only the control thread.
+    fn is_flush(&self) -> bool {
+        let mut waiters = self.waiters.iter();
+        waiters.any(|waiter| matches!(waiter, Waiter::Queue(..)))
+    }
+}
+
 /// What the sync in flight makes stable.
 #[derive(Default)]
 struct Covered {
@@ -153,6 +161,9 @@ pub struct MdWriter<D: Disk> {
     control: VecDeque<ControlJob>,
     /// After a failed write of a page: when pages are written again unasked.
     retry_at: Duration,
+    /// A failed write of a page that no queue has been told of (I7). The next flush
+    /// tells of it, even if the page has been written meanwhile.
+    unreported: Option<EngineError>,
     closed: bool,
 }
 
@@ -188,6 +199,7 @@ impl<D: Disk> MdWriter<D> {
             space: Space::default(),
             control: VecDeque::new(),
             retry_at: Duration::ZERO,
+            unreported: None,
             closed: false,
             engine,
         })
@@ -432,8 +444,10 @@ impl<D: Disk> MdWriter<D> {
                 self.round.completed = engine.epochs.completed();
             }
             if self.round.error.is_none() {
-                engine.set_covered(self.round.completed);
                 engine.end_barrier(self.round.barriers);
+                if self.unreported.is_none() || self.round.is_flush() {
+                    engine.set_covered(self.round.completed);
+                }
             }
             self.end_round(self.round.error.map_or(Ok(()), Err));
         }
@@ -569,7 +583,11 @@ impl<D: Disk> MdWriter<D> {
             self.retry_at = now + RETRY;
             // Entries that the failed write contained are not on disk.
             self.written.retain(|page| !pages.contains(page));
-            self.round.error = Some(EngineError::Metadata(errno));
+            let error = EngineError::Metadata(errno);
+            self.round.error = Some(error);
+            self.unreported = Some(error);
+            // The next flush has something to tell.
+            self.engine.uncover();
         }
         if let Phase::Pages { left } = &mut self.round.phase {
             *left -= 1;
@@ -599,9 +617,13 @@ impl<D: Disk> MdWriter<D> {
     }
 
     fn answer(&mut self, waiters: Vec<Waiter>, result: Result<(), EngineError>) {
+        let unreported = self.unreported;
         for waiter in waiters {
             match waiter {
                 Waiter::Queue(inbox, request) => {
+                    // All that wait together hear of it, none that comes later.
+                    self.unreported = None;
+                    let result = result.and(unreported.map_or(Ok(()), Err));
                     inbox.post(QueueMessage::FlushDone { request, result });
                 }
                 Waiter::Control => {

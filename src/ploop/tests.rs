@@ -11,6 +11,7 @@ use crate::format::{ClusterSize, Header, Sector};
 use crate::sim::disk::{Medium, SimDisk};
 use crate::storage::{Disk, FileId, Segments};
 
+mod failed_pages;
 mod plain;
 
 const CLUSTER: u64 = 32 << 10;

@@ -1,0 +1,97 @@
+//! Pages of the BAT that the host could not write while nobody waited (I7).
+
+use rustix::io::Errno;
+
+use super::*;
+
+const FAILED: Result<(), EngineError> = Err(EngineError::Metadata(Errno::IO));
+
+/// Until the page of a write is due, and its write has ended.
+const WRITEBACK: usize = 1_200;
+/// Until it is tried again.
+const RETRY: usize = 1_200;
+
+impl Rig {
+    fn turns(&mut self, count: usize) {
+        for _ in 0..count {
+            self.turn();
+        }
+    }
+
+    fn set_faulty(&self, is: bool) {
+        let rate = f64::from(u8::from(is));
+        self.disk.change_medium(|medium| medium.faults.write = rate);
+    }
+
+    /// A write has completed, and then the host fails the write of its page.
+    fn with_failed_page() -> Self {
+        let mut rig = Self::new(16 * CLUSTER);
+        // So that failures of metadata are counted.
+        let metadata_len = rig.engine.geometry().metadata_len();
+        rig.disk
+            .change_medium(|medium| medium.metadata_len = metadata_len);
+        rig.write(0, &[5; 512]).unwrap();
+        rig.set_faulty(true);
+        rig.turns(WRITEBACK);
+        assert!(rig.disk.take_failures() > 0);
+        rig.set_faulty(false);
+        rig
+    }
+
+    fn entry_on_disk(&self) -> Vec<u8> {
+        self.disk.read_live(FileId(0), 64, 4)
+    }
+}
+
+#[test]
+fn a_failed_page_is_reported_by_the_next_flush_once() {
+    let mut rig = Rig::with_failed_page();
+    assert_eq!(rig.flush(), FAILED);
+    // All the same it was written, and what the flush was for is stable.
+    assert_ne!(rig.entry_on_disk(), [0; 4]);
+    assert!(!rig.disk.is_unsynced());
+    assert_eq!(rig.flush(), Ok(()));
+}
+
+#[test]
+fn a_page_that_was_written_at_the_second_try_is_reported_too() {
+    let mut rig = Rig::with_failed_page();
+    assert_eq!(rig.entry_on_disk(), [0; 4]);
+    rig.turns(RETRY);
+    assert_ne!(rig.entry_on_disk(), [0; 4]);
+    // Neither is this what tells of it, nor does it make it forgotten.
+    rig.control(Control::Suspend).unwrap();
+    rig.control(Control::Resume).unwrap();
+    assert_eq!(rig.flush(), FAILED);
+    assert_eq!(rig.flush(), Ok(()));
+}
+
+#[test]
+fn a_page_that_fails_again_and_again_stays_dirty_and_fails_every_flush() {
+    let mut rig = Rig::with_failed_page();
+    rig.set_faulty(true);
+    for _ in 0..3 {
+        assert_eq!(rig.flush(), FAILED);
+    }
+    rig.set_faulty(false);
+    assert_eq!(rig.flush(), Ok(()));
+    assert_ne!(rig.entry_on_disk(), [0; 4]);
+}
+
+#[test]
+fn flushes_that_wait_together_all_hear_of_it() {
+    let mut rig = Rig::with_failed_page();
+    let tags = [rig.push(Command::Flush), rig.push(Command::Flush)];
+    for tag in tags {
+        assert_eq!(rig.result(tag), FAILED);
+    }
+    assert_eq!(rig.flush(), Ok(()));
+}
+
+#[test]
+fn what_was_made_good_does_not_keep_the_image_from_being_closed() {
+    let mut rig = Rig::with_failed_page();
+    rig.control(Control::Close).unwrap();
+    assert_eq!(rig.disk.read_live(FileId(0), 44, 4), [0; 4]);
+    assert_ne!(rig.entry_on_disk(), [0; 4]);
+}
