@@ -393,6 +393,7 @@ impl<D: Disk> Engine<D> {
         to: Entry,
         message: Option<MdMessage>,
     ) -> bool {
+        debug_assert!(self.has_bat(), "a raw image stays as it is");
         let to = to.changed().after(from);
         if self.bat.replace(cluster, from, to).is_err() {
             return false;

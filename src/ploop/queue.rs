@@ -481,6 +481,7 @@ impl<D: Disk> Queue<D> {
             (Err(errno), _, target) => {
                 self.active[key].result = Err(EngineError::Io(errno));
                 if sabotage::is(Sabotage::FailedWriteUnmaps)
+                    && self.engine.has_bat()
                     && let Some((cluster, _)) = target
                     && let Place::In(_, host) = self.engine.bat.get(cluster).place()
                 {

@@ -111,6 +111,7 @@ impl Suspension {
 
 /// See the module's text.
 pub struct Session {
+    fuse: Fuse,
     requests: BTreeMap<u64, InFlight>,
     next_tag: u64,
     engine: Arc<Engine<SimDisk>>,
@@ -127,6 +128,22 @@ pub struct Session {
     is_lazy: bool,
     /// Of runners, the metadata thread, and queues, in this order.
     alarms: Vec<Alarm>,
+}
+
+/// Turns the power off when a test panics: else what is in flight would be waited
+/// for, and nobody would go on with it. Dropped before anything else.
+struct Fuse {
+    disk: SimDisk,
+    engine: Arc<Engine<SimDisk>>,
+}
+
+impl Drop for Fuse {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.disk.power_off();
+            self.engine.abandon();
+        }
+    }
 }
 
 /// For what requests may fail.
@@ -168,6 +185,10 @@ impl Session {
             })
             .collect();
         Self {
+            fuse: Fuse {
+                disk: world.disk.clone(),
+                engine: opened.engine.clone(),
+            },
             requests: BTreeMap::new(),
             next_tag: 0,
             engine: opened.engine,
@@ -671,6 +692,7 @@ impl Session {
         self.queues.clear();
         drop(self.md);
         self.runners.clear();
+        drop(self.fuse);
         drop(self.engine);
         self.requests.clear();
     }
