@@ -39,7 +39,9 @@ pub fn resize(path: &Path, size: NewSize) -> Result<Sector> {
     let new_size = match *level {
         Level::Plain { size: old_size, .. } => {
             let new_size = larger(path, old_size, size)?;
-            file.set_len(new_size.bytes())
+            // What lies behind the end of the disk was never the guest's.
+            file.set_len(old_size.bytes())
+                .and_then(|()| file.set_len(new_size.bytes()))
                 .and_then(|()| file.sync())
                 .context(file.path(), "grow")?;
             new_size

@@ -5,7 +5,7 @@ use std::fs;
 use serde_json::Value;
 use tempfile::TempDir;
 
-use super::common::fixtures::FIXTURES;
+use super::common::fixtures::{FIXTURES, fixture};
 use super::common::img::{image_file, ploop_img, qemu_img_check, sha256};
 use super::common::require_tool;
 
@@ -121,4 +121,21 @@ fn an_image_in_use_is_not_resized() {
     assert_eq!(fs::read(&disk).unwrap(), bytes);
     ploop_img(["check", "--repair", "all", arg]).ok();
     ploop_img(["resize", arg, "20M"]).ok();
+}
+
+#[test]
+fn what_lies_behind_a_plain_disk_does_not_come_to_light() {
+    let folder = TempDir::new().unwrap();
+    let fixture = fixture("plain");
+    let Some(bundle) = fixture.unpack(folder.path()) else {
+        return;
+    };
+    let raw = bundle.join("root.hds");
+    let mut bytes = fs::read(&raw).unwrap();
+    bytes.extend([7; 8192]);
+    fs::write(&raw, &bytes).unwrap();
+    ploop_img(["resize", bundle.to_str().unwrap(), "+4096"]).ok();
+    bytes.truncate(fixture.size as usize);
+    bytes.extend([0; 4096]);
+    assert!(fs::read(&raw).unwrap() == bytes);
 }
