@@ -18,7 +18,7 @@ use std::path::{Component, Path, PathBuf};
 use thiserror::Error;
 
 pub use edit::EditError;
-pub use guid::Guid;
+pub use guid::{Guid, GuidError};
 pub use xml::XmlError;
 
 use super::{ClusterSize, HEADS, SECTOR_SIZE, SECTORS_PER_TRACK, Sector, cylinders};

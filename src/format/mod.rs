@@ -13,7 +13,7 @@ mod units;
 pub use bat::{BatProblem, BatScan, BatScanner, scan_bat, scan_bat_with};
 pub use cluster_set::ClusterSet;
 pub use descriptor::{
-    Descriptor, DescriptorError, EditError, Guid, Image, ImageKind, Shot, XmlError,
+    Descriptor, DescriptorError, EditError, Guid, GuidError, Image, ImageKind, Shot, XmlError,
 };
 pub use extension::{DirtyBitmap, Extension, ExtensionError};
 pub use header::{Geometry, Header, HeaderError, InUse, Version};

@@ -50,7 +50,8 @@ pub struct CheckReport {
     pub corruptions_fixed: u64,
     /// What wasted space and no longer does.
     pub leaks_fixed: u64,
-    /// Of the guest's disk.
+    /// Of the guest's disk; of a bundle with several images, the sum of what each
+    /// could have.
     pub total_clusters: u64,
     /// Of them, those that have a place in the file.
     pub allocated_clusters: u64,
@@ -91,6 +92,7 @@ impl CheckReport {
             self.leaks += level.leaks;
             self.corruptions_fixed += level.corruptions_fixed;
             self.leaks_fixed += level.leaks_fixed;
+            self.total_clusters += level.total_clusters;
             self.allocated_clusters += level.allocated_clusters;
             self.fragmented_clusters += level.fragmented_clusters;
             let name = level.filename.display();
@@ -99,7 +101,6 @@ impl CheckReport {
         }
         if let Some(top) = levels.last() {
             self.image_end_offset = top.image_end_offset;
-            self.total_clusters = top.total_clusters;
         }
         if levels.len() > 1 {
             self.levels = levels;

@@ -117,7 +117,7 @@ pub fn open(path: &Path, mode: OpenMode) -> Result<OpenImage> {
 
 fn open_bare(path: PathBuf, mode: OpenMode) -> Result<OpenImage> {
     if mode.snapshot.is_some() {
-        return Err(ImageError::NotABundle(path));
+        return Err(not_a_bundle(&path));
     }
     let writable = mode.access != Access::Read;
     match mode.access {
@@ -144,6 +144,15 @@ fn open_bare(path: PathBuf, mode: OpenMode) -> Result<OpenImage> {
         top: None,
         locks,
     })
+}
+
+/// Says why there are no snapshots at `path`, where there is no bundle.
+pub(super) fn not_a_bundle(path: &Path) -> ImageError {
+    let look = path.metadata().context(path, "look at");
+    match look.and_then(|_| refuse_member(path, 1)) {
+        Err(error) => error,
+        Ok(()) => ImageError::NotABundle(path.to_owned()),
+    }
 }
 
 /// Refuses an image that is one of `images` or more of the bundle it lies in.
@@ -270,7 +279,7 @@ fn check_chain(descriptor: &Descriptor, top: Guid, files: &[HostFile]) -> Result
     let mut levels = Vec::new();
     for (image, file) in descriptor.chain(top).into_iter().zip(files).rev() {
         let level = match image.kind {
-            ImageKind::Plain => check_plain(descriptor, above, file)?,
+            ImageKind::Plain => check_plain(descriptor, top == descriptor.top(), above, file)?,
             ImageKind::Expandable => {
                 above = Some(check_expandable(descriptor.cluster, above, file)?);
                 Level::Ploop
@@ -310,8 +319,10 @@ fn check_expandable(
     Ok((geometry.disk_size, geometry.entries))
 }
 
+/// A plain image that fits; `is_disk` says that it is all that the disk has.
 fn check_plain(
     descriptor: &Descriptor,
+    is_disk: bool,
     above: Option<(Sector, u32)>,
     file: &HostFile,
 ) -> Result<Level> {
@@ -320,6 +331,8 @@ fn check_plain(
     let size = match above {
         // What the top has grown by is not in the base.
         Some((disk_size, _)) => in_file.min(disk_size),
+        // Nor is it if the base is asked for by itself.
+        None if !is_disk => in_file.min(descriptor.disk_size),
         None if in_file < descriptor.disk_size => {
             return Err(ImageError::PlainTooShort {
                 path: file.path.clone(),

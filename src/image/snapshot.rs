@@ -25,7 +25,7 @@ use super::bundle::{Bundle, Location};
 use super::create::{new_header, publish_file, write_empty};
 use super::delta::read_header;
 use super::error::{ImageError, Result};
-use super::open::{image_of, lock_file, open_level};
+use super::open::{image_of, lock_file, not_a_bundle, open_level};
 use crate::format::{Descriptor, Guid, Header, ImageKind, Sector};
 use crate::storage::HostFile;
 use crate::storage::lock::{ImageLock, LockMode};
@@ -46,7 +46,7 @@ impl Held {
         const TRIES: usize = 5;
         for _ in 0..TRIES {
             let Location::Bundle(bundle) = Location::of(path)? else {
-                return Err(ImageError::NotABundle(path.to_owned()));
+                return Err(not_a_bundle(path));
             };
             let mut guids = also(&bundle)?;
             guids.push(bundle.descriptor().top());

@@ -5,9 +5,12 @@
 mod common;
 
 mod bad_input;
+mod chain;
 mod check;
 mod convert;
 mod create;
+mod cuts;
+mod disk;
 mod fixtures;
 mod kill;
 mod progress;

@@ -227,6 +227,9 @@ pub enum Snapshot {
         guid: Guid,
     },
     /// Delete all snapshots of the chain, or a range of it, in one go
+    ///
+    /// Their content goes down into one image; the disk stays what it is. Cut off in
+    /// the middle, 'check --repair leaks' finishes it.
     Merge {
         /// A bundle's folder, or its DiskDescriptor.xml
         path: PathBuf,

@@ -3,6 +3,7 @@
 use std::fmt;
 use std::str::FromStr;
 
+use thiserror::Error;
 use uuid::Uuid;
 
 /// A GUID. Written in lower case and in braces; read without braces, too.
@@ -27,10 +28,15 @@ impl fmt::Display for Guid {
     }
 }
 
+/// A text is no GUID.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
+#[error("a GUID is written like {}", Guid::TOP)]
+pub struct GuidError;
+
 impl FromStr for Guid {
-    type Err = uuid::Error;
+    type Err = GuidError;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
-        Uuid::try_parse(text).map(Self)
+        Uuid::try_parse(text).map(Self).map_err(|_| GuidError)
     }
 }

@@ -62,9 +62,10 @@ pub(super) fn collapse(held: &mut Held, guid: Guid, progress: &dyn Progress) -> 
     let mut lower = open_lower(held, guid, is_resumed)?;
     let upper = Delta::load(image_of(held.file(child)?)?)?;
     upper.require_sound()?;
-    // While the old state is still there to be kept.
-    check_mergeable(&lower, &upper)?;
-
+    if !is_resumed {
+        // While the old state is still there to be kept.
+        check_mergeable(&lower, &upper)?;
+    }
     let mut descriptor = held.bundle.descriptor().clone();
     let nameless = descriptor
         .begin_collapse(guid)
@@ -82,7 +83,9 @@ pub(super) fn collapse(held: &mut Held, guid: Guid, progress: &dyn Progress) -> 
     held.bundle.folder().remove(&merged.file)
 }
 
-fn open_lower(held: &Held, guid: Guid, is_resumed: bool) -> Result<Level<HostImage>> {
+/// Opens what is merged into; `is_resumed` says that a merge may have been cut off
+/// in the middle.
+pub(super) fn open_lower(held: &Held, guid: Guid, is_resumed: bool) -> Result<Level<HostImage>> {
     let file = image_of(held.file(guid)?)?;
     let image = held.bundle.descriptor().image(guid);
     if image.is_some_and(|image| image.kind == ImageKind::Plain) {

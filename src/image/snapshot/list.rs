@@ -7,8 +7,8 @@ use serde::Serialize;
 
 use crate::format::{Descriptor, Guid, SECTOR_SIZE, Shot};
 use crate::image::bundle::{Bundle, Location};
-use crate::image::error::{ImageError, IoContext, Result};
-use crate::image::open::open_level;
+use crate::image::error::{IoContext, Result};
+use crate::image::open::{not_a_bundle, open_level};
 
 /// A node of the tree.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -37,7 +37,7 @@ pub struct SnapshotInfo {
 /// A bare image, a bundle that is not valid, or any I/O error.
 pub fn list_snapshots(path: &Path) -> Result<Vec<SnapshotInfo>> {
     let Location::Bundle(bundle) = Location::of(path)? else {
-        return Err(ImageError::NotABundle(path.to_owned()));
+        return Err(not_a_bundle(path));
     };
     let descriptor = bundle.descriptor();
     let is_base = |shot: &&Shot| shot.parent.is_none();

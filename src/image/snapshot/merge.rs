@@ -3,13 +3,14 @@
 use std::path::Path;
 
 use super::Held;
-use super::delete::collapse;
+use super::delete::{collapse, open_lower};
 use crate::format::{GuestCluster, Guid, HostCluster, InUse};
 use crate::image::bundle::Bundle;
 use crate::image::convert::{is_zero, write_data};
 use crate::image::delta::Delta;
 use crate::image::error::{ImageError, IoContext, Result};
 use crate::image::file::ImageFile;
+use crate::image::open::image_of;
 use crate::image::progress::{Progress, check_cancelled};
 use crate::image::resize::grow;
 
@@ -17,10 +18,12 @@ use crate::image::resize::grow;
 /// of the disk: what they hold goes into one image, that of `to`. Without `from`
 /// it begins at the base, without `to` it goes up to the top.
 ///
+/// They go all at once, before the first cluster is copied: cut off in the middle,
+/// it is to be finished by `ploop-img check --repair leaks`.
+///
 /// # Errors
 /// Snapshots that are not there or not in this order, one in between that others
-/// lie on too, an image in use, or any I/O error. Merges that were finished
-/// before the error stay.
+/// lie on too, an image in use, or any I/O error.
 pub fn merge_snapshots(
     path: &Path,
     from: Option<Guid>,
@@ -28,16 +31,51 @@ pub fn merge_snapshots(
     progress: &dyn Progress,
 ) -> Result<()> {
     let mut held = Held::open(path, |bundle| range(bundle, from, to))?;
-    let mut guids = range(&held.bundle, from, to)?;
-    guids.pop();
-    // One that cannot be deleted is found before the first is.
-    for guid in &guids {
-        let child = held.bundle.descriptor().only_child(*guid);
-        child.map_err(|error| held.bundle.edit_error(error))?;
+    let levels = range(&held.bundle, from, to)?;
+    let Some((_, guids)) = levels.split_last() else {
+        return Ok(());
+    };
+    let mut descriptor = held.bundle.descriptor().clone();
+    let nameless: std::result::Result<Vec<_>, _> = guids
+        .iter()
+        .map(|guid| descriptor.begin_collapse(*guid))
+        .collect();
+    let nameless = nameless.map_err(|error| held.bundle.edit_error(error))?;
+    check_range(&held, &levels)?;
+    if descriptor != *held.bundle.descriptor() {
+        held.bundle.save(descriptor)?;
+        held.follow();
     }
     // From the bottom up, so that each cluster is copied once.
-    for guid in guids {
+    for guid in nameless {
         collapse(&mut held, guid, progress)?;
+    }
+    Ok(())
+}
+
+/// That all of these levels, which are held, can be merged into the lowest: once
+/// the first are, there is no way back.
+fn check_range(held: &Held, levels: &[Guid]) -> Result<()> {
+    let Some((lowest, above)) = levels.split_first().filter(|(_, rest)| !rest.is_empty()) else {
+        return Ok(());
+    };
+    let is_merging = |guid| {
+        held.bundle
+            .descriptor()
+            .shot(guid)
+            .is_some_and(|s| s.merging)
+    };
+    let lowest = open_lower(held, *lowest, is_merging(*lowest))?;
+    for guid in above {
+        // What a merge that was cut off left is mended when its turn comes.
+        if is_merging(*guid) {
+            continue;
+        }
+        let upper = Delta::load(image_of(held.file(*guid)?)?)?;
+        upper.require_sound()?;
+        // A guest cluster gets its place in the lowest once, whichever has it, so
+        // that what is enough for each is enough for all.
+        check_mergeable(&lowest, &upper)?;
     }
     Ok(())
 }
