@@ -680,6 +680,8 @@ impl<D: Disk> MdWriter<D> {
             let pios = self.space.waiting_for_clusters();
             self.try_again(pios);
         }
+        // Also of those that were given up while nothing could be tried.
+        self.fail_hopeless();
         let engine = self.engine.clone();
         // Space that is in the file already comes before more of it.
         if self.reclaim.has_leaked() && !engine.has_sync_failed() {
@@ -695,7 +697,6 @@ impl<D: Disk> MdWriter<D> {
         {
             self.extend(clusters, now);
         }
-        self.fail_hopeless();
     }
 
     /// By how many clusters the file usually grows.

@@ -657,7 +657,10 @@ impl Session {
                 session.requests.len() < in_flight || is_late
             })?;
         }
-        Err("I10: parked requests do not end".to_owned())
+        Err(format!(
+            "I10: parked requests do not end; {}",
+            self.describe_hang(world)
+        ))
     }
 
     /// Closes the image.
