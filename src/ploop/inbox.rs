@@ -15,10 +15,8 @@ use super::sync::atomic::{AtomicU8, Ordering, fence};
 const AWAKE: u8 = 0;
 /// The reader may be asleep, and its descriptor is not signalled.
 const ARMED: u8 = 1;
-/// Somebody is about to signal the descriptor.
-const WAKING: u8 = 2;
-/// The descriptor is signalled.
-const SIGNALLED: u8 = 3;
+/// The descriptor is signalled, or is just about to be.
+const SIGNALLED: u8 = 2;
 
 /// Wakes one thread.
 pub struct Waker {
@@ -46,13 +44,12 @@ impl Waker {
         }
         let won = self
             .state
-            .compare_exchange(ARMED, WAKING, Ordering::AcqRel, Ordering::Relaxed)
+            .compare_exchange(ARMED, SIGNALLED, Ordering::AcqRel, Ordering::Relaxed)
             .is_ok();
         if won {
             // Cannot fail: the counter is far from its end, as only one signals
             // and the reader drains before it arms again.
             let _ = rustix::io::write(&self.fd, &1_u64.to_ne_bytes());
-            self.state.store(SIGNALLED, Ordering::Release);
         }
     }
 
@@ -63,9 +60,11 @@ impl Waker {
             AWAKE => {}
             SIGNALLED => {
                 let mut counter = [0; 8];
-                let _ = rustix::io::read(&self.fd, &mut counter);
+                if rustix::io::read(&self.fd, &mut counter).is_err() {
+                    // The signal is still to come, and will wake the reader.
+                    return;
+                }
             }
-            // While somebody is about to signal, the reader will be woken anyway.
             _ => return,
         }
         self.state.store(ARMED, Ordering::Relaxed);

@@ -688,7 +688,8 @@ impl<D: Disk> MdWriter<D> {
             return;
         }
         let step = self.extension();
-        let low_water = engine.options.low_water;
+        // Where the file is long enough for the whole disk, growing ahead is over.
+        let low_water = engine.options.low_water.min(self.missing());
         // In a raw image it is the holes that lack space: trying again is all.
         if engine.has_bat()
             && let SpaceStep::Extend(clusters) =
@@ -706,13 +707,12 @@ impl<D: Disk> MdWriter<D> {
         u32::try_from(step).unwrap_or(u32::MAX).max(1)
     }
 
-    /// How many clusters the file lacks for the whole disk to be mapped; at least
-    /// one, for some may be on their way through reclaim.
+    /// How many clusters the file lacks for the whole disk to be mapped.
     fn missing(&self) -> u32 {
         let geometry = self.engine.geometry();
         let first = geometry.first_host_cluster().0;
         let in_file = self.engine.alloc.end().saturating_sub(first);
-        geometry.entries.saturating_sub(in_file).max(1)
+        geometry.entries.saturating_sub(in_file)
     }
 
     /// Why the file cannot become longer any more, if it cannot.
@@ -739,7 +739,8 @@ impl<D: Disk> MdWriter<D> {
         }
         let end = engine.alloc.end();
         let room = engine.geometry().host_cluster_limit() - end;
-        let clusters = clusters.min(room).min(self.missing());
+        // At least one: some may be on their way through reclaim.
+        let clusters = clusters.min(room).min(self.missing().max(1));
         let op = Op::Allocate {
             file: engine.top(),
             offset: engine.geometry().host_offset(HostCluster(end)),

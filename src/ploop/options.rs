@@ -31,6 +31,9 @@ pub struct Options {
     /// By how many bytes the file grows ahead of its writers, at least; up to
     /// eight times as many when they use that up within a second.
     pub preallocation: u64,
+    /// The smallest cluster in bytes that a copy-on-write clones, where the host can
+    /// share data between files. A small one is copied faster than it is shared.
+    pub smallest_clone: u64,
     /// When no more clusters than this are left to be given out, the file grows. Set by the engine.
     pub(super) low_water: u32,
 }
@@ -45,6 +48,7 @@ impl Default for Options {
             writeback_delay: Duration::from_secs(1),
             on_enospc: OnEnospc::Stop,
             preallocation: 128 << 20,
+            smallest_clone: 256 << 10,
             low_water: 0,
         }
     }

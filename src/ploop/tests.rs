@@ -447,3 +447,18 @@ fn parked_writes_stay_parked_while_the_engine_is_suspended() {
     rig.result(tag).unwrap();
     assert_eq!(rig.read(7 * CLUSTER, 512), [1; 512]);
 }
+
+#[test]
+fn a_file_with_room_for_the_whole_disk_does_not_grow() {
+    const CLUSTERS: u64 = 32;
+    let mut rig = Rig::new(CLUSTERS * CLUSTER);
+    for cluster in 0..CLUSTERS {
+        rig.write(cluster * CLUSTER, &[5; 512]).unwrap();
+    }
+    for _ in 0..100 {
+        rig.turn();
+    }
+    let first = rig.engine.geometry().first_host_cluster();
+    let in_file = rig.engine.alloc.end() - first.0;
+    assert!(u64::from(in_file) <= CLUSTERS + 1, "{in_file} clusters");
+}

@@ -49,6 +49,8 @@ pub struct Medium {
     pub capacity: Option<u64>,
     /// Completions announce themselves, as those of a ring do.
     pub has_ring: bool,
+    /// Whether files can share data.
+    pub can_clone: bool,
     /// What goes wrong.
     pub faults: Faults,
     /// The next zeroing finds no space for its own bookkeeping.
@@ -69,6 +71,7 @@ impl Default for Medium {
             block: 4096,
             capacity: None,
             has_ring: false,
+            can_clone: false,
             faults: Faults::default(),
             next_zero_is_full: false,
             first_writable: FileId(0),
@@ -602,6 +605,13 @@ impl State {
                 Some(self.zero(id, *file, *offset, *len, punch))
             }
             Op::Allocate { file, offset, len } => Some(self.allocate(id, *file, *offset, *len)),
+            Op::Clone {
+                from,
+                from_offset,
+                file,
+                offset,
+                len,
+            } => Some(self.clone_range(id, (*from, *from_offset), (*file, *offset), *len)),
             Op::Sync { file } => Some(self.sync(*file, pending.submitted)),
         };
         if let Some(result) = pending.effect {
@@ -649,6 +659,35 @@ impl State {
                 segments.copy_from(0, &bytes);
             }
         }
+        Ok(())
+    }
+
+    /// A clone is a write of what is there at that moment. It takes as much space,
+    /// as the engine must be able to write to it later.
+    fn clone_range(
+        &mut self,
+        id: OpId,
+        (from, from_offset): (FileId, u64),
+        (file, offset): (FileId, u64),
+        len: u64,
+    ) -> Result<(), Errno> {
+        let unit = u64::from(self.medium.block);
+        if !(from_offset | offset | len).is_multiple_of(unit) {
+            self.violations
+                .push(format!("clone to {offset} is misaligned"));
+        }
+        if !self.may_change(file, "clone") {
+            return Err(Errno::IO);
+        }
+        let mut bytes = vec![0; len as usize];
+        self.read_bytes(from, from_offset, &mut bytes);
+        let has_space = self.account(file, offset, len);
+        let fails = self.fails(self.medium.faults.write);
+        if !has_space || fails {
+            self.write_scraps(id, file, offset, &bytes, fails);
+            return Err(if fails { Errno::IO } else { Errno::NOSPC });
+        }
+        self.write_bytes(id, file, offset, &bytes);
         Ok(())
     }
 
@@ -1040,6 +1079,11 @@ impl Disk for SimDisk {
         } else {
             Err(Errno::NOSPC.into())
         }
+    }
+
+    fn clone_unit(&self) -> Option<u32> {
+        let state = self.state();
+        state.medium.can_clone.then_some(state.medium.block)
     }
 
     fn write_alignment(&self) -> u32 {

@@ -143,6 +143,7 @@ impl Scenario {
             },
             copy_len: cluster,
             has_ring: rng.random(),
+            can_clone: rng.random(),
             ..Medium::default()
         };
         Self { medium, ..scenario }
@@ -204,6 +205,7 @@ impl Scenario {
         options.max_queues = self.queues;
         options.queue_depth = *[1, 2, 64].choose(rng).unwrap();
         options.writeback_delay = Duration::from_millis(*delays_ms.choose(rng).unwrap());
+        options.smallest_clone = 0;
         options.preallocation = self.cluster * rng.random_range(0..=4);
         if rng.random_ratio(1, 3) {
             options.on_enospc = OnEnospc::Report;

@@ -7,6 +7,7 @@
 //! Knows system calls, direct I/O and what file systems refuse. Must not know
 //! what is in the files.
 
+mod clone;
 mod file;
 mod job;
 mod psync;
@@ -220,6 +221,11 @@ impl Disk for HostDisk {
 
     fn zero_granularity(&self) -> u32 {
         self.block_size
+    }
+
+    fn clone_unit(&self) -> Option<u32> {
+        let top = &self.files[self.files.len() - 1];
+        top.can_clone().then_some(self.block_size)
     }
 
     fn write_alignment(&self) -> u32 {

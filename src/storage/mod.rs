@@ -84,6 +84,22 @@ pub enum Op {
         /// In bytes.
         len: u64,
     },
+    /// Make a range of a file have the data of a range of another one, which then
+    /// lies on the disk once for both (`FICLONERANGE`). Fails with `EOPNOTSUPP`
+    /// where the file system cannot do that with these files and ranges; see
+    /// [`Disk::clone_unit`]. If it fails, parts of the range may have changed.
+    Clone {
+        /// Whose data.
+        from: FileId,
+        /// In bytes.
+        from_offset: u64,
+        /// To where.
+        file: FileId,
+        /// In bytes.
+        offset: u64,
+        /// In bytes.
+        len: u64,
+    },
     /// Make everything that completed before this was submitted stable, the
     /// length of the file included (`fdatasync`).
     Sync {
@@ -100,6 +116,7 @@ impl Op {
             | Self::Write { file, .. }
             | Self::Zero { file, .. }
             | Self::Allocate { file, .. }
+            | Self::Clone { file, .. }
             | Self::Sync { file } => file,
         }
     }
@@ -199,6 +216,13 @@ pub trait Disk: Send + Sync + 'static {
     /// The unit in bytes, a power of two, in which the host file system gives
     /// space back (its block size).
     fn zero_granularity(&self) -> u32;
+
+    /// The unit in bytes, a power of two, that the offsets and the length of an
+    /// [`Op::Clone`] into the top file must be multiples of; `None` if it is known
+    /// that there is no use in trying one. It can become `None`, and then stays so.
+    fn clone_unit(&self) -> Option<u32> {
+        None
+    }
 
     /// The unit in bytes, a power of two, that the offset and the length of an
     /// [`Op::Write`] must be multiples of at present: what direct I/O demands of

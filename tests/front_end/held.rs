@@ -120,6 +120,7 @@ impl HeldDisk {
                 self.state().syncs += usize::from(*dsync);
                 self.0.file.write_all_at(&bytes, *offset)
             }
+            Op::Clone { .. } => Err(io::ErrorKind::Unsupported.into()),
             Op::Zero { offset, len, .. } => {
                 self.0.file.write_all_at(&vec![0; *len as usize], *offset)
             }

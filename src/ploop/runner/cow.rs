@@ -2,6 +2,10 @@
 //! data over it.
 //!
 //! Read what the write does not cover, write the whole new cluster once, publish.
+//! Where the host file system can share data between files and clusters are
+//! large, the new cluster becomes a clone of the lower one instead, and only the
+//! data of the write is written over it.
+//!
 //! The lower deltas never change, so readers go on reading there until the new
 //! cluster is published; other writes wait, or become part of the copy if they
 //! come in time. The new mapping reaches the disk after a sync of the copy (I6).
@@ -16,7 +20,7 @@ use super::super::pio::{Pio, Work};
 use super::super::sabotage::{self, Sabotage};
 use super::{Job, Runner};
 use crate::format::{Geometry, GuestCluster, HostCluster};
-use crate::storage::{AlignedBuf, Buffer, Completion, Disk, Op};
+use crate::storage::{AlignedBuf, Buffer, Completion, Disk, Op, Segments};
 
 /// Reads of a lower level are made at whole blocks, as direct I/O likes it.
 const BLOCK: u64 = 4096;
@@ -82,7 +86,8 @@ pub(super) struct Cow {
     host: HostCluster,
     /// The writes that the copy contains, the one that made it necessary first.
     pios: Vec<Pio>,
-    writing: bool,
+    /// The new cluster may not read as zeros any more.
+    touched: bool,
 }
 
 impl Cow {
@@ -162,12 +167,68 @@ impl Cow {
                 Work::Zero { .. } => place.fill(0),
             }
         }
-        self.writing = true;
+        self.touched = true;
         Op::Write {
             file: engine.top(),
             offset: engine.level(engine.top()).offset(self.host),
             buffer: Buffer::Owned(bytes),
             dsync: false,
+        }
+    }
+
+    /// The clone of the lower cluster, if that is possible and worth it.
+    fn clone_lower<D: Disk>(&mut self, engine: &Engine<D>, cluster: GuestCluster) -> Option<Op> {
+        let unit = u64::from(engine.disk.clone_unit()?);
+        let Place::In(from, lower) = self.from.place() else {
+            return None;
+        };
+        let geometry = engine.geometry();
+        let size = geometry.cluster.bytes();
+        let pio = self.pios.first()?;
+        let (start, end) = covered(pio, cluster, geometry);
+        let aligned = (start | end).is_multiple_of(u64::from(engine.write_alignment()));
+        if size < engine.options.smallest_clone || (start, end) == (0, size) || !aligned {
+            return None;
+        }
+        let Work::Write { .. } = pio.work else {
+            return None;
+        };
+        let level = engine.level(from);
+        let (from_offset, offset) = (level.offset(lower), geometry.host_offset(self.host));
+        let valid = level
+            .disk_bytes()
+            .saturating_sub(geometry.cluster_start(cluster))
+            .min(size);
+        if valid == 0 || !(from_offset | offset | valid).is_multiple_of(unit) {
+            return None;
+        }
+        self.touched = true;
+        Some(Op::Clone {
+            from,
+            from_offset,
+            file: engine.top(),
+            offset,
+            len: valid,
+        })
+    }
+
+    /// The write of the data of the first write over the clone.
+    fn write_over_clone<D: Disk>(&mut self, engine: &Engine<D>) -> Option<Op> {
+        let Work::Write { offset, data, .. } = &mut self.pios.first_mut()?.work else {
+            return None;
+        };
+        Some(Op::Write {
+            file: engine.top(),
+            offset: engine.geometry().host_offset(self.host) + u64::from(*offset),
+            buffer: Buffer::Client(std::mem::take(data)),
+            dsync: false,
+        })
+    }
+
+    /// After [`Self::write_over_clone`].
+    fn give_back_data(&mut self, written: Segments) {
+        if let Some(Work::Write { data, .. }) = self.pios.first_mut().map(|pio| &mut pio.work) {
+            *data = written;
         }
     }
 }
@@ -208,10 +269,17 @@ impl<D: Disk> Runner<D> {
             from: entry,
             host,
             pios: vec![pio],
-            writing: false,
+            touched: false,
         };
         self.copies += 1;
-        let mut waiting = VecDeque::new();
+        match cow.clone_lower(&self.engine, cluster) {
+            Some(op) => self.queue_job(cluster, Job::Cow(cow), VecDeque::new(), op),
+            None => self.copy(cluster, cow, VecDeque::new()),
+        }
+    }
+
+    /// Begins the copy itself.
+    fn copy(&mut self, cluster: GuestCluster, mut cow: Cow, mut waiting: VecDeque<Pio>) {
         let buffers = &mut self.buffers;
         let op = match cow.read(&self.engine, cluster, buffers) {
             Some(read) => read,
@@ -245,6 +313,24 @@ impl<D: Disk> Runner<D> {
                 let op = cow.write(&self.engine, cluster, read, &mut waiting, buffers);
                 self.queue_job(cluster, Job::Cow(cow), waiting, op);
             }
+            (Ok(()), Op::Clone { .. }) => match cow.write_over_clone(&self.engine) {
+                Some(op) => self.queue_job(cluster, Job::Cow(cow), waiting, op),
+                None => self.end_cow(cluster, cow, waiting, Err(Errno::IO)),
+            },
+            // Whatever is the matter, it may be possible to copy.
+            (Err(errno), Op::Clone { .. }) if !matches!(errno, Errno::NOSPC | Errno::DQUOT) => {
+                self.copy(cluster, cow, waiting);
+            }
+            (
+                result,
+                Op::Write {
+                    buffer: Buffer::Client(data),
+                    ..
+                },
+            ) => {
+                cow.give_back_data(data);
+                self.end_cow(cluster, cow, waiting, result);
+            }
             (result, op) => {
                 self.buffers.give_back(op);
                 self.end_cow(cluster, cow, waiting, result);
@@ -277,7 +363,7 @@ impl<D: Disk> Runner<D> {
             }
             Err(errno) => {
                 // Something of the copy may have been written.
-                if cow.writing {
+                if cow.touched {
                     self.engine.md.post(MdMessage::Dropped { host: cow.host });
                 } else {
                     self.engine.put_back(cow.host);

@@ -6,7 +6,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
@@ -102,6 +102,8 @@ pub(super) struct SharedFile {
     direct: AtomicBool,
     /// Indexed by [`Fallocation`].
     refused: [AtomicBool; 3],
+    /// Ranges of other files could not be cloned into this one.
+    clone_refused: AtomicBool,
     /// Held to make the file longer or shorter where that takes a look at its
     /// length first.
     length: Mutex<()>,
@@ -141,6 +143,7 @@ impl SharedFile {
             alignment: alignment.unwrap_or(Alignment::NONE),
             direct: AtomicBool::new(alignment.is_some()),
             refused,
+            clone_refused: AtomicBool::new(false),
             length: Mutex::new(()),
         })
     }
@@ -166,6 +169,7 @@ impl SharedFile {
             alignment,
             direct: AtomicBool::new(true),
             refused: Default::default(),
+            clone_refused: AtomicBool::new(false),
             length: Mutex::new(()),
         }
     }
@@ -209,6 +213,26 @@ impl SharedFile {
         if !self.refused[what as usize].swap(true, Relaxed) {
             log::info!("{}: no {what:?} here ({error})", self.path.display());
         }
+    }
+
+    /// Whether it was not found so far that ranges cannot be cloned into it.
+    pub(super) fn can_clone(&self) -> bool {
+        !self.clone_refused.load(Relaxed)
+    }
+
+    /// Remembers that ranges cannot be cloned into it.
+    pub(super) fn cannot_clone(&self, error: Errno) {
+        if !self.clone_refused.swap(true, Relaxed) {
+            log::debug!(
+                "{}: clusters are copied, not shared ({error})",
+                self.path.display()
+            );
+        }
+    }
+
+    /// Of the description that all threads share.
+    pub(super) fn raw_fd(&self) -> RawFd {
+        self.file.as_raw_fd()
     }
 
     /// The unit in bytes, a power of two, in which space is given back.

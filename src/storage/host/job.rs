@@ -131,6 +131,11 @@ impl Job {
         self.op.file()
     }
 
+    /// The operation.
+    pub(super) fn op(&self) -> &Op {
+        &self.op
+    }
+
     /// Gives the operation back.
     pub(super) fn into_op(self) -> Op {
         self.op
@@ -173,6 +178,7 @@ impl Job {
                 }
             }
             Op::Sync { .. } => Step::Sync,
+            Op::Clone { .. } => Step::Nothing(Err(Errno::OPNOTSUPP)),
         }
     }
 
@@ -198,6 +204,8 @@ impl Job {
             }
             Op::Zero { offset, len, .. } | Op::Allocate { offset, len, .. } => (*offset, *len),
             Op::Sync { .. } => return None,
+            // Of two files, and done beside: see `super::clone`.
+            Op::Clone { .. } => return Some(Err(Errno::OPNOTSUPP)),
         };
         if offset
             .checked_add(len)
@@ -495,7 +503,7 @@ fn op_offset(op: &Op) -> u64 {
         | Op::Write { offset, .. }
         | Op::Zero { offset, .. }
         | Op::Allocate { offset, .. } => *offset,
-        Op::Sync { .. } => 0,
+        Op::Clone { .. } | Op::Sync { .. } => 0,
     }
 }
 

@@ -9,6 +9,7 @@ use std::os::fd::{AsFd, AsRawFd, RawFd};
 use rustix::io::Errno;
 
 use super::Files;
+use super::clone::CloneRange;
 use super::file::Description;
 use super::job::{Job, Memory, Step, Verdict};
 use crate::storage::{Completion, Op, Segment};
@@ -47,6 +48,10 @@ impl Psync {
 
     pub(super) fn submit(&mut self) {
         for completion in &mut self.completions[self.done..] {
+            if let Some(range) = CloneRange::of(&completion.op, &self.files.shared) {
+                completion.result = range.run();
+                continue;
+            }
             // Any operation without memory does as a stand-in.
             let stand_in = Op::Sync {
                 file: completion.op.file(),

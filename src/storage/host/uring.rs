@@ -13,12 +13,14 @@
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, RawFd};
+use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
 use io_uring::{EnterFlags, IoUring, Probe, opcode, squeue, types};
 use rustix::io::Errno;
 
+use super::clone::{CloneRange, Cloner, Cloning};
 use super::job::{Job, Memory, Step, Verdict};
 use super::{Files, errno};
 use crate::storage::{Completion, Op};
@@ -45,6 +47,8 @@ pub struct Uring {
     failed: Vec<u32>,
     /// Entries that the kernel has taken and not completed.
     in_kernel: usize,
+    /// Does what the ring cannot do. Started when it is needed.
+    cloner: Option<Cloner>,
     /// What the ring failed with, if it is of no use any more.
     broken: Option<Errno>,
     /// System calls made, for tests of how few they are.
@@ -60,6 +64,8 @@ struct Task {
     /// How it ends, if that was clear before the kernel was asked. It then goes
     /// through the ring as a no-op, so that its end wakes the poller too.
     decided: Option<Result<(), Errno>>,
+    /// If it is done beside the ring, which only waits for its end.
+    cloning: Option<Arc<Cloning>>,
 }
 
 impl std::fmt::Debug for Uring {
@@ -85,6 +91,7 @@ pub(super) fn try_out() -> io::Result<()> {
         opcode::Writev::CODE,
         opcode::Fallocate::CODE,
         opcode::Fsync::CODE,
+        opcode::PollAdd::CODE,
     ];
     if needed.iter().all(|&code| probe.is_supported(code)) {
         Ok(())
@@ -149,6 +156,7 @@ impl Uring {
             staged: Vec::with_capacity(depth as usize),
             failed: Vec::new(),
             in_kernel: 0,
+            cloner: None,
             broken: None,
             #[cfg(test)]
             calls: 0,
@@ -168,6 +176,7 @@ impl Uring {
             tag,
             job: Job::new(op),
             decided: None,
+            cloning: None,
         });
         self.stage(index);
         Ok(())
@@ -252,6 +261,16 @@ impl Uring {
         let Some(task) = &mut self.slots[index as usize] else {
             return opcode::Nop::new().build();
         };
+        if let Some(range) = CloneRange::of(task.job.op(), &self.files.shared) {
+            return match begin_clone(&mut self.cloner, range) {
+                Ok(cloning) => {
+                    let over = types::Fd(cloning.raw_fd());
+                    task.cloning = Some(cloning);
+                    opcode::PollAdd::new(over, libc::POLLIN as u32).build()
+                }
+                Err(_) => self.decide(index, Errno::OPNOTSUPP),
+            };
+        }
         let id = task.job.file();
         let newly_open = !self.files.is_open(id);
         let step = match self.files.get(id) {
@@ -294,6 +313,9 @@ impl Uring {
         if let Some(end) = task.decided {
             return Verdict::Done(end);
         }
+        if let Some(cloning) = &task.cloning {
+            return Verdict::Done(cloning.wait());
+        }
         match self.files.get(task.job.file()) {
             Ok(file) => task.job.ended(result, file),
             Err(error) => Verdict::Done(Err(error)),
@@ -303,6 +325,11 @@ impl Uring {
     fn give_out(&mut self, index: u32, result: Result<(), Errno>, done: &mut Vec<Completion>) {
         if let Some(task) = self.slots[index as usize].take() {
             self.free.push(index);
+            if let Some(cloning) = &task.cloning {
+                // Of a broken ring it may not be over, and who gets the operation
+                // back relies on that.
+                let _ = cloning.wait();
+            }
             done.push(Completion {
                 tag: task.tag,
                 result,
@@ -363,6 +390,14 @@ impl Drop for Uring {
             while self.next_completion().is_some() {}
         }
     }
+}
+
+fn begin_clone(cloner: &mut Option<Cloner>, range: CloneRange) -> io::Result<Arc<Cloning>> {
+    let cloner = match cloner {
+        Some(cloner) => cloner,
+        None => cloner.insert(Cloner::start()?),
+    };
+    cloner.begin(range)
 }
 
 /// Makes the descriptions that are open known to the ring.
