@@ -112,7 +112,8 @@ fn sizes_are_those_of_qemu_img() {
         let theirs = run("qemu-img", ["create", "-q", "-f", "raw", &raw, size]);
         let ran = ploop_img(["create", &ours, "--", size]);
         let made = [&theirs, &ran].map(|ran| ran.code == Some(0));
-        let lengths = made[0].then(|| {
+        assert_eq!(made[0], made[1], "{size}: {theirs:?}, {ran:?}");
+        made[0].then(|| {
             let info = run(
                 "qemu-img",
                 ["info", "--output=json", "-f", "parallels", &ours],
@@ -122,13 +123,13 @@ fn sizes_are_those_of_qemu_img() {
             let len = fs::metadata(&raw).unwrap().len();
             fs::remove_file(&raw).unwrap();
             (len, info["virtual-size"].as_u64().unwrap())
-        });
-        assert_eq!(made[0], made[1], "{size}: {theirs:?}, {ran:?}");
-        lengths
+        })
     };
+    // Left out: older versions want digits on both sides of a point, and take a
+    // suffix after hexadecimal digits.
     for size in [
         "1", "513", "7b", "1B", "1k", "3K", "1.5M", "1.5m", "2G", "2g", "0.001T", "1T", "1.0",
-        "2.", ".5M", "1.k", "1.99999k", "0x400", "0X1F000",
+        "1.99999k", "0x400", "0X1F000",
     ] {
         let lengths = both(size).unwrap_or_else(|| panic!("{size} was refused"));
         assert_eq!(lengths.0, lengths.1, "{size}");
@@ -144,7 +145,6 @@ fn sizes_are_those_of_qemu_img() {
         "1.5",
         "1.5b",
         "1e3",
-        "0x1k",
         "1k ",
         "1X",
         "8E",
