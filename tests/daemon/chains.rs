@@ -203,3 +203,50 @@ fn disks_of_the_official_tool_are_bases_of_chains() {
         looks_like(&[], &last);
     }
 }
+
+#[test]
+fn a_bundle_is_not_changed_under_a_guest() {
+    let folder = TempDir::new().unwrap();
+    let bundle = folder.path().join("bundle");
+    let path = bundle.to_str().unwrap();
+    ploop_img(["create", path, "64M"]).ok();
+    let guid = ploop_img(["snapshot", "create", path]).ok();
+    let guid = guid.trim();
+    let state = || {
+        let names = names_in(&bundle).into_iter();
+        let digests = names.map(|name| (sha256(&bundle.join(&name)), name));
+        digests.collect::<Vec<_>>()
+    };
+    let below: [&[&str]; 5] = [
+        &["snapshot", "delete", path, guid],
+        &["snapshot", "merge", path],
+        &["compact", path],
+        &["convert", "--format-version", "1", path],
+        &["check", "--repair", "all", path],
+    ];
+    let above: [&[&str]; 3] = [
+        &["snapshot", "create", path],
+        &["snapshot", "switch", path, guid],
+        &["resize", path, "+1M"],
+    ];
+    // Who serves the top uses all levels; who serves a snapshot, not the top.
+    for (options, refused) in [
+        (&[][..], [&below[..], &above].concat()),
+        (&["--snapshot", guid], below.to_vec()),
+    ] {
+        let backend = Backend::start(&bundle, &folder.path().join("socket"), options);
+        let before = state();
+        for command in refused {
+            let error = ploop_img(command).fails();
+            assert!(error.contains("another process"), "{command:?}: {error}");
+            assert!(state() == before, "{command:?}");
+        }
+        ploop_img(["convert", "--snapshot", guid, path, &format!("{path}.raw")]).ok();
+        std::fs::remove_file(format!("{path}.raw")).unwrap();
+        backend.stop();
+    }
+    for command in [below[1], below[2], above[2]] {
+        ploop_img(command).ok();
+        check(&bundle);
+    }
+}

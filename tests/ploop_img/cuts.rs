@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::fs;
 
-use super::common::img::{names_in, ploop_img, run};
+use super::common::img::{names_in, ploop_img, ploop_img_command, run};
 use super::disk::{CLUSTER, Disk, has_qemu};
 use super::kill::{is_passing, kill_everywhere};
 
@@ -80,10 +80,17 @@ fn three_levels(disk: &Disk) {
     disk.write(0, 3, 3);
 }
 
+/// `snapshot` and what to do, on the disk, and the rest.
 fn command(disk: &Disk, args: &[&str]) -> Vec<String> {
     let mut args: Vec<_> = args.iter().map(|arg| (*arg).to_owned()).collect();
     args.insert(2, disk.path.clone());
     args
+}
+
+/// A command with the disk at its end.
+fn command_on(disk: &Disk, args: &[&str]) -> Vec<String> {
+    let args = args.iter().copied().chain([disk.path.as_str()]);
+    args.map(str::to_owned).collect()
 }
 
 #[test]
@@ -162,6 +169,34 @@ fn merging_can_be_cut_anywhere() {
     let (from, to) = (guid_of(&disk, 1), guid_of(&disk, 3));
     let range = ["snapshot", "merge", "--from", &from, "--to", &to];
     kill(&disk, &command(&disk, &range), false);
+}
+
+#[test]
+fn finishing_what_was_cut_can_be_cut_anywhere() {
+    if !has_qemu() || !cfg!(debug_assertions) {
+        return;
+    }
+    // In the first of the two copies, and in the second.
+    for (step, left) in [(9, 2), (26, 1)] {
+        let disk = Disk::new("2M");
+        three_levels(&disk);
+        let top = disk.sha256(None);
+        let ran = ploop_img_command()
+            .args(["snapshot", "merge", &disk.path])
+            .env("PLOOP_IMG_KILL_AT", step.to_string())
+            .output()
+            .unwrap();
+        assert_eq!(ran.status.code(), None, "{ran:?}");
+        let list = disk.list();
+        let merging = list.iter().filter(|shot| shot["merging"] == true);
+        assert_eq!(merging.count(), left, "step {step}");
+        assert_eq!(disk.sha256(None), top);
+        kill(
+            &disk,
+            &command_on(&disk, &["check", "--repair", "leaks"]),
+            false,
+        );
+    }
 }
 
 #[test]
