@@ -754,7 +754,7 @@ impl<D: Disk> MdWriter<D> {
             Ok(()) => {
                 self.engine.alloc.extend(self.engine.alloc.end() + clusters);
                 self.engine.space_is_low.store(false, Ordering::Release);
-                let pios = self.space.extended();
+                let pios = self.space.extended(clusters, self.extension());
                 self.try_again(pios);
             }
             Err(Errno::NOSPC | Errno::DQUOT) => {

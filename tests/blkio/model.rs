@@ -21,7 +21,8 @@ const LARGE_UNIT: u64 = 4096;
 /// Version of a sector that reads as zeros.
 pub const ZEROS: u32 = 0;
 
-/// The sectors that belong to one lane. Lanes never touch each other's sectors, so
+/// The sectors that belong to one lane, up to a limit that need not be the end of the
+/// disk. Lanes never touch each other's sectors, so
 /// each knows what its own hold; but they share clusters.
 pub struct Model {
     lane: u64,
@@ -33,6 +34,8 @@ pub struct Model {
     next_version: u32,
     rng: SmallRng,
     busy: Vec<Busy>,
+    /// No request may give space back.
+    keeps_space: bool,
 }
 
 /// A request in flight.
@@ -79,17 +82,24 @@ impl Model {
             next_version: 1,
             rng: SmallRng::seed_from_u64(seed ^ (lane as u64) << 32),
             busy: Vec::new(),
+            keeps_space: false,
         }
     }
 
+    /// From now on no request gives space back.
+    pub fn keep_space(&mut self) {
+        self.keeps_space = true;
+    }
+
     fn owns(&self, sector: u64) -> bool {
-        let half = self.sectors.len() as u64 / 2;
+        let sectors = self.sectors.len() as u64;
+        let half = sectors / 2;
         let unit = if sector < half {
             sector / SMALL_UNIT
         } else {
             (sector - half) / LARGE_UNIT
         };
-        unit % self.lanes == self.lane
+        sector < sectors && unit % self.lanes == self.lane
     }
 
     /// A range of own sectors.
@@ -126,6 +136,7 @@ impl Model {
                 self.next_version += 1;
                 Kind::Write(self.next_version)
             }
+            75..85 if self.keeps_space => Kind::Read,
             75..85 => Kind::Discard,
             85..95 => Kind::Zeroes,
             _ => Kind::Flush,
@@ -161,7 +172,10 @@ impl Model {
                 lane.write(offset, &bytes, tag);
             }
             Kind::Discard => lane.discard(offset, len, tag),
-            Kind::Zeroes => lane.write_zeroes(offset, len, self.rng.random(), tag),
+            Kind::Zeroes => {
+                let may_unmap = !self.keeps_space && self.rng.random();
+                lane.write_zeroes(offset, len, may_unmap, tag);
+            }
             Kind::Flush => lane.flush(tag),
         }
         let mark = match kind {
@@ -214,10 +228,22 @@ impl Model {
         self.busy.clear();
     }
 
+    /// A request has failed, which only those may that can need space. It may have
+    /// been done in part.
+    pub fn failed(&mut self, tag: usize) {
+        let kind = self.take_busy(tag).kind;
+        let may_fail = matches!(kind, Kind::Write(_) | Kind::Zeroes);
+        assert!(may_fail, "{kind:?} failed");
+    }
+
+    fn take_busy(&mut self, tag: usize) -> Busy {
+        let index = self.busy.iter().position(|busy| busy.tag == tag);
+        self.busy.swap_remove(index.expect("a request ends once"))
+    }
+
     /// A request has ended well.
     pub fn ended(&mut self, lane: &Lane, tag: usize) {
-        let index = self.busy.iter().position(|busy| busy.tag == tag);
-        let busy = self.busy.swap_remove(index.expect("a request ends once"));
+        let busy = self.take_busy(tag);
         let sectors = busy.start..busy.start + busy.count;
         let version = match busy.kind {
             // It may have had an effect or not.

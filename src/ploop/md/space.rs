@@ -1,6 +1,9 @@
 //! Space for new clusters: growing the file ahead of its writers, and the pios
 //! that wait for space.
 
+#[cfg(test)]
+mod tests;
+
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -43,6 +46,10 @@ pub(super) struct Space {
     announced: bool,
     /// Since the last retry the host has said again that it is full.
     still_full: bool,
+    /// At the last retry pios waited. They may still be on their way back.
+    retried: bool,
+    /// Since the host refused a step: how many clusters it is asked for at most.
+    limit: Option<u32>,
 }
 
 impl Space {
@@ -54,12 +61,15 @@ impl Space {
                 return self.hopeless.push(pio);
             }
         }
+        // Who does not wait for space does not wait to hear that there is none.
+        self.ask_again |= policy == OnEnospc::Report;
         self.needed = true;
         self.parked.push(pio);
     }
 
     fn is_full(&mut self, policy: OnEnospc, now: Duration) {
         self.still_full = true;
+        self.limit = Some(1);
         if self.retry_at.is_none() {
             self.retry_at = Some(now + RETRY);
         }
@@ -118,12 +128,8 @@ impl Space {
         if self.extending || !may_ask || !self.needed || available > low_water {
             return SpaceStep::Nothing;
         }
-        // A full host may still have space for one.
-        let clusters = if self.announced {
-            1
-        } else {
-            step.saturating_mul(self.next_factor(now))
-        };
+        let clusters = step.saturating_mul(self.next_factor(now));
+        let clusters = clusters.min(self.limit.unwrap_or(u32::MAX));
         SpaceStep::Extend(clusters.max(1))
     }
 
@@ -147,11 +153,13 @@ impl Space {
     /// be tried with one at once.
     pub fn extension_failed(&mut self, clusters: u32, policy: OnEnospc, now: Duration) -> bool {
         self.extending = false;
+        // A full host may still have space for one.
+        self.limit = Some(1);
         if clusters > 1 {
             return true;
         }
         self.retry_at = Some(now + RETRY);
-        if self.parked.is_empty() {
+        if self.parked.is_empty() && !self.retried {
             return false;
         }
         self.is_full(policy, now);
@@ -163,13 +171,28 @@ impl Space {
         false
     }
 
-    /// The file is longer now: all may try again.
-    pub fn extended(&mut self) -> Vec<Pio> {
+    /// The file is so many clusters longer now: all may try again. `step` is by how
+    /// many it usually grows.
+    pub fn extended(&mut self, clusters: u32, step: u32) -> Vec<Pio> {
         self.extending = false;
+        // Who had space for these may have for twice as many.
+        let limit = self.limit.map(|_| clusters.saturating_mul(2));
+        self.limit = limit.filter(|&limit| limit < step);
         if !self.announced {
             self.retry_at = None;
+        } else if self.limit.is_none() && !self.still_full {
+            self.is_full_no_more();
+        } else {
+            // Or writers would wait between the steps with space at hand.
+            self.ask_again = true;
         }
         std::mem::take(&mut self.parked)
+    }
+
+    fn is_full_no_more(&mut self) {
+        log::warn!("the host file system has space again");
+        self.announced = false;
+        self.retry_at = None;
     }
 
     /// Pios that shall be tried again because their time has come.
@@ -177,11 +200,11 @@ impl Space {
         if self.retry_at.is_none_or(|at| at > now) {
             return Vec::new();
         }
-        if self.announced && !self.still_full && self.parked.is_empty() {
-            log::warn!("the host file system has space again");
-            self.announced = false;
+        if self.announced && !self.still_full && !self.extending && self.parked.is_empty() {
+            self.is_full_no_more();
         }
         self.still_full = false;
+        self.retried = !self.parked.is_empty();
         self.ask_again = true;
         self.retry_at = self.announced.then(|| now + RETRY);
         std::mem::take(&mut self.parked)
