@@ -279,7 +279,14 @@ fn check_chain(descriptor: &Descriptor, top: Guid, files: &[HostFile]) -> Result
     let mut levels = Vec::new();
     for (image, file) in descriptor.chain(top).into_iter().zip(files).rev() {
         let level = match image.kind {
-            ImageKind::Plain => check_plain(descriptor, top == descriptor.top(), above, file)?,
+            ImageKind::Plain => {
+                let disk_size = above.map_or(descriptor.disk_size, |(disk_size, _)| disk_size);
+                let is_disk = image.guid == descriptor.top();
+                Level::Plain {
+                    size: plain_size(file, disk_size, is_disk)?,
+                    cluster: descriptor.cluster,
+                }
+            }
             ImageKind::Expandable => {
                 above = Some(check_expandable(descriptor.cluster, above, file)?);
                 Level::Ploop
@@ -319,31 +326,17 @@ fn check_expandable(
     Ok((geometry.disk_size, geometry.entries))
 }
 
-/// A plain image that fits; `is_disk` says that it is all that the disk has.
-fn check_plain(
-    descriptor: &Descriptor,
-    is_disk: bool,
-    above: Option<(Sector, u32)>,
-    file: &HostFile,
-) -> Result<Level> {
+/// How much of a disk is in a plain image: all of it if it `is_disk`. Else the disk
+/// may have grown above it.
+pub(super) fn plain_size(file: &HostFile, disk_size: Sector, is_disk: bool) -> Result<Sector> {
     let len = file.file.metadata().context(&file.path, "look at")?.len();
     let in_file = Sector(len / SECTOR_SIZE);
-    let size = match above {
-        // What the top has grown by is not in the base.
-        Some((disk_size, _)) => in_file.min(disk_size),
-        // Nor is it if the base is asked for by itself.
-        None if !is_disk => in_file.min(descriptor.disk_size),
-        None if in_file < descriptor.disk_size => {
-            return Err(ImageError::PlainTooShort {
-                path: file.path.clone(),
-                len,
-                disk_size: descriptor.disk_size,
-            });
-        }
-        None => descriptor.disk_size,
-    };
-    Ok(Level::Plain {
-        size,
-        cluster: descriptor.cluster,
-    })
+    if is_disk && in_file < disk_size {
+        return Err(ImageError::PlainTooShort {
+            path: file.path.clone(),
+            len,
+            disk_size,
+        });
+    }
+    Ok(in_file.min(disk_size))
 }

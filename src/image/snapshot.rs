@@ -25,8 +25,8 @@ use super::bundle::{Bundle, Location};
 use super::create::{new_header, publish_file, write_empty};
 use super::delta::read_header;
 use super::error::{ImageError, Result};
-use super::open::{image_of, lock_file, not_a_bundle, open_level};
-use crate::format::{Descriptor, Guid, Header, ImageKind, Sector};
+use super::open::{image_of, lock_file, not_a_bundle, open_level, plain_size};
+use crate::format::{Descriptor, Guid, Header, ImageKind};
 use crate::storage::HostFile;
 use crate::storage::lock::{ImageLock, LockMode};
 
@@ -138,20 +138,12 @@ fn header_on_top(bundle: &Bundle, below: Guid, file: &HostFile) -> Result<Header
     let descriptor = bundle.descriptor();
     let kind = descriptor.image(below).map(|image| image.kind);
     if kind == Some(ImageKind::Plain) {
-        return new_header(&file.path, plain_size(bundle, file)?, descriptor.cluster);
+        let size = plain_size(file, descriptor.disk_size, below == descriptor.top())?;
+        return new_header(&file.path, size, descriptor.cluster);
     }
     let header = read_header(&image_of(file)?)?;
     header.on_top().map_err(|source| ImageError::Header {
         path: file.path.clone(),
         source,
     })
-}
-
-/// Of a disk that is a plain image: what the descriptor says if that is the top,
-/// else as much of it as is in the file.
-fn plain_size(bundle: &Bundle, file: &HostFile) -> Result<Sector> {
-    use super::error::IoContext;
-    let len = file.file.metadata().context(&file.path, "look at")?.len();
-    let in_file = Sector(len / crate::format::SECTOR_SIZE);
-    Ok(in_file.min(bundle.descriptor().disk_size))
 }

@@ -58,6 +58,32 @@ fn every_command_goes_on_a_chain_of_any_kind() {
 }
 
 #[test]
+fn a_plain_base_ends_where_its_disk_ends() {
+    let Some(disk) = Disk::fixture("plain") else {
+        return;
+    };
+    let size = fixture("plain").size;
+    let base = disk.top_file();
+    let file = OpenOptions::new().write(true).open(&base).unwrap();
+    file.set_len(size - 512).unwrap();
+    for command in [["snapshot", "create"], ["check", "--repair=all"]] {
+        let error = ploop_img(command.iter().chain(&[disk.path.as_str()])).fails();
+        assert!(error.contains("bytes long, its disk takes"), "{error}");
+    }
+    assert_eq!(disk.list().len(), 1);
+
+    file.set_len(size).unwrap();
+    let before = disk.sha256(None);
+    file.write_all_at(b"not the guest's", size).unwrap();
+    let first = disk.create();
+    ploop_img(["resize", &disk.path, "+1M"]).ok();
+    let grown = disk.read(None);
+    assert!(grown[size as usize..].iter().all(|byte| *byte == 0));
+    assert_eq!(disk.sha256(Some(&first)), before);
+    disk.check();
+}
+
+#[test]
 fn a_merged_chain_is_what_its_flattened_copies_are() {
     if !has_qemu() {
         return;

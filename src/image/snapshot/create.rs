@@ -5,7 +5,8 @@ use std::path::Path;
 use super::{Held, header_on_top};
 use crate::format::{Guid, ImageKind};
 use crate::image::delta::Delta;
-use crate::image::error::Result;
+use crate::image::error::{IoContext, Result};
+use crate::image::file::ImageFile;
 use crate::image::open::image_of;
 
 /// Keeps the present state of the bundle at `path` as a snapshot; gives back its
@@ -24,6 +25,15 @@ pub fn create_snapshot(path: &Path, guid: Option<Guid>) -> Result<Guid> {
         Delta::load(image_of(file)?)?.require_sound()?;
     }
     let header = header_on_top(&held.bundle, top, file)?;
+    if kind == Some(ImageKind::Plain) {
+        // What lies behind the end of the disk was never the guest's, and must not
+        // come to light when the disk grows above it.
+        let image = image_of(file)?;
+        image
+            .set_len(header.geometry().disk_size.bytes())
+            .and_then(|()| image.sync())
+            .context(image.path(), "cut off")?;
+    }
     let guid = guid.unwrap_or_else(Guid::random);
     held.add_delta(&header, |held, name| {
         let mut descriptor = held.bundle.descriptor().clone();
