@@ -11,6 +11,7 @@ use super::delta::Delta;
 use super::error::{IoContext, Result};
 use super::file::{HostImage, ImageFile};
 use super::open::{Access, OpenMode, image_of, open};
+use super::progress::Progress;
 use super::{repair, version};
 use crate::format::{BatScan, ClusterSet, Extension, Geometry, HostCluster, InUse, SECTOR_SIZE};
 use crate::ploop::Level;
@@ -110,13 +111,19 @@ impl CheckReport {
 }
 
 /// Checks the disk at `path`, all levels of it, and repairs what `repair` says.
+/// A repair that has to finish a merge copies data, which takes its time.
 ///
 /// # Errors
 /// Whatever keeps it from being opened and read so, or repaired.
-pub fn check(path: &Path, repair: Option<Repair>, mode: OpenMode) -> Result<CheckReport> {
+pub fn check(
+    path: &Path,
+    repair: Option<Repair>,
+    mode: OpenMode,
+    progress: &dyn Progress,
+) -> Result<CheckReport> {
     let mut whole = CheckReport::new(path);
     if repair.is_some() {
-        bundle::finish_merges(path, &mut whole)?;
+        bundle::finish_merges(path, &mut whole, progress)?;
     }
     let image = match repair {
         None => open(path, mode)?,

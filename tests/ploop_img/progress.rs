@@ -94,6 +94,31 @@ fn a_terminal_shows_a_bar_that_is_gone_in_the_end() {
 }
 
 #[test]
+fn a_repair_shows_the_merge_that_it_finishes() {
+    if !cfg!(debug_assertions) {
+        return;
+    }
+    let folder = TempDir::new().unwrap();
+    let disk = folder.path().join("disk").to_str().unwrap().to_owned();
+    ploop_img(["convert", &raw_file(folder.path()), &disk]).ok();
+    ploop_img(["snapshot", "create", &disk]).ok();
+    let clean = on_a_terminal(&["check", "--repair=all", &disk]);
+    assert!(!clean.contains('%'), "{clean:?}");
+    // Once the descriptor says that there is something to merge.
+    let killed = ploop_img_command()
+        .args(["snapshot", "merge", &disk])
+        .env("PLOOP_IMG_KILL_AT", "6")
+        .output()
+        .unwrap();
+    assert_eq!(killed.status.code(), None, "{killed:?}");
+    let list = ploop_img(["snapshot", "list", &disk]).ok();
+    assert!(list.contains("to be merged"), "{list}");
+    let said = on_a_terminal(&["check", "--repair=leaks", &disk]);
+    assert!(said.contains('%'), "{said:?}");
+    ploop_img(["check", &disk]).ok();
+}
+
+#[test]
 fn nothing_is_shown_where_standard_error_is_no_terminal() {
     let folder = TempDir::new().unwrap();
     let path = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();

@@ -54,7 +54,12 @@ fn run(command: Command) -> Result<ExitCode, ImageError> {
             format,
         } => {
             let mode = read_mode(&disk);
-            let report = image::check(&disk.path, repair.map(Into::into), mode)?;
+            let repair = repair.map(Into::into);
+            // Only a repair may take long; a check ends at once when it is asked to.
+            let report = match repair {
+                Some(_) => image::check(&disk.path, repair, mode, &Bar::new(false))?,
+                None => image::check(&disk.path, repair, mode, &())?,
+            };
             show::check(&report, format.output);
             return Ok(check_code(&report));
         }

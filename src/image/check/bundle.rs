@@ -13,6 +13,7 @@ use crate::image::delta::read_header;
 use crate::image::error::Result;
 use crate::image::folder::TEMPORARY_PREFIX;
 use crate::image::open::{OpenImage, OpenMode, image_of, lock, open_level};
+use crate::image::progress::Progress;
 use crate::image::snapshot::finish_merge;
 use crate::image::version::COPY_SUFFIX;
 use crate::ploop::Level;
@@ -46,11 +47,15 @@ pub(super) fn check_branches(
 }
 
 /// Finishes what deleting snapshots began, if it was cut off.
-pub(super) fn finish_merges(path: &Path, report: &mut CheckReport) -> Result<()> {
+pub(super) fn finish_merges(
+    path: &Path,
+    report: &mut CheckReport,
+    progress: &dyn Progress,
+) -> Result<()> {
     if matches!(Location::of(path)?, Location::Bare(_)) {
         return Ok(());
     }
-    while finish_merge(path, &())? {
+    while finish_merge(path, progress)? {
         report.leaks_fixed += 1;
         let text = "the deletion of a snapshot had been cut off";
         report.messages.push(text.to_owned());
