@@ -6,6 +6,7 @@
 mod common;
 
 mod client;
+mod clones;
 mod full_disk;
 mod kill;
 mod model;

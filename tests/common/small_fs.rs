@@ -37,6 +37,14 @@ impl SmallFs {
         ))
     }
 
+    /// An XFS whose files can share data. The same.
+    pub fn xfs(size: u64) -> Option<Self> {
+        require_tool("mkfs.xfs").then_some(())?;
+        Self::mount(&format!(
+            "truncate -s {size} disk && mkfs.xfs -q -m reflink=1 disk && mount -o loop disk small"
+        ))
+    }
+
     /// `script` mounts something on the folder `small`.
     fn mount(script: &str) -> Option<Self> {
         require_tool("unshare").then_some(())?;
