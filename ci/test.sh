@@ -13,7 +13,7 @@ export CARGO_TERM_COLOR=${CARGO_TERM_COLOR:-never}
 export PLOOP_REQUIRE_PEERS=1
 
 # One function a stage. To add one, write it and put its name in the list.
-stages=(tools format lint scripts guest tests models power_cuts release demo)
+stages=(tools format lint scripts guest tests models power_cuts release demo bench)
 
 stage_tools() {
     qemu/install-tools.sh ci
