@@ -1,6 +1,5 @@
 //! The daemon as a process: its command line, its socket, its threads, its end.
 
-mod chains;
 #[path = "../common/mod.rs"]
 mod common;
 #[path = "../common/front_end.rs"]

@@ -1,5 +1,10 @@
 //! Disks of the official tool, with snapshots on them, served to a guest.
 
+#[path = "../common/mod.rs"]
+mod common;
+#[path = "../common/front_end.rs"]
+mod front_end;
+
 use std::path::Path;
 
 use sha2::{Digest, Sha256};
@@ -9,13 +14,13 @@ use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_T_WRITE_ZEROES,
 };
 
-use crate::OK;
-use crate::common::backend::Backend;
-use crate::common::fixtures::FIXTURES;
-use crate::common::img::{names_in, ploop_img, qemu_img_check, sha256};
-use crate::common::require_tool;
-use crate::front_end::*;
-use crate::start_front_end;
+use common::backend::Backend;
+use common::fixtures::FIXTURES;
+use common::img::{names_in, ploop_img, qemu_img_check, sha256};
+use common::require_tool;
+use front_end::*;
+
+const OK: u8 = 0;
 
 /// What is read at once, in bytes.
 const CHUNK: u64 = 256 << 10;
@@ -31,8 +36,11 @@ struct Guest {
 impl Guest {
     /// Reads all of it.
     fn new(backend: &Backend, size: u64) -> Self {
+        let mut front_end = FrontEnd::connect(backend.socket());
+        front_end.negotiate(u64::MAX);
+        front_end.start_rings();
         let mut guest = Self {
-            front_end: start_front_end(backend.socket()),
+            front_end,
             disk: Vec::new(),
         };
         guest.disk = guest.read(size);
