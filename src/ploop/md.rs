@@ -258,9 +258,12 @@ impl<D: Disk> MdWriter<D> {
             .then(|| self.dirty.values().min())
             .flatten()
             .map(|due| (*due).max(self.retry_at));
+        let reclaims = self.round.phase == Phase::Idle && self.wants_reclaim_sync();
+        let reclaim_due = reclaims.then_some(self.retry_at);
         [
             awaits_io.then_some(GRACE_POLL),
             due.map(|due| due.saturating_sub(now)),
+            reclaim_due.map(|due| due.saturating_sub(now)),
             self.space.deadline().map(|at| at.saturating_sub(now)),
         ]
         .into_iter()
