@@ -32,7 +32,8 @@ pub struct Options {
     /// eight times as many when they use that up within a second.
     pub preallocation: u64,
     /// The smallest cluster in bytes that a copy-on-write clones, where the host can
-    /// share data between files. A small one is copied faster than it is shared.
+    /// share data between files. A small one is cheap to copy, and the host lets a
+    /// clone wait for all I/O to both files.
     pub smallest_clone: u64,
     /// When no more clusters than this are left to be given out, the file grows. Set by the engine.
     pub(super) low_water: u32,
