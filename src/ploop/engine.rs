@@ -20,6 +20,7 @@ use super::inbox::Inbox;
 use super::options::Options;
 use super::pio::{Pio, QueueMessage, Work};
 use super::queue::Queue;
+use super::sabotage::{self, Sabotage};
 use crate::format::{Geometry, GuestCluster, HostCluster, Sector};
 use crate::storage::{Disk, FileId, Segments};
 
@@ -272,8 +273,14 @@ impl<D: Disk> Engine<D> {
         self.sync_failed.load(Ordering::Acquire)
     }
 
-    pub(super) fn set_sync_failed(&self) {
-        self.sync_failed.store(true, Ordering::Release);
+    /// From now on nothing can be called stable. `what` has failed.
+    pub(super) fn set_sync_failed(&self, what: &str) {
+        if sabotage::is(Sabotage::ForgetFailedSync) {
+            return;
+        }
+        if !self.sync_failed.swap(true, Ordering::AcqRel) {
+            log::error!("{what} has failed; flushes fail until the image is opened again");
+        }
     }
 
     /// Whether a flush has nothing to do: no changing request has completed since

@@ -418,12 +418,12 @@ impl<D: Disk> MdWriter<D> {
 
     fn synced(&mut self, result: Result<(), Errno>, now: Duration) {
         if let Err(errno) = result {
-            log::error!(
-                "a sync of the image failed: {errno}; flushes fail until it is opened again"
-            );
-            if !sabotage::is(Sabotage::ForgetFailedSync) {
-                self.engine.set_sync_failed();
-            }
+            let what = format!("a sync of the image ({errno})");
+            self.engine.set_sync_failed(&what);
+            return self.end_round(Err(EngineError::SyncFailed));
+        }
+        // Meanwhile a stable write may have lost what this sync was to cover.
+        if self.engine.has_sync_failed() {
             return self.end_round(Err(EngineError::SyncFailed));
         }
         let engine = self.engine.clone();

@@ -58,6 +58,8 @@ struct LocalOp {
     epoch: Epoch,
     /// Where a write goes, should it have to be tried again.
     target: Option<(GuestCluster, u32)>,
+    /// It was a stable write that has failed, and is now tried as one that is not.
+    doubted: bool,
 }
 
 /// See the module's text.
@@ -443,6 +445,7 @@ impl<D: Disk> Queue<D> {
             request: key,
             epoch,
             target,
+            doubted: false,
         }) as u64;
         if !self.backlog.is_empty() {
             self.backlog.push_back((tag, op));
@@ -461,11 +464,50 @@ impl<D: Disk> Queue<D> {
         self.io.submit();
     }
 
+    /// A stable write is a write and a sync in one, and its error does not say which
+    /// of the two has failed. If it was the write, that concerns nobody else. A sync
+    /// that fails may have lost what others have written, and its error is reported
+    /// once only: no later sync would tell (I7). So the write is tried alone, and if
+    /// that succeeds, it was the sync. Its epoch stays, as does its cluster.
+    fn doubt(&mut self, completion: Completion) -> Option<Completion> {
+        match completion {
+            Completion {
+                tag,
+                result: Err(errno),
+                op:
+                    Op::Write {
+                        file,
+                        offset,
+                        buffer,
+                        dsync: true,
+                    },
+            } if !matches!(errno, Errno::NOSPC | Errno::DQUOT) => {
+                self.ops[tag as usize].doubted = true;
+                let write = Op::Write {
+                    file,
+                    offset,
+                    buffer,
+                    dsync: false,
+                };
+                self.backlog.push_back((tag, write));
+                None
+            }
+            completion => Some(completion),
+        }
+    }
+
     fn local_done(&mut self, completion: Completion) {
+        let Some(completion) = self.doubt(completion) else {
+            return;
+        };
         let local = self.ops.remove(completion.tag as usize);
         self.participant.leave(local.epoch);
         let key = local.request;
         match (completion.result, completion.op, local.target) {
+            (Ok(()), ..) if local.doubted => {
+                self.engine.set_sync_failed("a stable write");
+                self.active[key].result = Err(EngineError::SyncFailed);
+            }
             (Ok(()), ..) => {}
             (
                 Err(Errno::NOSPC | Errno::DQUOT),

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use rustix::io::Errno;
 use smallvec::smallvec;
 
 use super::control::Control;
@@ -279,6 +280,32 @@ fn write_through_makes_stable_before_completion() {
     let mut rig = Rig::open(&rig.disk.clone(), 1, options());
     assert_eq!(rig.read(0, 512), [5; 512]);
     assert_eq!(rig.read(512, 512), [6; 512]);
+}
+
+#[test]
+fn a_stable_write_whose_sync_fails_fails_all_that_would_be_stable() {
+    let mut rig = Rig::new(4 * CLUSTER);
+    assert!(rig.engine.begin_write_through(true).is_some());
+    rig.write(0, &[5; 512]).unwrap();
+    rig.disk.change_medium(|medium| medium.faults.sync = 1.0);
+    assert_eq!(rig.write(0, &[6; 512]), Err(EngineError::SyncFailed));
+    rig.disk.change_medium(|medium| medium.faults.sync = 0.0);
+    assert_eq!(rig.write(512, &[7; 512]), Err(EngineError::SyncFailed));
+    assert_eq!(rig.flush(), Err(EngineError::SyncFailed));
+    assert_eq!(rig.read(512, 512), [7; 512]);
+}
+
+#[test]
+fn a_stable_write_that_fails_by_itself_concerns_nobody_else() {
+    let mut rig = Rig::new(4 * CLUSTER);
+    assert!(rig.engine.begin_write_through(true).is_some());
+    rig.write(0, &[5; 512]).unwrap();
+    rig.disk.change_medium(|medium| medium.faults.write = 1.0);
+    assert_eq!(rig.write(0, &[6; 512]), Err(EngineError::Io(Errno::IO)));
+    rig.disk.change_medium(|medium| medium.faults.write = 0.0);
+    rig.write(512, &[7; 512]).unwrap();
+    rig.flush().unwrap();
+    assert_eq!(rig.read(512, 512), [7; 512]);
 }
 
 #[test]

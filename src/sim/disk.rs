@@ -34,7 +34,7 @@ pub struct Faults {
     pub zero: f64,
     /// `EIO` for an allocation.
     pub allocate: f64,
-    /// `EIO` for a sync.
+    /// `EIO` for a sync, that of a stable write included.
     pub sync: f64,
 }
 
@@ -559,12 +559,16 @@ impl State {
         }
     }
 
-    fn finish(&mut self, pending: Pending, result: Result<(), Errno>) {
+    fn finish(&mut self, pending: Pending, mut result: Result<(), Errno>) {
         let id = pending.id;
         if let Op::Write {
             file, dsync: true, ..
         } = &pending.op
         {
+            if result.is_ok() && self.fails(self.medium.faults.sync) {
+                self.failures += 1;
+                result = Err(Errno::IO);
+            }
             match result {
                 Ok(()) => self.file(*file).sync(|op| op == id),
                 Err(_) => self.file(*file).fail_sync(|op| op == id, |_| false),
