@@ -1,6 +1,9 @@
 //! From a path to open, locked image files in the order that they stack.
 
+use std::fs::File;
 use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use rustix::fs::OFlags;
 
@@ -250,11 +253,19 @@ pub(super) fn lock(file: &HostFile, mode: OpenMode) -> Result<Option<ImageLock>>
     lock_file(file, lock_mode, shareable).map(Some)
 }
 
+/// How long a writer that is in the way is given to go. Of one that was killed, I/O
+/// may still be under way, and keeps the locks until it has ended (see
+/// `storage/host/uring.rs`).
+const PATIENCE: Duration = Duration::from_secs(1);
+
+/// The pause between two looks.
+const PAUSE: Duration = Duration::from_millis(10);
+
 /// Locks a file, and says it well if somebody is in the way. `shareable` is
 /// whether the user could do without a lock.
 pub(super) fn lock_file(file: &HostFile, mode: LockMode, shareable: bool) -> Result<ImageLock> {
     let path = || file.path.clone();
-    ImageLock::acquire(&file.file, mode).map_err(|source| match source {
+    lock_patiently(&file.file, mode).map_err(|source| match source {
         LockError::Io(_) => ImageError::Lock {
             path: path(),
             source,
@@ -265,6 +276,18 @@ pub(super) fn lock_file(file: &HostFile, mode: LockMode, shareable: bool) -> Res
             shareable,
         },
     })
+}
+
+fn lock_patiently(file: &File, mode: LockMode) -> std::result::Result<ImageLock, LockError> {
+    let start = Instant::now();
+    loop {
+        match ImageLock::acquire(file, mode) {
+            Err(LockError::Writer(_) | LockError::Exclusive(_)) if start.elapsed() < PATIENCE => {
+                thread::sleep(PAUSE);
+            }
+            result => return result,
+        }
+    }
 }
 
 /// For work through [`ImageFile`](super::ImageFile), on the same open file.

@@ -153,6 +153,16 @@ impl ImageLock {
         Ok(lock)
     }
 
+    /// Closes the descriptor as the end of the process does, without a word about the
+    /// locks.
+    #[cfg(test)]
+    pub(crate) fn abandon(self) {
+        use std::os::fd::FromRawFd;
+        let lock = std::mem::ManuallyDrop::new(self);
+        // SAFETY: the descriptor is ours, and nobody closes it a second time.
+        drop(unsafe { File::from_raw_fd(lock.file.as_raw_fd()) });
+    }
+
     /// Whether anybody else holds a byte that contradicts ours.
     fn test(&self, used: Permissions, denied: Permissions) -> Result<(), LockError> {
         for n in used.iter() {

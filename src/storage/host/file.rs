@@ -92,6 +92,8 @@ impl Fallocation {
 pub(super) struct SharedFile {
     /// For the methods that block, and for threads that cannot have their own.
     file: File,
+    /// The caller's description, to which locks belong.
+    given: File,
     path: PathBuf,
     writable: bool,
     /// How `file` and the threads' descriptions are opened.
@@ -128,7 +130,10 @@ impl SharedFile {
         }
         let (file, alignment) = match opened {
             Some((file, alignment)) => (file, Some(alignment)),
-            None => (reopen_or_share(given, writable, false)?, None),
+            None => {
+                let shared = given.try_clone()?;
+                (reopen_or_share(shared, writable, false)?, None)
+            }
         };
         let refused: [AtomicBool; 3] = Default::default();
         if in_memory(&file).unwrap_or(false) {
@@ -137,6 +142,7 @@ impl SharedFile {
         }
         Ok(Self {
             file,
+            given,
             path,
             writable,
             opened_direct: alignment.is_some(),
@@ -162,6 +168,7 @@ impl SharedFile {
     #[cfg(test)]
     pub(super) fn pretend_direct(file: File, alignment: Alignment) -> Self {
         Self {
+            given: file.try_clone().expect("a descriptor can be copied"),
             file,
             path: PathBuf::from("pretended"),
             writable: true,
@@ -172,6 +179,11 @@ impl SharedFile {
             clone_refused: AtomicBool::new(false),
             length: Mutex::new(()),
         }
+    }
+
+    /// The description with the locks that say that this file is written to, if it is.
+    pub(super) fn writers_lock(&self) -> Option<BorrowedFd<'_>> {
+        self.writable.then(|| self.given.as_fd())
     }
 
     /// In bytes.

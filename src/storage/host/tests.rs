@@ -2,7 +2,7 @@
 //! around the page cache and through it.
 
 use std::collections::HashMap;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -15,6 +15,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use super::file::{Alignment, Fallocation};
 use super::*;
 use crate::storage::ZeroMode;
+use crate::storage::lock::{ImageLock, LockError, LockMode};
 
 /// A way to ask the kernel, for tests of all.
 #[derive(Clone, Copy, Debug)]
@@ -511,6 +512,38 @@ fn a_batch_of_cached_reads_is_one_system_call() {
     ring.submit();
     ring.reap(&mut Vec::new());
     assert_eq!(ring.calls, 3, "nothing to do is no call");
+}
+
+#[test]
+fn a_ring_keeps_the_locks_until_it_is_gone() {
+    let folder = &folders()[0];
+    let (path, _) = new_file(folder, 1 << 20, 9);
+    let given = host_file(&path, true);
+    let lock = ImageLock::acquire(&given.file, LockMode::ReadWrite).expect("nobody else");
+    let disk = HostDisk::new(vec![given], HostOptions::default()).expect("disk");
+    let files = Files::new(Arc::clone(&disk.files));
+    let ring = Uring::new(files, 4, &Generation::ALL).expect("io_uring");
+    // What a ring with requests in flight is when its process has been killed: all
+    // descriptors are closed, and it is still there.
+    // SAFETY: the ring is open.
+    let kept = unsafe { BorrowedFd::borrow_raw(ring.ring.as_raw_fd()) };
+    let kept = kept
+        .try_clone_to_owned()
+        .expect("a descriptor can be copied");
+    lock.abandon();
+    drop((ring, disk));
+    let other = host_file(&path, true).file;
+    let refused = ImageLock::acquire(&other, LockMode::ReadOnly);
+    assert!(matches!(refused, Err(LockError::Writer(_))), "{refused:?}");
+    drop(kept);
+    let start = Instant::now();
+    while ImageLock::acquire(&other, LockMode::ReadOnly).is_err() {
+        assert!(
+            start.elapsed() < Duration::from_secs(60),
+            "it is still locked"
+        );
+        std::thread::sleep(Duration::from_millis(1));
+    }
 }
 
 #[test]

@@ -400,8 +400,22 @@ fn begin_clone(cloner: &mut Option<Cloner>, range: CloneRange) -> io::Result<Arc
     cloner.begin(range)
 }
 
-/// Makes the descriptions that are open known to the ring.
+/// Makes the descriptions that are open known to the ring; and behind them, under a
+/// number that no operation uses, the one that carries the locks of the file that is
+/// written to.
+///
+/// When the process is killed, the kernel neither stops nor awaits writes that a ring
+/// has handed to the disk. The descriptors are closed, and the locks of a description
+/// would go with its last one, while such a write can still arrive, in a file that
+/// somebody else has meanwhile opened, checked and changed. But a description in the
+/// table of a ring lives as long as the ring does, and a ring is taken down only when
+/// all its requests have ended (`io_ring_exit_work` in the kernel waits for them and
+/// gives the table back afterwards). So the locks outlive every write.
+///
+/// Plain calls need nothing of the kind: a thread in the midst of one keeps all
+/// descriptors of the process open.
 fn register_files(ring: &IoUring, files: &Files) -> io::Result<()> {
+    let locked = files.shared.last().and_then(|top| top.writers_lock());
     let fds: Vec<RawFd> = files
         .open
         .iter()
@@ -409,6 +423,7 @@ fn register_files(ring: &IoUring, files: &Files) -> io::Result<()> {
             Some(file) => file.as_fd().as_raw_fd(),
             None => -1,
         })
+        .chain(locked.map(|fd| fd.as_raw_fd()))
         .collect();
     ring.submitter().register_files(&fds)
 }
