@@ -14,7 +14,6 @@ use std::os::fd::RawFd;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use thiserror::Error;
 
 pub use args::Args;
@@ -25,7 +24,7 @@ pub use socket::{ServerSocket, SocketError};
 use crate::device::{BlockDevice, Queues, QueuesError};
 use crate::image::{self, Access, ImageError, OpenMode};
 use crate::ploop::{Engine, EngineError, OpenError, Running};
-use crate::storage::HostDisk;
+use crate::storage::{HostDisk, ease_limits};
 
 /// Why the daemon ends with a failure.
 #[derive(Debug, Error)]
@@ -64,7 +63,7 @@ pub enum Error {
 /// See [`enum@Error`]. The image is closed as well as it can be before any is returned.
 pub fn run(args: &Args) -> Result<(), Error> {
     let signals = Signals::catch().map_err(Error::Setup)?;
-    raise_descriptor_limit();
+    ease_limits();
     let access = if args.is_read_only() {
         Access::Read
     } else {
@@ -117,16 +116,3 @@ fn open_socket(args: &Args) -> Result<ServerSocket, SocketError> {
 
 /// What the command line cannot lead to, as it asks for one of the two.
 const NO_DESCRIPTOR: RawFd = -1;
-
-/// Each queue in use has descriptors of its own for every file of a chain; the
-/// usual limit of 1024 is for the sake of `select(2)`, which is not used here.
-fn raise_descriptor_limit() {
-    let limit = getrlimit(Resource::Nofile);
-    let raised = Rlimit {
-        current: limit.maximum,
-        ..limit
-    };
-    if let Err(error) = setrlimit(Resource::Nofile, raised) {
-        log::debug!("the limit of descriptors stays: {error}");
-    }
-}

@@ -8,6 +8,7 @@
 //! cluster, a BAT or a guest is.
 
 mod host;
+mod limits;
 pub mod lock;
 mod segments;
 
@@ -17,6 +18,7 @@ use std::os::fd::RawFd;
 use rustix::io::Errno;
 
 pub use host::{Aio, Cache, HostDisk, HostFile, HostIo, HostOptions};
+pub use limits::ease_limits;
 pub use segments::{AlignedBuf, Buffer, Segment, Segments};
 
 /// Which of the files of a [`Disk`]: 0 is the base, the highest the top delta.

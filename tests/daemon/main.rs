@@ -22,6 +22,7 @@ use std::{
 use common::{backend::Backend, img::ploop_img};
 use front_end::*;
 use rustix::io::{FdFlags, fcntl_setfd};
+use rustix::process::{Pid, Resource, Rlimit, prlimit};
 use tempfile::TempDir;
 use vhost::VhostBackend;
 use virtio_bindings::virtio_blk::{
@@ -364,6 +365,48 @@ fn the_log_level_comes_from_the_environment_or_the_command_line() {
     assert_eq!(log_of(Some("debug"), Some("--log-level=error")), "");
     let more = log_of(Some("error"), Some("--log-level=debug"));
     assert!(more.contains(" DEBUG "), "{more}");
+}
+
+#[test]
+fn a_file_that_may_not_grow_is_an_error_of_the_write() {
+    for aio in ["io_uring", "psync"] {
+        let rig = Rig::new();
+        let backend = rig.serve(&["--aio", aio]);
+        let mut front_end = start_front_end(backend.socket());
+        let pid = Pid::from_raw(backend.pid() as i32);
+        let may_have = |current| {
+            let limit = Rlimit {
+                current,
+                maximum: None,
+            };
+            prlimit(pid, Resource::Fsize, limit).unwrap();
+        };
+        may_have(Some(fs::metadata(&rig.image).unwrap().len()));
+        front_end.fill(DATA, &[1; 512]);
+        let ring = &mut front_end.rings[0];
+        let write = ring.run(VIRTIO_BLK_T_OUT, 0, &[readable(DATA, 512)]);
+        assert_eq!(write, (IOERR, 1));
+        let read = ring.run(VIRTIO_BLK_T_IN, 0, &[writable(DATA, 512)]);
+        assert_eq!(read, (OK, 513));
+        may_have(None);
+        expect_service(&mut front_end);
+        drop(front_end);
+        backend.stop();
+        ploop_img(["check", rig.image.to_str().unwrap()]).ok();
+    }
+}
+
+#[test]
+fn as_many_descriptors_are_allowed_as_can_be() {
+    let rig = Rig::new();
+    let backend = rig.serve(&[]);
+    let limits = fs::read_to_string(format!("/proc/{}/limits", backend.pid())).unwrap();
+    let line = limits
+        .lines()
+        .find(|line| line.starts_with("Max open files"));
+    let words: Vec<_> = line.unwrap().split_whitespace().collect();
+    assert_eq!(words[3], words[4], "soft and hard");
+    backend.stop();
 }
 
 #[test]

@@ -198,3 +198,15 @@ fn info_for_people_names_the_facts() {
         }
     }
 }
+
+#[test]
+fn a_file_larger_than_allowed_is_an_error() {
+    let folder = TempDir::new().unwrap();
+    let disk = folder.path().join("a.hds");
+    let exe = env!("CARGO_BIN_EXE_ploop-img");
+    // The BAT of the disk takes more than that.
+    let script = format!("ulimit -f 100; exec {exe} create {} 1T", disk.display());
+    let said = run("sh", ["-c", &script]).fails();
+    assert!(said.contains("File too large"), "{said}");
+    assert!(names_in(folder.path()).is_empty());
+}

@@ -11,6 +11,7 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use vhost_user_ploop::image::{self, Access, CheckReport, Conversion, ImageError, OpenMode};
+use vhost_user_ploop::storage::ease_limits;
 
 use crate::args::{Cli, Command, Disk, Snapshot};
 use crate::progress::Bar;
@@ -24,6 +25,7 @@ fn main() -> ExitCode {
             return ExitCode::from(u8::from(error.use_stderr()));
         }
     };
+    ease_limits();
     match run(cli.command) {
         Ok(code) => code,
         Err(error) => {
