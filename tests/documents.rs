@@ -174,3 +174,41 @@ fn each_dependency_has_its_reason_and_no_other_has_one() {
     assert!(used.len() > 20, "{used:?}");
     assert_eq!(used, explained);
 }
+
+/// The names of the functions in all sources under this folder.
+fn functions_under(folder: &Path, names: &mut BTreeSet<String>) {
+    for entry in fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() {
+            functions_under(&path, names);
+        } else if path.extension().is_some_and(|extension| extension == "rs") {
+            let text = fs::read_to_string(&path).unwrap();
+            let declared = text.split("fn ").skip(1);
+            names.extend(declared.filter_map(|text| text.split(['(', '<']).next().map(Into::into)));
+        }
+    }
+}
+
+#[test]
+fn the_tests_that_the_documentation_names_are_there() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let mut functions = BTreeSet::new();
+    functions_under(&root.join("src"), &mut functions);
+    functions_under(&root.join("tests"), &mut functions);
+    for document in ["docs/series.md", "docs/durability.md"] {
+        let text = repo_file(document);
+        // Every other piece is in backticks. Of what is in them, sentences are tests.
+        let quoted = text.split('`').skip(1).step_by(2);
+        let named: Vec<_> = quoted
+            .filter(|name| name.matches('_').count() >= 2)
+            .filter(|name| name.chars().all(|c| c == '_' || c.is_ascii_alphanumeric()))
+            .filter(|name| name.chars().any(|c| c.is_ascii_lowercase()))
+            .collect();
+        assert!(named.len() > 5, "{document} names {named:?}");
+        for name in named {
+            let is_kernels = name.starts_with("io_ring_");
+            let is_there = is_kernels || functions.contains(name);
+            assert!(is_there, "{document} names {name}, which is not there");
+        }
+    }
+}

@@ -14,6 +14,7 @@ use crate::storage::{Disk, FileId, Segments};
 
 mod failed_pages;
 mod plain;
+mod writeback;
 
 const CLUSTER: u64 = 32 << 10;
 
@@ -488,4 +489,30 @@ fn a_file_with_room_for_the_whole_disk_does_not_grow() {
     let first = rig.engine.geometry().first_host_cluster();
     let in_file = rig.engine.alloc.end() - first.0;
     assert!(u64::from(in_file) <= CLUSTERS + 1, "{in_file} clusters");
+}
+
+#[test]
+fn pios_of_a_cluster_go_to_the_same_runner() {
+    let mut rig = Rig::new(1024 * CLUSTER);
+    rig.turn();
+    let mut used = vec![false; rig.runners.len()];
+    assert!(used.len() > 1);
+    for cluster in (0..1024).step_by(37) {
+        // Both are for runners, and neither has run when the second is pushed.
+        for part in [512, 4096] {
+            let ranges = smallvec![range(cluster * CLUSTER + part, 512)];
+            let unmap = false;
+            rig.push(Command::WriteZeroes { ranges, unmap });
+        }
+        let woken = |runner: &Runner<SimDisk>| !runner.is_asleep();
+        let woken: Vec<bool> = rig.runners.iter().map(woken).collect();
+        assert_eq!(woken.iter().filter(|is| **is).count(), 1, "{cluster}");
+        for (used, woken) in used.iter_mut().zip(woken) {
+            *used |= woken;
+        }
+        for _ in 0..50 {
+            rig.turn();
+        }
+    }
+    assert!(used.iter().all(|used| *used), "{used:?}");
 }

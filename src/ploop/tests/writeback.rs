@@ -1,0 +1,88 @@
+//! When and how the pages of the BAT are written.
+
+use super::*;
+
+/// One cluster of each of so many md pages is on the disk.
+const PAGES: u64 = 5;
+
+/// Clusters of the disk that have their entries in one md page.
+const PAGE: u64 = 1024;
+
+/// Longer than a changed page waits.
+const DELAY: usize = 1_500;
+
+/// An engine whose file is long enough for all that follows, which is stable.
+fn rig() -> Rig {
+    let mut rig = Rig::new(PAGES * PAGE * CLUSTER);
+    rig.write(CLUSTER, &[1; 512]).unwrap();
+    rig.flush().unwrap();
+    rig.disk.start_trace();
+    rig
+}
+
+/// Writes to a hole whose entry is in that md page.
+fn change(rig: &mut Rig, page: u64) {
+    rig.write(page * PAGE * CLUSTER, &[2; 512]).unwrap();
+}
+
+fn turns(rig: &mut Rig, count: usize) {
+    for _ in 0..count {
+        rig.turn();
+    }
+}
+
+/// What was done to the disk since then: the writes of md pages, in the order in which
+/// they were started, and how many syncs.
+fn writes_and_syncs(rig: &Rig) -> (Vec<String>, usize) {
+    let trace = rig.disk.take_trace();
+    rig.disk.start_trace();
+    let started = || trace.iter().filter_map(|line| line.split_once(" starts "));
+    let data_start = rig.engine.geometry().data_start;
+    let page_write = |(_, op): (&str, &str)| {
+        let (_, range) = op.split_once("write file 0 ")?;
+        let range = range.split(' ').next()?;
+        let offset = range.trim_start_matches("0x").split('+').next()?;
+        let offset = u64::from_str_radix(offset, 16).ok()?;
+        (offset < data_start).then(|| range.to_owned())
+    };
+    let syncs = trace.iter().filter(|line| line.contains("Sync")).count();
+    (started().filter_map(page_write).collect(), syncs)
+}
+
+#[test]
+fn pages_are_written_later_neighbours_in_one_and_without_a_sync() {
+    let mut rig = rig();
+    for page in [1, 3, 0] {
+        change(&mut rig, page);
+    }
+    assert_eq!(writes_and_syncs(&rig), (vec![], 0), "they wait");
+    turns(&mut rig, DELAY);
+    let pages = ["0x0+0x2000", "0x3000+0x1000"].map(String::from);
+    assert_eq!(writes_and_syncs(&rig), (pages.into(), 0));
+    turns(&mut rig, DELAY);
+    assert_eq!(writes_and_syncs(&rig), (vec![], 0), "they are clean");
+}
+
+#[test]
+fn pages_that_somebody_waits_for_are_written_first() {
+    let mut rig = rig();
+    for page in [0, 2, 4] {
+        change(&mut rig, page);
+    }
+    rig.engine.bat.mark_urgent(2);
+    rig.flush().unwrap();
+    let pages = ["0x2000+0x1000", "0x0+0x1000", "0x4000+0x1000"].map(String::from);
+    assert_eq!(writes_and_syncs(&rig), (pages.into(), 1));
+}
+
+#[test]
+fn an_urgent_page_does_not_wait_for_its_delay_and_the_others_do() {
+    let mut rig = rig();
+    for page in [0, 2] {
+        change(&mut rig, page);
+    }
+    rig.engine.bat.mark_urgent(2);
+    turns(&mut rig, 100);
+    let pages = vec!["0x2000+0x1000".to_owned()];
+    assert_eq!(writes_and_syncs(&rig), (pages, 0));
+}
