@@ -1,5 +1,5 @@
 //! Opening a chain of deltas: makes the top ready for being changed, and the
-//! engine from what was read of all levels ([`load`]).
+//! engine from what was read of all levels ([`mod@load`]).
 
 mod load;
 
