@@ -55,6 +55,11 @@ pub const QSD_RAW: Contestant = Contestant::Qsd(Format::Raw);
 pub const PLAIN_FILE: Contestant = Contestant::PlainFile;
 
 impl Contestant {
+    /// Whether it is a server of others.
+    pub fn is_peer(self) -> bool {
+        matches!(self, Self::Qsd(_))
+    }
+
     /// What its image is made as.
     pub fn format(self) -> Format {
         match self {

@@ -78,7 +78,8 @@ fn open_once(setting: &Setting, contestant: Contestant, image: &Path) -> Result<
         .command(&setting.programs, launch)
         .context("a contestant without a server")?;
     let start = Instant::now();
-    let mut server = Server::start(contestant.label(), command, socket_dir.path())?;
+    let server = Server::start(contestant.label(), command, socket_dir.path())?;
+    let mut server = server.of_peer(contestant.is_peer());
     server.once_listening(|| ask_for_features(&socket))?;
     let time = start.elapsed();
     let memory = server.peak_memory()?;

@@ -106,7 +106,8 @@ impl Station {
         let (device, server) = match contestant.command(programs, launch) {
             Some(command) => {
                 let command = wrap(command);
-                let mut server = Server::start(contestant.label(), command, socket_dir.path())?;
+                let server = Server::start(contestant.label(), command, socket_dir.path())?;
+                let mut server = server.of_peer(contestant.is_peer());
                 let device =
                     server.once_listening(|| Device::open(Target::Socket(&socket), shape))?;
                 (device, Some(server))
