@@ -30,9 +30,11 @@ mod vring;
 mod worker;
 
 use std::fmt;
-use std::num::NonZeroU16;
+use std::num::{NonZeroU16, NonZeroUsize};
 use std::str::FromStr;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread;
 use std::time::Duration;
 
 use thiserror::Error;
@@ -151,6 +153,10 @@ pub struct BlockDevice<D: Disk> {
     serial: Serial,
     queues: Queues,
     longest_poll: Duration,
+    /// Of the host, as far as this process may use them.
+    cpus: usize,
+    /// Queues in use at present.
+    open_queues: AtomicUsize,
     /// For log lines that a guest can provoke.
     guest_limit: RateLimit,
     /// For the others, so that a guest cannot drown them.
@@ -165,6 +171,8 @@ impl<D: Disk> BlockDevice<D> {
             serial,
             queues,
             longest_poll: DEFAULT_POLL,
+            cpus: thread::available_parallelism().map_or(1, NonZeroUsize::get),
+            open_queues: AtomicUsize::new(0),
             guest_limit: RateLimit::new(),
             host_limit: RateLimit::new(),
         }
@@ -180,6 +188,20 @@ impl<D: Disk> BlockDevice<D> {
 
     fn longest_poll(&self) -> Duration {
         self.longest_poll
+    }
+
+    fn queue_opened(&self) {
+        self.open_queues.fetch_add(1, Ordering::Relaxed);
+    }
+
+    fn queue_closed(&self) {
+        self.open_queues.fetch_sub(1, Ordering::Relaxed);
+    }
+
+    /// Whether each queue in use has a CPU for its thread and one for its driver.
+    /// Without, an early signal only makes the driver push the thread aside.
+    fn has_cpus_to_spare(&self) -> bool {
+        2 * self.open_queues.load(Ordering::Relaxed) <= self.cpus
     }
 
     fn engine(&self) -> &Arc<Engine<D>> {

@@ -99,6 +99,7 @@ impl<D: Disk> Requests<D> {
         let engine = self.device.engine().queue()?;
         let fds = engine.fds();
         self.engine = Some(engine);
+        self.device.queue_opened();
         let depth = usize::from(self.device.queue_size());
         self.in_flight.reserve(depth);
         self.used.reserve(depth);
@@ -109,7 +110,9 @@ impl<D: Disk> Requests<D> {
     /// Gives the engine's side back. Nothing may be in flight.
     pub fn close(&mut self) {
         debug_assert!(self.in_flight.is_empty());
-        self.engine = None;
+        if self.engine.take().is_some() {
+            self.device.queue_closed();
+        }
     }
 
     /// Whether the engine should have one more request, of a ring of that size. If
@@ -191,9 +194,14 @@ impl<D: Disk> Requests<D> {
         self.used.drain(..)
     }
 
-    /// Whether there is something for [`Self::take_used`].
-    pub fn has_used(&self) -> bool {
-        !self.used.is_empty()
+    /// How much there is for [`Self::take_used`].
+    pub fn used(&self) -> usize {
+        self.used.len()
+    }
+
+    /// Requests that the engine has.
+    pub fn in_flight(&self) -> usize {
+        self.in_flight.len()
     }
 
     fn settle(&mut self, memory: &mut QueueMemory, parked: Parked) {

@@ -25,10 +25,19 @@ use super::spin::Spin;
 use super::vring::Vring;
 use crate::storage::Disk;
 
+/// How many chains are taken before they are submitted. Answers that come together
+/// bring new requests that come together: submitted in parts, the first are with the
+/// device before the last are parsed, and do not all end together again.
+const SUBMIT_BATCH: usize = 8;
+
+/// How many answers are kept back at most while there is more to take, if the driver
+/// has a CPU to work on them meanwhile. If it has none, a ring full of them may be.
+const ANSWER_BATCH: usize = 16;
+
 /// What a look at the available ring has brought.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Taken {
-    /// At least one chain, or a reason to look again at once.
+    /// A chain or a few, or a reason to look again at once.
     Some,
     /// Nothing is there.
     Nothing,
@@ -124,14 +133,14 @@ impl<D: Disk> Worker<D> {
             }
             let taken = self.take(vring);
             self.requests.poll(&mut self.memory);
-            let answered = self.answer(vring);
+            let answered = self.is_time_to_answer(taken) && self.answer(vring);
             match taken {
                 Taken::Some => {
                     must_find_some = false;
                     self.spin.found();
                 }
                 _ if answered || self.requests.has_ready() => self.spin.found(),
-                Taken::Nothing | Taken::Full if !must_find_some && self.spin.goes_on() => {
+                Taken::Nothing | Taken::Full if !must_find_some && self.spins() => {
                     std::hint::spin_loop();
                 }
                 Taken::Nothing if must_find_some => {
@@ -192,12 +201,17 @@ impl<D: Disk> Worker<D> {
         if self.memory.is_stale() {
             return Taken::Some;
         }
-        let mut taken = Taken::Nothing;
-        while self.requests.has_room(ring_size) {
+        for count in 0..SUBMIT_BATCH {
+            if !self.requests.has_room(ring_size) {
+                return if count == 0 { Taken::Full } else { Taken::Some };
+            }
             let Some(chain) = chains.next() else {
-                return taken;
+                return if count == 0 {
+                    Taken::Nothing
+                } else {
+                    Taken::Some
+                };
             };
-            taken = Taken::Some;
             let head = chain.head_index();
             if head >= ring_size {
                 self.complain(format_args!("there is no descriptor {head}"));
@@ -210,17 +224,29 @@ impl<D: Disk> Worker<D> {
                 Err(rejected) => self.requests.reject(head, rejected, map),
             }
         }
-        if taken == Taken::Nothing {
-            Taken::Full
+        Taken::Some
+    }
+
+    /// Whether what has ended is worth a signal now.
+    fn is_time_to_answer(&self, taken: Taken) -> bool {
+        let enough = if self.device.has_cpus_to_spare() {
+            ANSWER_BATCH
         } else {
-            taken
-        }
+            usize::from(self.device.queue_size())
+        };
+        taken != Taken::Some || self.requests.used() >= enough
+    }
+
+    /// Whether to look on instead of sleeping. What is under way takes longer than
+    /// the driver, and ends with a wake-up of its own.
+    fn spins(&mut self) -> bool {
+        self.requests.in_flight() == 0 && self.spin.goes_on()
     }
 
     /// Puts what has ended into the used ring, with one signal for all of it.
     /// Returns whether there was something.
     fn answer(&mut self, vring: &Vring) -> bool {
-        if !self.requests.has_used() {
+        if self.requests.used() == 0 {
             return false;
         }
         let mut state = vring.get_mut();
