@@ -96,7 +96,8 @@ struct Arguments {
     /// A directory on tmpfs, with 18 GiB free (3 GiB for --short).
     #[arg(long, value_name = "DIR", default_value = "/dev/shm")]
     tmpfs_dir: PathBuf,
-    /// Write figures.json, figures.md and the plots into DIR.
+    /// Write figures.json, figures.md and the plots into DIR; also those of a
+    /// benchmark that is stopped.
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
     /// Put the figures into FILE, between its marks, and the plots beside it.
@@ -200,7 +201,9 @@ fn bench(arguments: &Arguments) -> Result<()> {
     if let Some(dir) = &arguments.out {
         report.write(dir)?;
     }
-    if let Some(document) = &arguments.document {
+    // Half the figures shall not take the place of all.
+    let is_stopped = setting.check_interrupted().is_err();
+    if let Some(document) = arguments.document.as_ref().filter(|_| !is_stopped) {
         report.write_into(document)?;
     }
     match report.failures.as_slice() {

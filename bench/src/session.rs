@@ -33,10 +33,11 @@ pub struct Todo {
     pub is_judged: bool,
 }
 
-/// Measures everything.
+/// Measures everything, or what there is time for until the user wants to stop. What
+/// fails is in the report.
 ///
 /// # Errors
-/// The user wants to stop. What fails is in the report.
+/// The machine cannot be looked at.
 pub fn run(setting: &Setting, todo: &Todo) -> Result<Report> {
     let mut session = Session {
         setting,
@@ -54,12 +55,9 @@ pub fn run(setting: &Setting, todo: &Todo) -> Result<Report> {
             failures: Vec::new(),
         },
     };
-    session.measure_scenarios()?;
-    if let Some(rounds) = todo.opening_rounds {
-        session.measure_opening(rounds)?;
-    }
-    if let Some(time) = todo.idle_time {
-        session.measure_idle(time)?;
+    // An error here is the user's wish.
+    if let Err(error) = session.measure_all() {
+        session.note_failure("the rest", &error);
     }
     Ok(session.report)
 }
@@ -72,6 +70,17 @@ struct Session<'a> {
 }
 
 impl Session<'_> {
+    fn measure_all(&mut self) -> Result<()> {
+        self.measure_scenarios()?;
+        if let Some(rounds) = self.todo.opening_rounds {
+            self.measure_opening(rounds)?;
+        }
+        if let Some(time) = self.todo.idle_time {
+            self.measure_idle(time)?;
+        }
+        Ok(())
+    }
+
     fn measure_scenarios(&mut self) -> Result<()> {
         let mut lab = Lab::new(self.setting);
         for scenario in &self.todo.scenarios {
@@ -134,11 +143,15 @@ impl Session<'_> {
     /// Notes a failure. Being told to stop is none.
     fn fail(&mut self, what: &str, error: &Error) -> Result<()> {
         self.setting.check_interrupted()?;
+        self.note_failure(what, error);
+        Ok(())
+    }
+
+    fn note_failure(&mut self, what: &str, error: &Error) {
         eprintln!("FAILED: {what}: {error:#}");
         self.report.failures.push(Failure {
             what: what.into(),
             error: format!("{error:#}"),
         });
-        Ok(())
     }
 }
