@@ -121,8 +121,9 @@ pub struct Args {
           value_parser = |text: &str| number(text, 0..=MAX_WRITEBACK_DELAY_MS))]
     pub writeback_delay: u64,
 
-    /// How long a queue's thread looks for new requests before it sleeps, at most,
-    /// in microseconds. It does so only under load; 0: never.
+    /// How long a queue's thread that has nothing under way looks for new requests
+    /// before it sleeps, at most, in microseconds. It does so only under load; 0:
+    /// never.
     #[arg(long, value_name = "US",
           default_value_t = DEFAULT_POLL.as_micros() as u64,
           value_parser = |text: &str| number(text, 0..=MAX_POLL_US))]

@@ -106,8 +106,8 @@ impl FromStr for Serial {
     }
 }
 
-/// How long a queue thread looks for work before it sleeps, at most; measured in
-/// `docs/performance.md`.
+/// How long a queue thread that has nothing under way looks for work before it
+/// sleeps, at most; measured in `docs/performance.md`.
 pub const DEFAULT_POLL: Duration = Duration::from_micros(50);
 
 /// How many queues of what size a device offers.
