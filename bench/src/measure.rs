@@ -1,8 +1,8 @@
 //! Measures one scenario: alternated runs of all sides.
 //!
-//! Each round runs every side once, starting with another one each time. Only
-//! figures of one round are divided by each other: the host's speed drifts more
-//! between minutes than the sides differ.
+//! Each round runs every side once, in an order that is drawn. Only figures of one
+//! round are divided by each other: the host's speed drifts more between minutes than
+//! the sides differ.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -252,9 +252,16 @@ fn sample(workload: &Workload, outcome: &Outcome, used: &Used) -> Sample {
     }
 }
 
-/// The order of the sides in a round: another one is first each time.
-fn turn(sides: usize, round: u32) -> impl Iterator<Item = usize> {
-    (0..sides).map(move |index| (index + round as usize) % sides)
+/// The order of the sides in a round: drawn, and in every second round that of the
+/// round before, reversed. A run that uses up what a host's limiter allows leaves less
+/// to the next one, so no side may always follow the same other.
+fn turn(sides: usize, round: u32) -> Vec<usize> {
+    let mut order: Vec<usize> = (0..sides).collect();
+    fastrand::Rng::with_seed(u64::from(round / 2)).shuffle(&mut order);
+    if round % 2 == 1 {
+        order.reverse();
+    }
+    order
 }
 
 #[cfg(test)]
@@ -262,11 +269,29 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_side_is_first_in_turn() {
-        let order = |round| turn(3, round).collect::<Vec<_>>();
-        assert_eq!(order(0), [0, 1, 2]);
-        assert_eq!(order(1), [1, 2, 0]);
-        assert_eq!(order(2), [2, 0, 1]);
-        assert_eq!(order(3), order(0));
+    fn a_round_has_every_side_once() {
+        for round in 0..20 {
+            let mut order = turn(5, round);
+            order.sort_unstable();
+            assert_eq!(order, [0, 1, 2, 3, 4]);
+        }
+    }
+
+    #[test]
+    fn a_side_is_as_often_before_another_as_behind_it() {
+        let rounds: Vec<_> = (0..20).map(|round| turn(5, round)).collect();
+        let place = |order: &[usize], side| order.iter().position(|&it| it == side);
+        for (one, other) in [(0, 1), (0, 4), (2, 3)] {
+            let before = |order: &&Vec<usize>| place(order, one) < place(order, other);
+            assert_eq!(rounds.iter().filter(before).count(), 10);
+        }
+    }
+
+    #[test]
+    fn a_side_follows_any_other_in_some_round() {
+        for (first, second) in (0..5).flat_map(|a| (0..5).map(move |b| (a, b))) {
+            let follows = |order: Vec<usize>| order.windows(2).any(|w| w == [first, second]);
+            assert!(first == second || (0..20).any(|round| follows(turn(5, round))));
+        }
     }
 }

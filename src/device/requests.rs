@@ -68,6 +68,8 @@ pub(super) struct Requests<D: Disk> {
     /// The weight of all of them.
     load: u64,
     used: Vec<Used>,
+    /// The weight that [`Self::used`] had.
+    used_load: u64,
     /// Empty; kept for its memory.
     done: Vec<Done>,
 }
@@ -81,6 +83,7 @@ impl<D: Disk> Requests<D> {
             in_flight: Slab::new(),
             load: 0,
             used: Vec::new(),
+            used_load: 0,
             done: Vec::new(),
         }
     }
@@ -191,12 +194,24 @@ impl<D: Disk> Requests<D> {
 
     /// What is to be put into the used ring.
     pub fn take_used(&mut self) -> std::vec::Drain<'_, Used> {
+        self.used_load = 0;
         self.used.drain(..)
     }
 
     /// How much there is for [`Self::take_used`].
     pub fn used(&self) -> usize {
         self.used.len()
+    }
+
+    /// How many bytes the requests have read or written that there are for
+    /// [`Self::take_used`].
+    pub fn used_load(&self) -> u64 {
+        self.used_load
+    }
+
+    /// How many bytes the engine has to read or write.
+    pub fn load(&self) -> u64 {
+        self.load
     }
 
     /// Requests that the engine has.
@@ -213,6 +228,7 @@ impl<D: Disk> Requests<D> {
                 memory: hold,
             } = self.in_flight.remove(tag as usize);
             self.load -= weight;
+            self.used_load += weight;
             if let Err(error) = &result {
                 guest_log!(
                     self.device.guest_limit(),

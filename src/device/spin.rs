@@ -63,7 +63,13 @@ impl Spin {
         since.elapsed() < self.window
     }
 
-    /// The thread is about to sleep.
+    /// The thread is about to sleep until what is under way has ended, which says
+    /// nothing about the driver.
+    pub fn break_off(&mut self) {
+        self.idle_since = None;
+    }
+
+    /// The thread is about to sleep until the driver has something.
     pub fn sleep(&mut self) {
         self.idle_since = None;
         self.asleep_since = (!self.longest.is_zero()).then(Instant::now);
@@ -89,6 +95,17 @@ mod tests {
             assert!(spin.window < before);
         }
         assert!(!spin.goes_on());
+    }
+
+    #[test]
+    fn a_sleep_for_what_is_under_way_does_not_count() {
+        let mut spin = Spin::new(Duration::from_micros(50));
+        spin.adapt(Duration::ZERO);
+        let window = spin.window;
+        spin.break_off();
+        std::thread::sleep(Duration::from_millis(1));
+        spin.wake();
+        assert_eq!(spin.window, window);
     }
 
     #[test]

@@ -34,6 +34,10 @@ const SUBMIT_BATCH: usize = 8;
 /// has a CPU to work on them meanwhile. If it has none, a ring full of them may be.
 const ANSWER_BATCH: usize = 16;
 
+/// How many bytes make a batch of either kind full, however few the requests are. I/O
+/// that ends within its submission is a copy of so much, and the driver waits for it.
+const BATCH_BYTES: u64 = 64 << 10;
+
 /// What a look at the available ring has brought.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Taken {
@@ -150,7 +154,11 @@ impl<D: Disk> Worker<D> {
                 Taken::Nothing if self.ask_for_kicks(vring) => must_find_some = true,
                 _ if !self.requests.may_sleep() => {}
                 Taken::Nothing | Taken::Full | Taken::Unusable => {
-                    self.spin.sleep();
+                    if self.requests.in_flight() == 0 {
+                        self.spin.sleep();
+                    } else {
+                        self.spin.break_off();
+                    }
                     return Next::Sleep;
                 }
             }
@@ -201,7 +209,11 @@ impl<D: Disk> Worker<D> {
         if self.memory.is_stale() {
             return Taken::Some;
         }
+        let full = self.requests.load() + BATCH_BYTES;
         for count in 0..SUBMIT_BATCH {
+            if self.requests.load() >= full {
+                break;
+            }
             if !self.requests.has_room(ring_size) {
                 return if count == 0 { Taken::Full } else { Taken::Some };
             }
@@ -229,12 +241,13 @@ impl<D: Disk> Worker<D> {
 
     /// Whether what has ended is worth a signal now.
     fn is_time_to_answer(&self, taken: Taken) -> bool {
-        let enough = if self.device.has_cpus_to_spare() {
-            ANSWER_BATCH
+        let used = self.requests.used();
+        let is_full = if self.device.has_cpus_to_spare() {
+            used >= ANSWER_BATCH || self.requests.used_load() >= BATCH_BYTES
         } else {
-            usize::from(self.device.queue_size())
+            used >= usize::from(self.device.queue_size())
         };
-        taken != Taken::Some || self.requests.used() >= enough
+        is_full || taken != Taken::Some
     }
 
     /// Whether to look on instead of sleeping. What is under way takes longer than
