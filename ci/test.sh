@@ -51,7 +51,7 @@ stage_power_cuts() {
 
 # What threads do to each other, in every order that the memory model allows.
 stage_models() {
-    RUSTFLAGS="--cfg ploop_loom" \
+    RUSTFLAGS="--cfg ploop_loom -D warnings" \
         cargo test --locked --target-dir target/models --lib loom_models
 }
 
