@@ -14,6 +14,7 @@ use crate::storage::{Disk, FileId, Segments};
 
 mod failed_pages;
 mod plain;
+mod queues;
 mod writeback;
 
 const CLUSTER: u64 = 32 << 10;
