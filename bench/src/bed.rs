@@ -2,14 +2,14 @@
 
 use std::path::PathBuf;
 
-use anyhow::Result;
-use serde::Serialize;
+use anyhow::{Context, Result};
+use serde::{Deserialize, Serialize};
 use tempfile::TempDir;
 
 use crate::scratch;
 
 /// A kind of storage and how it is used.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Bed {
     /// A file of a real file system, in the page cache, without O_DIRECT. Reads
@@ -66,6 +66,17 @@ impl Directories {
             Bed::PageCache | Bed::Disk => &self.disk,
             Bed::Tmpfs => &self.tmpfs,
         }
+    }
+
+    /// Bytes that files on a bed may still take.
+    ///
+    /// # Errors
+    /// The directory cannot be looked at.
+    pub fn free(&self, bed: Bed) -> Result<u64> {
+        let dir = self.of(bed);
+        let fs =
+            rustix::fs::statvfs(dir).with_context(|| format!("statvfs of {}", dir.display()))?;
+        Ok(fs.f_bavail * fs.f_frsize)
     }
 
     /// A new directory on a bed, removed with all that is in it when dropped.

@@ -3,7 +3,8 @@
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use serde::{Serialize, Serializer};
+use anyhow::{Context, Error};
+use serde::{Deserialize, Serialize};
 
 use crate::bed::Bed;
 
@@ -30,7 +31,8 @@ impl Format {
 }
 
 /// One side of a comparison.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(into = "String", try_from = "String")]
 pub enum Contestant {
     /// vhost-user-ploop; `None` leaves the number of runners at its default.
     Ours {
@@ -85,9 +87,28 @@ impl Contestant {
     }
 }
 
-impl Serialize for Contestant {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.serialize_str(&self.label())
+impl From<Contestant> for String {
+    fn from(contestant: Contestant) -> Self {
+        contestant.label()
+    }
+}
+
+/// The contestant with that [label](Contestant::label).
+impl TryFrom<String> for Contestant {
+    type Error = Error;
+
+    fn try_from(label: String) -> Result<Self, Error> {
+        let known = [OURS, QSD_PARALLELS, QSD_QCOW2, QSD_RAW, PLAIN_FILE];
+        let with_runners = || {
+            let words = label.split_once(", ")?.1;
+            let runners = Some(words.split_once(' ')?.0.parse().ok()?);
+            Some(Self::Ours { runners })
+        };
+        known
+            .into_iter()
+            .chain(with_runners())
+            .find(|contestant| contestant.label() == label)
+            .with_context(|| format!("nobody is called {label:?}"))
     }
 }
 

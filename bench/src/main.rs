@@ -37,6 +37,7 @@ use bed::{Bed, Directories};
 use contestant::Programs;
 use machine::Machine;
 use measure::Setting;
+use report::Report;
 use scenario::{FULL, Scale, Scenario, TINY};
 use session::{IDLE, OPENING, Todo};
 
@@ -100,6 +101,10 @@ struct Arguments {
     /// benchmark that is stopped.
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
+    /// Take over what FILE has, a figures.json of the same mode, machine and
+    /// programs, and measure only what failed then or was not reached.
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["only", "cost"])]
+    resume: Option<PathBuf>,
     /// Put the figures into FILE, between its marks, and the plots beside it.
     #[arg(long, value_name = "FILE")]
     document: Option<PathBuf>,
@@ -193,7 +198,8 @@ fn bench(arguments: &Arguments) -> Result<()> {
     if mode == Mode::Cost {
         return count(&setting, arguments, &todo.scenarios);
     }
-    let report = session::run(&setting, &todo)?;
+    let earlier = arguments.resume.as_deref().map(Report::read).transpose()?;
+    let report = session::run(&setting, &todo, earlier)?;
     print!("{}", report.other_tables());
     if !report.verdicts.is_empty() {
         print!("\n{}", report.verdict_table());

@@ -4,9 +4,10 @@
 //! round are divided by each other: the host's speed drifts more between minutes than
 //! the sides differ.
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use hdrhistogram::Histogram;
@@ -17,6 +18,7 @@ use crate::contestant::{Contestant, Programs};
 use crate::image::Image;
 use crate::run::{self, Outcome, Plan};
 use crate::scenario::Scenario;
+use crate::server::Ending;
 use crate::station::{self, PREPARED, Station, Used};
 use crate::stock::Stock;
 use crate::workload::{Start, Unit, Workload};
@@ -33,6 +35,12 @@ pub struct Setting {
     pub interrupted: Arc<AtomicBool>,
 }
 
+/// After so many rounds, the images of the disk bed are made anew.
+const ROUNDS_OF_AN_IMAGE: u32 = 4;
+
+/// How long to wait for space at most.
+const SPACE_TIMEOUT: Duration = Duration::from_secs(300);
+
 impl Setting {
     /// # Errors
     /// The user wants to stop.
@@ -40,6 +48,29 @@ impl Setting {
         let interrupted = self.interrupted.load(Ordering::Relaxed);
         ensure!(!interrupted, "stopped by the user");
         Ok(())
+    }
+
+    /// Waits until there is space for another disk of so many bytes on a bed, and a
+    /// quarter for what its format adds. A file system that discards what it frees
+    /// gives it out again only then, long after the file was removed.
+    fn wait_for_space(&self, bed: Bed, disk_bytes: u64) -> Result<()> {
+        let needed = disk_bytes + disk_bytes / 4;
+        let start = Instant::now();
+        loop {
+            let free = self.directories.free(bed)?;
+            if free >= needed {
+                return Ok(());
+            }
+            ensure!(
+                start.elapsed() < SPACE_TIMEOUT,
+                "{} has {} MiB free, and {} MiB are needed: --disk-dir and --tmpfs-dir take others",
+                self.directories.of(bed).display(),
+                free >> 20,
+                needed >> 20
+            );
+            self.check_interrupted()?;
+            std::thread::sleep(Duration::from_millis(100));
+        }
     }
 }
 
@@ -129,31 +160,61 @@ impl<'a> Lab<'a> {
         for round in 0..scenario.rounds {
             for index in turn(sides.len(), round) {
                 let side = &mut sides[index];
+                self.wait_for_space(scenario)?;
                 let image = self.stock.fresh(scenario, side.contestant)?;
                 image.settle()?;
                 let mut station = open(&self.setting.programs, scenario, side.contestant, &image)?;
                 self.run_once(scenario, &mut station, side, round, self.setting.run_time)?;
                 side.note_memory(&station)?;
-                station.stop()?;
-                image.check(&self.setting.programs)?;
+                if station.stop()? == Ending::Clean {
+                    check(&self.setting.programs, scenario, side.contestant, &image)?;
+                }
             }
         }
         Ok(())
     }
 
-    /// All servers stay up, on images that last.
+    /// Images that last. On the disk bed they are made anew now and then, in another
+    /// order: what lies in the host's cache, or on a fast part of the disk, is read at
+    /// twice the speed, and that would be compared instead of servers.
     fn measure_lasting(&mut self, scenario: &Scenario, sides: &mut [Side]) -> Result<()> {
-        // All images first: filling one shall not weigh on the servers of others.
-        for side in sides.iter() {
-            self.stock.lasting(scenario, side.contestant)?.settle()?;
+        let step = match scenario.bed {
+            Bed::Disk => ROUNDS_OF_AN_IMAGE,
+            Bed::PageCache | Bed::Tmpfs => scenario.rounds,
+        };
+        let starts = (0..scenario.rounds).step_by(step as usize);
+        for (making, start) in (0..).zip(starts) {
+            if scenario.bed == Bed::Disk {
+                for side in sides.iter() {
+                    self.stock.drop_lasting(scenario, side.contestant);
+                }
+            }
+            // All images first: filling one shall not weigh on the servers of others.
+            for index in turn(sides.len(), making) {
+                self.wait_for_space(scenario)?;
+                let image = self.stock.lasting(scenario, sides[index].contestant)?;
+                image.settle()?;
+            }
+            let end = scenario.rounds.min(start + step);
+            self.measure_rounds(scenario, sides, start..end)?;
         }
+        Ok(())
+    }
+
+    /// All servers stay up, on the same images.
+    fn measure_rounds(
+        &mut self,
+        scenario: &Scenario,
+        sides: &mut [Side],
+        rounds: Range<u32>,
+    ) -> Result<()> {
         let mut stations = Vec::new();
         for side in sides.iter() {
             let mut station = self.open_lasting(scenario, side.contestant)?;
             self.warm_up(scenario, &mut station, side.contestant)?;
             stations.push(station);
         }
-        for round in 0..scenario.rounds {
+        for round in rounds {
             for index in turn(sides.len(), round) {
                 let (station, side) = (&mut stations[index], &mut sides[index]);
                 self.run_once(scenario, station, side, round, self.setting.run_time)?;
@@ -162,12 +223,20 @@ impl<'a> Lab<'a> {
         for (mut station, side) in stations.into_iter().zip(sides) {
             station.verify_sample(self.generation)?;
             side.note_memory(&station)?;
-            station.stop()?;
-            self.stock
-                .lasting(scenario, side.contestant)?
-                .check(&self.setting.programs)?;
+            match station.stop()? {
+                Ending::Clean => {
+                    let image = self.stock.lasting(scenario, side.contestant)?;
+                    check(&self.setting.programs, scenario, side.contestant, image)?;
+                }
+                Ending::Crash => self.stock.drop_lasting(scenario, side.contestant),
+            }
         }
         Ok(())
+    }
+
+    fn wait_for_space(&self, scenario: &Scenario) -> Result<()> {
+        self.setting
+            .wait_for_space(scenario.bed, scenario.disk_bytes)
     }
 
     fn open_lasting(&mut self, scenario: &Scenario, contestant: Contestant) -> Result<Station> {
@@ -227,6 +296,17 @@ fn open(
 ) -> Result<Station> {
     let shape = station::shape(&scenario.workload);
     Station::open(programs, scenario.bed, contestant, image, shape)
+        .with_context(|| about(scenario, contestant))
+}
+
+fn check(
+    programs: &Programs,
+    scenario: &Scenario,
+    contestant: Contestant,
+    image: &Image,
+) -> Result<()> {
+    image
+        .check(programs)
         .with_context(|| about(scenario, contestant))
 }
 

@@ -1,6 +1,6 @@
 //! What is measured: the list of scenarios, and the targets that some have.
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::bed::Bed;
 use crate::contestant::{Contestant, OURS, PLAIN_FILE, QSD_PARALLELS, QSD_QCOW2, QSD_RAW};
@@ -40,7 +40,7 @@ impl Scenario {
 }
 
 /// A figure that can be compared.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Metric {
     /// Requests or bytes per second.
@@ -63,7 +63,7 @@ impl Metric {
 }
 
 /// A bound of a ratio.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Bound {
     /// More is better.
@@ -89,7 +89,7 @@ impl Bound {
 }
 
 /// A target: ours divided by a peer's.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Goal {
     /// Of what.
     pub metric: Metric,

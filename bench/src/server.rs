@@ -20,6 +20,15 @@ const PATIENCE: Duration = Duration::from_secs(30);
 /// How often to look.
 const TICK: Duration = Duration::from_micros(200);
 
+/// How a server has ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ending {
+    /// As it should; its image is closed.
+    Clean,
+    /// A peer has failed when all was measured. Its image may not be closed.
+    Crash,
+}
+
 /// A running server. Killed when dropped, and by the kernel if the benchmark dies.
 pub struct Server {
     child: Child,
@@ -112,13 +121,13 @@ impl Server {
     /// Ends it with SIGTERM and waits.
     ///
     /// # Errors
-    /// It was gone already, does not stop, or fails.
-    pub fn stop(mut self) -> Result<()> {
+    /// It was gone already, does not stop, or fails and is no peer.
+    pub fn stop(mut self) -> Result<Ending> {
         self.check_alive()?;
         rustix::process::kill_process(self.pid()?, Signal::TERM)?;
         let status = self.wait()?;
         if status.success() {
-            return Ok(());
+            return Ok(Ending::Clean);
         }
         let what = format!(
             "{} failed to stop cleanly ({status})\n{}",
@@ -127,7 +136,7 @@ impl Server {
         );
         ensure!(self.is_peer, "{what}");
         eprintln!("warning: {what}");
-        Ok(())
+        Ok(Ending::Crash)
     }
 
     fn wait(&mut self) -> Result<ExitStatus> {
@@ -311,7 +320,8 @@ mod tests {
             while !ready.exists() {
                 thread::sleep(TICK);
             }
-            assert_eq!(server.of_peer(is_peer).stop().is_ok(), is_peer);
+            let ending = server.of_peer(is_peer).stop();
+            assert_eq!(ending.ok(), is_peer.then_some(Ending::Crash));
         }
     }
 

@@ -34,26 +34,25 @@ pub struct Todo {
 }
 
 /// Measures everything, or what there is time for until the user wants to stop. What
-/// fails is in the report.
+/// fails is in the report. What `earlier` has is taken from there.
 ///
 /// # Errors
-/// The machine cannot be looked at.
-pub fn run(setting: &Setting, todo: &Todo) -> Result<Report> {
+/// `earlier` is of something else.
+pub fn run(setting: &Setting, todo: &Todo, earlier: Option<Report>) -> Result<Report> {
+    let mut report = Report::new(
+        Machine::look(&setting.programs, &setting.directories),
+        todo.mode,
+        u64::try_from(setting.run_time.as_millis())?,
+        &setting.programs.server_args,
+    );
+    let resumed = earlier.as_ref().map(|it| report.resume(it)).transpose()?;
     let mut session = Session {
         setting,
         todo,
+        earlier,
+        resumed,
         start: Instant::now(),
-        report: Report {
-            machine: Machine::look(&setting.programs, &setting.directories),
-            mode: todo.mode.into(),
-            run_ms: u64::try_from(setting.run_time.as_millis())?,
-            server_args: setting.programs.server_args.clone(),
-            scenarios: Vec::new(),
-            opening: Vec::new(),
-            idle: Vec::new(),
-            verdicts: Vec::new(),
-            failures: Vec::new(),
-        },
+        report,
     };
     // An error here is the user's wish.
     if let Err(error) = session.measure_all() {
@@ -65,6 +64,9 @@ pub fn run(setting: &Setting, todo: &Todo) -> Result<Report> {
 struct Session<'a> {
     setting: &'a Setting,
     todo: &'a Todo,
+    earlier: Option<Report>,
+    /// The date of today, until something is measured that `earlier` lacks.
+    resumed: Option<String>,
     start: Instant,
     report: Report,
 }
@@ -84,6 +86,10 @@ impl Session<'_> {
     fn measure_scenarios(&mut self) -> Result<()> {
         let mut lab = Lab::new(self.setting);
         for scenario in &self.todo.scenarios {
+            if let Some(summary) = self.take_earlier(scenario) {
+                self.add(summary);
+                continue;
+            }
             self.announce(&scenario.title());
             lab.keep_only(scenario.bed);
             let summary = lab.measure(scenario).and_then(|sides| {
@@ -92,8 +98,7 @@ impl Session<'_> {
             match summary {
                 Ok(summary) => {
                     println!("{}", report::scenario_table(&summary));
-                    self.judge(|| summary.verdicts());
-                    self.report.scenarios.push(summary);
+                    self.add(summary);
                 }
                 Err(error) => {
                     self.fail(&scenario.title(), &error)?;
@@ -104,33 +109,62 @@ impl Session<'_> {
         Ok(())
     }
 
+    /// The figures of the scenario that were taken earlier.
+    fn take_earlier(&mut self, scenario: &Scenario) -> Option<ScenarioSummary> {
+        let earlier = &mut self.earlier.as_mut()?.scenarios;
+        let at = earlier.iter().position(|summary| {
+            let disk = (summary.rounds, summary.disk_bytes);
+            summary.title == scenario.title() && disk == (scenario.rounds, scenario.disk_bytes)
+        })?;
+        Some(earlier.swap_remove(at))
+    }
+
+    fn add(&mut self, summary: ScenarioSummary) {
+        self.judge(|| summary.verdicts());
+        self.report.scenarios.push(summary);
+    }
+
     fn measure_opening(&mut self, rounds: u32) -> Result<()> {
-        self.announce(OPENING);
-        match opening::measure(self.setting, rounds) {
-            Ok(openings) => {
-                self.report.opening = openings.iter().filter_map(OpeningSummary::new).collect();
-                let verdicts = self.report.opening.first().map(OpeningSummary::verdicts);
-                self.judge(|| verdicts.into_iter().flatten().collect());
-                Ok(())
+        let earlier = self
+            .earlier
+            .as_mut()
+            .map(|it| std::mem::take(&mut it.opening));
+        let openings = match earlier.filter(|openings| !openings.is_empty()) {
+            Some(openings) => openings,
+            None => {
+                self.announce(OPENING);
+                match opening::measure(self.setting, rounds) {
+                    Ok(openings) => openings.iter().filter_map(OpeningSummary::new).collect(),
+                    Err(error) => return self.fail(OPENING, &error),
+                }
             }
-            Err(error) => self.fail(OPENING, &error),
-        }
+        };
+        let verdicts = openings.first().map(OpeningSummary::verdicts);
+        self.report.opening = openings;
+        self.judge(|| verdicts.into_iter().flatten().collect());
+        Ok(())
     }
 
     fn measure_idle(&mut self, time: Duration) -> Result<()> {
-        self.announce(IDLE);
-        match idle::measure(self.setting, time) {
-            Ok(idles) => {
-                self.report.idle = idles.iter().map(IdleSummary::new).collect();
-                let verdict = self.report.idle.first().map(IdleSummary::verdict);
-                self.judge(|| verdict.into_iter().collect());
-                Ok(())
+        let earlier = self.earlier.as_mut().map(|it| std::mem::take(&mut it.idle));
+        let idles = match earlier.filter(|idles| !idles.is_empty()) {
+            Some(idles) => idles,
+            None => {
+                self.announce(IDLE);
+                match idle::measure(self.setting, time) {
+                    Ok(idles) => idles.iter().map(IdleSummary::new).collect(),
+                    Err(error) => return self.fail(IDLE, &error),
+                }
             }
-            Err(error) => self.fail(IDLE, &error),
-        }
+        };
+        let verdict = idles.first().map(IdleSummary::verdict);
+        self.report.idle = idles;
+        self.judge(|| verdict.into_iter().collect());
+        Ok(())
     }
 
-    fn announce(&self, what: &str) {
+    fn announce(&mut self, what: &str) {
+        self.report.resumed.extend(self.resumed.take());
         eprintln!("[{:5.0} s] {what}", self.start.elapsed().as_secs_f64());
     }
 

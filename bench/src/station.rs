@@ -15,7 +15,7 @@ use crate::contestant::{Contestant, Launch, Programs};
 use crate::image::Image;
 use crate::run::{self, Outcome, Plan};
 use crate::scratch;
-use crate::server::{self, Server};
+use crate::server::{self, Ending, Server};
 use crate::workload::{Action, Cache, Start, Workload};
 
 /// The generation that images are prepared with.
@@ -63,7 +63,8 @@ pub fn shape(workload: &Workload) -> Shape {
 /// # Errors
 /// The server's.
 pub fn fill(programs: &Programs, bed: Bed, contestant: Contestant, image: &Image) -> Result<()> {
-    Station::filled(programs, bed, contestant, image)?.stop()
+    Station::filled(programs, bed, contestant, image)?.stop()?;
+    Ok(())
 }
 
 impl Station {
@@ -230,9 +231,9 @@ impl Station {
     ///
     /// # Errors
     /// It does not end as it should.
-    pub fn stop(self) -> Result<()> {
+    pub fn stop(self) -> Result<Ending> {
         drop(self.device);
-        self.server.map_or(Ok(()), Server::stop)
+        self.server.map_or(Ok(Ending::Clean), Server::stop)
     }
 }
 

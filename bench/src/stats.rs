@@ -2,7 +2,7 @@
 //!
 //! Knows numbers only.
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 /// The coverage that an [`Estimate`] aims at.
 const CONFIDENCE: f64 = 0.95;
@@ -12,7 +12,7 @@ const CONFIDENCE: f64 = 0.95;
 /// The bounds are order statistics of the sample, so they assume nothing about
 /// the distribution. That needs six samples for 95 %; with fewer, the interval
 /// is the range of the sample and [`Self::coverage`] says what it is worth.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Estimate {
     /// The median of the sample.
     pub median: f64,

@@ -75,6 +75,12 @@ impl<'a> Stock<'a> {
         self.written(scenario, contestant, Role::Disk)
     }
 
+    /// Drops a lasting image: the next one is made anew, and lies elsewhere.
+    pub fn drop_lasting(&mut self, scenario: &Scenario, contestant: Contestant) {
+        let key = Key::new(scenario, contestant, Role::Disk);
+        self.written.remove(&key);
+    }
+
     /// An image for one run, in the state that the scenario starts from.
     ///
     /// # Errors

@@ -2,12 +2,12 @@
 //!
 //! Knows block numbers and request kinds. Must not know who serves them.
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::content::BLOCK;
 
 /// The kind of requests.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Action {
     /// Reads only.
@@ -36,7 +36,7 @@ impl Action {
 }
 
 /// Where the requests go.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Order {
     /// Anywhere, with repeats.
@@ -56,7 +56,7 @@ pub enum Order {
 }
 
 /// The state of the image when a run starts.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Start {
     /// Every block was written through the server under test, then flushed. The
@@ -80,7 +80,7 @@ impl Start {
 }
 
 /// When a write is complete.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Cache {
     /// When it can be read back; a flush makes it stable.
@@ -90,7 +90,7 @@ pub enum Cache {
 }
 
 /// One kind of load.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Workload {
     /// For people, and to select it by.
     pub name: String,
@@ -137,7 +137,7 @@ impl Workload {
 }
 
 /// The unit of a rate.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Unit {
     /// Requests per second.
     #[serde(rename = "IOPS")]

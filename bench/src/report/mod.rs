@@ -10,8 +10,8 @@ mod table;
 use std::fs;
 use std::path::Path;
 
-use anyhow::{Context, Result};
-use serde::Serialize;
+use anyhow::{Context, Result, ensure};
+use serde::{Deserialize, Serialize};
 
 use crate::bed::Bed;
 use crate::cost::Cost;
@@ -26,7 +26,7 @@ const FIGURES: &str = "figures";
 const COSTS: &str = "costs";
 
 /// All figures of a run.
-#[derive(Serialize)]
+#[derive(Serialize, Deserialize)]
 pub struct Report {
     /// On what.
     pub machine: Machine,
@@ -34,6 +34,9 @@ pub struct Report {
     pub mode: String,
     /// Length of a run in milliseconds.
     pub run_ms: u64,
+    /// When it went on with what lacked.
+    #[serde(default)]
+    pub resumed: Vec<String>,
     /// More arguments that our server got.
     pub server_args: Vec<String>,
     /// The scenarios.
@@ -49,7 +52,7 @@ pub struct Report {
 }
 
 /// A measurement that failed.
-#[derive(Serialize)]
+#[derive(Serialize, Deserialize)]
 pub struct Failure {
     /// Its name.
     pub what: String,
@@ -58,6 +61,57 @@ pub struct Failure {
 }
 
 impl Report {
+    /// A report without figures.
+    pub fn new(machine: Machine, mode: &str, run_ms: u64, server_args: &[String]) -> Self {
+        Self {
+            machine,
+            mode: mode.into(),
+            run_ms,
+            resumed: Vec::new(),
+            server_args: server_args.into(),
+            scenarios: Vec::new(),
+            opening: Vec::new(),
+            idle: Vec::new(),
+            verdicts: Vec::new(),
+            failures: Vec::new(),
+        }
+    }
+
+    /// Reads the figures that [`Self::write`] has written.
+    ///
+    /// # Errors
+    /// The file cannot be read, or is not of this version.
+    pub fn read(file: &Path) -> Result<Self> {
+        let text =
+            fs::read_to_string(file).with_context(|| format!("reading {}", file.display()))?;
+        serde_json::from_str(&text).with_context(|| format!("{} makes no sense", file.display()))
+    }
+
+    /// Begins where `earlier` ended. Figures are not taken over yet. Returns the date
+    /// on which something is measured now, for [`Self::resumed`].
+    ///
+    /// # Errors
+    /// It was measured on something else, or otherwise.
+    pub fn resume(&mut self, earlier: &Self) -> Result<String> {
+        let date = std::mem::replace(&mut self.machine.date, earlier.machine.date.clone());
+        ensure!(
+            self.machine == earlier.machine,
+            "the earlier figures are of another machine or other versions: {:?}, now {:?}",
+            earlier.machine,
+            self.machine
+        );
+        ensure!(
+            (&self.mode, self.run_ms, &self.server_args)
+                == (&earlier.mode, earlier.run_ms, &earlier.server_args),
+            "the earlier figures were taken otherwise: mode {}, runs of {} ms, arguments {:?}",
+            earlier.mode,
+            earlier.run_ms,
+            earlier.server_args
+        );
+        self.resumed.clone_from(&earlier.resumed);
+        Ok(date)
+    }
+
     /// Writes everything into `dir`: `figures.json`, `figures.md` and the plots.
     ///
     /// # Errors
@@ -209,6 +263,48 @@ fn splice(text: &str, name: &str, content: &str) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::contestant::{Contestant, OURS, QSD_QCOW2};
+
+    fn report(date: &str, kernel: &str) -> Report {
+        let machine = Machine {
+            cpu: "a".into(),
+            cpus: 2,
+            virtual_machine: true,
+            memory_mib: 1,
+            kernel: kernel.into(),
+            disk: "b".into(),
+            qemu: "c".into(),
+            ploop: "d".into(),
+            date: date.into(),
+        };
+        Report::new(machine, "all", 1000, &[])
+    }
+
+    #[test]
+    fn what_is_written_can_be_read_and_resumed() {
+        let dir = tempfile::tempdir().unwrap();
+        let four_runners = Contestant::Ours { runners: Some(4) };
+        let mut first = report("monday", "6.1");
+        first.idle = [OURS, four_runners, QSD_QCOW2]
+            .map(|contestant| IdleSummary {
+                contestant,
+                seconds: 1.0,
+                cpu_us: 2.5,
+                context_switches: 3,
+            })
+            .into();
+        first.write(dir.path()).unwrap();
+        let read = Report::read(&dir.path().join("figures.json")).unwrap();
+        let who = |report: &Report| report.idle.iter().map(|i| i.contestant).collect::<Vec<_>>();
+        assert_eq!(who(&read), who(&first));
+
+        let mut second = report("tuesday", "6.1");
+        assert_eq!(second.resume(&read).unwrap(), "tuesday");
+        assert_eq!(second.machine.date, "monday");
+        assert!(report("tuesday", "6.2").resume(&read).is_err());
+        second.run_ms = 1;
+        assert!(second.resume(&read).is_err());
+    }
 
     #[test]
     fn content_replaces_what_is_between_its_marks_only() {

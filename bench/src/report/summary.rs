@@ -1,6 +1,6 @@
 //! From samples to figures.
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::bed::Bed;
 use crate::contestant::Contestant;
@@ -12,7 +12,7 @@ use crate::stats::{Estimate, median};
 use crate::workload::{Unit, Workload};
 
 /// The figures of one scenario.
-#[derive(Serialize)]
+#[derive(Serialize, Deserialize)]
 pub struct ScenarioSummary {
     /// For people.
     pub title: String,
@@ -35,7 +35,7 @@ pub struct ScenarioSummary {
 }
 
 /// The figures of one side.
-#[derive(Serialize)]
+#[derive(Serialize, Deserialize)]
 pub struct SideSummary {
     /// Who.
     pub contestant: Contestant,
@@ -58,7 +58,7 @@ pub struct SideSummary {
 }
 
 /// Ours divided by another side's, round by round.
-#[derive(Serialize)]
+#[derive(Serialize, Deserialize)]
 pub struct Ratio {
     /// The other side.
     pub to: Contestant,
@@ -69,7 +69,7 @@ pub struct Ratio {
 }
 
 /// A target and what was measured.
-#[derive(Clone, Serialize)]
+#[derive(Clone, Serialize, Deserialize)]
 pub struct Verdict {
     /// Where, or "any".
     pub bed: String,
@@ -86,7 +86,7 @@ pub struct Verdict {
 }
 
 /// How a figure compares with its target.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Judgement {
     /// It is reached.
@@ -104,7 +104,7 @@ impl Judgement {
 }
 
 /// What opening an 8 TiB image took.
-#[derive(Serialize)]
+#[derive(Serialize, Deserialize)]
 pub struct OpeningSummary {
     /// Who.
     pub contestant: Contestant,
@@ -115,7 +115,7 @@ pub struct OpeningSummary {
 }
 
 /// What idling cost.
-#[derive(Serialize)]
+#[derive(Serialize, Deserialize)]
 pub struct IdleSummary {
     /// Who.
     pub contestant: Contestant,

@@ -75,6 +75,9 @@ pub fn mode(report: &Report) -> String {
     if !report.server_args.is_empty() {
         text += &format!(" Our server with `{}`.", report.server_args.join(" "));
     }
+    for date in &report.resumed {
+        text += &format!(" What lacked then was measured from {date} UTC on.");
+    }
     text + "\n"
 }
 
