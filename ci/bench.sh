@@ -21,10 +21,12 @@ case " $* " in
     *) set -- --targets "$@" ;;
 esac
 
+target=${CARGO_TARGET_DIR:-target}
 qemu/install-tools.sh bench
+qemu/guest/build.sh "$target/guest"
 # Each on its own: built together, the features of their dependencies would mix.
 cargo build --release --locked --bins
 cargo build --release --locked --package ploop-bench
 
-target=${CARGO_TARGET_DIR:-target}/release
-exec "$target/ploop-bench" --server "$target/vhost-user-ploop" --img "$target/ploop-img" "$@"
+exec "$target/release/ploop-bench" --server "$target/release/vhost-user-ploop" \
+    --img "$target/release/ploop-img" --guest "$target/guest" "$@"

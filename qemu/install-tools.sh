@@ -26,9 +26,7 @@ zstd zstd
 cc gcc
 "
 bench_tools="
-qemu-img qemu-utils
 qemu-storage-daemon qemu-utils
-cc gcc
 "
 ci_tools="
 shellcheck shellcheck
@@ -110,7 +108,7 @@ install_missing() {
 
 case ${1:-demo} in
     demo) tools=$demo_tools ;;
-    bench) tools=$bench_tools ;;
+    bench) tools=$demo_tools$bench_tools ;;
     ci) tools=$demo_tools$ci_tools ;;
     *) die "unknown set '$1': demo, bench or ci" ;;
 esac
@@ -121,6 +119,6 @@ missing=$(missing_packages "$tools" | tr '\n' ' ')
 command -v cargo >/dev/null || die "Rust is missing: https://rustup.rs or your distribution's rustc and cargo, 1.88 or newer"
 
 # Compiling or booting needs no package lists, fetching the guest's kernel does.
-if [ "${1:-demo}" != bench ] && ! apt-cache show linux-image-amd64 linux-image-generic >/dev/null 2>&1; then
+if ! apt-cache show linux-image-amd64 linux-image-generic >/dev/null 2>&1; then
     as_root apt-get update -q
 fi

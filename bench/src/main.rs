@@ -8,6 +8,7 @@ mod client;
 mod content;
 mod contestant;
 mod cost;
+mod guest;
 mod idle;
 mod image;
 mod machine;
@@ -91,6 +92,9 @@ struct Arguments {
     /// Our image tool.
     #[arg(long, value_name = "PATH", default_value = "target/release/ploop-img")]
     img: PathBuf,
+    /// What qemu/guest/build.sh has made, to be attached to an idle server.
+    #[arg(long, value_name = "DIR", default_value = "target/guest")]
+    guest: PathBuf,
     /// A directory on a real file system, with 20 GiB free (3 GiB for --short).
     #[arg(long, value_name = "DIR", default_value = "/var/tmp")]
     disk_dir: PathBuf,
@@ -297,6 +301,7 @@ fn setting(arguments: &Arguments, mode: Mode) -> Result<Setting> {
             img: arguments.img.clone(),
         },
         directories,
+        guest: arguments.guest.clone(),
         run_time: arguments
             .run_ms
             .map_or(mode.run_time(), Duration::from_millis),

@@ -5,6 +5,7 @@
 //! the sides differ.
 
 use std::ops::Range;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -29,6 +30,8 @@ pub struct Setting {
     pub programs: Programs,
     /// Where.
     pub directories: Directories,
+    /// The folder of the guest that `qemu/guest/build.sh` has made.
+    pub guest: PathBuf,
     /// Length of a run.
     pub run_time: Duration,
     /// Set when the user wants to stop.

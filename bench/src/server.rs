@@ -49,16 +49,8 @@ impl Server {
         command
             .stdin(Stdio::null())
             .stdout(Stdio::null())
-            .stderr(log)
-            // Ctrl-C is for the benchmark, which then stops the server.
-            .process_group(0);
-        // SAFETY: prctl is async-signal-safe and allocates nothing.
-        unsafe {
-            command.pre_exec(|| {
-                rustix::process::set_parent_process_death_signal(Some(Signal::KILL))?;
-                Ok(())
-            });
-        }
+            .stderr(log);
+        tie(&mut command);
         let child = command
             .spawn()
             .with_context(|| format!("starting {label} ({:?})", command.get_program()))?;
@@ -210,6 +202,19 @@ impl Server {
             return "it said nothing".into();
         }
         format!("it said:\n{}", String::from_utf8_lossy(tail))
+    }
+}
+
+/// Has the kernel kill the program if the benchmark dies. Ctrl-C is for the benchmark
+/// alone, which then stops the program.
+pub fn tie(command: &mut Command) {
+    command.process_group(0);
+    // SAFETY: prctl is async-signal-safe and allocates nothing.
+    unsafe {
+        command.pre_exec(|| {
+            rustix::process::set_parent_process_death_signal(Some(Signal::KILL))?;
+            Ok(())
+        });
     }
 }
 

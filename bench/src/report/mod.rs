@@ -264,6 +264,7 @@ fn splice(text: &str, name: &str, content: &str) -> Option<String> {
 mod tests {
     use super::*;
     use crate::contestant::{Contestant, OURS, QSD_QCOW2};
+    use crate::idle::Attached;
 
     fn report(date: &str, kernel: &str) -> Report {
         let machine = Machine {
@@ -288,6 +289,7 @@ mod tests {
         first.idle = [OURS, four_runners, QSD_QCOW2]
             .map(|contestant| IdleSummary {
                 contestant,
+                attached: Attached::Guest,
                 seconds: 1.0,
                 cpu_us: 2.5,
                 context_switches: 3,

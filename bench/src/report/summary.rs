@@ -4,7 +4,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::bed::Bed;
 use crate::contestant::Contestant;
-use crate::idle::{self, Idle};
+use crate::idle::{self, Attached, Idle, Seen};
 use crate::measure::{Sample, Side};
 use crate::opening::{self, Opening};
 use crate::scenario::{Bound, Goal, Metric, Scenario};
@@ -119,6 +119,8 @@ pub struct OpeningSummary {
 pub struct IdleSummary {
     /// Who.
     pub contestant: Contestant,
+    /// With whom attached.
+    pub attached: Attached,
     /// How long it was watched, in seconds.
     pub seconds: f64,
     /// CPU time used, in microseconds.
@@ -305,11 +307,17 @@ impl OpeningSummary {
 impl IdleSummary {
     /// Sums up.
     pub fn new(idle: &Idle) -> Self {
+        let Seen {
+            time,
+            cpu,
+            context_switches,
+        } = idle.seen;
         Self {
             contestant: idle.contestant,
-            seconds: idle.time.as_secs_f64(),
-            cpu_us: idle.cpu.as_secs_f64() * 1e6,
-            context_switches: idle.context_switches,
+            attached: idle.attached,
+            seconds: time.as_secs_f64(),
+            cpu_us: cpu.as_secs_f64() * 1e6,
+            context_switches,
         }
     }
 
@@ -318,7 +326,10 @@ impl IdleSummary {
         let share = self.cpu_us / 1e6 / self.seconds;
         Verdict {
             bed: "any".into(),
-            what: "an idle back-end with a client attached: CPU".into(),
+            what: format!(
+                "an idle back-end with {} attached: CPU",
+                self.attached.label()
+            ),
             target: "none".into(),
             measured: format!("{:.0} µs in {:.0} s", self.cpu_us, self.seconds),
             judgement: Judgement::of(share <= idle::TARGET_SHARE),

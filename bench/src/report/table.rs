@@ -231,7 +231,8 @@ pub fn idle(idles: &[IdleSummary]) -> String {
         return String::new();
     }
     let columns = [
-        ("idle with a client attached", Lean::Left),
+        ("idle", Lean::Left),
+        ("with", Lean::Left),
         ("watched, s", Lean::Right),
         ("CPU, µs", Lean::Right),
         ("context switches", Lean::Right),
@@ -239,6 +240,7 @@ pub fn idle(idles: &[IdleSummary]) -> String {
     let row = |idle: &IdleSummary| {
         vec![
             idle.contestant.label(),
+            idle.attached.label().into(),
             format!("{:.0}", idle.seconds),
             format!("{:.0}", idle.cpu_us),
             idle.context_switches.to_string(),
