@@ -10,8 +10,11 @@
 #
 # Installs what is missing (qemu/install-tools.sh) and builds in release mode.
 # --help shows the other options: --document docs/performance.md renews the figures
-# there, --only TEXT picks scenarios by name. How the figures are taken is said in
-# docs/performance.md. Nothing else should run on the machine meanwhile.
+# there, --only TEXT picks scenarios by name, --against PROGRAM measures another build
+# of the back-end in the same rounds. How the figures are taken is said in
+# docs/performance.md.
+#
+# Nothing else should run on the machine meanwhile.
 set -euo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

@@ -39,6 +39,8 @@ pub enum Contestant {
         /// `--runners`.
         runners: Option<u32>,
     },
+    /// Another build of vhost-user-ploop, to be compared with this one.
+    OtherBuild,
     /// qemu-storage-daemon with a driver for the format.
     Qsd(Format),
     /// No server: io_uring on the plain file, in the client. What the host can do.
@@ -57,6 +59,11 @@ pub const QSD_RAW: Contestant = Contestant::Qsd(Format::Raw);
 pub const PLAIN_FILE: Contestant = Contestant::PlainFile;
 
 impl Contestant {
+    /// Whether it is a build of vhost-user-ploop.
+    pub fn is_ours(self) -> bool {
+        matches!(self, Self::Ours { .. } | Self::OtherBuild)
+    }
+
     /// Whether it is a server of others.
     pub fn is_peer(self) -> bool {
         matches!(self, Self::Qsd(_))
@@ -65,7 +72,7 @@ impl Contestant {
     /// What its image is made as.
     pub fn format(self) -> Format {
         match self {
-            Self::Ours { .. } => Format::Ploop,
+            Self::Ours { .. } | Self::OtherBuild => Format::Ploop,
             Self::Qsd(format) => format,
             Self::PlainFile => Format::Raw,
         }
@@ -81,6 +88,7 @@ impl Contestant {
                 "vhost-user-ploop, {runners} runner{}",
                 if runners == 1 { "" } else { "s" }
             ),
+            Self::OtherBuild => "the other build".into(),
             Self::Qsd(format) => format!("qsd {}", format.qemu_name()),
             Self::PlainFile => "plain file".into(),
         }
@@ -98,7 +106,14 @@ impl TryFrom<String> for Contestant {
     type Error = Error;
 
     fn try_from(label: String) -> Result<Self, Error> {
-        let known = [OURS, QSD_PARALLELS, QSD_QCOW2, QSD_RAW, PLAIN_FILE];
+        let known = [
+            OURS,
+            Self::OtherBuild,
+            QSD_PARALLELS,
+            QSD_QCOW2,
+            QSD_RAW,
+            PLAIN_FILE,
+        ];
         let with_runners = || {
             let words = label.split_once(", ")?.1;
             let runners = Some(words.split_once(' ')?.0.parse().ok()?);
@@ -119,6 +134,8 @@ pub struct Programs {
     pub server: PathBuf,
     /// More arguments for it, to try out an option.
     pub server_args: Vec<String>,
+    /// What [`Contestant::OtherBuild`] is.
+    pub other_build: Option<PathBuf>,
     /// ploop-img.
     pub img: PathBuf,
 }
@@ -142,18 +159,30 @@ pub struct Launch<'a> {
 }
 
 impl Contestant {
-    /// The command that serves an image; `None` where no server is needed.
+    /// The command that serves an image; `None` where no server is needed, or there
+    /// is none.
     pub fn command(self, programs: &Programs, launch: Launch<'_>) -> Option<Command> {
         match self {
-            Self::Ours { runners } => Some(ours(programs, runners, launch)),
+            Self::Ours { runners } => {
+                let mut command = ours(&programs.server, launch);
+                if let Some(runners) = runners {
+                    command.arg("--runners").arg(runners.to_string());
+                }
+                command.args(&programs.server_args);
+                Some(command)
+            }
+            Self::OtherBuild => {
+                let program = programs.other_build.as_deref()?;
+                Some(ours(program, launch))
+            }
             Self::Qsd(format) => Some(qsd(format, launch)),
             Self::PlainFile => None,
         }
     }
 }
 
-fn ours(programs: &Programs, runners: Option<u32>, launch: Launch<'_>) -> Command {
-    let mut command = Command::new(&programs.server);
+fn ours(program: &Path, launch: Launch<'_>) -> Command {
+    let mut command = Command::new(program);
     command
         .arg("--socket-path")
         .arg(launch.socket)
@@ -167,10 +196,6 @@ fn ours(programs: &Programs, runners: Option<u32>, launch: Launch<'_>) -> Comman
         } else {
             "writeback"
         });
-    if let Some(runners) = runners {
-        command.arg("--runners").arg(runners.to_string());
-    }
-    command.args(&programs.server_args);
     command
 }
 

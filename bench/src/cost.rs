@@ -118,7 +118,7 @@ impl Meter<'_> {
     fn cost(&mut self, scenario: &Scenario, contestant: Contestant, tools: Tools) -> Result<Cost> {
         let counts = self.run(scenario, contestant, None, &Watch::Perf(tools.perf))?;
         // QEMU's coroutines switch stacks behind valgrind's back; it crashes.
-        let can_be_counted = matches!(contestant, Contestant::Ours { .. });
+        let can_be_counted = contestant.is_ours();
         let instructions = if tools.valgrind && can_be_counted {
             let few = self.instructions(scenario, contestant, FEW)?;
             let many = self.instructions(scenario, contestant, MANY)?;

@@ -35,7 +35,7 @@ use anyhow::{Context, Result, bail, ensure};
 use clap::Parser;
 
 use bed::{Bed, Directories};
-use contestant::Programs;
+use contestant::{Contestant, Programs};
 use machine::Machine;
 use measure::Setting;
 use report::Report;
@@ -89,6 +89,11 @@ struct Arguments {
     /// One more argument for our back-end; may be given several times.
     #[arg(long, value_name = "ARGUMENT", allow_hyphen_values = true)]
     server_arg: Vec<String>,
+    /// Measure this build of our back-end beside ours wherever scenarios are
+    /// measured: figures of different calls say nothing about each other. It gets
+    /// none of the arguments of --server-arg, so that it can be the same program.
+    #[arg(long, value_name = "PATH", conflicts_with_all = ["document", "resume"])]
+    against: Option<PathBuf>,
     /// Our image tool.
     #[arg(long, value_name = "PATH", default_value = "target/release/ploop-img")]
     img: PathBuf,
@@ -235,6 +240,9 @@ fn todo(arguments: &Arguments, mode: Mode) -> Todo {
     scenarios.sort_by_key(|scenario| scenario.bed);
     for scenario in &mut scenarios {
         scenario.rounds = arguments.rounds.unwrap_or(scenario.rounds);
+        if arguments.against.is_some() {
+            scenario.contestants.insert(1, Contestant::OtherBuild);
+        }
     }
     let times = mode != Mode::Cost;
     let rounds = arguments.rounds.unwrap_or(mode.opening_rounds());
@@ -270,10 +278,11 @@ fn list(todo: &Todo) {
 }
 
 fn setting(arguments: &Arguments, mode: Mode) -> Result<Setting> {
-    for program in [&arguments.server, &arguments.img] {
+    let programs = [&arguments.server, &arguments.img];
+    for program in programs.into_iter().chain(&arguments.against) {
         ensure!(
             program.exists(),
-            "{} is missing: cargo build --release, or --server and --img",
+            "{} is missing: cargo build --release, or --server, --img and --against",
             program.display()
         );
     }
@@ -298,6 +307,7 @@ fn setting(arguments: &Arguments, mode: Mode) -> Result<Setting> {
         programs: Programs {
             server: arguments.server.clone(),
             server_args: arguments.server_arg.clone(),
+            other_build: arguments.against.clone(),
             img: arguments.img.clone(),
         },
         directories,

@@ -90,9 +90,10 @@ impl<'a> Stock<'a> {
         let directories = self.directories;
         if scenario.workload.start == Start::Overlay {
             let base = self.written(scenario, contestant, Role::Base)?;
-            return match contestant {
-                Contestant::Ours { .. } => base.clone_bundle(directories, bed),
-                _ => base.qcow2_overlay(directories, bed, geometry),
+            return if contestant.is_ours() {
+                base.clone_bundle(directories, bed)
+            } else {
+                base.qcow2_overlay(directories, bed, geometry)
             };
         }
         let image = Image::empty(directories, bed, contestant, geometry)?;
@@ -123,7 +124,7 @@ impl<'a> Stock<'a> {
             geometry,
             role,
         } = key;
-        let is_bundle = role == Role::Base && contestant == OURS;
+        let is_bundle = role == Role::Base && contestant.is_ours();
         let image = if is_bundle {
             Image::empty_bundle(self.programs, self.directories, bed, geometry)?
         } else {

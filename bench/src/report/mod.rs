@@ -286,7 +286,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let four_runners = Contestant::Ours { runners: Some(4) };
         let mut first = report("monday", "6.1");
-        first.idle = [OURS, four_runners, QSD_QCOW2]
+        first.idle = [OURS, four_runners, Contestant::OtherBuild, QSD_QCOW2]
             .map(|contestant| IdleSummary {
                 contestant,
                 attached: Attached::Guest,

@@ -37,6 +37,7 @@ fn programs() -> Programs {
     Programs {
         server: PathBuf::new(),
         server_args: Vec::new(),
+        other_build: None,
         img: PathBuf::new(),
     }
 }
