@@ -114,7 +114,10 @@ impl Session<'_> {
         let earlier = &mut self.earlier.as_mut()?.scenarios;
         let at = earlier.iter().position(|summary| {
             let disk = (summary.rounds, summary.disk_bytes);
-            summary.title == scenario.title() && disk == (scenario.rounds, scenario.disk_bytes)
+            let who = summary.sides.iter().map(|side| side.contestant);
+            summary.title == scenario.title()
+                && disk == (scenario.rounds, scenario.disk_bytes)
+                && who.eq(scenario.contestants.iter().copied())
         })?;
         Some(earlier.swap_remove(at))
     }
