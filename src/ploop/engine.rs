@@ -8,6 +8,7 @@ use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
+use arc_swap::ArcSwapOption;
 use crossbeam_utils::CachePadded;
 
 use super::EngineError;
@@ -20,7 +21,9 @@ use super::inbox::Inbox;
 use super::options::Options;
 use super::pio::{Pio, QueueMessage, Work};
 use super::queue::Queue;
+use super::remembered::Remembered;
 use super::sabotage::{self, Sabotage};
+use super::take_over::Beginning;
 use crate::format::{Geometry, GuestCluster, HostCluster, Sector};
 use crate::storage::{Disk, FileId, Segments};
 
@@ -55,10 +58,22 @@ pub struct Engine<D: Disk> {
     pub(super) dispatched: AtomicUsize,
     /// The metadata thread was woken because of [`Options::low_water`].
     pub(super) space_is_low: AtomicBool,
+    /// What outlives the process, while there is something to keep it in.
+    pub(super) remembered: ArcSwapOption<Remembered>,
+    /// Locked by who begins and who is asked whether anybody has.
+    pub(super) beginning: Mutex<Beginning>,
     /// Of the queues, to tell them that requests are taken again.
     inboxes: Mutex<Vec<Weak<Inbox<QueueMessage>>>>,
     #[cfg(test)]
     abandoned: AtomicBool,
+}
+
+/// What an engine starts from.
+pub(super) struct Shared {
+    pub levels: Vec<LevelMap>,
+    pub bat: Bat,
+    pub alloc: Allocator,
+    pub beginning: Beginning,
 }
 
 /// Where the clusters of one file of the chain are.
@@ -90,6 +105,12 @@ pub(super) enum MdMessage {
     },
     /// A cluster was unmapped; posted before its md page is marked dirty.
     Freed { host: HostCluster, page: u32 },
+    /// What the disk does not map is known: clusters that a lost process has unmapped,
+    /// with their md pages, and those that nothing maps.
+    Begin {
+        freed: Vec<(u32, HostCluster)>,
+        leaked: Vec<Extent>,
+    },
     /// Clusters were given out and then not used, but may have been written to.
     Dropped { host: HostCluster },
     /// A copy-on-write is complete, but for a sync; posted before its md page is
@@ -116,13 +137,13 @@ pub(super) enum WritePlan {
 }
 
 impl<D: Disk> Engine<D> {
-    pub(super) fn new(
-        disk: D,
-        levels: Vec<LevelMap>,
-        bat: Bat,
-        alloc: Allocator,
-        options: Options,
-    ) -> io::Result<Self> {
+    pub(super) fn new(disk: D, shared: Shared, options: Options) -> io::Result<Self> {
+        let Shared {
+            levels,
+            bat,
+            alloc,
+            beginning,
+        } = shared;
         let runners = (0..options.runners)
             .map(|_| Ok(Arc::new(Inbox::new()?)))
             .collect::<io::Result<_>>()?;
@@ -145,6 +166,8 @@ impl<D: Disk> Engine<D> {
             barriers_ended: AtomicU64::new(0),
             dispatched: AtomicUsize::new(0),
             space_is_low: AtomicBool::new(false),
+            remembered: ArcSwapOption::empty(),
+            beginning: Mutex::new(beginning),
             inboxes: Mutex::default(),
             #[cfg(test)]
             abandoned: AtomicBool::new(false),
@@ -278,6 +301,8 @@ impl<D: Disk> Engine<D> {
         if sabotage::is(Sabotage::ForgetFailedSync) {
             return;
         }
+        // First: whoever fails because of it tells the guest.
+        self.note_failed_sync();
         if !self.sync_failed.swap(true, Ordering::AcqRel) {
             log::error!("{what} has failed; flushes fail until the image is opened again");
         }
@@ -304,6 +329,7 @@ impl<D: Disk> Engine<D> {
     pub(super) fn rely_on(&self, cluster: GuestCluster) -> Entry {
         let entry = self.bat.get(cluster);
         if entry.is_unmarked() {
+            self.note_change(cluster, entry);
             self.mark_dirty(cluster);
         }
         entry
@@ -405,6 +431,7 @@ impl<D: Disk> Engine<D> {
         if self.bat.replace(cluster, from, to).is_err() {
             return false;
         }
+        self.note_change(cluster, to);
         match message {
             // The write of the page is soon enough for it.
             Some(message @ MdMessage::Copied { .. }) => self.md.leave(message),

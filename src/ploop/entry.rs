@@ -129,6 +129,37 @@ impl Entry {
         self.0 & UNMARKED != 0
     }
 
+    /// What outlives the process: where the cluster is and the number of the change.
+    /// Never zero.
+    pub const fn remembered(self) -> u64 {
+        self.0 & !(LOCKED | UNSTABLE | UNMARKED | WRITTEN) | CHANGED
+    }
+
+    /// The same, known to be on disk.
+    pub const fn on_disk(self) -> Self {
+        Self(self.0 & !(CHANGED | UNMARKED | WRITTEN | UNSTABLE))
+    }
+
+    /// The entry that was remembered so; `None` if nothing was, or not by us.
+    pub const fn from_remembered(bits: u64) -> Option<Self> {
+        let entry = Self(bits);
+        let empty_hole = bits & MAPPED != 0 || bits & (MAPPED - 1) == 0;
+        if bits == entry.remembered() && empty_hole {
+            Some(entry)
+        } else {
+            None
+        }
+    }
+
+    /// Whether its change came before that of `other`, which is of the same cluster
+    /// and not more than half the numbers away.
+    pub const fn is_older_than(self, other: Self) -> bool {
+        let ahead = (other.0 >> CHANGE_SHIFT).wrapping_sub(self.0 >> CHANGE_SHIFT);
+        let numbers = 1 << (u64::BITS - CHANGE_SHIFT);
+        let ahead = ahead & (numbers - 1);
+        ahead != 0 && ahead < numbers / 2
+    }
+
     /// The same, its page marked.
     pub const fn marked(self) -> Self {
         Self(self.0 & !UNMARKED)

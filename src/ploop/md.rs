@@ -64,8 +64,6 @@ pub(super) struct Metadata {
     /// What follows the last entry of the BAT, up to the end of its md page or to
     /// the first data, whichever comes first.
     pub bat_tail: Vec<u8>,
-    /// Clusters of the file that nothing maps.
-    pub leaked: Vec<Extent>,
 }
 
 /// Who waits for a round.
@@ -168,11 +166,7 @@ pub struct MdWriter<D: Disk> {
 }
 
 impl<D: Disk> MdWriter<D> {
-    pub(super) fn new(engine: Arc<Engine<D>>, mut metadata: Option<Metadata>) -> io::Result<Self> {
-        let mut reclaim = Reclaim::default();
-        if let Some(metadata) = &mut metadata {
-            reclaim.add_leaked(&mem::take(&mut metadata.leaked));
-        }
+    pub(super) fn new(engine: Arc<Engine<D>>, metadata: Option<Metadata>) -> io::Result<Self> {
         Ok(Self {
             io: engine.disk.open_io(DEPTH)?,
             metadata,
@@ -192,7 +186,7 @@ impl<D: Disk> MdWriter<D> {
                 error: None,
             },
             covered: Covered::default(),
-            reclaim,
+            reclaim: Reclaim::default(),
             holes: VecDeque::new(),
             punching: 0,
             punch_failed: false,
@@ -294,12 +288,12 @@ impl<D: Disk> MdWriter<D> {
                 }
                 self.waiters.push(Waiter::Queue(inbox, request));
             }
-            MdMessage::Freed { host, page } => {
-                // While the pages of a round are being written, its write of the
-                // page may be without the removal.
-                let writing = matches!(self.round.phase, Phase::Pages { .. });
-                let round = self.round.number + u64::from(writing);
-                self.reclaim.add_freed(host, page, round);
+            MdMessage::Freed { host, page } => self.add_freed(host, page),
+            MdMessage::Begin { freed, leaked } => {
+                self.reclaim.add_leaked(&leaked);
+                for (page, host) in freed {
+                    self.add_freed(host, page);
+                }
             }
             MdMessage::Dropped { host } => self.reclaim.add_dropped(host),
             MdMessage::Copied { cluster } => self.copied.push(cluster),
@@ -310,6 +304,14 @@ impl<D: Disk> MdWriter<D> {
             }
             MdMessage::Control(what, outcome) => self.begin_control(what, outcome),
         }
+    }
+
+    fn add_freed(&mut self, host: HostCluster, page: u32) {
+        // While the pages of a round are being written, its write of the page may be
+        // without the removal.
+        let writing = matches!(self.round.phase, Phase::Pages { .. });
+        let round = self.round.number + u64::from(writing);
+        self.reclaim.add_freed(host, page, round);
     }
 
     fn queue(&mut self, op: MdOp, io: Op) {
@@ -564,6 +566,9 @@ impl<D: Disk> MdWriter<D> {
             _ => 0,
         };
         if entry.is_changed() {
+            if entry.is_unmarked() {
+                engine.note_change(cluster, entry);
+            }
             engine.bat.set_written(cluster, entry);
         }
         (value, true)
@@ -912,7 +917,9 @@ impl<D: Disk> MdWriter<D> {
         if engine.has_sync_failed() {
             return Err(EngineError::SyncFailed);
         }
+        engine.note_settled();
         let Some(metadata) = &mut self.metadata else {
+            engine.forget_opening();
             return Ok(());
         };
         let top = engine.top();
@@ -929,7 +936,9 @@ impl<D: Disk> MdWriter<D> {
         cut_and_mark(&engine.disk, top, len, &mut metadata.header).map_err(|error| {
             log::error!("cannot mark the image as closed: {error}");
             EngineError::Io(Errno::from_io_error(&error).unwrap_or(Errno::IO))
-        })
+        })?;
+        engine.forget_opening();
+        Ok(())
     }
 }
 

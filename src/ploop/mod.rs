@@ -24,11 +24,13 @@ mod open;
 mod options;
 mod pio;
 mod queue;
+mod remembered;
 mod request;
 mod runner;
 mod running;
 pub(crate) mod sabotage;
 mod sync;
+mod take_over;
 
 pub use engine::Engine;
 pub use error::{EngineError, OpenError};
@@ -39,6 +41,7 @@ pub use queue::Queue;
 pub use request::{Command, Done, Request, SectorRange};
 pub use runner::Runner;
 pub use running::Running;
+pub use take_over::TakeOverError;
 
 #[cfg(all(test, ploop_loom))]
 mod loom_models;

@@ -8,13 +8,13 @@ use std::sync::Arc;
 
 use self::load::{Loaded, TopImage, load, read_bat_tail};
 use super::alloc::{Allocator, Extent};
-use super::bat::Bat;
-use super::engine::{Engine, LevelMap};
+use super::engine::{Engine, Shared};
 use super::error::OpenError;
 use super::md::{MdWriter, Metadata};
 use super::options::Options;
 use super::runner::Runner;
 use super::sabotage::{self, Sabotage};
+use super::take_over::{Beginning, NO_OPENING};
 use crate::format::{
     BatScan, ClusterSize, Geometry, GuestCluster, Header, HostCluster, InUse, Sector,
 };
@@ -75,12 +75,19 @@ impl<D: Disk> Engine<D> {
         if !is_aligned(&disk, &geometry) {
             disk.forgo_direct();
         }
+        let beginning = beginning(&disk, top, loaded.image.as_ref(), &options);
         let (alloc, metadata) = match &loaded.image {
             Some(image) => prepare_image(&disk, top, image, &options)?,
             None => prepare_plain(&disk, top, &geometry, &options)?,
         };
         let Loaded { levels, bat, .. } = loaded;
-        start(disk, levels, bat, alloc, options, metadata).map_err(OpenError::Setup)
+        let shared = Shared {
+            levels,
+            bat,
+            alloc,
+            beginning,
+        };
+        start(disk, shared, options, metadata).map_err(OpenError::Setup)
     }
 }
 
@@ -94,6 +101,35 @@ fn is_aligned(disk: &impl Disk, geometry: &Geometry) -> bool {
     start && end
 }
 
+/// Whether a guest may come back that lives on after a process that was killed.
+fn beginning(
+    disk: &impl Disk,
+    top: FileId,
+    image: Option<&TopImage>,
+    options: &Options,
+) -> Beginning {
+    if options.read_only {
+        return Beginning::Begun(None);
+    }
+    let opening = disk.opening(top).unwrap_or_else(|error| {
+        log::warn!("cannot read the attributes of the image: {error}");
+        None
+    });
+    let opening = opening.filter(|opening| *opening != NO_OPENING);
+    Beginning::Awaited {
+        // A raw image has no mark.
+        unclosed: image.map_or(opening.is_some(), |image| {
+            image.header.in_use == InUse::Open
+        }),
+        opening,
+        leaked: image.map_or_else(Vec::new, |image| {
+            let leaked = leaked(&image.scan, image.header.geometry());
+            report_unclosed(&image.header, &leaked);
+            leaked
+        }),
+    }
+}
+
 /// Makes a top with a BAT ready: for the allocator and the metadata thread.
 fn prepare_image(
     disk: &impl Disk,
@@ -104,14 +140,11 @@ fn prepare_image(
     let geometry = image.header.geometry();
     let mut metadata = Metadata {
         bat_tail: read_bat_tail(disk, top, geometry)?,
-        leaked: Vec::new(),
         header: image.header.clone(),
     };
     // A file may end before its data area starts.
     let end = HostCluster(image.scan.used.len() as u32).max(geometry.first_host_cluster());
     if !options.read_only {
-        metadata.leaked = leaked(&image.scan, geometry);
-        report_unclosed(&image.header, &metadata.leaked);
         mark_in_use(disk, top, &mut metadata.header, image.file_len)?;
     }
     Ok((Allocator::new(end), Some(metadata)))
@@ -141,13 +174,15 @@ fn prepare_plain(
 
 fn start<D: Disk>(
     disk: D,
-    levels: Vec<LevelMap>,
-    bat: Bat,
-    alloc: Allocator,
+    shared: Shared,
     options: Options,
     metadata: Option<Metadata>,
 ) -> io::Result<Opened<D>> {
-    let engine = Arc::new(Engine::new(disk, levels, bat, alloc, options)?);
+    let awaits_take_over = options.awaits_take_over;
+    let engine = Arc::new(Engine::new(disk, shared, options)?);
+    if !awaits_take_over {
+        engine.begin();
+    }
     let runners = (0..engine.runners.len())
         .map(|index| Runner::new(engine.clone(), index))
         .collect::<io::Result<_>>()?;
@@ -175,8 +210,8 @@ fn report_unclosed(header: &Header, leaked: &[Extent]) {
     if matches!(header.in_use, InUse::Open | InUse::OpenByOthers) {
         let clusters: u64 = leaked.iter().map(|extent| u64::from(extent.len())).sum();
         log::warn!(
-            "the image was not closed cleanly; its mapping is sound, and leaked clusters \
-             ({clusters}) will be used again"
+            "the image was not closed cleanly; its mapping is sound, and clusters that it \
+             does not map ({clusters}) will be used again"
         );
     }
 }

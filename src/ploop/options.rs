@@ -35,6 +35,10 @@ pub struct Options {
     /// share data between files. A small one is cheap to copy, and the host lets a
     /// clone wait for all I/O to both files.
     pub smallest_clone: u64,
+    /// After an opening of an image that was not closed, leave clusters that it does not
+    /// map alone until [`Engine::begin`](super::Engine::begin) or
+    /// [`Engine::take_over`](super::Engine::take_over).
+    pub awaits_take_over: bool,
     /// When no more clusters than this are left to be given out, the file grows. Set by the engine.
     pub(super) low_water: u32,
 }
@@ -50,6 +54,7 @@ impl Default for Options {
             on_enospc: OnEnospc::Stop,
             preallocation: 128 << 20,
             smallest_clone: 256 << 10,
+            awaits_take_over: false,
             low_water: 0,
         }
     }

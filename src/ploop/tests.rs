@@ -15,6 +15,7 @@ use crate::storage::{Disk, FileId, Segments};
 mod failed_pages;
 mod plain;
 mod queues;
+mod take_over;
 mod writeback;
 
 const CLUSTER: u64 = 32 << 10;

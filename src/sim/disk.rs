@@ -130,6 +130,8 @@ struct State {
     failures: u64,
     copies: Copies,
     trace: Option<Vec<String>>,
+    /// See [`Disk::opening`].
+    openings: Vec<u64>,
 }
 
 #[derive(Default)]
@@ -178,6 +180,7 @@ impl SimDisk {
             failures: 0,
             copies: Copies::default(),
             trace: None,
+            openings: vec![0; files],
         };
         Self {
             state: Arc::new(Mutex::new(state)),
@@ -261,6 +264,23 @@ impl SimDisk {
     /// Turns the power on again; chooses what has survived.
     pub fn power_on(&self) {
         self.state().power_on();
+    }
+
+    /// The process that uses it dies: of what it had submitted, each operation may
+    /// still be done, and nobody hears of its end. Nothing can be done until
+    /// [`Self::restart`].
+    pub fn kill(&self) {
+        self.state().kill();
+    }
+
+    /// Another process opens the disk, on which everything is as the last one has
+    /// left it, stable or not.
+    pub fn restart(&self) {
+        let mut state = self.state();
+        state.powered = true;
+        state.changes_left = None;
+        state.ios.clear();
+        state.metadata_writes.clear();
     }
 
     /// What a reader sees of a range now.
@@ -812,6 +832,28 @@ impl State {
         Err(Errno::IO)
     }
 
+    /// The kernel ends what has started, and may give up what has not.
+    fn kill(&mut self) {
+        self.note(|| "the process is killed".to_owned());
+        self.changes_left = None;
+        while !self.pending.is_empty() {
+            let index = self.rng.random_range(0..self.pending.len());
+            let mut pending = self.pending.swap_remove(index);
+            let has_started = pending.effect.is_some() || pending.done > 0;
+            if !has_started && self.rng.random() {
+                self.complete(pending.id);
+                continue;
+            }
+            while pending.effect.is_none() {
+                self.take_effect(&mut pending);
+            }
+            if let Some(result) = pending.effect {
+                self.finish(pending, result);
+            }
+        }
+        self.power_off();
+    }
+
     // --- power ---
 
     fn power_on(&mut self) {
@@ -1083,6 +1125,15 @@ impl Disk for SimDisk {
         } else {
             Err(Errno::NOSPC.into())
         }
+    }
+
+    fn opening(&self, file: FileId) -> io::Result<Option<u64>> {
+        Ok(Some(self.state().openings[usize::from(file.0)]))
+    }
+
+    fn set_opening(&self, file: FileId, opening: u64) -> io::Result<()> {
+        self.state().openings[usize::from(file.0)] = opening;
+        Ok(())
     }
 
     fn clone_unit(&self) -> Option<u32> {

@@ -215,6 +215,14 @@ impl Disk for HostDisk {
         self.file(file)?.reserve(offset, len)
     }
 
+    fn opening(&self, file: FileId) -> io::Result<Option<u64>> {
+        self.file(file)?.opening()
+    }
+
+    fn set_opening(&self, file: FileId, opening: u64) -> io::Result<()> {
+        self.file(file)?.set_opening(opening)
+    }
+
     fn forgo_direct(&self) {
         self.files[self.files.len() - 1].forgo_direct();
     }

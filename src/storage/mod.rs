@@ -11,6 +11,7 @@ mod host;
 mod limits;
 pub mod lock;
 mod segments;
+mod shared;
 
 use std::io;
 use std::os::fd::RawFd;
@@ -20,6 +21,7 @@ use rustix::io::Errno;
 pub use host::{Aio, Cache, HostDisk, HostFile, HostIo, HostOptions};
 pub use limits::ease_limits;
 pub use segments::{AlignedBuf, Buffer, Segment, Segments};
+pub use shared::SharedWords;
 
 /// Which of the files of a [`Disk`]: 0 is the base, the highest the top delta.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -231,6 +233,24 @@ pub trait Disk: Send + Sync + 'static {
     /// the top file. It can become smaller, never larger.
     fn write_alignment(&self) -> u32 {
         1
+    }
+
+    /// The name under which somebody opened a file for writing last: see
+    /// [`Self::set_opening`]. `None` if there is none, or none can be kept.
+    ///
+    /// # Errors
+    /// Any of `fgetxattr(2)` but that there is none.
+    fn opening(&self, _: FileId) -> io::Result<Option<u64>> {
+        Ok(None)
+    }
+
+    /// Keeps with a file the name of its present opening for writing. It need not
+    /// survive a power cut.
+    ///
+    /// # Errors
+    /// `Unsupported` where the file system keeps no attributes; any of `fsetxattr(2)`.
+    fn set_opening(&self, _: FileId, _: u64) -> io::Result<()> {
+        Err(io::ErrorKind::Unsupported.into())
     }
 
     /// What will be written to the top file is not aligned as direct I/O demands

@@ -12,7 +12,7 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use rustix::fs::{AtFlags, OFlags, StatxFlags};
+use rustix::fs::{AtFlags, OFlags, StatxFlags, XattrFlags};
 use rustix::io::Errno;
 
 use super::{Cache, HostFile};
@@ -21,6 +21,9 @@ use crate::storage::AlignedBuf;
 /// Every [`AlignedBuf`] starts at a multiple of this, in bytes. A file that
 /// demands more of addresses is not accessed directly.
 const BUFFER_ALIGNMENT: u32 = 4096;
+
+/// The extended attribute of [`crate::storage::Disk::set_opening`].
+const OPENING: &str = "user.ploop.opening";
 
 /// What direct transfers must be multiples of. In bytes, powers of two.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -184,6 +187,24 @@ impl SharedFile {
     /// The description with the locks that say that this file is written to, if it is.
     pub(super) fn writers_lock(&self) -> Option<BorrowedFd<'_>> {
         self.writable.then(|| self.given.as_fd())
+    }
+
+    /// See [`crate::storage::Disk::opening`].
+    pub(super) fn opening(&self) -> io::Result<Option<u64>> {
+        let mut bytes = [0; size_of::<u64>()];
+        match rustix::fs::fgetxattr(&self.file, OPENING, &mut bytes) {
+            Ok(len) if len == bytes.len() => Ok(Some(u64::from_le_bytes(bytes))),
+            // Another length: not ours.
+            Ok(_) | Err(Errno::NODATA | Errno::NOTSUP | Errno::RANGE) => Ok(None),
+            Err(errno) => Err(errno.into()),
+        }
+    }
+
+    /// See [`crate::storage::Disk::set_opening`].
+    pub(super) fn set_opening(&self, opening: u64) -> io::Result<()> {
+        let bytes = opening.to_le_bytes();
+        rustix::fs::fsetxattr(&self.file, OPENING, &bytes, XattrFlags::empty())?;
+        Ok(())
     }
 
     /// In bytes.

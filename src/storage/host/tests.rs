@@ -1014,3 +1014,21 @@ fn writes_of_many_threads_do_not_meet() {
         }
     }
 }
+
+#[test]
+fn a_file_keeps_the_name_of_its_opening() {
+    let file = tempfile::NamedTempFile::new_in(".").unwrap();
+    let disk = HostDisk::new(
+        vec![HostFile {
+            file: file.reopen().unwrap(),
+            path: file.path().to_owned(),
+            writable: true,
+        }],
+        HostOptions::default(),
+    )
+    .unwrap();
+    assert_eq!(disk.opening(FileId(0)).unwrap(), None);
+    disk.set_opening(FileId(0), 5).unwrap();
+    disk.set_opening(FileId(0), 7).unwrap();
+    assert_eq!(disk.opening(FileId(0)).unwrap(), Some(7));
+}

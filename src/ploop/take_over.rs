@@ -1,0 +1,439 @@
+//! The begin of serving an image: with nothing but what the disk has, or with what a
+//! process that was killed has left in [`Remembered`] memory.
+//!
+//! An image that was not closed may belong to a guest that lives on. Until it is
+//! known whether it does, no cluster that the disk does not map may be punched or
+//! given out again: it may hold what that guest was told is written. So an engine
+//! that [`Options::awaits_take_over`](super::Options::awaits_take_over) leaves them
+//! alone until [`Engine::begin`] or [`Engine::take_over`].
+//!
+//! What the memory says was in the hands of the front-end. It is checked as a BAT of a
+//! file is, and against that of the file: if anything is wrong with it, nothing of it
+//! is believed.
+
+use std::collections::BTreeSet;
+use std::io;
+use std::sync::{Arc, MutexGuard, PoisonError};
+
+use thiserror::Error;
+
+use super::EngineError;
+use super::alloc::Extent;
+use super::control::Control;
+use super::engine::{Engine, MdMessage};
+use super::entry::{Entry, Place};
+use super::remembered::{Identity, Remembered};
+use crate::format::{ClusterSet, GuestCluster, HostCluster};
+use crate::storage::{Disk, FileId, SharedWords};
+
+/// Why what a process has left cannot be taken over. The guest that it belongs to must
+/// not go on: it was told of writes that are lost.
+#[derive(Debug, Error)]
+pub enum TakeOverError {
+    /// There is nothing of ours in it.
+    #[error("the memory that came back holds nothing of this program")]
+    Foreign,
+    /// It is about another disk.
+    #[error("the memory that came back belongs to another image")]
+    OtherImage,
+    /// Somebody has opened the image for writing since, or it cannot be known.
+    #[error("the image was opened for writing by somebody else meanwhile")]
+    Changed,
+    /// Requests may have been served without it.
+    #[error("the image is being served already")]
+    Begun,
+    /// It cannot be true.
+    #[error("the memory that came back is damaged: guest cluster {cluster} {what}")]
+    Damaged {
+        /// Of the guest's disk.
+        cluster: u32,
+        /// What is wrong with its entry.
+        what: &'static str,
+    },
+    /// The memory cannot be read, or the image not be marked.
+    #[error("cannot {what}")]
+    Io {
+        /// "read the memory that came back", say.
+        what: &'static str,
+        /// What the kernel said.
+        source: io::Error,
+    },
+}
+
+/// The name of no opening.
+pub(super) const NO_OPENING: u64 = 0;
+
+/// How far an engine has come.
+pub(super) enum Beginning {
+    /// Nothing may be used again yet.
+    Awaited {
+        /// The image was in use when it was opened.
+        unclosed: bool,
+        /// The name of that opening.
+        opening: Option<u64>,
+        /// Clusters that nothing on the disk maps.
+        leaked: Vec<Extent>,
+    },
+    /// With this name of the opening, if one could be kept.
+    Begun(Option<u64>),
+}
+
+/// What follows from memory that was found to be right.
+struct Adoption {
+    /// Entries that are not what the disk has.
+    changed: Vec<(GuestCluster, Entry)>,
+    /// Clusters that the disk maps for a guest cluster that has them no more.
+    freed: Vec<(GuestCluster, HostCluster)>,
+    /// Clusters that neither maps.
+    leaked: Vec<Extent>,
+}
+
+impl<D: Disk> Engine<D> {
+    /// Bytes that [`Self::remember_in`] and [`Self::take_over`] need, a multiple of
+    /// eight. Most of it is never touched.
+    pub fn remembered_len(&self) -> u64 {
+        (self.identity().words() * size_of::<u64>()) as u64
+    }
+
+    fn identity(&self) -> Identity {
+        Identity {
+            geometry: *self.geometry(),
+            levels: self.levels.len(),
+            has_bat: self.has_bat(),
+        }
+    }
+
+    /// Whether the image was not closed, and nobody has said yet that no guest that
+    /// lives on will come back for it.
+    pub fn awaits_take_over(&self) -> bool {
+        matches!(*self.beginning(), Beginning::Awaited { unclosed: true, .. })
+    }
+
+    /// Nobody will come back for what the disk does not have: clusters that it does not
+    /// map may be used again. Does nothing the second time.
+    pub fn begin(&self) {
+        self.begin_at(&mut self.beginning());
+    }
+
+    fn begin_at(&self, beginning: &mut Beginning) -> Option<u64> {
+        match beginning {
+            Beginning::Begun(opening) => *opening,
+            Beginning::Awaited { leaked, .. } => {
+                let leaked = std::mem::take(leaked);
+                let opening = self.name_opening();
+                *beginning = Beginning::Begun(opening);
+                self.md.post(MdMessage::Begin {
+                    freed: Vec::new(),
+                    leaked,
+                });
+                opening
+            }
+        }
+    }
+
+    fn beginning(&self) -> MutexGuard<'_, Beginning> {
+        self.beginning
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Gives the present opening of the image a name, if that can be kept. A read-only
+    /// one changes nothing that could be taken over.
+    fn name_opening(&self) -> Option<u64> {
+        if self.is_read_only() {
+            return None;
+        }
+        let (name, _) = uuid::Uuid::new_v4().as_u64_pair();
+        let name = name.max(NO_OPENING + 1);
+        match self.disk.set_opening(self.top(), name) {
+            Ok(()) => Some(name),
+            Err(error) => {
+                log::info!(
+                    "the file system keeps no extended attributes ({error}): a guest cannot \
+                     live on if this process is killed"
+                );
+                None
+            }
+        }
+    }
+
+    /// The image is closed: nobody will have to take over from this opening.
+    pub(super) fn forget_opening(&self) {
+        if let Beginning::Begun(Some(_)) = *self.beginning() {
+            // Else the next opening waits for somebody who does not come.
+            let _ = self.disk.set_opening(self.top(), NO_OPENING);
+        }
+    }
+
+    /// From now on what the disk does not know is in `words` as well, of
+    /// [`Self::remembered_len`]; what was in it is forgotten. Begins, if nobody has.
+    /// To be called while no request is under way.
+    ///
+    /// # Errors
+    /// When the memory is too small, or cannot be cleared.
+    pub fn remember_in(&self, words: SharedWords) -> io::Result<()> {
+        let opening = self.begin_at(&mut self.beginning());
+        // Without a name nobody can take it over.
+        let opening = opening.unwrap_or(NO_OPENING);
+        let remembered = Remembered::new(words, &self.identity(), opening)?;
+        self.remember(Arc::new(remembered));
+        Ok(())
+    }
+
+    fn remember(&self, remembered: Arc<Remembered>) {
+        // First: whoever changes an entry from now on notes it there.
+        self.remembered.store(Some(remembered.clone()));
+        for (cluster, entry) in (0..).map(GuestCluster).zip(self.bat.iter()) {
+            if entry.is_changed() {
+                remembered.note(cluster, entry);
+            }
+        }
+        if self.has_sync_failed() {
+            remembered.set_sync_failed();
+        }
+    }
+
+    /// The entry of a cluster has changed, which has to outlive the process before
+    /// anybody who relies on it is told of an end (I13).
+    pub(super) fn note_change(&self, cluster: GuestCluster, entry: Entry) {
+        if let Some(remembered) = &*self.remembered.load() {
+            remembered.note(cluster, entry);
+        }
+    }
+
+    /// A sync has failed, likewise.
+    pub(super) fn note_failed_sync(&self) {
+        if let Some(remembered) = &*self.remembered.load() {
+            remembered.set_sync_failed();
+        }
+    }
+
+    /// The disk has everything, and nothing changes any more.
+    pub(super) fn note_settled(&self) {
+        if let Some(remembered) = &*self.remembered.load() {
+            remembered.set_settled();
+        }
+    }
+
+    /// Nothing is remembered any more: the memory goes away. What only memory knows is
+    /// lost then if the process is killed, so [`Self::settle`] comes before.
+    pub fn forget(&self) {
+        self.remembered.store(None);
+    }
+
+    /// Makes everything that completed before stable, mapping included: then there is
+    /// nothing to be remembered. Blocks.
+    ///
+    /// # Errors
+    /// What went wrong with that flush.
+    pub fn settle(&self) -> Result<(), EngineError> {
+        self.control(Control::Barrier).wait()
+    }
+
+    /// A word that outlives the process like the map does, for whoever uses the engine;
+    /// zero at first.
+    pub fn set_note(&self, note: u64) {
+        if let Some(remembered) = &*self.remembered.load() {
+            remembered.set_note(note);
+        }
+    }
+
+    /// The word of [`Self::set_note`], which another process may have set. The
+    /// front-end can set it, too.
+    pub fn note(&self) -> Option<u64> {
+        let remembered = self.remembered.load();
+        remembered
+            .as_ref()
+            .map(|remembered| remembered.note_of_user())
+    }
+
+    /// Takes over from a process that was killed, or has closed the image, and goes on
+    /// remembering in the same memory. Blocks for a sync. To be called before any
+    /// request. Nothing but `words` is used, or changed, if it fails; another attempt,
+    /// or [`Self::begin`], may follow.
+    ///
+    /// # Errors
+    /// See [`TakeOverError`].
+    pub fn take_over(&self, words: SharedWords) -> Result<(), TakeOverError> {
+        if let Some(present) = &*self.remembered.load()
+            && present.is_in(&words)
+        {
+            // This very process was never gone.
+            return Ok(());
+        }
+        let found = Remembered::found(words, &self.identity())?;
+        let is_unneeded = self.is_read_only() && found.opening() == NO_OPENING;
+        let mut beginning = self.beginning();
+        if found.is_settled() || is_unneeded {
+            return self.take_over_settled(found, &mut beginning);
+        }
+        let Beginning::Awaited {
+            unclosed, opening, ..
+        } = *beginning
+        else {
+            return Err(TakeOverError::Begun);
+        };
+        if !unclosed || opening.is_none_or(|opening| opening != found.opening()) {
+            return Err(TakeOverError::Changed);
+        }
+        let adoption = self.adopt(&found)?;
+        if found.has_sync_failed() {
+            self.set_sync_failed("a sync of the process that served the image before");
+        } else if let Err(error) = self.sync_taken_over() {
+            // Found out later than it happened, perhaps.
+            found.set_sync_failed();
+            self.set_sync_failed(&format!("the sync of what was taken over ({error})"));
+        }
+        log::info!(
+            "took over from a process that was killed: {} changes of the map that were not on \
+             the disk",
+            adoption.changed.len()
+        );
+        self.remembered.store(Some(Arc::new(found)));
+        *beginning = Beginning::Begun(opening);
+        self.apply(adoption);
+        Ok(())
+    }
+
+    /// The data of copies, and the length of the file, have to be stable before they are
+    /// mapped on disk (I6, I8), and nobody knows any more which are.
+    fn sync_taken_over(&self) -> io::Result<()> {
+        if self.is_read_only() {
+            return Ok(());
+        }
+        self.disk.sync(self.top())
+    }
+
+    /// The process that left the memory had flushed everything: there is nothing in it.
+    fn take_over_settled(
+        &self,
+        found: Remembered,
+        beginning: &mut Beginning,
+    ) -> Result<(), TakeOverError> {
+        let opening = self.begin_at(beginning).unwrap_or(NO_OPENING);
+        found.renew(opening).map_err(|source| TakeOverError::Io {
+            what: "clear the memory that came back",
+            source,
+        })?;
+        let found = Arc::new(found);
+        // Last: a process that is killed before has changed nothing.
+        found.unsettle();
+        self.remember(found);
+        Ok(())
+    }
+
+    /// What the memory adds to what the disk has; `Err` if it cannot be true.
+    fn adopt(&self, found: &Remembered) -> Result<Adoption, TakeOverError> {
+        let entries = found.entries().map_err(|source| TakeOverError::Io {
+            what: "read the memory that came back",
+            source,
+        })?;
+        let top = self.top();
+        let first = self.geometry().first_host_cluster();
+        let end = u64::from(self.alloc.end());
+        let mut mapped = ClusterSet::new(end);
+        let mut on_disk = ClusterSet::new(end);
+        let mut changed = Vec::new();
+        let mut freed = Vec::new();
+        let mut remembered = entries.into_iter().peekable();
+        for (cluster, entry) in (0..).map(GuestCluster).zip(self.bat.iter()) {
+            let damaged = |what| TakeOverError::Damaged {
+                cluster: cluster.0,
+                what,
+            };
+            let disk_host = in_file(entry, top);
+            if let Some(host) = disk_host {
+                on_disk.insert(host);
+            }
+            let mut now = entry;
+            if let Some((_, news)) = remembered.next_if(|(at, _)| *at == cluster) {
+                now = news.ok_or_else(|| damaged("has no entry of ours"))?;
+                self.check_adopted(now, entry).map_err(damaged)?;
+                if let Some(host) = disk_host.filter(|host| in_file(now, top) != Some(*host)) {
+                    freed.push((cluster, host));
+                }
+                // Also one that is what the disk has: the number of its change counts.
+                changed.push((cluster, now));
+            }
+            if let Some(host) = in_file(now, top) {
+                if host < first || u64::from(host.0) >= end {
+                    return Err(damaged("is mapped outside of the file"));
+                }
+                if !mapped.insert(host) {
+                    return Err(damaged("is mapped to a cluster that another one has"));
+                }
+            }
+        }
+        if let Some((cluster, _)) = freed.iter().find(|(_, host)| mapped.contains(*host)) {
+            return Err(TakeOverError::Damaged {
+                cluster: cluster.0,
+                what: "has lost a cluster that another one has before the disk knows",
+            });
+        }
+        let mut used = on_disk;
+        for (_, entry) in &changed {
+            if let Some(host) = in_file(*entry, top) {
+                used.insert(host);
+            }
+        }
+        let leaked = used.gaps(first).map(|gap| Extent {
+            start: gap.start.0,
+            end: gap.end.0,
+        });
+        Ok(Adoption {
+            leaked: leaked.collect(),
+            changed,
+            freed,
+        })
+    }
+
+    /// Whether an entry can have become this one.
+    fn check_adopted(&self, now: Entry, on_disk: Entry) -> Result<(), &'static str> {
+        match (now.place(), on_disk.place()) {
+            (Place::In(file, _), _) if file != self.top() => Err("is mapped in a lower delta"),
+            (Place::Hole, Place::In(..)) if !self.can_unmap() => {
+                Err("is a hole, and a lower delta has it")
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Before any other thread looks.
+    fn apply(&self, adoption: Adoption) {
+        let failed = self.has_sync_failed();
+        let may_be_copy = self.levels.len() > 1;
+        let mut pages = BTreeSet::new();
+        for (cluster, entry) in adoption.changed {
+            let is_on_disk = self.bat.get(cluster).place() == entry.place();
+            let entry = match (is_on_disk, failed) {
+                (true, false) => entry.on_disk(),
+                (false, true) if may_be_copy => entry.unstable(),
+                _ => entry,
+            };
+            self.bat.load(cluster, entry);
+            if entry.is_changed() {
+                pages.insert(self.geometry().md_page(cluster));
+            }
+        }
+        self.uncover();
+        let freed = adoption.freed.into_iter();
+        let freed = freed.map(|(cluster, host)| (self.geometry().md_page(cluster), host));
+        // Before the marks, as with every change.
+        self.md.post(MdMessage::Begin {
+            freed: freed.collect(),
+            leaked: adoption.leaked,
+        });
+        for page in pages {
+            self.bat.mark_dirty(page);
+        }
+        self.md.waker().wake();
+    }
+}
+
+/// The cluster of the top that an entry maps.
+fn in_file(entry: Entry, top: FileId) -> Option<HostCluster> {
+    match entry.place() {
+        Place::In(file, host) if file == top => Some(host),
+        _ => None,
+    }
+}

@@ -1,0 +1,367 @@
+//! What completed survives the death of the process (I13).
+
+use super::*;
+use crate::ploop::TakeOverError;
+use crate::storage::SharedWords;
+
+const SECTOR: usize = 512;
+
+fn awaiting() -> Options {
+    Options {
+        awaits_take_over: true,
+        ..options()
+    }
+}
+
+/// An engine that remembers, and its memory, which the caller holds as QEMU does.
+struct Mortal {
+    rig: Rig,
+    memory: SharedWords,
+    levels: Vec<Level>,
+}
+
+/// The same memory, as it comes back.
+fn again(memory: &SharedWords) -> SharedWords {
+    memory.map_again().unwrap()
+}
+
+impl Mortal {
+    fn new(disk: &SimDisk, levels: Vec<Level>) -> Self {
+        let rig = Rig::open_chain(disk, levels.clone(), awaiting());
+        let words = rig.engine.remembered_len() as usize / 8;
+        let memory = SharedWords::new(words).unwrap();
+        rig.engine.remember_in(again(&memory)).unwrap();
+        Self {
+            rig,
+            memory,
+            levels,
+        }
+    }
+
+    fn single() -> Self {
+        let disk = empty_image(Medium::default(), 1, 16 * CLUSTER);
+        Self::new(&disk, vec![Level::Ploop])
+    }
+
+    fn chain() -> Self {
+        let disk = empty_image(Medium::default(), 2, 4 * CLUSTER);
+        let mut base = Rig::open(&disk, 1, options());
+        base.write(0, &vec![1; 2 * CLUSTER as usize]).unwrap();
+        base.control(Control::Close).unwrap();
+        drop(base);
+        Self::new(&disk, vec![Level::Ploop; 2])
+    }
+
+    /// The process is killed, and another one opens the disk.
+    fn die(self) -> (Rig, SharedWords) {
+        let Self {
+            rig,
+            memory,
+            levels,
+        } = self;
+        let disk = rig.disk.clone();
+        disk.kill();
+        drop(rig);
+        disk.restart();
+        (Rig::open_chain(&disk, levels, awaiting()), memory)
+    }
+
+    /// The process is killed, and another one takes over.
+    fn die_and_rise(self) -> Self {
+        let levels = self.levels.clone();
+        let (rig, memory) = self.die();
+        assert!(rig.engine.awaits_take_over());
+        rig.engine.take_over(again(&memory)).unwrap();
+        assert!(!rig.engine.awaits_take_over());
+        Self {
+            rig,
+            memory,
+            levels,
+        }
+    }
+}
+
+impl Rig {
+    fn turns_of(&mut self, duration: Duration) {
+        let end = self.now + duration;
+        while self.now < end {
+            self.turn();
+        }
+    }
+}
+
+#[test]
+fn a_write_that_was_not_flushed_survives_the_process() {
+    let mut mortal = Mortal::single();
+    mortal.rig.write(0, &[7; SECTOR]).unwrap();
+    mortal.rig.write(9 * CLUSTER, &[8; SECTOR]).unwrap();
+    for _ in 0..3 {
+        mortal = mortal.die_and_rise();
+        assert_eq!(mortal.rig.read(0, SECTOR), [7; SECTOR]);
+        assert_eq!(mortal.rig.read(9 * CLUSTER, SECTOR), [8; SECTOR]);
+    }
+    mortal.rig.flush().unwrap();
+    let disk = mortal.rig.disk.clone();
+    disk.power_off();
+    drop(mortal);
+    disk.power_on();
+    let mut rig = Rig::open(&disk, 1, options());
+    assert_eq!(rig.read(0, SECTOR), [7; SECTOR]);
+    assert_eq!(rig.read(9 * CLUSTER, SECTOR), [8; SECTOR]);
+}
+
+#[test]
+fn without_the_memory_the_same_write_is_gone() {
+    let mut mortal = Mortal::single();
+    mortal.rig.write(0, &[7; SECTOR]).unwrap();
+    let (mut rig, _) = mortal.die();
+    assert!(rig.engine.awaits_take_over());
+    rig.engine.begin();
+    assert_eq!(rig.read(0, SECTOR), [0; SECTOR]);
+}
+
+#[test]
+fn a_discard_survives_the_process_and_its_cluster_comes_back() {
+    let mut mortal = Mortal::single();
+    mortal.rig.write(0, &vec![7; 2 * CLUSTER as usize]).unwrap();
+    mortal.rig.flush().unwrap();
+    mortal.rig.discard(0, CLUSTER).unwrap();
+    let mut mortal = mortal.die_and_rise();
+    assert_eq!(mortal.rig.read(0, SECTOR), [0; SECTOR]);
+    assert_eq!(mortal.rig.read(CLUSTER, SECTOR), [7; SECTOR]);
+    for round in 0..20 {
+        mortal.rig.write(CLUSTER * 3, &[round; SECTOR]).unwrap();
+        mortal.rig.discard(CLUSTER * 3, CLUSTER).unwrap();
+        mortal.rig.flush().unwrap();
+    }
+    let end = mortal.rig.disk.live_len(FileId(0));
+    assert!(end <= 12 * CLUSTER, "clusters are used again: {end}");
+}
+
+#[test]
+fn a_discarded_cluster_that_was_given_out_again_is_the_other_ones() {
+    let mut mortal = Mortal::single();
+    for round in 1..40_u8 {
+        let at = u64::from(round % 8) * CLUSTER;
+        mortal.rig.write(at, &[round; SECTOR]).unwrap();
+        mortal.rig.discard(at, CLUSTER).unwrap();
+        mortal.rig.write(at, &[round; SECTOR]).unwrap();
+        mortal
+            .rig
+            .turns_of(Duration::from_millis(u64::from(round) * 40));
+        if round % 4 == 0 {
+            mortal = mortal.die_and_rise();
+        }
+        for back in 0..8.min(round) {
+            let round = round - back;
+            let at = u64::from(round % 8) * CLUSTER;
+            assert_eq!(mortal.rig.read(at, SECTOR), [round; SECTOR]);
+        }
+    }
+}
+
+#[test]
+fn a_copy_survives_the_process_and_is_stable_before_it_is_mapped() {
+    let mut mortal = Mortal::chain();
+    mortal.rig.write(SECTOR as u64, &[7; SECTOR]).unwrap();
+    let mut mortal = mortal.die_and_rise();
+    assert_eq!(mortal.rig.read(0, SECTOR), [1; SECTOR]);
+    assert_eq!(mortal.rig.read(SECTOR as u64, SECTOR), [7; SECTOR]);
+    // Nobody flushes: the page is written, and then the power goes.
+    mortal.rig.turns_of(Duration::from_secs(3));
+    let disk = mortal.rig.disk.clone();
+    disk.power_off();
+    drop(mortal);
+    disk.power_on();
+    let mut rig = Rig::open(&disk, 2, options());
+    assert_eq!(rig.read(0, SECTOR), [1; SECTOR]);
+    assert!(
+        [[1; SECTOR], [7; SECTOR]].contains(&rig.read(SECTOR as u64, SECTOR).try_into().unwrap())
+    );
+}
+
+#[test]
+fn a_failed_sync_is_remembered() {
+    let mut mortal = Mortal::single();
+    mortal.rig.write(0, &[7; SECTOR]).unwrap();
+    mortal
+        .rig
+        .disk
+        .change_medium(|medium| medium.faults.sync = 1.0);
+    assert_eq!(mortal.rig.flush(), Err(EngineError::SyncFailed));
+    mortal
+        .rig
+        .disk
+        .change_medium(|medium| medium.faults.sync = 0.0);
+    let mut mortal = mortal.die_and_rise();
+    assert_eq!(mortal.rig.read(0, SECTOR), [7; SECTOR]);
+    assert_eq!(mortal.rig.flush(), Err(EngineError::SyncFailed));
+    let mut mortal = mortal.die_and_rise();
+    assert_eq!(mortal.rig.flush(), Err(EngineError::SyncFailed));
+}
+
+#[test]
+fn a_sync_that_fails_in_the_take_over_is_a_failed_sync() {
+    let mut mortal = Mortal::chain();
+    mortal.rig.write(0, &[7; SECTOR]).unwrap();
+    let (mut rig, memory) = mortal.die();
+    rig.disk.change_medium(|medium| medium.faults.sync = 1.0);
+    rig.engine.take_over(again(&memory)).unwrap();
+    rig.disk.change_medium(|medium| medium.faults.sync = 0.0);
+    assert_eq!(rig.read(0, SECTOR), [7; SECTOR]);
+    assert_eq!(rig.flush(), Err(EngineError::SyncFailed));
+    // A copy that may not be stable is not mapped.
+    rig.turns_of(Duration::from_secs(3));
+    assert_eq!(rig.disk.read_live(FileId(1), 64, 4), [0; 4]);
+}
+
+#[test]
+fn after_a_clean_end_there_is_nothing_to_take_over() {
+    let mut mortal = Mortal::single();
+    mortal.rig.write(0, &[7; SECTOR]).unwrap();
+    mortal.rig.engine.set_note(5);
+    mortal.rig.control(Control::Close).unwrap();
+    let levels = mortal.levels.clone();
+    let (mut rig, memory) = mortal.die();
+    assert!(!rig.engine.awaits_take_over());
+    rig.engine.take_over(again(&memory)).unwrap();
+    assert_eq!(rig.engine.note(), Some(5));
+    assert_eq!(rig.read(0, SECTOR), [7; SECTOR]);
+    // And on it goes.
+    rig.write(CLUSTER, &[8; SECTOR]).unwrap();
+    let mut mortal = Mortal {
+        rig,
+        memory,
+        levels,
+    }
+    .die_and_rise();
+    assert_eq!(mortal.rig.read(CLUSTER, SECTOR), [8; SECTOR]);
+    assert_eq!(mortal.rig.engine.note(), Some(5));
+}
+
+#[test]
+fn memory_of_another_opening_is_refused_and_changes_nothing() {
+    let mut mortal = Mortal::single();
+    mortal.rig.write(0, &[7; SECTOR]).unwrap();
+    let (mut rig, memory) = mortal.die();
+    // Somebody else has used the image, and was killed too.
+    rig.engine.begin();
+    rig.write(CLUSTER, &[9; SECTOR]).unwrap();
+    rig.flush().unwrap();
+    let error = rig.engine.take_over(again(&memory)).unwrap_err();
+    assert!(matches!(error, TakeOverError::Begun));
+    let disk = rig.disk.clone();
+    disk.kill();
+    drop(rig);
+    disk.restart();
+    let mut rig = Rig::open(&disk, 1, awaiting());
+    let error = rig.engine.take_over(again(&memory)).unwrap_err();
+    assert!(matches!(error, TakeOverError::Changed));
+    rig.engine.begin();
+    assert_eq!(rig.read(0, SECTOR), [0; SECTOR]);
+    assert_eq!(rig.read(CLUSTER, SECTOR), [9; SECTOR]);
+}
+
+#[test]
+fn memory_of_an_image_that_was_closed_meanwhile_is_refused() {
+    let mut mortal = Mortal::single();
+    mortal.rig.write(0, &[7; SECTOR]).unwrap();
+    let (rig, memory) = mortal.die();
+    let disk = rig.disk.clone();
+    drop(rig);
+    disk.restart();
+    // A tool that knows nothing of openings repairs it.
+    let mut rig = Rig::open(&disk, 1, options());
+    let opening = disk.opening(FileId(0)).unwrap().unwrap();
+    rig.control(Control::Close).unwrap();
+    drop(rig);
+    disk.set_opening(FileId(0), opening).unwrap();
+    disk.restart();
+    let rig = Rig::open(&disk, 1, awaiting());
+    let error = rig.engine.take_over(again(&memory)).unwrap_err();
+    assert!(matches!(error, TakeOverError::Changed));
+}
+
+/// Whatever the front-end writes there, nothing of it is believed unless all of it
+/// can be true.
+#[test]
+fn damaged_memory_is_refused() {
+    use std::sync::atomic::Ordering::Relaxed;
+    const FIRST: usize = 512;
+    let mapped = |level: u64, host: u64| 1 << 43 | 1 << 40 | level << 32 | host | 1 << 46;
+    // First host cluster 1; the file has 9 clusters then.
+    let cases: [&[(usize, u64)]; 8] = [
+        &[(FIRST, u64::MAX)],
+        &[(FIRST, 1)],
+        &[(FIRST, mapped(0, 0))],
+        &[(FIRST, mapped(0, 100))],
+        &[(FIRST, mapped(0, u64::from(u32::MAX)))],
+        &[(FIRST, mapped(1, 2))],
+        &[(FIRST + 4, mapped(0, 5)), (FIRST + 5, mapped(0, 5))],
+        &[(0, 1)],
+    ];
+    for case in cases {
+        let mut mortal = Mortal::single();
+        mortal.rig.write(0, &[7; SECTOR]).unwrap();
+        let (mut rig, memory) = mortal.die();
+        let before: Vec<_> = case
+            .iter()
+            .map(|(at, bits)| memory.word(*at).unwrap().swap(*bits, Relaxed))
+            .collect();
+        rig.engine.take_over(again(&memory)).unwrap_err();
+        assert_eq!(rig.read(0, SECTOR), [0; SECTOR], "nothing was adopted");
+        for ((at, _), bits) in case.iter().zip(before) {
+            memory.word(*at).unwrap().store(bits, Relaxed);
+        }
+        rig.engine.take_over(again(&memory)).unwrap();
+        assert_eq!(rig.read(0, SECTOR), [7; SECTOR]);
+    }
+}
+
+#[test]
+fn the_memory_of_this_very_process_may_come_back() {
+    let mut mortal = Mortal::single();
+    mortal.rig.write(0, &[7; SECTOR]).unwrap();
+    mortal.rig.engine.take_over(again(&mortal.memory)).unwrap();
+    let mut mortal = mortal.die_and_rise();
+    assert_eq!(mortal.rig.read(0, SECTOR), [7; SECTOR]);
+}
+
+#[test]
+fn new_memory_gets_what_the_disk_does_not_have() {
+    let mut mortal = Mortal::single();
+    mortal.rig.write(0, &[7; SECTOR]).unwrap();
+    // The guest has reset the device.
+    let words = mortal.memory.len();
+    mortal.memory = SharedWords::new(words).unwrap();
+    mortal
+        .rig
+        .engine
+        .remember_in(again(&mortal.memory))
+        .unwrap();
+    let mut mortal = mortal.die_and_rise();
+    assert_eq!(mortal.rig.read(0, SECTOR), [7; SECTOR]);
+}
+
+#[test]
+fn a_raw_image_remembers_a_failed_sync() {
+    let disk = SimDisk::new(1, Medium::default(), 1);
+    let level = Level::Plain {
+        size: Sector(4 * CLUSTER / 512),
+        cluster: ClusterSize::from_bytes(CLUSTER).unwrap(),
+    };
+    let mut mortal = Mortal::new(&disk, vec![level]);
+    mortal.rig.write(0, &[7; SECTOR]).unwrap();
+    mortal
+        .rig
+        .disk
+        .change_medium(|medium| medium.faults.sync = 1.0);
+    assert_eq!(mortal.rig.flush(), Err(EngineError::SyncFailed));
+    mortal
+        .rig
+        .disk
+        .change_medium(|medium| medium.faults.sync = 0.0);
+    let mut mortal = mortal.die_and_rise();
+    assert_eq!(mortal.rig.read(0, SECTOR), [7; SECTOR]);
+    assert_eq!(mortal.rig.flush(), Err(EngineError::SyncFailed));
+}
