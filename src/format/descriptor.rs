@@ -123,12 +123,6 @@ pub enum DescriptorError {
     /// Snapshots that are each other's ancestors.
     #[error("snapshot {0} is among its own ancestors")]
     Cycle(Guid),
-    /// Deeper than the official tool serves.
-    #[error("snapshot {0} has more than {max} levels", max = Descriptor::LEVELS_MAX)]
-    TooDeep(Guid),
-    /// A plain image above another one: nothing tells its holes from its zeros.
-    #[error("image {0} is Plain but not the base")]
-    PlainAbove(Guid),
 }
 
 /// How an image file maps the disk.
@@ -136,7 +130,8 @@ pub enum DescriptorError {
 pub enum ImageKind {
     /// `Compressed`: in the ploop format. (Nothing is compressed.)
     Expandable,
-    /// `Plain`: byte for byte the disk.
+    /// `Plain`: byte for byte the disk. The base alone can be: the official tool
+    /// calls every image so once the base is raw, and means the base.
     Plain,
 }
 
@@ -184,8 +179,9 @@ pub struct Descriptor {
 impl Descriptor {
     /// The name of the file in a bundle's folder.
     pub const FILE_NAME: &str = "DiskDescriptor.xml";
-    /// The longest chain, base and top included.
-    pub const LEVELS_MAX: usize = 126;
+    /// The longest chain that is made and served, base and top included; that of
+    /// the official tool. Longer ones are read, so that they can be shortened.
+    pub const LEVELS_MAX: usize = 127;
     /// The longest text that is worth parsing, in bytes.
     pub const TEXT_MAX: usize = 1 << 20;
 
@@ -242,7 +238,7 @@ impl Descriptor {
             Some(snapshots) => parse_snapshots(snapshots.children)?,
             None => (Guid::TOP, shots_of_one_image(&images)?),
         };
-        let descriptor = Self {
+        let mut descriptor = Self {
             disk_size,
             cluster,
             images,
@@ -253,7 +249,19 @@ impl Descriptor {
             unknown_in_root: root.rest,
         };
         descriptor.check()?;
+        descriptor.expect_raw_base_only();
         Ok(descriptor)
+    }
+
+    /// What is called plain above the base is in the ploop format.
+    fn expect_raw_base_only(&mut self) {
+        let base = self.shots.iter().find(|shot| shot.parent.is_none());
+        let base = base.map(|shot| shot.guid);
+        for image in &mut self.images {
+            if Some(image.guid) != base {
+                image.kind = ImageKind::Expandable;
+            }
+        }
     }
 
     /// The text, with the elements in the official tool's order.
@@ -341,14 +349,7 @@ impl Descriptor {
             .iter()
             .map(|shot| (shot.guid, shot.parent))
             .collect();
-        self.check_tree(&parents)?;
-        for image in &self.images {
-            let is_base = parents.get(&image.guid).is_some_and(Option::is_none);
-            if image.kind == ImageKind::Plain && !is_base {
-                return Err(DescriptorError::PlainAbove(image.guid));
-            }
-        }
-        Ok(())
+        self.check_tree(&parents)
     }
 
     /// Each GUID and file is there once, each image has a node and the other way round.
@@ -398,9 +399,7 @@ impl Descriptor {
         if roots != 1 {
             return Err(DescriptorError::Roots(roots));
         }
-        for shot in &self.shots {
-            check_depth(shot.guid, parents)?;
-        }
+        check_for_cycles(&self.shots, parents)?;
         if !parents.contains_key(&self.top) {
             return Err(DescriptorError::NoTop(self.top));
         }
@@ -630,16 +629,24 @@ fn check_file(file: &Path) -> Result<(), DescriptorError> {
     }
 }
 
-fn check_depth(guid: Guid, parents: &HashMap<Guid, Option<Guid>>) -> Result<(), DescriptorError> {
-    let mut level = guid;
-    for _ in 0..Descriptor::LEVELS_MAX {
-        match parents.get(&level) {
-            Some(&Some(parent)) if parent == guid => return Err(DescriptorError::Cycle(guid)),
-            Some(&Some(parent)) => level = parent,
-            _ => return Ok(()),
+/// That every node leads to the base. Each is passed once.
+fn check_for_cycles(
+    shots: &[Shot],
+    parents: &HashMap<Guid, Option<Guid>>,
+) -> Result<(), DescriptorError> {
+    let mut leads_to_base = HashSet::new();
+    for shot in shots {
+        let mut way = HashSet::new();
+        let mut next = Some(shot.guid);
+        while let Some(guid) = next.filter(|guid| !leads_to_base.contains(guid)) {
+            if !way.insert(guid) {
+                return Err(DescriptorError::Cycle(guid));
+            }
+            next = parents.get(&guid).copied().flatten();
         }
+        leads_to_base.extend(way);
     }
-    Err(DescriptorError::TooDeep(guid))
+    Ok(())
 }
 
 #[cfg(test)]

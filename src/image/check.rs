@@ -56,7 +56,7 @@ pub struct CheckReport {
     pub total_clusters: u64,
     /// Of them, those that have a place in the file.
     pub allocated_clusters: u64,
-    /// Of them, those that do not follow the one before in the file.
+    /// Of them, those that follow another on the disk but not in the file.
     pub fragmented_clusters: u64,
     /// Each finding and each repair in words.
     pub messages: Vec<String>,
@@ -391,17 +391,17 @@ fn leak_message(leak: &Range<HostCluster>) -> String {
     }
 }
 
-/// Entries whose cluster does not follow that of the mapped entry before.
+/// Entries whose cluster does not follow that of the entry before, as QEMU counts
+/// them: after a hole it starts anew.
 fn fragmented(geometry: &Geometry, bat: &[u32]) -> u64 {
-    let mapped = bat.iter().filter(|value| **value != 0);
-    let hosts = mapped.filter_map(|value| geometry.host_cluster(*value));
-    let mut fragmented = 0;
-    let mut previous = None;
-    for HostCluster(host) in hosts {
-        fragmented += u64::from(previous.is_some_and(|p: u32| p.wrapping_add(1) != host));
-        previous = Some(host);
-    }
-    fragmented
+    let host_of = |value: u32| geometry.host_cluster(value).filter(|_| value != 0);
+    let hosts = bat.iter().map(|value| host_of(*value));
+    let pairs = hosts.clone().zip(hosts.skip(1));
+    let is_break = |(before, after): &(Option<HostCluster>, Option<HostCluster>)| {
+        let pair = before.zip(*after);
+        pair.is_some_and(|(before, after)| before.0.wrapping_add(1) != after.0)
+    };
+    pairs.filter(is_break).count() as u64
 }
 
 #[cfg(test)]

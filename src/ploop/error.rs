@@ -105,8 +105,10 @@ pub enum OpenError {
         /// What does not fit.
         why: &'static str,
     },
-    /// A chain has at least one level and at most 126.
-    #[error("a chain of {0} levels is not supported (1 to 126 are)")]
+    /// A chain has at least one level and at most 127.
+    #[error(
+        "a chain of {0} levels cannot be served (1 to 127 can); delete or merge snapshots first"
+    )]
     Levels(usize),
     /// There is not the memory for the BAT, which takes at most eight bytes for
     /// each of its entries.

@@ -93,11 +93,25 @@ fn an_image_left_in_use_is_repaired_by_all_only() {
 
 #[test]
 fn numbers_are_those_of_qemu_img() {
-    if !require_tool("qemu-img") {
+    if !require_tool("qemu-img") || !require_tool("qemu-io") {
         return;
     }
     let folder = TempDir::new().unwrap();
     let Some(disk) = disk(&folder) else { return };
+    // Holes and clusters in all orders: written backwards, forwards, and with gaps.
+    let mut writes = (200..230)
+        .rev()
+        .chain((300..340).step_by(2))
+        .chain(301..310);
+    let writes: Vec<_> = writes
+        .by_ref()
+        .map(|cluster| format!("write -P 1 {} 64k", cluster << 16))
+        .collect();
+    let args = ["-f", "parallels"].into_iter().map(str::to_owned);
+    let commands = writes
+        .into_iter()
+        .flat_map(|write| ["-c".to_owned(), write]);
+    run("qemu-io", args.chain(commands).chain([disk.clone()])).ok();
     let theirs = run(
         "qemu-img",
         ["check", "-f", "parallels", "--output=json", &disk],
@@ -105,10 +119,12 @@ fn numbers_are_those_of_qemu_img() {
     .ok();
     let theirs: Value = serde_json::from_str(&theirs).unwrap();
     let ours = report(&disk);
+    assert_ne!(theirs["fragmented-clusters"], 0);
     for key in [
         "image-end-offset",
         "total-clusters",
         "allocated-clusters",
+        "fragmented-clusters",
         "check-errors",
         "filename",
     ] {

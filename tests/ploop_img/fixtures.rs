@@ -96,3 +96,23 @@ fn the_map_is_that_of_qemu_img() {
         assert_eq!(ours, theirs, "{}", fixture.name);
     }
 }
+
+#[test]
+fn the_map_for_people_is_that_of_qemu_img() {
+    if !require_tool("qemu-img") {
+        return;
+    }
+    let folder = TempDir::new().unwrap();
+    for fixture in FIXTURES {
+        let Some(bundle) = fixture.unpack(folder.path()) else {
+            return;
+        };
+        let image = bundle.join("root.hds");
+        let image = image.to_str().unwrap();
+        let format = if fixture.is_ploop { "parallels" } else { "raw" };
+        let theirs = run("qemu-img", ["map", "-f", format, image]).ok();
+        let ours = ploop_img(["map", bundle.to_str().unwrap()]).ok();
+        assert!(theirs.contains("\n0 "), "{theirs}");
+        assert_eq!(ours, theirs, "{}", fixture.name);
+    }
+}

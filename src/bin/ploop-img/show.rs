@@ -175,11 +175,19 @@ fn map_line(entry: &MapEntry) {
     };
     say!(
         "{:<16}{:<16}{:<16}{}",
-        format!("{:#x}", entry.start),
-        format!("{:#x}", entry.length),
-        format!("{offset:#x}"),
+        hex(entry.start),
+        hex(entry.length),
+        hex(offset),
         file.display()
     );
+}
+
+/// As C prints it: zero has no prefix.
+fn hex(number: u64) -> String {
+    match number {
+        0 => "0".to_owned(),
+        _ => format!("{number:#x}"),
+    }
 }
 
 /// `resize`: the size that the disk has now.

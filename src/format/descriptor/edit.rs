@@ -37,7 +37,7 @@ pub enum EditError {
     #[error("{0} is the base")]
     IsBase(Guid),
     /// The chain would get too long.
-    #[error("the chain has {max} levels already, the most that is served", max = Descriptor::LEVELS_MAX)]
+    #[error("the chain would have more than {max} levels, the most that is served; delete or merge snapshots first", max = Descriptor::LEVELS_MAX)]
     TooDeep,
 }
 

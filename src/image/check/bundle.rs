@@ -80,7 +80,8 @@ pub(super) fn check_bundle(
     Ok(())
 }
 
-/// A resize that was cut off between header and descriptor.
+/// A resize that was cut off between header and descriptor, or a snapshot that
+/// another tool went back to. The header has the last word, so nothing is wrong.
 fn check_disk_size(
     image: &mut OpenImage,
     repair: Option<Repair>,
@@ -98,16 +99,16 @@ fn check_disk_size(
     if descriptor.disk_size == disk_size {
         return Ok(());
     }
-    report.corruption(format!(
-        "the descriptor says that the disk has {} sectors, its top says {}",
+    let mut text = format!(
+        "the descriptor says that the disk has {} sectors, its top says {}, which counts",
         descriptor.disk_size.0, disk_size.0
-    ));
+    );
     if repair == Some(Repair::All) {
         descriptor.disk_size = disk_size;
         bundle.save(descriptor)?;
-        report.corruptions -= 1;
-        report.corruptions_fixed += 1;
+        text += "; corrected";
     }
+    report.messages.push(text);
     Ok(())
 }
 

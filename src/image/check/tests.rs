@@ -59,7 +59,7 @@ fn a_clean_image() {
             assert_eq!(report.messages, [""; 0]);
             assert_eq!(report.total_clusters, 6);
             assert_eq!(report.allocated_clusters, 2);
-            assert_eq!(report.fragmented_clusters, 1);
+            assert_eq!(report.fragmented_clusters, 0);
             assert_eq!(report.image_end_offset, bytes.len() as u64);
         }
         assert!(medium.contents()[0] == bytes, "a clean image was changed");

@@ -15,7 +15,7 @@ use crate::format::{
 use crate::storage::{Disk, FileId};
 
 /// The most deltas in a chain.
-const LEVELS_MAX: usize = 126;
+const LEVELS_MAX: usize = 127;
 
 /// Bytes of BAT that are read at once.
 const READ_AT_ONCE: usize = 1 << 20;
