@@ -17,7 +17,10 @@
 # Nothing else should run on the machine meanwhile.
 set -euo pipefail
 
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+cd "$repo"
+# shellcheck source=qemu/tools.sh
+. qemu/tools.sh
 
 case " $* " in
     *" --short "* | *" --targets "* | *" --all "* | *" --cost "* | *" --help "* | *" -h "*) ;;

@@ -7,13 +7,16 @@
 # which is not there fails here, where a plain `cargo test` leaves it out.
 set -Eeuo pipefail
 
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+cd "$repo"
+# shellcheck source=qemu/tools.sh
+. qemu/tools.sh
 
 export CARGO_TERM_COLOR=${CARGO_TERM_COLOR:-never}
 export PLOOP_REQUIRE_PEERS=1
 
 # One function a stage. To add one, write it and put its name in the list.
-stages=(tools format lint scripts guest tests models power_cuts release demo bench)
+stages=(tools format lint scripts guest tests models power_cuts release demo chroots bench)
 
 stage_tools() {
     qemu/install-tools.sh ci
@@ -61,6 +64,11 @@ stage_release() {
 
 stage_demo() {
     qemu/demo.sh
+}
+
+# The installation step on machines that are not this one.
+stage_chroots() {
+    ci/chroots.sh
 }
 
 # That the benchmark runs: its figures are not judged here.

@@ -14,6 +14,8 @@ set -euo pipefail
 
 repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$repo"
+# shellcheck source=qemu/tools.sh
+. qemu/tools.sh
 
 target=${CARGO_TARGET_DIR:-$repo/target}
 work=$target/demo
@@ -94,7 +96,7 @@ boot() {
     # A vhost-user back-end reads and writes the guest's memory itself: the
     # memory has to be shared. An emulated timer may seem dead while the machine
     # is busy: no_timer_check.
-    timeout 150 qemu-system-x86_64 \
+    timeout 600 qemu-system-x86_64 \
         -nodefaults -no-user-config -no-reboot -display none -serial stdio \
         -accel "${ACCEL:-tcg}" -cpu max -smp 2 \
         -machine q35,memory-backend=mem -m 512M \

@@ -10,11 +10,12 @@
 # appends a second archive with /script in it (see init).
 set -euo pipefail
 
-# The administrator's programs are not on everybody's PATH.
-PATH=$PATH:/usr/sbin:/sbin
-
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-out=${1:-${CARGO_TARGET_DIR:-$here/../../target}/guest}
+repo=$(cd "$here/../.." && pwd)
+# shellcheck source=qemu/tools.sh
+. "$repo/qemu/tools.sh"
+
+out=${1:-${CARGO_TARGET_DIR:-$repo/target}/guest}
 mkdir -p "$out"
 out=$(cd "$out" && pwd)
 
@@ -82,18 +83,20 @@ add_modules() {
 
 # Copies a program and the libraries that the dynamic linker would load.
 add_program() {
-    local root=$1 program=$2 path file
-    path=$(command -v "$program") || die "$program is not installed"
+    local root=$1 program=$2 path file to
+    path=$(program_file "$program") || die "$program is not installed"
     install -D "$path" "$root/usr/sbin/$program"
-    for file in $(ldd "$path" | grep -o '/[^ ]*'); do
-        [ -e "$root$file" ] || install -D "$file" "$root$file"
+    for file in $(linked_libraries "$path" | grep -o '/[^ ]*'); do
+        # The libraries of an unpacked program are where installed ones would be.
+        to=$root${file#"$tools_root"}
+        [ -e "$to" ] || install -D "$file" "$to"
     done
 }
 
 pack_initramfs() {
     local root=$1 to=$2 program
     install -D "$here/init" "$root/init"
-    install -D "$(command -v busybox)" "$root/bin/busybox"
+    install -D "$(program_file busybox)" "$root/bin/busybox"
     mkdir -p "$root/etc"
     # mkfs.ext4 wants to know its defaults.
     [ ! -e /etc/mke2fs.conf ] || cp /etc/mke2fs.conf "$root/etc/"

@@ -1,13 +1,12 @@
 //! Chains on a file system whose files can share data: the copy-on-write of a
 //! cluster takes the space of the write, not that of the cluster.
 
-use std::process::Command;
 
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
 use rustix::fs::statvfs;
 
-use super::common::{img::ploop_img, require_tool, small_fs::SmallFs};
+use super::common::{img::ploop_img, require_tool, small_fs::SmallFs, tool};
 use super::*;
 
 const DISK: u64 = 128 * MIB;
@@ -37,7 +36,7 @@ fn expect_chain(rig: &Rig, bytes: &[u8]) {
     ploop_img(["convert", "-O", "raw", image, flat]).ok();
     if require_tool("qemu-img") {
         let formats = ["-f", "raw", "-F", "raw"];
-        let mut compare = Command::new("qemu-img");
+        let mut compare = tool("qemu-img");
         run(compare.arg("compare").args(formats).arg(flat).arg(&raw));
     }
 }

@@ -24,7 +24,7 @@ use std::{
 };
 
 use client::{BUFFER, Client, DEPTH};
-use common::{backend::Backend, fixtures::FIXTURES, require_tool};
+use common::{backend::Backend, fixtures::FIXTURES, require_tool, tool};
 use model::{Model, SECTOR};
 use sha2::{Digest, Sha256};
 use tempfile::TempDir;
@@ -117,12 +117,9 @@ fn expect_image(rig: &Rig, bytes: &[u8]) {
     run(Command::new(ploop_img).arg("check").arg(&rig.image));
     if require_tool("qemu-img") {
         let format = ["-f", "parallels"];
-        run(Command::new("qemu-img")
-            .arg("check")
-            .args(format)
-            .arg(&rig.image));
+        run(tool("qemu-img").arg("check").args(format).arg(&rig.image));
         let formats = ["-f", "parallels", "-F", "raw"];
-        run(Command::new("qemu-img")
+        run(tool("qemu-img")
             .arg("compare")
             .args(formats)
             .arg(&rig.image)
@@ -191,7 +188,7 @@ fn an_image_of_qemus_is_true_to_the_model() {
     // Its size is no multiple of the cluster.
     let rig = Rig::new(|image| {
         let size = (64 * MIB + 5 * SECTOR as u64).to_string();
-        run(Command::new("qemu-img")
+        run(tool("qemu-img")
             .args(["create", "-q", "-f", "parallels"])
             .arg(image)
             .arg(size));

@@ -2,7 +2,7 @@
 
 use std::fs::{self, File};
 
-use super::common::{backend::Backend, fixtures::fixture, img::ploop_img, require_tool};
+use super::common::{backend::Backend, fixtures::fixture, img::ploop_img, require_tool, tool};
 use super::*;
 
 /// The bundle and its only image.
@@ -52,7 +52,7 @@ fn a_plain_bundle_is_true_to_the_model() {
     fs::write(&copy, &bytes).unwrap();
     if require_tool("qemu-img") {
         let formats = ["-f", "raw", "-F", "raw"];
-        run(Command::new("qemu-img")
+        run(tool("qemu-img")
             .arg("compare")
             .args(formats)
             .args([&raw, &copy]));
@@ -66,7 +66,7 @@ fn expect_locked(raw: &Path) {
     if !require_tool("qemu-io") {
         return;
     }
-    let output = Command::new("qemu-io")
+    let output = tool("qemu-io")
         .args(["-f", "raw", "-c", "write 0 512"])
         .arg(raw)
         .output()

@@ -8,6 +8,8 @@ use std::process::{Command, Output};
 
 use sha2::{Digest, Sha256};
 
+use super::tool;
+
 /// How a program ended, and what it said.
 #[derive(Debug)]
 pub struct Ran {
@@ -56,7 +58,7 @@ pub fn ploop_img<S: AsRef<OsStr>>(args: impl IntoIterator<Item = S>) -> Ran {
 
 /// Runs `qemu-img`, `qemu-io` or another.
 pub fn run<S: AsRef<OsStr>>(program: &str, args: impl IntoIterator<Item = S>) -> Ran {
-    Command::new(program).args(args).output().unwrap().into()
+    tool(program).args(args).output().unwrap().into()
 }
 
 /// That `qemu-img check` finds nothing wrong with a bare image.

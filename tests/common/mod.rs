@@ -11,7 +11,8 @@ pub mod small_fs;
 use std::{
     env,
     io::{self, Write},
-    path::Path,
+    path::{Path, PathBuf},
+    process::Command,
 };
 
 /// Whether a missing peer is a failure: set by `ci/test.sh`, where a test that
@@ -20,11 +21,27 @@ fn peers_required() -> bool {
     env::var_os("PLOOP_REQUIRE_PEERS").is_some_and(|value| value != "0")
 }
 
-/// Says whether `program` is on the PATH.
-pub fn has_tool(program: &str) -> bool {
+/// Where a program of others is: on the PATH, or among those that
+/// `qemu/install-tools.sh` unpacked because it could not install them.
+fn find_tool(program: &str) -> Option<PathBuf> {
+    // cargo's folder for the files of tests is target/tmp.
+    let target = Path::new(env!("CARGO_TARGET_TMPDIR")).parent()?;
     // Debian keeps file system tools where an ordinary user's PATH ends short.
     let path = env::var("PATH").unwrap_or_default() + ":/usr/sbin:/sbin";
-    env::split_paths(&path).any(|folder| folder.join(program).is_file())
+    env::split_paths(&path)
+        .chain([target.join("tools/bin")])
+        .map(|folder| folder.join(program))
+        .find(|file| file.is_file())
+}
+
+/// Says whether `program` is on this machine.
+pub fn has_tool(program: &str) -> bool {
+    find_tool(program).is_some()
+}
+
+/// `program`, ready to be given arguments.
+pub fn tool(program: &str) -> Command {
+    Command::new(find_tool(program).unwrap_or_else(|| program.into()))
 }
 
 /// Says whether the test can use `program`. If it can't, that is said on the

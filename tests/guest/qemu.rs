@@ -11,7 +11,7 @@ use std::{
     io::{BufRead, BufReader, Read, Write},
     os::unix::net::UnixStream,
     path::{Path, PathBuf},
-    process::{Child, ChildStdin, Command, Stdio},
+    process::{Child, ChildStdin, Stdio},
     sync::{
         Arc,
         mpsc::{self, Receiver, RecvTimeoutError},
@@ -20,7 +20,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use crate::common::{left_out, require_file, require_tool};
+use crate::common::{left_out, require_file, require_tool, tool};
 
 /// How long a guest may run. Most need seconds, but the machine may be small
 /// and busy.
@@ -140,7 +140,7 @@ impl<'a> Guest<'a> {
         // A former guest's, which QEMU would not replace.
         let _ = fs::remove_file(&monitor);
 
-        let mut command = Command::new("qemu-system-x86_64");
+        let mut command = tool("qemu-system-x86_64");
         command
             .args(["-nodefaults", "-no-user-config", "-display", "none"])
             .args(["-accel", "tcg", "-cpu", "max"])
@@ -371,7 +371,7 @@ impl Outcome {
 /// The option that makes QEMU connect again: renamed in 9.2, the old name is on
 /// its way out.
 fn reconnect_option() -> &'static str {
-    let output = Command::new("qemu-system-x86_64")
+    let output = tool("qemu-system-x86_64")
         .arg("--version")
         .output()
         .expect("QEMU can be started");
