@@ -1,7 +1,6 @@
 //! Chains on a file system whose files can share data: the copy-on-write of a
 //! cluster takes the space of the write, not that of the cluster.
 
-
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
 use rustix::fs::statvfs;
