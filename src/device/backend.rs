@@ -172,7 +172,12 @@ impl<D: Disk> VhostUserBackend for Backend<D> {
     }
 
     fn acked_features(&self, features: u64) {
-        self.acked_features.store(features, Ordering::Relaxed);
+        let before = self.acked_features.swap(features, Ordering::Relaxed);
+        // Only then is it another driver's: the same features come again, too.
+        let initial = config::initial_writeback(features);
+        if initial != config::initial_writeback(before) {
+            self.writeback.store(initial, Ordering::Relaxed);
+        }
         self.apply_cache_mode();
     }
 

@@ -163,6 +163,14 @@ pub(super) fn is_write_through(acked_features: u64, writeback: bool) -> bool {
     }
 }
 
+/// What `writeback` is when a driver has negotiated `acked_features` and not yet
+/// written to it (virtio 1.2, 5.2.5.2): off for one that can turn the cache on but
+/// could never flush it.
+pub(super) fn initial_writeback(acked_features: u64) -> bool {
+    let has = |bit: u32| acked_features & (1 << bit) != 0;
+    has(VIRTIO_BLK_F_FLUSH) || !has(VIRTIO_BLK_F_CONFIG_WCE)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -235,6 +243,16 @@ mod tests {
         assert!(!is_write_through(flush | wce, true));
         assert!(is_write_through(flush | wce, false));
         assert!(is_write_through(wce, false));
+    }
+
+    #[test]
+    fn the_cache_starts_off_for_a_driver_that_could_not_flush_it() {
+        let flush = 1 << VIRTIO_BLK_F_FLUSH;
+        let wce = 1 << VIRTIO_BLK_F_CONFIG_WCE;
+        assert!(!initial_writeback(wce));
+        assert!(initial_writeback(flush | wce));
+        assert!(initial_writeback(flush));
+        assert!(initial_writeback(0));
     }
 
     #[test]

@@ -20,6 +20,11 @@ use crate::storage::Segments;
 /// Bytes of `struct virtio_blk_outhdr`: type, reserved, sector.
 const HEADER_LEN: usize = 16;
 
+/// `VIRTIO_BLK_T_BARRIER`, a flag in the type from before the standard: the request
+/// must not overtake others. SLOF, the firmware of pseries machines, sets it on all
+/// it sends and waits for each. QEMU's own devices ignore it, too.
+const TYPE_BARRIER: u32 = 1 << 31;
+
 /// Bytes of `struct virtio_blk_discard_write_zeroes`: sector, count, flags.
 const RANGE_LEN: usize = 16;
 
@@ -73,7 +78,7 @@ pub(super) enum RequestError {
     ReadOnly,
     #[error("{0} bytes of ranges, not one to the allowed number of whole ranges")]
     RangesLength(usize),
-    #[error("a range of {0} sectors, not one to the allowed number")]
+    #[error("a range of {0} sectors, more than allowed")]
     RangeLength(u32),
     #[error("flags {0:#x} are not known for this request type")]
     UnknownFlags(u32),
@@ -132,25 +137,30 @@ pub(super) struct Rejected {
 #[must_use]
 pub(super) struct Reply {
     status_at: GuestAddress,
-    /// Bytes in front of the status byte that a success has filled.
+    /// Bytes for data in front of the status byte.
+    room: u64,
+    /// Of them, those that a success has filled, from the first.
     data_len: u32,
 }
 
 impl Reply {
-    /// Writes the status byte. Returns the length for the used ring: the bytes of
-    /// guest memory that were written.
+    /// Writes the status byte. Returns the length for the used ring: so many bytes
+    /// were written for certain, counted from the first that could be (virtio 1.2,
+    /// 2.7.8.2). The status byte is the last, so it counts when all before it were
+    /// written; after an error none may have been.
     pub fn finish<M: GuestMemory>(self, memory: &M, status: Status) -> u32 {
         let data_len = if status == Status::Ok {
             self.data_len
         } else {
             0
         };
+        let is_whole = u64::from(data_len) == self.room;
         // It was in guest memory when the chain was parsed, and `memory` is the
         // same map.
         let written = memory.write_obj(status as u8, self.status_at);
         std::mem::forget(self);
         debug_assert!(written.is_ok());
-        data_len + 1
+        data_len + u32::from(is_whole)
     }
 
     /// Leaves the request without an answer.
@@ -187,6 +197,7 @@ pub(super) unsafe fn parse<M: GuestMemory>(
     };
     let mut reply = Reply {
         status_at,
+        room: parts.room,
         data_len: 0,
     };
     match gathered.and_then(|()| parts.into_operation(limits)) {
@@ -211,6 +222,8 @@ struct Parts {
     from_guest: Segments,
     /// To be written, in front of the status byte.
     to_guest: Segments,
+    /// Bytes to be written, without the status byte.
+    room: u64,
     /// The last descriptor to be written: its last byte is the status byte.
     last_writable: Option<Descriptor>,
 }
@@ -231,6 +244,7 @@ impl Parts {
                 continue;
             }
             if descriptor.is_write_only() {
+                self.room += u64::from(descriptor.len()) - u64::from(self.last_writable.is_none());
                 let before = self.last_writable.replace(descriptor);
                 if let Some(data) = before.filter(|_| result.is_ok()) {
                     // SAFETY: the caller promises what is asked for.
@@ -322,7 +336,7 @@ impl Parts {
         }
         let [t0, t1, t2, t3, _, _, _, _, sector @ ..] = self.header;
         let start = Sector(u64::from_le_bytes(sector));
-        match u32::from_le_bytes([t0, t1, t2, t3]) {
+        match u32::from_le_bytes([t0, t1, t2, t3]) & !TYPE_BARRIER {
             virtio_blk::VIRTIO_BLK_T_IN => {
                 let data = self.to_guest;
                 check_data(start, &data, limits)?;
@@ -429,23 +443,28 @@ fn ranges(
     for index in 0..count {
         let mut bytes = [0; RANGE_LEN];
         data.copy_to(index * RANGE_LEN, &mut bytes);
-        let (range, flags) = range(&bytes, limits)?;
-        if flags & !known_flags != 0 {
-            return Err(RequestError::UnknownFlags(flags));
-        }
+        let (range, flags) = range(&bytes, known_flags, limits)?;
         unmap &= flags & virtio_blk::VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP != 0;
         ranges.push(range);
     }
     Ok((ranges, unmap))
 }
 
-/// One range and its flags.
-fn range(bytes: &[u8; RANGE_LEN], limits: &Limits) -> Result<(SectorRange, u32), RequestError> {
+/// One range, which may be empty as nothing forbids that, and its flags. A flag that is not known is said to
+/// be just that, whatever else is wrong (virtio 1.2, 5.2.6.2).
+fn range(
+    bytes: &[u8; RANGE_LEN],
+    known_flags: u32,
+    limits: &Limits,
+) -> Result<(SectorRange, u32), RequestError> {
     let [sector @ .., c0, c1, c2, c3, f0, f1, f2, f3] = *bytes;
     let start = Sector(u64::from_le_bytes(sector));
     let count = u32::from_le_bytes([c0, c1, c2, c3]);
     let flags = u32::from_le_bytes([f0, f1, f2, f3]);
-    if count == 0 || count > limits.max_range_sectors {
+    if flags & !known_flags != 0 {
+        return Err(RequestError::UnknownFlags(flags));
+    }
+    if count > limits.max_range_sectors {
         return Err(RequestError::RangeLength(count));
     }
     let range = SectorRange {

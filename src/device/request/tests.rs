@@ -158,7 +158,9 @@ impl Rig {
             },
             Err(Rejected { error, reply }) => {
                 let status = reply.map(|reply| {
-                    assert_eq!(reply.finish(&self.memory, error.status()), 1);
+                    let has_room_for_data = reply.room > 0;
+                    let used_len = reply.finish(&self.memory, error.status());
+                    assert_eq!(used_len, u32::from(!has_room_for_data));
                     self.memory.read_obj(GuestAddress(STATUS)).unwrap()
                 });
                 Answer::Refused { error, status }
@@ -219,14 +221,42 @@ fn a_read_is_what_the_driver_asked_for() {
 }
 
 #[test]
-fn a_failed_read_has_written_the_status_only() {
+fn the_length_of_an_error_claims_no_byte_that_was_not_written() {
     let rig = Rig::new();
-    rig.header(virtio_blk::VIRTIO_BLK_T_IN, 7);
+    let fail = |kind, data: &[Desc]| {
+        rig.header(kind, 7);
+        let parts = [&[header_part()], data, &[status_part()]].concat();
+        let reply = rig.parse(&parts).unwrap().reply;
+        let used_len = reply.finish(&rig.memory, Status::IoError);
+        assert_eq!(rig.memory.read_obj::<u8>(GuestAddress(STATUS)).unwrap(), 1);
+        used_len
+    };
+    // The status byte lies behind data that was not written.
+    assert_eq!(fail(virtio_blk::VIRTIO_BLK_T_IN, &[writable(DATA, 512)]), 0);
+    // It is the only byte to be written.
+    assert_eq!(
+        fail(virtio_blk::VIRTIO_BLK_T_OUT, &[readable(DATA, 512)]),
+        1
+    );
+    assert_eq!(fail(virtio_blk::VIRTIO_BLK_T_FLUSH, &[]), 1);
+}
+
+#[test]
+fn the_barrier_flag_of_old_firmware_is_ignored() {
+    let rig = Rig::new();
+    let barrier = 1 << 31;
+    rig.header(virtio_blk::VIRTIO_BLK_T_IN | barrier, 7);
+    let parts = [header_part(), writable(DATA, 512), status_part()];
+    assert_eq!(rig.read_parts(&parts).0, Sector(7));
+    rig.header(virtio_blk::VIRTIO_BLK_T_OUT | barrier, 7);
     let request = rig
-        .parse(&[header_part(), writable(DATA, 512), status_part()])
+        .parse(&[header_part(), readable(DATA, 512), status_part()])
         .unwrap();
-    assert_eq!(request.reply.finish(&rig.memory, Status::IoError), 1);
-    assert_eq!(rig.memory.read_obj::<u8>(GuestAddress(STATUS)).unwrap(), 1);
+    assert!(matches!(
+        request.operation,
+        Operation::Engine(Command::Write { .. })
+    ));
+    request.reply.abandon();
 }
 
 #[test]
@@ -326,7 +356,8 @@ fn a_flush_has_no_data() {
 fn get_id_has_up_to_20_bytes() {
     let rig = Rig::new();
     rig.header(virtio_blk::VIRTIO_BLK_T_GET_ID, 0);
-    for (len, expected) in [(20, 20), (512, 20), (7, 7)] {
+    // Without the status byte where there is a gap in front of it.
+    for (len, expected, used) in [(20, 20, 21), (512, 20, 20), (7, 7, 8)] {
         let request = rig
             .parse(&[header_part(), writable(DATA, len), status_part()])
             .unwrap();
@@ -334,8 +365,7 @@ fn get_id_has_up_to_20_bytes() {
             panic!("{request:?}");
         };
         assert_eq!(memory.len(), expected);
-        let used_len = request.reply.finish(&rig.memory, Status::Ok);
-        assert_eq!(used_len as usize, expected + 1);
+        assert_eq!(request.reply.finish(&rig.memory, Status::Ok), used);
     }
     let (error, status) = rig.refused(&[header_part(), status_part()]);
     assert_eq!((error, status), (RequestError::DataLength(0), 1));
@@ -375,6 +405,25 @@ fn discards_have_ranges() {
     };
     assert_eq!(ranges[..], [range(1, 2), range(500, 500)]);
     assert_eq!(request.reply.finish(&rig.memory, Status::Ok), 1);
+}
+
+#[test]
+fn a_range_may_be_empty() {
+    let rig = Rig::new();
+    for kind in [
+        virtio_blk::VIRTIO_BLK_T_DISCARD,
+        virtio_blk::VIRTIO_BLK_T_WRITE_ZEROES,
+    ] {
+        rig.header(kind, 0);
+        for start in [0, 1000] {
+            rig.write(DATA, &range_bytes(start, 0, 0));
+            let parts = [header_part(), readable(DATA, 16), status_part()];
+            assert_eq!(
+                rig.answer(rig.parse(&parts)),
+                Answer::Accepted { used_len: 1 }
+            );
+        }
+    }
 }
 
 #[test]
@@ -424,12 +473,20 @@ fn bad_ranges_are_refused() {
             RequestError::UnknownFlags(3),
             2,
         ),
+        // The flag counts for more than that the range is wrong, too.
         (
             discard,
-            range_bytes(0, 0, 0),
-            RequestError::RangeLength(0),
-            1,
+            range_bytes(1000, 1, 1),
+            RequestError::UnknownFlags(1),
+            2,
         ),
+        (
+            zeroes,
+            range_bytes(0, 501, 2),
+            RequestError::UnknownFlags(2),
+            2,
+        ),
+        (discard, range_bytes(1001, 0, 0), past_end(1001, 0), 1),
         (
             discard,
             range_bytes(0, 501, 0),
@@ -503,10 +560,11 @@ fn data_is_one_or_more_whole_sectors() {
 #[test]
 fn unknown_types_are_unsupported() {
     let rig = Rig::new();
-    for kind in [2, 3, 5, 14, 0x8000_0000, u32::MAX] {
+    for kind in [2, 3, 5, 14, 0x4000_0000, 0x8000_0002, u32::MAX] {
         rig.header(kind, 0);
         let answer = rig.refused(&[header_part(), status_part()]);
-        assert_eq!(answer, (RequestError::UnknownType(kind), 2));
+        let error = RequestError::UnknownType(kind & !TYPE_BARRIER);
+        assert_eq!(answer, (error, 2));
     }
 }
 
