@@ -74,6 +74,7 @@ pub fn run(args: &Args) -> Result<(), Error> {
         OpenMode::new(access).snapshot(args.snapshot),
     )?;
     let disk = HostDisk::new(image.files, args.host_options()).map_err(Error::Setup)?;
+    disk.watch_files().map_err(Error::Setup)?;
     let opened = Engine::open(disk, &image.chain, args.engine_options());
     let opened = opened.map_err(|source| Error::Engine {
         path: args.blk_file.clone(),

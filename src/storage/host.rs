@@ -14,6 +14,7 @@ mod psync;
 #[cfg(test)]
 mod tests;
 mod uring;
+mod watch;
 
 use std::fs::File;
 use std::io;
@@ -102,6 +103,15 @@ impl HostDisk {
             has_ring: choose_ring(&files, options.aio)?,
             files,
         })
+    }
+
+    /// From now on it is said in the log if a file is deleted, replaced, moved or cut
+    /// short while it is used. Ends with the last use of the files.
+    ///
+    /// # Errors
+    /// When there can be no more threads.
+    pub fn watch_files(&self) -> io::Result<()> {
+        watch::start(&self.files)
     }
 
     /// A disk of files as they are, for tests that want odd ones.

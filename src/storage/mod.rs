@@ -7,6 +7,7 @@
 //! Knows files, offsets, memory segments and alignment. Must not know what a
 //! cluster, a BAT or a guest is.
 
+pub mod filesystem;
 mod host;
 mod limits;
 pub mod lock;

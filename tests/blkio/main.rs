@@ -8,6 +8,7 @@ mod common;
 mod client;
 mod clones;
 mod full_disk;
+mod gone;
 mod kill;
 mod model;
 mod plain;

@@ -102,6 +102,21 @@ impl Backend {
         assert!(!self.socket.exists(), "the socket was left behind:\n{log}");
     }
 
+    /// Asks the daemon to end where it cannot end well, and waits for it. Gives its
+    /// log.
+    ///
+    /// # Panics
+    ///
+    /// If it does not end in time, ends with status 0, or panicked on the way.
+    pub fn stop_with_failure(mut self) -> String {
+        self.signal(Signal::TERM);
+        let status = self.wait();
+        let log = self.log();
+        assert_eq!(status.code(), Some(1), "the daemon's {status}:\n{log}");
+        assert!(!log.contains("panicked at"), "the daemon panicked:\n{log}");
+        log
+    }
+
     /// Kills the daemon with no chance to clean up.
     pub fn kill(mut self) {
         self.signal(Signal::KILL);

@@ -416,7 +416,9 @@ fn threads_have_names() {
     let mut front_end = start_front_end(backend.socket());
     expect_service(&mut front_end);
     let tasks = tasks(backend.pid());
-    for name in ["vq0", "vq3", "vq63", "runner0", "runner2", "md", "messages"] {
+    for name in [
+        "vq0", "vq3", "vq63", "runner0", "runner2", "md", "messages", "watch",
+    ] {
         assert!(tasks.iter().any(|task| task == name), "{name}: {tasks:?}");
     }
     assert!(

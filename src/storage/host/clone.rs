@@ -52,6 +52,9 @@ impl CloneRange {
     /// Does it. Whatever says that these files or ranges cannot be cloned is
     /// `EOPNOTSUPP`, and the file is remembered not to be able to.
     pub(super) fn run(&self) -> Result<(), Errno> {
+        if self.to.is_cut() || !self.from.is_whole_up_to(self.from_offset + self.len) {
+            return Err(Errno::IO);
+        }
         if !self.to.can_clone() {
             return Err(Errno::OPNOTSUPP);
         }

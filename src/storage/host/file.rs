@@ -8,15 +8,15 @@ use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
-use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use rustix::fs::{AtFlags, OFlags, StatxFlags, XattrFlags};
 use rustix::io::Errno;
 
 use super::{Cache, HostFile};
-use crate::storage::AlignedBuf;
+use crate::storage::{AlignedBuf, filesystem};
 
 /// Every [`AlignedBuf`] starts at a multiple of this, in bytes. A file that
 /// demands more of addresses is not accessed directly.
@@ -110,9 +110,18 @@ pub(super) struct SharedFile {
     /// Ranges of other files could not be cloned into this one.
     clone_refused: AtomicBool,
     /// Held to make the file longer or shorter where that takes a look at its
-    /// length first.
+    /// length first, and to judge its length.
     length: Mutex<()>,
+    /// How long the file was made or seen to be, in bytes. Nobody else may make it
+    /// shorter.
+    known_len: AtomicU64,
+    /// How long it was when it was found that somebody had; `NOT_CUT` as long as
+    /// nobody has.
+    cut_at: AtomicU64,
 }
+
+/// Of a file that nobody has made shorter.
+const NOT_CUT: u64 = u64::MAX;
 
 impl SharedFile {
     /// Opens a description for `given` as `cache` wants it, as far as the file
@@ -139,11 +148,17 @@ impl SharedFile {
             }
         };
         let refused: [AtomicBool; 3] = Default::default();
-        if in_memory(&file).unwrap_or(false) {
+        if filesystem::is_in_memory(&file) {
             // Allocating is zeroing there, which would only be done too early.
             refused[Fallocation::Allocate as usize].store(true, Relaxed);
         }
+        if filesystem::is_fuse(&file) {
+            // GlusterFS says that it has zeroed, and has not.
+            refused[Fallocation::ZeroRange as usize].store(true, Relaxed);
+        }
         Ok(Self {
+            known_len: AtomicU64::new(file.metadata()?.len()),
+            cut_at: AtomicU64::new(NOT_CUT),
             file,
             given,
             path,
@@ -160,6 +175,7 @@ impl SharedFile {
     /// Takes space for a range now, whatever that costs. A file system that cannot
     /// is left alone.
     pub(super) fn reserve(&self, offset: u64, len: u64) -> io::Result<()> {
+        self.require_uncut()?;
         let keep = rustix::fs::FallocateFlags::KEEP_SIZE;
         match rustix::fs::fallocate(&self.file, keep, offset, len) {
             Err(Errno::OPNOTSUPP | Errno::NOSYS) => Ok(()),
@@ -171,6 +187,8 @@ impl SharedFile {
     #[cfg(test)]
     pub(super) fn pretend_direct(file: File, alignment: Alignment) -> Self {
         Self {
+            known_len: AtomicU64::new(file.metadata().expect("it is open").len()),
+            cut_at: AtomicU64::new(NOT_CUT),
             given: file.try_clone().expect("a descriptor can be copied"),
             file,
             path: PathBuf::from("pretended"),
@@ -215,14 +233,91 @@ impl SharedFile {
     /// Cuts or extends it to `len` bytes.
     pub(super) fn set_len(&self, len: u64) -> io::Result<()> {
         let _guard = self.length.lock().unwrap_or_else(PoisonError::into_inner);
-        self.file.set_len(len)
+        self.require_uncut()?;
+        self.file.set_len(len)?;
+        self.known_len.store(len, Relaxed);
+        Ok(())
     }
 
     /// Extends it to `len` bytes if it is shorter.
     pub(super) fn extend_to(&self, len: u64) -> io::Result<()> {
         let _guard = self.length.lock().unwrap_or_else(PoisonError::into_inner);
+        self.require_uncut()?;
         if self.len()? < len {
             self.file.set_len(len)?;
+        }
+        self.has_grown_to(len);
+        Ok(())
+    }
+
+    /// Takes note that it was made at least so long.
+    pub(super) fn has_grown_to(&self, len: u64) {
+        self.known_len.fetch_max(len, Relaxed);
+    }
+
+    /// The name that it was opened by.
+    pub(super) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The description that it was opened by.
+    pub(super) fn given(&self) -> &File {
+        &self.given
+    }
+
+    /// Whether the file has become shorter than it was known to be, which nobody
+    /// may make it. If so, it is said in the log, once, and for good.
+    pub(super) fn is_found_cut(&self) -> bool {
+        let _guard = self.length.lock().unwrap_or_else(PoisonError::into_inner);
+        if self.is_cut() {
+            return true;
+        }
+        // Of a file that cannot be asked nothing is known.
+        let Ok(len) = filesystem::len_now(&self.file) else {
+            return false;
+        };
+        let known_len = self.known_len.fetch_max(len, Relaxed);
+        if len >= known_len {
+            return false;
+        }
+        self.cut_at.store(len, Relaxed);
+        log::error!(
+            "{}: the file was cut from {known_len} to {len} bytes while it is served, and what \
+             lay behind is gone: I/O there and every flush fail from now on. Stop the guest, \
+             find who cut the file, and check the image",
+            self.path.display()
+        );
+        true
+    }
+
+    /// Whether the file is shorter than it was known to be, or was found cut. What
+    /// it has grown is taken note of.
+    pub(super) fn seems_cut(&self) -> bool {
+        let _guard = self.length.lock().unwrap_or_else(PoisonError::into_inner);
+        let is_short = |len| len < self.known_len.fetch_max(len, Relaxed);
+        self.is_cut() || filesystem::len_now(&self.file).is_ok_and(is_short)
+    }
+
+    /// Whether a read that met the end of the file at `position` should have found
+    /// data there.
+    pub(super) fn misses_data_at(&self, position: u64) -> bool {
+        position < self.known_len.load(Relaxed) && self.is_found_cut()
+    }
+
+    /// Whether it was found to have been made shorter by somebody else.
+    pub(super) fn is_cut(&self) -> bool {
+        self.cut_at.load(Relaxed) != NOT_CUT
+    }
+
+    /// Whether what ends at `end` lies in front of the place where somebody has cut
+    /// the file, if that was found.
+    pub(super) fn is_whole_up_to(&self, end: u64) -> bool {
+        end <= self.cut_at.load(Relaxed)
+    }
+
+    fn require_uncut(&self) -> io::Result<()> {
+        if self.is_cut() {
+            return Err(Errno::IO.into());
         }
         Ok(())
     }
@@ -283,7 +378,7 @@ impl SharedFile {
     /// Whether io_uring would send each transfer to a kernel worker thread,
     /// although the file lies in memory and a plain system call would not block.
     pub(super) fn is_served_best_by_plain_calls(&self) -> bool {
-        in_memory(&self.file).unwrap_or(false) && self.refuses_nowait()
+        filesystem::is_in_memory(&self.file) && self.refuses_nowait()
     }
 
     /// Whether reads cannot be asked not to block.
@@ -397,7 +492,7 @@ fn is_refusal_of_direct(error: &io::Error) -> bool {
     Errno::from_io_error(error).is_some_and(refuses_direct)
 }
 
-fn warn_buffered(path: &std::path::Path, error: &io::Error) {
+fn warn_buffered(path: &Path, error: &io::Error) {
     let path = path.display();
     log::warn!("{path}: no direct I/O here ({error}), using the page cache");
 }
@@ -476,7 +571,7 @@ fn alignment_of(file: &File) -> io::Result<Alignment> {
             .then_some(Alignment { memory, offset })
             .ok_or_else(refused);
     }
-    if in_memory(file)? {
+    if filesystem::is_in_memory(file) {
         return Ok(Alignment::NONE);
     }
     find_alignment(file)
@@ -512,11 +607,4 @@ fn try_read(file: &File, alignment: Alignment) -> io::Result<()> {
         Err(error) if is_refusal_of_direct(&error) => Err(error),
         _ => Ok(()),
     }
-}
-
-/// Whether the file lies in memory and not on any device.
-fn in_memory(file: &File) -> io::Result<bool> {
-    const RAMFS_MAGIC: u64 = 0x8584_58f6;
-    let kind = rustix::fs::fstatfs(file)?.f_type as u64;
-    Ok(kind == libc::TMPFS_MAGIC as u64 || kind == RAMFS_MAGIC)
 }

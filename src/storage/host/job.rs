@@ -12,7 +12,7 @@ mod tests;
 use rustix::io::Errno;
 
 use super::errno;
-use super::file::{Alignment, Description, Fallocation, refuses_direct};
+use super::file::{Alignment, Description, Fallocation, SharedFile, refuses_direct};
 use crate::storage::{AlignedBuf, Buffer, FileId, Op, Segment, ZeroMode};
 
 /// How many segments the kernel takes at once (`IOV_MAX`).
@@ -152,6 +152,9 @@ impl Job {
         if let Some(end) = self.nothing_to_do() {
             return Step::Nothing(end);
         }
+        if self.is_lost(file.shared()) {
+            return Step::Nothing(Err(Errno::IO));
+        }
         match self.op {
             Op::Read { .. } | Op::Write { .. } => self.transfer(file),
             Op::Zero {
@@ -192,6 +195,10 @@ impl Job {
             (Op::Read { .. } | Op::Write { .. }, _) | (Op::Zero { .. }, Route::ZeroFill(_)) => {
                 self.transferred(count, file)
             }
+            (Op::Allocate { offset, len, .. }, _) => {
+                file.shared().has_grown_to(offset + len);
+                Verdict::Done(Ok(()))
+            }
             _ => Verdict::Done(Ok(())),
         }
     }
@@ -214,6 +221,21 @@ impl Job {
             return Some(Err(Errno::INVAL));
         }
         (len == 0).then_some(Ok(()))
+    }
+
+    /// Whether it concerns what somebody has cut off the file. Nothing may make such
+    /// a file longer: zeros would then be where data was. And nothing that was
+    /// written to it can be called stable.
+    fn is_lost(&self, file: &SharedFile) -> bool {
+        match &self.op {
+            Op::Read { offset, buffer, .. } | Op::Write { offset, buffer, .. } => {
+                !file.is_whole_up_to(offset + buffer.len() as u64)
+            }
+            Op::Zero { offset, len, .. } => !file.is_whole_up_to(offset + len),
+            // Rare enough for a look each time, before it hides the cut.
+            Op::Allocate { .. } => file.is_found_cut(),
+            Op::Clone { .. } | Op::Sync { .. } => file.is_cut(),
+        }
     }
 
     fn failed(&mut self, error: Errno, file: &mut Description) -> Verdict {
@@ -373,9 +395,14 @@ impl Job {
         }
     }
 
-    /// What is left of a read is beyond the end of the file: zeros.
+    /// What is left of a read is beyond the end of the file: zeros, if nothing was
+    /// ever there.
     fn reached_end_of_file(&mut self, file: &mut Description) -> Verdict {
         let through = self.through;
+        let (start, ..) = self.extent();
+        if file.shared().misses_data_at(start + through as u64) {
+            return Verdict::Done(Err(Errno::IO));
+        }
         match (&mut self.op, &mut self.route) {
             (_, Route::Bounce(bounce)) => bounce.memory[through..].fill(0),
             (_, Route::ZeroFill(fill)) => fill.memory[through..fill.chunk_len].fill(0),

@@ -456,6 +456,70 @@ fn in_all_ways(cache: Cache, depth: u32, test: impl Fn(HostDisk, HostIo, &[u8]))
     }
 }
 
+/// `first` is what meets the cut first, and must not hide it.
+fn expect_no_zeros_where_a_file_was_cut(first: impl Fn() -> Op) {
+    const CUT: u64 = 512 << 10;
+    for folder in folders() {
+        for way in WAYS {
+            let (path, bytes) = new_file(&folder, 1 << 20, 8);
+            let disk = disk_with(&path, Cache::None);
+            let Some(mut io) = open_way(&disk, way, 8) else {
+                continue;
+            };
+            assert_eq!(run_one(&mut io, read_op(CUT, 8192)).0, Ok(()));
+            let other = File::options().write(true).open(&path).expect("open");
+            other.set_len(CUT).expect("cut");
+            assert_eq!(run_one(&mut io, first()).0, Err(Errno::IO), "{way:?}");
+            for op in [
+                read_op(CUT, 8192),
+                read_op(CUT - 4096, 8192),
+                write_op(CUT, &[1; 4096], false),
+                Op::Zero {
+                    file: TOP,
+                    offset: CUT,
+                    len: 4096,
+                    mode: ZeroMode::Punch,
+                },
+                Op::Allocate {
+                    file: TOP,
+                    offset: 1 << 20,
+                    len: 4096,
+                },
+                Op::Sync { file: TOP },
+            ] {
+                let (result, op) = run_one(&mut io, op);
+                assert_eq!(result, Err(Errno::IO), "{way:?}: {op:?}");
+            }
+            assert!(disk.set_len(TOP, 1 << 20).is_err());
+            assert_eq!(disk.len(TOP).expect("len"), CUT);
+            // What is still there can be read and written.
+            let (result, op) = run_one(&mut io, read_op(CUT - 4096, 4096));
+            assert_eq!(result, Ok(()));
+            assert!(bytes_of(op) == bytes[CUT as usize - 4096..CUT as usize]);
+            assert_eq!(run_one(&mut io, write_op(0, &[1; 4096], false)).0, Ok(()));
+        }
+    }
+}
+
+#[test]
+fn a_read_of_what_was_cut_off_fails() {
+    expect_no_zeros_where_a_file_was_cut(|| read_op(768 << 10, 4096));
+}
+
+#[test]
+fn a_read_that_reaches_into_what_was_cut_off_fails() {
+    expect_no_zeros_where_a_file_was_cut(|| read_op((512 << 10) - 4096, 8192));
+}
+
+#[test]
+fn a_file_that_was_cut_does_not_grow_again() {
+    expect_no_zeros_where_a_file_was_cut(|| Op::Allocate {
+        file: TOP,
+        offset: 1 << 20,
+        len: 1 << 20,
+    });
+}
+
 #[test]
 fn an_operation_that_finds_no_room_comes_back() {
     in_all_ways(Cache::None, 4, |_disk, mut io, _| {

@@ -1,0 +1,100 @@
+//! What host file systems are like, where that cannot be found out by asking for
+//! something and being refused.
+
+use std::io;
+use std::os::fd::AsFd;
+
+use rustix::fs::{AtFlags, Statx, StatxFlags};
+
+/// `f_type` of `statfs(2)`, from the kernel's `magic.h` and the file systems'
+/// own headers.
+mod magic {
+    pub const RAMFS: u32 = 0x8584_58f6;
+    pub const TMPFS: u32 = 0x0102_1994;
+    pub const FUSE: u32 = 0x6573_5546;
+    pub const NFS: u32 = 0x6969;
+    pub const CEPH: u32 = 0x00c3_6400;
+    pub const SMB2: u32 = 0xfe53_4d42;
+    pub const CIFS: u32 = 0xff53_4d42;
+    pub const GFS2: u32 = 0x0116_1970;
+    pub const OCFS2: u32 = 0x7461_636f;
+    pub const V9FS: u32 = 0x0102_1997;
+    pub const LUSTRE: u32 = 0x0bd0_0bd0;
+    pub const GPFS: u32 = 0x4750_4653;
+}
+
+/// `None` for a file that cannot be asked.
+fn magic_of(file: impl AsFd) -> Option<u32> {
+    // The numbers have 32 bits; the field has more, and a sign, on most machines.
+    rustix::fs::fstatfs(file)
+        .ok()
+        .map(|stat| stat.f_type as u32)
+}
+
+/// Whether the file lies in memory and not on any device.
+pub fn is_in_memory(file: impl AsFd) -> bool {
+    matches!(magic_of(file), Some(magic::RAMFS | magic::TMPFS))
+}
+
+/// Whether a program in user space, as GlusterFS's or Ceph's client, is the file
+/// system.
+pub fn is_fuse(file: impl AsFd) -> bool {
+    magic_of(file) == Some(magic::FUSE)
+}
+
+/// Whether others than this host may change the file, so that this host's page
+/// cache can be out of date. A program in user space counts as that, too: what it
+/// tells the kernel to keep is its own affair.
+pub fn may_be_shared(file: impl AsFd) -> bool {
+    matches!(
+        magic_of(file),
+        Some(
+            magic::FUSE
+                | magic::NFS
+                | magic::CEPH
+                | magic::SMB2
+                | magic::CIFS
+                | magic::GFS2
+                | magic::OCFS2
+                | magic::V9FS
+                | magic::LUSTRE
+                | magic::GPFS
+        )
+    )
+}
+
+/// Bit of `statx(2)`'s flags: ask the server, where there is one.
+const FORCE_SYNC: u32 = libc::AT_STATX_FORCE_SYNC as u32;
+
+/// What is known of an open file where it is kept, and not only in this host's
+/// cache.
+///
+/// # Errors
+/// Any of `statx(2)`.
+pub fn stat_now(file: impl AsFd) -> io::Result<Statx> {
+    let flags = AtFlags::EMPTY_PATH | AtFlags::from_bits_retain(FORCE_SYNC);
+    Ok(rustix::fs::statx(file, "", flags, StatxFlags::BASIC_STATS)?)
+}
+
+/// The same of what has a name now.
+///
+/// # Errors
+/// Any of `statx(2)`.
+pub fn stat_path_now(path: &std::path::Path) -> io::Result<Statx> {
+    let flags = AtFlags::from_bits_retain(FORCE_SYNC);
+    let cwd = rustix::fs::CWD;
+    Ok(rustix::fs::statx(
+        cwd,
+        path,
+        flags,
+        StatxFlags::BASIC_STATS,
+    )?)
+}
+
+/// The length of an open file in bytes, as [`stat_now`].
+///
+/// # Errors
+/// Any of `statx(2)`.
+pub fn len_now(file: impl AsFd) -> io::Result<u64> {
+    Ok(stat_now(file)?.stx_size)
+}

@@ -1,0 +1,157 @@
+//! Files that go while they are served: deleted, replaced, moved, or cut short.
+//!
+//! Nothing tells a process that holds a file open that others can no longer reach
+//! it: the guest would write into nothing for days. So a thread looks once a second
+//! and says it in the log, once of each file. It is a thread of its own because a
+//! look at a file of a server that has gone can take for ever.
+
+use std::io;
+use std::sync::{Arc, Weak};
+use std::thread;
+use std::time::Duration;
+
+use rustix::fs::Statx;
+use rustix::io::Errno;
+
+use super::file::SharedFile;
+use crate::storage::filesystem::{stat_now, stat_path_now};
+
+/// Between two looks.
+const INTERVAL: Duration = Duration::from_secs(1);
+
+/// How a file is out of reach for everybody else.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Gone {
+    /// It has no name any more, and its old one is free.
+    Deleted,
+    /// Its name is another file's, and it has none.
+    Replaced,
+    /// It has a name, but not the one that it was opened by.
+    Moved,
+}
+
+/// A file that is looked at. Does not keep it open.
+#[derive(Debug)]
+struct Watched {
+    file: Weak<SharedFile>,
+    /// Whether its path led to it at first. If not, its path tells nothing later.
+    has_path: bool,
+    /// It was shorter than it should be at the last look. A file system of several
+    /// hosts may be late, so one look is no proof.
+    looked_cut: bool,
+    said: bool,
+}
+
+impl Watched {
+    fn new(file: &Arc<SharedFile>) -> Self {
+        let names_it = |path: Statx| stat_now(file.given()).is_ok_and(|it| same_file(&it, &path));
+        Self {
+            has_path: stat_path_now(file.path()).is_ok_and(names_it),
+            file: Arc::downgrade(file),
+            looked_cut: false,
+            said: false,
+        }
+    }
+
+    /// Looks, and says what is new. `false` if the file is not served any more.
+    fn look(&mut self) -> bool {
+        let Some(file) = self.file.upgrade() else {
+            return false;
+        };
+        let is_shorter = file.seems_cut();
+        if is_shorter && self.looked_cut {
+            // Says it itself.
+            file.is_found_cut();
+        }
+        self.looked_cut = is_shorter;
+        if !self.said
+            && let Some(gone) = self.gone(&file)
+        {
+            self.said = true;
+            say(&file, gone);
+        }
+        true
+    }
+
+    fn gone(&self, file: &SharedFile) -> Option<Gone> {
+        let by_path = stat_path_now(file.path());
+        let is_nameless = match stat_now(file.given()) {
+            Ok(stat) => {
+                if by_path.as_ref().is_ok_and(|path| same_file(&stat, path)) {
+                    return None;
+                }
+                stat.stx_nlink == 0
+            }
+            // What a server says of a file that it has no more.
+            Err(error) => is_one_of(&error, &[Errno::NOENT, Errno::STALE]),
+        };
+        // A path that cannot be looked at tells nothing.
+        let is_free = |error: &io::Error| is_one_of(error, &[Errno::NOENT, Errno::NOTDIR]);
+        let is_taken = by_path.is_ok();
+        match (is_nameless, is_taken) {
+            (true, true) => Some(Gone::Replaced),
+            (true, false) => Some(Gone::Deleted),
+            (false, _) => {
+                let has_left = is_taken || by_path.is_err_and(|error| is_free(&error));
+                (self.has_path && has_left).then_some(Gone::Moved)
+            }
+        }
+    }
+}
+
+fn same_file(a: &Statx, b: &Statx) -> bool {
+    let place = |stat: &Statx| (stat.stx_dev_major, stat.stx_dev_minor, stat.stx_ino);
+    place(a) == place(b)
+}
+
+fn is_one_of(error: &io::Error, errors: &[Errno]) -> bool {
+    Errno::from_io_error(error).is_some_and(|error| errors.contains(&error))
+}
+
+fn say(file: &SharedFile, gone: Gone) {
+    let path = file.path().display();
+    let rescue = || {
+        use std::os::fd::AsRawFd;
+        let fd = file.given().as_raw_fd();
+        format!(
+            "All that the guest has written and goes on writing is lost when this process ends. \
+             To save it, shut the guest down and copy /proc/{}/fd/{fd} elsewhere first",
+            std::process::id()
+        )
+    };
+    match gone {
+        Gone::Deleted => {
+            log::error!(
+                "{path}: the file was deleted while it is served. {}",
+                rescue()
+            );
+        }
+        Gone::Replaced => {
+            let rescue = rescue();
+            log::error!("{path}: another file has replaced it while it is served. {rescue}");
+        }
+        Gone::Moved => log::error!(
+            "{path}: the file that is served has another name now. The guest goes on using it; \
+             whoever opens this path does not find its data"
+        ),
+    }
+}
+
+/// Starts the thread. It ends by itself, at most a second after the last of the
+/// files has been closed.
+///
+/// # Errors
+/// When there can be no more threads.
+pub(super) fn start(files: &[Arc<SharedFile>]) -> io::Result<()> {
+    let mut watched: Vec<_> = files.iter().map(Watched::new).collect();
+    thread::Builder::new().name("watch".into()).spawn(move || {
+        while !watched.is_empty() {
+            thread::sleep(INTERVAL);
+            watched.retain_mut(Watched::look);
+        }
+    })?;
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests;
