@@ -2,13 +2,10 @@
 
 use std::env;
 use std::error::Error;
-use std::panic;
-use std::process::{self, ExitCode};
+use std::process::ExitCode;
 
 use clap::Parser;
-use env_logger::{Builder, Env};
-use log::LevelFilter;
-use vhost_user_ploop::control::{self, Args, args};
+use vhost_user_ploop::control::{self, Args, Logging, args};
 
 fn main() -> ExitCode {
     if args::asks_for_capabilities(env::args_os()) {
@@ -16,34 +13,23 @@ fn main() -> ExitCode {
         return ExitCode::SUCCESS;
     }
     let args = Args::parse();
-    start_log(args.log_level);
-    abort_on_panic();
-    match control::run(&args) {
+    let logging = match Logging::start(args.log_level, args.log_format) {
+        Ok(logging) => logging,
+        Err(error) => {
+            eprintln!("vhost-user-ploop: cannot start the log: {error}");
+            return ExitCode::FAILURE;
+        }
+    };
+    logging.abort_on_panic();
+    let status = match control::run(&args) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("vhost-user-ploop: {}", chain_of_causes(&error));
+            logging.say_failure(&chain_of_causes(&error));
             ExitCode::FAILURE
         }
-    }
-}
-
-fn start_log(level: Option<LevelFilter>) {
-    let mut builder = Builder::from_env(Env::default().default_filter_or("info"));
-    if let Some(level) = level {
-        builder.filter(None, level);
-    }
-    builder.init();
-}
-
-/// A thread that panics and is gone would leave its queue hanging for ever. The
-/// image survives the end of the whole program as it survives a power cut, and
-/// the front-end notices it.
-fn abort_on_panic() {
-    let report = panic::take_hook();
-    panic::set_hook(Box::new(move |info| {
-        report(info);
-        process::abort();
-    }));
+    };
+    logging.finish();
+    status
 }
 
 /// What went wrong, and why. Some errors name their cause in their own words:

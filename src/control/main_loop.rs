@@ -71,7 +71,7 @@ impl<D: Disk> MainLoop<'_, D> {
     fn handle(&mut self, event: u32, ops: &mut EventOps) -> Result<(), event_manager::Error> {
         match event {
             event::SIGNAL => {
-                log::info!("asked to end");
+                log::info!("shutting down");
                 self.outcome = Some(Ok(()));
                 Ok(())
             }
