@@ -2,34 +2,55 @@
 
 use std::env;
 use std::error::Error;
-use std::process::ExitCode;
+use std::panic;
+use std::process::{self, ExitCode};
 
 use clap::Parser;
-use vhost_user_ploop::control::{self, Args, Logging, args};
+use env_logger::{Builder, Env};
+use log::LevelFilter;
+use vhost_user_ploop::control::{self, Args, args};
 
 fn main() -> ExitCode {
     if args::asks_for_capabilities(env::args_os()) {
         println!("{}", args::CAPABILITIES);
         return ExitCode::SUCCESS;
     }
-    let args = Args::parse();
-    let logging = match Logging::start(args.log_level, args.log_format) {
-        Ok(logging) => logging,
+    let args = match Args::try_parse() {
+        Ok(args) => args,
         Err(error) => {
-            eprintln!("vhost-user-ploop: cannot start the log: {error}");
-            return ExitCode::FAILURE;
+            // Clap would exit with 2; ploop-img, as qemu-img, says 1 of wrong usage.
+            let _ = error.print();
+            return ExitCode::from(u8::from(error.use_stderr()));
         }
     };
-    logging.abort_on_panic();
-    let status = match control::run(&args) {
+    start_log(args.log_level);
+    abort_on_panic();
+    match control::run(&args) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            logging.say_failure(&chain_of_causes(&error));
+            eprintln!("vhost-user-ploop: {}", chain_of_causes(&error));
             ExitCode::FAILURE
         }
-    };
-    logging.finish();
-    status
+    }
+}
+
+fn start_log(level: Option<LevelFilter>) {
+    let mut builder = Builder::from_env(Env::default().default_filter_or("info"));
+    if let Some(level) = level {
+        builder.filter(None, level);
+    }
+    builder.init();
+}
+
+/// A thread that panics and is gone would leave its queue hanging for ever. The
+/// image survives the end of the whole program as it survives a power cut, and
+/// the front-end notices it.
+fn abort_on_panic() {
+    let report = panic::take_hook();
+    panic::set_hook(Box::new(move |info| {
+        report(info);
+        process::abort();
+    }));
 }
 
 /// What went wrong, and why. Some errors name their cause in their own words:
