@@ -71,7 +71,7 @@ impl<D: Disk> MainLoop<'_, D> {
     fn handle(&mut self, event: u32, ops: &mut EventOps) -> Result<(), event_manager::Error> {
         match event {
             event::SIGNAL => {
-                log::info!("shutting down");
+                log::info!("asked to end");
                 self.outcome = Some(Ok(()));
                 Ok(())
             }

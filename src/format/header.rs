@@ -225,6 +225,43 @@ impl Header {
         Ok(grown)
     }
 
+    /// The header of this image with a smaller disk, and a BAT that is as long as that
+    /// needs: what no entry says any more is gone in the write of this header alone.
+    /// The grid of host clusters stays. The data area starts earlier where that keeps
+    /// [`Self::new`]'s rule on the first block offset.
+    ///
+    /// # Errors
+    /// [`HeaderError::DiskSize`] if the disk would be larger, or have no sector.
+    pub fn shrunk(&self, disk_size: Sector) -> Result<Self, HeaderError> {
+        let old = &self.geometry;
+        if disk_size.0 == 0 || disk_size > old.disk_size {
+            return Err(HeaderError::DiskSize(disk_size.0));
+        }
+        let needed = old.cluster.count_for(disk_size.bytes());
+        // As the disk is not larger than it was, the entries are not more.
+        let entries = u32::try_from(needed)
+            .unwrap_or(old.entries)
+            .min(old.entries);
+        let metadata_of = |entries: u32| {
+            let len = Self::LEN as u64 + 4 * u64::from(entries);
+            old.cluster.count_for(len) * old.cluster.bytes()
+        };
+        let data_start = match old.version {
+            Version::V2 if old.data_start == metadata_of(old.entries) => metadata_of(entries),
+            _ => old.data_start,
+        };
+        let mut shrunk = self.clone();
+        shrunk.geometry.entries = entries;
+        shrunk.geometry.disk_size = disk_size;
+        shrunk.geometry.data_start = data_start;
+        // Also where it was implied: with fewer entries, so would be another.
+        shrunk.first_block_sectors = u32::try_from(data_start / SECTOR_SIZE)
+            .map_err(|_| HeaderError::DiskSize(disk_size.0))?;
+        shrunk.heads = HEADS;
+        shrunk.cylinders = cylinders(disk_size);
+        Ok(shrunk)
+    }
+
     /// Checks the first 64 bytes of a file.
     ///
     /// The caller still has to compare [`Geometry::metadata_len`] with the length

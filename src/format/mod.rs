@@ -1,4 +1,5 @@
-//! The bytes on disk: header, BAT, format extension, `DiskDescriptor.xml`.
+//! The bytes on disk: header, BAT, format extension, `DiskDescriptor.xml`,
+//! `snapshots.json`.
 //!
 //! Knows every field and its limits, and turns untrusted bytes into checked
 //! types. Does no I/O and knows nothing of files, threads or virtio.
@@ -7,7 +8,9 @@ mod bat;
 mod cluster_set;
 mod descriptor;
 mod extension;
+mod foreign;
 mod header;
+mod notes;
 mod units;
 
 pub use bat::{BatProblem, BatScan, BatScanner, scan_bat, scan_bat_with};
@@ -16,7 +19,9 @@ pub use descriptor::{
     Descriptor, DescriptorError, EditError, Guid, GuidError, Image, ImageKind, Shot, XmlError,
 };
 pub use extension::{DirtyBitmap, Extension, ExtensionError};
+pub use foreign::ForeignFormat;
 pub use header::{Geometry, Header, HeaderError, InUse, Version};
+pub use notes::{SnapshotNote, SnapshotNotes};
 pub use units::{ClusterSize, GuestCluster, HostCluster, SECTOR_SIZE, Sector};
 
 use header::{HEADS, SECTORS_PER_TRACK, cylinders};

@@ -6,7 +6,7 @@ use std::path::Path;
 use super::error::{ImageError, IoContext, Result};
 use super::file::{HostImage, ImageFile};
 use super::folder::Folder;
-use crate::format::{ClusterSize, Descriptor, Header, ImageKind, Sector};
+use crate::format::{ClusterSize, Descriptor, Geometry, Header, ImageKind, Sector};
 
 /// The name of the first image file in a bundle.
 pub(super) const ROOT_NAME: &str = "root.hds";
@@ -59,7 +59,10 @@ pub fn create(path: &Path, disk_size: Sector, cluster: ClusterSize) -> Result<()
     refuse_foreign_name(path, instead)?;
     refuse_suffix(path, &RAW, instead)?;
     let header = new_header(path, disk_size, cluster)?;
-    publish_disk(path, &header, |image| write_empty(image, &header))
+    publish_disk(path, |image| {
+        write_empty(image, &header)?;
+        Ok(*header.geometry())
+    })
 }
 
 /// A header for a new image at `path`.
@@ -78,30 +81,28 @@ pub(super) fn write_empty(image: &HostImage, header: &Header) -> Result<()> {
         .context(image.path(), "write the header")
 }
 
-/// Makes a bare image or a bundle, as the name says; `fill` writes its image file.
-/// On an error nothing is left behind.
+/// Makes a bare image or a bundle, as the name says; `fill` writes its image file
+/// and says what is in it. On an error nothing is left behind.
 ///
 /// # Errors
 /// [`ImageError::Exists`], those of `fill`, and any I/O error.
 pub(super) fn publish_disk(
     path: &Path,
-    header: &Header,
-    fill: impl FnOnce(&HostImage) -> Result<()>,
+    fill: impl FnOnce(&HostImage) -> Result<Geometry>,
 ) -> Result<()> {
     let (folder, name) = Folder::of(path)?;
     refuse_existing(&folder, name)?;
     if is_bare_name(path) {
-        return publish_file(&folder, name, fill);
+        return publish_file(&folder, name, fill).map(drop);
     }
-    let geometry = header.geometry();
+    let bundle = folder.new_folder()?;
+    let geometry = publish_file(bundle.inside(), OsStr::new(ROOT_NAME), fill)?;
     let descriptor = Descriptor::new(
         geometry.disk_size,
         geometry.cluster,
         ImageKind::Expandable,
         ROOT_NAME.into(),
     );
-    let bundle = folder.new_folder()?;
-    publish_file(bundle.inside(), OsStr::new(ROOT_NAME), fill)?;
     let text = descriptor.to_xml();
     bundle
         .inside()
@@ -109,18 +110,19 @@ pub(super) fn publish_disk(
     bundle.publish(name)
 }
 
-/// Makes a file that `fill` writes.
+/// Makes a file that `fill` writes; gives back what that says.
 ///
 /// # Errors
 /// [`ImageError::Exists`], those of `fill`, and any I/O error.
-pub(super) fn publish_file(
+pub(super) fn publish_file<T>(
     folder: &Folder,
     name: &OsStr,
-    fill: impl FnOnce(&HostImage) -> Result<()>,
-) -> Result<()> {
+    fill: impl FnOnce(&HostImage) -> Result<T>,
+) -> Result<T> {
     let file = folder.new_file(name)?;
-    fill(file.image())?;
-    file.publish()
+    let filled = fill(file.image())?;
+    file.publish()?;
+    Ok(filled)
 }
 
 /// Says at once what publishing would say in the end.

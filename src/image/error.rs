@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use thiserror::Error;
 
-use crate::format::{DescriptorError, EditError, Guid, HeaderError, Sector};
+use crate::format::{DescriptorError, EditError, ForeignFormat, Guid, HeaderError, Sector};
 use crate::storage::lock::LockError;
 
 /// Why an operation on an image failed. The text says what to do where something
@@ -63,6 +63,23 @@ pub enum ImageError {
         path: PathBuf,
         /// What.
         source: DescriptorError,
+    },
+    /// A file without the signature of a ploop image.
+    #[error("{}: {}", path.display(), not_ploop(path, *format))]
+    NotPloop {
+        /// Of the file.
+        path: PathBuf,
+        /// What it is instead; `None`: nothing that shows, so perhaps a raw disk.
+        format: Option<ForeignFormat>,
+    },
+    /// A source that looks like an image of another format.
+    #[error("{}: looks like a {format} image; {}, or say -f raw if it is raw", path.display(),
+        convert_with_qemu(path, *format))]
+    ForeignSource {
+        /// Of the file.
+        path: PathBuf,
+        /// What it looks like.
+        format: ForeignFormat,
     },
     /// The header says something that cannot be.
     #[error("{}: {source}", path.display())]
@@ -181,6 +198,51 @@ pub enum ImageError {
         /// What there is now.
         state: &'static str,
     },
+}
+
+/// What a file without our signature is, and the command that makes a disk of ours
+/// of it in one step.
+fn not_ploop(path: &Path, format: Option<ForeignFormat>) -> String {
+    match format {
+        Some(format) => format!(
+            "is a {format} image, not a ploop disk; {}",
+            convert_with_qemu(path, format)
+        ),
+        None => format!(
+            "is not a ploop image: it has no signature of one; if it is a raw disk, make a ploop \
+             disk of it with 'ploop-img convert -f raw {} {}'",
+            shell_word(path),
+            shell_word(&path.with_extension("hds"))
+        ),
+    }
+}
+
+/// `qemu-img` writes what we read, so no raw copy is needed in between.
+fn convert_with_qemu(path: &Path, format: ForeignFormat) -> String {
+    format!(
+        "make a ploop disk of it with 'qemu-img convert -f {} -O parallels {} {}'",
+        format.qemu_name(),
+        shell_word(path),
+        shell_word(&path.with_extension("hds"))
+    )
+}
+
+/// A path as a shell takes it for one word, inside a text in single quotes.
+fn shell_word(path: &Path) -> String {
+    let text = path.display().to_string();
+    let is_plain = |c: char| c.is_alphanumeric() || "/._-+:@%=,".contains(c);
+    if !text.starts_with('-') && text.chars().all(is_plain) {
+        return text;
+    }
+    let mut word = String::from('"');
+    for c in text.chars() {
+        if "\"$`\\".contains(c) {
+            word.push('\\');
+        }
+        word.push(if c.is_control() { '?' } else { c });
+    }
+    word.push('"');
+    word
 }
 
 /// The result of an operation on an image.

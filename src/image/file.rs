@@ -4,7 +4,7 @@
 use std::fs::File;
 use std::io;
 use std::ops::Range;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, FileTypeExt};
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{FallocateFlags, SeekFrom};
@@ -88,7 +88,11 @@ impl ImageFile for HostImage {
     }
 
     fn file_len(&self) -> io::Result<u64> {
-        Ok(self.file.metadata()?.len())
+        let metadata = self.file.metadata()?;
+        if metadata.file_type().is_block_device() {
+            return Ok(rustix::fs::seek(&self.file, SeekFrom::End(0))?);
+        }
+        Ok(metadata.len())
     }
 
     fn read_exact_at(&self, bytes: &mut [u8], offset: u64) -> io::Result<()> {
@@ -127,6 +131,11 @@ impl ImageFile for HostImage {
             Ok(start) => start,
             // Beyond the last data, or beyond the end.
             Err(Errno::NXIO) => return Ok(None),
+            // Neither block devices nor all file systems tell holes.
+            Err(Errno::INVAL | Errno::OPNOTSUPP) => {
+                let end = self.file_len()?;
+                return Ok((offset < end).then_some(offset..end));
+            }
             Err(errno) => return Err(errno.into()),
         };
         match rustix::fs::seek(&self.file, SeekFrom::Hole(start)) {

@@ -7,6 +7,7 @@
 mod bundle;
 mod check;
 mod compact;
+mod compare;
 mod convert;
 mod create;
 mod delta;
@@ -16,12 +17,14 @@ mod file;
 mod folder;
 mod info;
 mod map;
+mod measure;
 mod open;
 mod progress;
 mod reader;
 mod repair;
 mod resize;
 mod snapshot;
+mod source;
 #[cfg(test)]
 mod testing;
 mod version;
@@ -29,7 +32,8 @@ mod version;
 pub use bundle::{Bundle, Location};
 pub use check::{CheckReport, Repair, check};
 pub use compact::compact;
-pub use convert::{Conversion, DiskFormat};
+pub use compare::{CompareError, Comparison, Difference, Side, compare};
+pub use convert::{Conversion, Destination, Origin};
 pub use create::{create, is_bare_name};
 pub use delta::{Delta, read_header};
 pub use error::{ImageError, Result};
@@ -37,11 +41,13 @@ pub use file::{HostImage, ImageFile};
 pub use folder::{Folder, NewFile, NewFolder};
 pub use info::{DiskInfo, FormatSpecific, ImageInfo, PloopInfo, info};
 pub use map::{MapEntry, map};
+pub use measure::{Measure, measure_copy, measure_new};
 pub use open::{Access, OpenImage, OpenMode, open};
 pub use progress::Progress;
-pub use resize::{NewSize, resize};
+pub use resize::{NewSize, Shrink, resize};
 pub use snapshot::{
-    SnapshotInfo, create_snapshot, delete_snapshot, list_snapshots, merge_snapshots,
+    SnapshotInfo, create_snapshot, delete_snapshot, find_snapshot, list_snapshots, merge_snapshots,
     switch_snapshot,
 };
+pub use source::DiskFormat;
 pub use version::change_version;

@@ -1,6 +1,7 @@
 //! From a path to open, locked image files in the order that they stack.
 
 use std::fs::File;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -12,7 +13,10 @@ use super::delta::read_header;
 use super::error::{ImageError, IoContext, Result};
 use super::file::HostImage;
 use super::folder::open_regular;
-use crate::format::{ClusterSize, Descriptor, Guid, Image, ImageKind, SECTOR_SIZE, Sector};
+use crate::format::{
+    ClusterSize, Descriptor, ForeignFormat, Guid, Header, HeaderError, Image, ImageKind,
+    SECTOR_SIZE, Sector,
+};
 use crate::ploop::{Chain, Level};
 use crate::storage::HostFile;
 use crate::storage::lock::{ImageLock, LockError, LockMode};
@@ -53,6 +57,10 @@ impl OpenMode {
     pub const fn snapshot(mut self, snapshot: Option<Guid>) -> Self {
         self.snapshot = snapshot;
         self
+    }
+
+    pub(super) const fn wants_snapshot(&self) -> bool {
+        self.snapshot.is_some()
     }
 
     pub(super) const fn is_force_share(&self) -> bool {
@@ -137,7 +145,9 @@ fn open_bare(path: PathBuf, mode: OpenMode) -> Result<OpenImage> {
         writable,
     };
     let locks = lock(&file, mode)?.into_iter().collect();
-    read_header(&image_of(&file)?)?;
+    if let Err(error) = read_header(&image_of(&file)?) {
+        return Err(refine_error(&file, error));
+    }
     Ok(OpenImage {
         files: vec![file],
         chain: Chain {
@@ -147,6 +157,25 @@ fn open_bare(path: PathBuf, mode: OpenMode) -> Result<OpenImage> {
         top: None,
         locks,
     })
+}
+
+/// Of a file without a signature, says what it is instead.
+fn refine_error(file: &HostFile, error: ImageError) -> ImageError {
+    let no_signature = matches!(
+        error,
+        ImageError::Header {
+            source: HeaderError::Signature,
+            ..
+        }
+    );
+    let mut start = [0; Header::LEN];
+    match file.file.read_at(&mut start, 0) {
+        Ok(len) if no_signature => ImageError::NotPloop {
+            path: file.path.clone(),
+            format: ForeignFormat::of(&start[..len]),
+        },
+        _ => error,
+    }
 }
 
 /// Says why there are no snapshots at `path`, where there is no bundle.

@@ -6,7 +6,8 @@ use super::error::{ImageError, Result};
 
 /// Hears from an operation that takes long. All methods may do nothing.
 pub trait Progress {
-    /// The operation begins; it will have done `total` bytes in the end.
+    /// The operation begins; it will have done `total` bytes in the end. Not called
+    /// where nobody knows how much that is.
     fn begin(&self, total: u64) {
         let _ = total;
     }

@@ -44,6 +44,17 @@ pub struct Place {
     pub offset: u64,
 }
 
+/// What is known of part of a disk without reading it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Status {
+    /// Where the part ends, in bytes of the disk.
+    pub end: u64,
+    /// Whether any level has a place for it.
+    pub allocated: bool,
+    /// Whether it reads as zeros.
+    pub zero: bool,
+}
+
 impl DiskReader<HostImage> {
     /// Reads all BATs of an open disk.
     ///
@@ -220,6 +231,35 @@ impl<F: ImageFile> DiskReader<F> {
             }));
         }
         Ok(None)
+    }
+
+    /// What is known of the part of the disk that starts at byte `start`, as mapping
+    /// and host file system tell; it ends after `limit` bytes and a cluster at the
+    /// latest. `None` at the end of the disk.
+    ///
+    /// # Errors
+    /// Any of `lseek(2)`.
+    pub fn status(&self, start: u64, limit: u64) -> Result<Option<Status>> {
+        let Some(Extent { range, place }) = self.extent(start, limit) else {
+            return Ok(None);
+        };
+        let status = |end, zero| Status {
+            end,
+            allocated: place.is_some(),
+            zero,
+        };
+        let Some(place) = place else {
+            return Ok(Some(status(range.end, true)));
+        };
+        let file = self.file(place.level);
+        let data = file.next_data(place.offset);
+        let data = data.context(file.path(), "seek in")?;
+        let on_disk = |offset: u64| (range.start + (offset - place.offset)).min(range.end);
+        Ok(Some(match data {
+            None => status(range.end, true),
+            Some(data) if data.start > place.offset => status(on_disk(data.start), true),
+            Some(data) => status(on_disk(data.end), false),
+        }))
     }
 
     /// Fills `bytes` from byte `start` of the disk; beyond its end with zeros.

@@ -1,10 +1,15 @@
-//! Growing a disk off line.
+//! Growing and shrinking a disk off line.
 //!
 //! The BAT of a larger disk may need room where data is. The order of the steps
 //! is such that a cut anywhere leaves an image of the old or the new size:
 //! relocated clusters and their entries are stable, and the room for the BAT
 //! holds zeros, before number of entries, first block offset and disk size change
 //! in the write of one sector.
+//!
+//! A smaller disk has a shorter BAT. Number of entries, first block offset and disk
+//! size change in the write of one sector, too, and before anything that was given
+//! up is touched: a cut in front of it leaves the old disk whole, one behind it the
+//! new disk with clusters that nothing uses.
 
 use std::path::Path;
 
@@ -23,57 +28,108 @@ pub enum NewSize {
     Exactly(Sector),
     /// As much more.
     GrowBy(Sector),
+    /// As much less.
+    ShrinkBy(Sector),
 }
 
-/// Grows the disk at `path` and gives back its new size.
+/// Whether a disk may become smaller.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Shrink {
+    /// What the guest has behind the new end is given up.
+    Allowed,
+    /// Nothing is given up.
+    Refused,
+}
+
+/// Gives the disk at `path` another size, and gives back what it is then.
 ///
 /// # Errors
-/// A smaller size, one that the format cannot hold, or whatever keeps the image
-/// from being opened and changed.
-pub fn resize(path: &Path, size: NewSize) -> Result<Sector> {
+/// A smaller size where that is not allowed, or where snapshots keep the larger
+/// disk; one that the format cannot hold; whatever keeps the image from being
+/// opened and changed.
+pub fn resize(path: &Path, size: NewSize, shrink: Shrink) -> Result<Sector> {
     let mut image = open(path, OpenMode::new(Access::Change))?;
     let (Some(level), Some(file)) = (image.chain.levels.last(), image.files.last()) else {
         return Err(refuse(path, "has no image"));
     };
     let file = image_of(file)?;
-    let new_size = match *level {
+    match *level {
         Level::Plain { size: old_size, .. } => {
-            let new_size = larger(path, old_size, size)?;
+            let new_size = size.apply(path, old_size)?;
+            if new_size < old_size {
+                require_shrinkable(path, &image, old_size, shrink)?;
+                // The other way round, a cut would leave a file that is too short.
+                update_descriptor(&mut image, new_size)?;
+            }
             // What lies behind the end of the disk was never the guest's.
-            file.set_len(old_size.bytes())
+            file.set_len(old_size.min(new_size).bytes())
                 .and_then(|()| file.set_len(new_size.bytes()))
                 .and_then(|()| file.sync())
-                .context(file.path(), "grow")?;
-            new_size
+                .context(file.path(), "resize")?;
+            update_descriptor(&mut image, new_size)?;
+            Ok(new_size)
         }
         Level::Ploop => {
             let mut delta = Delta::load(file)?;
-            let new_size = larger(path, delta.geometry().disk_size, size)?;
-            grow(&mut delta, new_size)?;
-            new_size
+            let old_size = delta.geometry().disk_size;
+            let new_size = size.apply(path, old_size)?;
+            if new_size < old_size {
+                require_shrinkable(path, &image, old_size, shrink)?;
+                cut_down(&mut delta, new_size)?;
+            } else {
+                grow(&mut delta, new_size)?;
+            }
+            update_descriptor(&mut image, new_size)?;
+            Ok(new_size)
         }
-    };
-    update_descriptor(&mut image, new_size)?;
-    Ok(new_size)
+    }
 }
 
-/// The new size, if it is not below the old one.
-fn larger(path: &Path, old_size: Sector, size: NewSize) -> Result<Sector> {
-    let new_size = match size {
-        NewSize::Exactly(size) => size,
-        NewSize::GrowBy(more) => Sector(old_size.0.saturating_add(more.0)),
-    };
-    if new_size < old_size {
+impl NewSize {
+    /// What becomes of a disk of `old_size`.
+    fn apply(self, path: &Path, old_size: Sector) -> Result<Sector> {
+        match self {
+            Self::Exactly(size) => Ok(size),
+            Self::GrowBy(more) => Ok(Sector(old_size.0.saturating_add(more.0))),
+            Self::ShrinkBy(less) if less < old_size => Ok(Sector(old_size.0 - less.0)),
+            Self::ShrinkBy(_) => Err(refuse(
+                path,
+                &format!(
+                    "is {} bytes large; nothing would be left of it",
+                    old_size.bytes()
+                ),
+            )),
+        }
+    }
+}
+
+/// That the disk may become smaller than `old_size`.
+fn require_shrinkable(
+    path: &Path,
+    image: &OpenImage,
+    old_size: Sector,
+    shrink: Shrink,
+) -> Result<()> {
+    if shrink == Shrink::Refused {
         return Err(refuse(
             path,
             &format!(
-                "is {} bytes large; making it smaller would cut off what the guest has there. \
-                 Shrink the file system first, then copy it to a new, smaller disk",
+                "is {} bytes large; making it smaller cuts off what the guest has there. Shrink \
+                 the guest's file systems and partitions first, then use --shrink",
                 old_size.bytes()
             ),
         ));
     }
-    Ok(new_size)
+    let nodes = image.bundle.as_ref().map(|b| b.descriptor().shots().len());
+    if nodes.is_some_and(|nodes| nodes > 1) {
+        return Err(refuse(
+            path,
+            "has snapshots, which are of the larger disk; delete them first ('ploop-img snapshot \
+             merge' deletes all of a chain), or copy the disk with 'ploop-img convert' and shrink \
+             the copy",
+        ));
+    }
+    Ok(())
 }
 
 fn refuse(path: &Path, why: &str) -> ImageError {
@@ -149,6 +205,34 @@ pub(super) fn grow<F: ImageFile>(delta: &mut Delta<F>, disk_size: Sector) -> Res
         let findings = examine_as(delta, InUse::Open)?;
         free_leaks(delta, &findings)?;
     }
+    delta.finish(InUse::Closed)
+}
+
+/// Shrinks one image file that nothing lies on and that lies on nothing.
+///
+/// # Errors
+/// As [`grow`].
+pub(super) fn cut_down<F: ImageFile>(delta: &mut Delta<F>, disk_size: Sector) -> Result<()> {
+    delta.require_sound()?;
+    let shrunk = delta.header().shrunk(disk_size);
+    let header = shrunk.map_err(|source| ImageError::Header {
+        path: delta.path().to_owned(),
+        source,
+    })?;
+    delta.begin()?;
+
+    delta.set_header(header);
+    // Whatever extension there was is not of this disk.
+    delta.set_mark(InUse::Open);
+    delta.write_header()?;
+    delta.sync()?;
+
+    // Entries that are no more must not come back when the disk grows.
+    let geometry = *delta.geometry();
+    delta.punch(geometry.metadata_len()..geometry.data_start)?;
+    zero_behind_end(delta)?;
+    let findings = examine_as(delta, InUse::Open)?;
+    free_leaks(delta, &findings)?;
     delta.finish(InUse::Closed)
 }
 

@@ -9,13 +9,14 @@ mod create;
 mod delete;
 mod list;
 mod merge;
+mod notes;
 mod switch;
 
 use std::path::{Path, PathBuf};
 
 pub use create::create_snapshot;
 pub use delete::delete_snapshot;
-pub use list::{SnapshotInfo, list_snapshots};
+pub use list::{SnapshotInfo, find_snapshot, list_snapshots};
 pub use merge::merge_snapshots;
 pub use switch::switch_snapshot;
 

@@ -5,9 +5,7 @@ mod common;
 #[path = "../common/front_end.rs"]
 mod front_end;
 mod huge;
-mod log;
 mod nonsense;
-mod options;
 
 use std::{
     fs::{self, Permissions},
@@ -93,14 +91,6 @@ fn start_front_end(socket: &Path) -> FrontEnd {
     front_end.negotiate(u64::MAX);
     front_end.start_rings();
     front_end
-}
-
-fn wait_for(what: &str, mut has_come: impl FnMut() -> bool) {
-    let start = Instant::now();
-    while !has_come() {
-        assert!(start.elapsed() < PATIENCE, "waited in vain for {what}");
-        thread::sleep(Duration::from_millis(10));
-    }
 }
 
 fn expect_service(front_end: &mut FrontEnd) {
@@ -196,6 +186,33 @@ fn a_corrupt_image_is_refused_with_the_command_to_run() {
     let backend = rig.serve(&[]);
     expect_service(&mut start_front_end(backend.socket()));
     backend.stop();
+}
+
+#[test]
+fn another_format_is_named_with_the_command_that_converts() {
+    let rig = Rig::new();
+    let place = |name: &str| rig.folder.path().join(name).display().to_string();
+    fs::write(place("a.qcow2"), [&b"QFI\xfb"[..], &[0; 100]].concat()).unwrap();
+    fs::write(place("a.raw"), [7; 4096]).unwrap();
+    for (name, what, command) in [
+        (
+            "a.qcow2",
+            "is a qcow2 image",
+            "qemu-img convert -f qcow2 -O parallels",
+        ),
+        ("a.raw", "is not a ploop image", "ploop-img convert -f raw"),
+    ] {
+        let said = rig.refused(&[&format!("--blk-file={}", place(name))]);
+        assert!(said.contains(what) && said.contains(command), "{said}");
+    }
+}
+
+#[test]
+fn wrong_usage_ends_as_that_of_ploop_img_does() {
+    let ends_with = |args: &[&str]| output(args).status.code();
+    assert_eq!(ends_with(&["--nonsense"]), Some(1));
+    assert_eq!(ends_with(&[]), Some(1));
+    assert_eq!(ends_with(&["--help"]), Some(0));
 }
 
 #[test]

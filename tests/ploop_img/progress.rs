@@ -1,13 +1,14 @@
 //! Progress: a bar on a terminal, lines where they are asked for, else nothing.
 
 use std::fs::{self, File};
-use std::io::Read;
+use std::io::{BufRead, BufReader, Read, Write};
 use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::thread::{self, JoinHandle};
 
 use rustix::fs::{Mode, OFlags};
+use rustix::process::{Pid, Signal, kill_process};
 use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
 use rustix::termios::{Winsize, tcsetwinsize};
 use tempfile::TempDir;
@@ -146,4 +147,59 @@ fn lines_are_printed_where_they_are_asked_for() {
     assert!(ran.stderr.ends_with("100%\n"), "{ran:?}");
     assert!(ran.stderr.lines().count() > 3, "{ran:?}");
     assert!(!ran.stderr.contains(['\r', '\u{1b}']), "{ran:?}");
+}
+
+/// Asks a conversion that waits for its input how far it is.
+#[test]
+fn sigusr1_is_answered_at_once() {
+    let folder = TempDir::new().unwrap();
+    let copy = folder.path().join("b.hds");
+    let mut child = ploop_img_command()
+        .args(["convert", "-q", "-", copy.to_str().unwrap()])
+        .stdin(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut stdin = child.stdin.take().unwrap();
+    // It is at work once it has taken more than a pipe holds.
+    stdin.write_all(&vec![7; 9 << 20]).unwrap();
+    let pid = Pid::from_child(&child);
+    let mut said = BufReader::new(child.stderr.take().unwrap());
+    let mut line = String::new();
+    for _ in 0..2 {
+        kill_process(pid, Signal::USR1).unwrap();
+        line.clear();
+        said.read_line(&mut line).unwrap();
+        assert_eq!(line, format!("    ({} bytes)\n", 8 << 20));
+    }
+    drop(stdin);
+    assert_eq!(child.wait().unwrap().code(), Some(0));
+    line.clear();
+    said.read_to_string(&mut line).unwrap();
+    assert_eq!(line, "");
+}
+
+#[test]
+fn sigusr1_tells_the_share_that_is_done() {
+    let folder = TempDir::new().unwrap();
+    let raw = raw_file(folder.path());
+    let mut child = ploop_img_command()
+        .args(["convert", &raw, "-"])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    // Then the pipe is full, and it waits for a reader.
+    let mut stdout = child.stdout.take().unwrap();
+    stdout.read_exact(&mut vec![0; 10 << 20]).unwrap();
+    kill_process(Pid::from_child(&child), Signal::USR1).unwrap();
+    let mut said = BufReader::new(child.stderr.take().unwrap());
+    let mut line = String::new();
+    said.read_line(&mut line).unwrap();
+    assert!(
+        line == "    (20.00/100%)\n" || line == "    (10.00/100%)\n",
+        "{line:?}"
+    );
+    std::io::copy(&mut stdout, &mut std::io::sink()).unwrap();
+    assert_eq!(child.wait().unwrap().code(), Some(0));
 }

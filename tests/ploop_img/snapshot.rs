@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 
+use jiff::Timestamp;
 use rand::rngs::StdRng;
 use rand::seq::IndexedRandom;
 use rand::{Rng, SeedableRng};
@@ -276,4 +277,123 @@ fn random_changes_against_a_model() {
             model.compare(&disk);
         }
     }
+}
+
+#[test]
+fn dates_and_descriptions_outlive_the_official_tool() {
+    let disk = Disk::new("2M");
+    let before = Timestamp::now().as_second();
+    let text = "before \"the\" upgrade, für später";
+    let guid = disk.snapshot(&["create", "--description", text]).ok();
+    let guid = guid.trim();
+    let plain = disk.create();
+    let noted = |guid: &str| {
+        let list = disk.list();
+        let shot = list
+            .iter()
+            .find(|shot| shot["guid"] == guid)
+            .unwrap()
+            .clone();
+        let date = shot["date"].as_str().map(|date| {
+            let date: Timestamp = date.parse().unwrap();
+            date.as_second()
+        });
+        (date, shot["description"].as_str().map(str::to_owned))
+    };
+    let (date, description) = noted(guid);
+    assert_eq!(description.as_deref(), Some(text));
+    let now = Timestamp::now().as_second();
+    assert!((before..=now).contains(&date.unwrap()), "{date:?}");
+    assert!(noted(&plain).0.is_some() && noted(&plain).1.is_none());
+    let shown = disk.snapshot(&["list"]).ok();
+    assert!(shown.contains(text), "{shown}");
+
+    // The official tool writes the descriptor anew from what it knows of it, which is
+    // what we write into it: nothing else survives there.
+    let descriptor = fs::read_to_string(Path::new(&disk.path).join("DiskDescriptor.xml"));
+    let descriptor = descriptor.unwrap();
+    assert!(!descriptor.contains("upgrade"), "{descriptor}");
+    // Through other changes of the tree, too.
+    disk.snapshot(&["delete", &plain]).ok();
+    assert_eq!(noted(guid).1.as_deref(), Some(text));
+    disk.check();
+    // What is gone is no more noted after the next one.
+    disk.create();
+    let notes = fs::read_to_string(Path::new(&disk.path).join("snapshots.json")).unwrap();
+    assert!(notes.contains(guid) && !notes.contains(&plain), "{notes}");
+}
+
+#[test]
+fn notes_that_are_damaged_lose_nothing() {
+    let disk = Disk::new("2M");
+    let guid = disk.snapshot(&["create", "--description", "x"]).ok();
+    let notes = Path::new(&disk.path).join("snapshots.json");
+    for damaged in ["{", "[1]", "\u{0}"] {
+        fs::write(&notes, damaged).unwrap();
+        let list = disk.snapshot(&["list"]).fails();
+        assert!(
+            list.contains("snapshots.json") && list.contains("move it away"),
+            "{list}"
+        );
+        disk.snapshot(&["create"]).fails();
+        assert_eq!(fs::read_to_string(&notes).unwrap(), damaged);
+    }
+    fs::remove_file(&notes).unwrap();
+    assert_eq!(disk.list().len(), 2);
+    // A text that somebody else put there does not reach the terminal as it is.
+    let text = format!(
+        "{{\"{}\": {{\"date\": \"2026-01-02T03:04:05Z\", \"description\": \"a\\u001b[2Jb\"}}}}",
+        guid.trim()
+    );
+    fs::write(&notes, text).unwrap();
+    let list = disk.snapshot(&["list"]).ok();
+    assert!(
+        list.contains("2026-01-0") && !list.contains('\u{1b}'),
+        "{list:?}"
+    );
+    for text in ["", "two\nlines"] {
+        let ran = disk.snapshot(&["create", "--description", text]);
+        assert_eq!(ran.code, Some(1), "{ran:?}");
+    }
+}
+
+#[test]
+fn the_letters_of_qemu_img_work() {
+    let disk = Disk::new("2M");
+    let path = disk.path.as_str();
+    let letters = |args: &[&str]| ploop_img([&["snapshot"], args, &[path]].concat());
+    let first = letters(&["-c", "before upgrade"]).ok();
+    let second = "{12345678-1234-1234-1234-123456789abc}";
+    assert_eq!(letters(&["-c", second]).ok().trim(), second);
+    assert_eq!(letters(&["-q", "-c", "twice"]).ok(), "");
+    letters(&["-c", "twice"]).ok();
+    let list = letters(&["-l"]).ok();
+    assert_eq!(letters(&[]).ok(), list);
+    assert_eq!(disk.snapshot(&["list"]).ok(), list);
+    assert!(
+        list.contains("before upgrade") && list.contains(second),
+        "{list}"
+    );
+    assert!(
+        letters(&["-d", "twice"])
+            .fails()
+            .contains("several snapshots")
+    );
+    assert!(
+        letters(&["-a", "never"])
+            .fails()
+            .contains("no snapshot has")
+    );
+    assert_eq!(disk.list().len(), 5);
+    letters(&["-f", "parallels", "-d", second]).ok();
+    letters(&["-a", "before upgrade"]).ok();
+    let list = disk.list();
+    let top = list.iter().find(|shot| shot["current"] == true).unwrap();
+    assert_eq!(top["parent"], first.trim());
+    for wrong in [&["-l", "-d", "x"][..], &["-c"], &["-x"]] {
+        let ran = letters(wrong);
+        assert_eq!(ran.code, Some(1), "{ran:?}");
+    }
+    let ran = ploop_img(["snapshot"]);
+    assert_eq!(ran.code, Some(1), "{ran:?}");
 }

@@ -3,11 +3,11 @@
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use vhost_user_ploop::format::{ClusterSize, Guid, Sector, Version};
+use vhost_user_ploop::format::{ClusterSize, Guid, Sector, SnapshotNotes, Version};
 
 use vhost_user_ploop::image::{self, DiskFormat, NewSize};
 
-use crate::size::{parse_cluster_size, parse_disk_size, parse_new_size};
+use crate::size::{parse_bytes, parse_cluster_size, parse_disk_size, parse_new_size};
 
 /// Makes, checks and changes ploop disk images.
 #[derive(Debug, Parser)]
@@ -22,8 +22,17 @@ A disk is a bundle, which is a folder with image files and a DiskDescriptor.xml 
 that says how they stack, or a bare image file (*.hds). Where a disk is asked \
 for, give the folder, the descriptor in it, or the bare image.
 
-Sizes are in bytes, or have a suffix of k, M, G, T, P or E (powers of 1024), as in \
-10G or 1.5T.
+Sizes are in bytes, or have a suffix of k, M, G, T, P or E (powers of 1024, as with \
+qemu-img), as in 10G or 1.5T. KiB to EiB are powers of 1024, too, and kB to EB powers \
+of 1000: 10GiB is 10G, 10GB is 10000000000 bytes.
+
+Exit codes: 0 if all went well, 1 if not, wrong usage included. check and compare \
+have more, as qemu-img has.
+
+Options of qemu-img that make no difference here are accepted: -f parallels \
+everywhere (ploop and parallels are the same), -t and -T (what is made is stable on \
+disk in any case), -W and -m (there is one copy at a time), -S other than 0 (holes \
+are found in blocks of 4 KiB).
 
 Examples:
   ploop-img create vm1 10G                    an empty 10 GiB disk in the folder vm1
@@ -31,6 +40,9 @@ Examples:
   ploop-img info vm1
   ploop-img check vm1                         0: clean, 2: corrupt, 3: wasted space
   ploop-img convert vm1 backup.raw -O raw     and back
+  ploop-img compare vm1 backup.raw            0: alike, 1: different
+
+SIGUSR1 makes a command that takes long say how far it is.
 
 Serve a disk to a guest with vhost-user-ploop.";
 
@@ -51,16 +63,21 @@ Examples:
         /// Of the guest's disk; rounded up to 512 bytes
         #[arg(value_parser = parse_disk_size)]
         size: Sector,
-        /// A power of two from 32k to 64M: what the disk is allocated in
-        #[arg(long, value_name = "SIZE", default_value = "1M", value_parser = parse_cluster_size)]
-        cluster_size: ClusterSize,
+        #[command(flatten)]
+        cluster: Cluster,
+        /// Print nothing but errors
+        #[arg(short, long)]
+        quiet: bool,
+        /// Always ploop
+        #[arg(short = 'f', long, value_name = "FORMAT", value_enum)]
+        format: Option<PloopOnly>,
     },
     /// Show what a disk is
     Info {
         #[command(flatten)]
         disk: Disk,
         /// All levels of the chain, the top first
-        #[arg(long)]
+        #[arg(short, long)]
         backing_chain: bool,
         #[command(flatten)]
         format: OutputFormat,
@@ -81,6 +98,102 @@ Examples:
         /// What to repair
         #[arg(short, long, value_name = "WHAT", value_enum)]
         repair: Option<Repair>,
+        /// Print nothing but errors: the exit code tells
+        #[arg(short, long)]
+        quiet: bool,
+        /// Accepted, and makes no difference
+        #[arg(
+            short = 'T',
+            value_name = "CACHE",
+            value_enum,
+            hide_possible_values = true
+        )]
+        source_cache: Option<Cache>,
+        #[command(flatten)]
+        format: OutputFormat,
+    },
+    /// Compare what two disks read as
+    ///
+    /// Exits with 0 if they are alike, 1 if they differ (and where wrong usage keeps
+    /// them from being compared), 2 if one cannot be opened, 4 if one cannot be read.
+    /// Where one is larger, the rest of it has to be zeros.
+    #[command(after_help = "\
+Examples:
+  ploop-img compare vm1 backup.raw
+  ploop-img compare --snapshot '{8d7ad97f-5a3b-4a0b-9d4c-0f8c6ad4f9a1}' vm1 then.raw
+  ploop-img compare -s vm1 copy.hds           sizes and allocation, too")]
+    Compare {
+        /// A bundle, a bare or raw image, or a block device
+        first: PathBuf,
+        /// The same
+        second: PathBuf,
+        /// What FIRST is, instead of looking at it
+        #[arg(short = 'f', long = "a-format", value_name = "FORMAT", value_enum)]
+        first_format: Option<Format>,
+        /// What SECOND is, instead of looking at it
+        #[arg(short = 'F', long = "b-format", value_name = "FORMAT", value_enum)]
+        second_format: Option<Format>,
+        /// A snapshot of FIRST instead of its present state
+        #[arg(long, value_name = "GUID")]
+        snapshot: Option<Guid>,
+        /// A snapshot of SECOND instead of its present state
+        #[arg(long, value_name = "GUID")]
+        second_snapshot: Option<Guid>,
+        /// Different sizes or allocation make a difference, too
+        #[arg(short, long)]
+        strict: bool,
+        /// Read them even if a guest writes to them
+        #[arg(short = 'U', long)]
+        force_share: bool,
+        /// Accepted, and makes no difference
+        #[arg(
+            short = 'T',
+            value_name = "CACHE",
+            value_enum,
+            hide_possible_values = true
+        )]
+        source_cache: Option<Cache>,
+        #[command(flatten)]
+        verbosity: Verbosity,
+    },
+    /// Say how long the file of a new image would be
+    ///
+    /// The required size is what a conversion takes at most: zeros that only reading
+    /// tells are counted. Holes in the file are counted, the descriptor of a bundle is
+    /// not.
+    #[command(after_help = "\
+Examples:
+  ploop-img measure --size 100G
+  ploop-img measure debian.raw
+  ploop-img measure -O raw vm1")]
+    Measure {
+        /// A bundle, a bare or raw image, or a block device that would be copied
+        #[arg(required_unless_present = "size")]
+        source: Option<PathBuf>,
+        /// Of an empty disk, in place of SOURCE
+        #[arg(short, long, value_name = "SIZE", value_parser = parse_disk_size,
+            conflicts_with_all = ["source", "source_format", "snapshot", "force_share"])]
+        size: Option<Sector>,
+        /// What SOURCE is, instead of looking at it
+        #[arg(short = 'f', long, value_name = "FORMAT", value_enum)]
+        source_format: Option<Format>,
+        /// What would be made
+        #[arg(
+            short = 'O',
+            long,
+            value_name = "FORMAT",
+            value_enum,
+            default_value = "ploop"
+        )]
+        target_format: Format,
+        #[command(flatten)]
+        cluster: Cluster,
+        /// A snapshot of SOURCE instead of its present state
+        #[arg(short = 'l', long, value_name = "GUID")]
+        snapshot: Option<Guid>,
+        /// Read SOURCE even if a guest writes to it
+        #[arg(short = 'U', long)]
+        force_share: bool,
         #[command(flatten)]
         format: OutputFormat,
     },
@@ -101,78 +214,222 @@ Examples:
   ploop-img convert vm1 copy.hds              a bundle into one bare image
   ploop-img convert --format-version 2 vm1    in place, the format of the kernel's driver
   ploop-img convert -O raw vm1 /tmp/disk      into a raw image of any name
+  ploop-img convert -n vm1 /dev/vg/vm1        into a block device
+  ploop-img convert vm1 - | zstd > vm1.zst    raw, to standard output
+  zstdcat vm1.zst | ploop-img convert - vm2   and back
 
 Without -f, a bundle is a ploop disk, and so is a file that ends in .hds and has \
 the header of one; other files are raw unless they look like another format. \
 Without -O, a TARGET that ends in .raw or .img is raw; one that ends in .hds is \
 a bare ploop image, any other a bundle. One that ends in .qcow2, .vmdk or the like \
-needs -O: no such image is made.")]
-    Convert {
-        /// A bundle, a bare image, or a raw image
-        source: PathBuf,
-        /// What to make; must not exist
-        #[arg(required_unless_present = "format_version")]
-        target: Option<PathBuf>,
-        /// Change the version of the format of SOURCE in place: 1 or 2
-        #[arg(long, value_name = "VERSION", value_parser = parse_version,
-            conflicts_with_all = ["target", "source_format", "target_format", "cluster_size",
-                "snapshot", "force_share", "progress"])]
-        format_version: Option<Version>,
-        /// What SOURCE is, instead of looking at it
-        #[arg(short = 'f', long, value_name = "FORMAT", value_enum)]
-        source_format: Option<Format>,
-        /// What to make, instead of going by the name of TARGET
-        #[arg(short = 'O', long, value_name = "FORMAT", value_enum)]
-        target_format: Option<Format>,
-        /// Of a ploop TARGET: a power of two from 32k to 64M; that of SOURCE, or 1M
-        #[arg(long, value_name = "SIZE", value_parser = parse_cluster_size)]
-        cluster_size: Option<ClusterSize>,
-        /// A snapshot of SOURCE instead of its present state
-        #[arg(long, value_name = "GUID")]
-        snapshot: Option<Guid>,
-        /// Read SOURCE even if a guest writes to it; the copy may be of no use
-        #[arg(short = 'U', long)]
-        force_share: bool,
-        /// Show progress even where standard error is no terminal
-        #[arg(short, long)]
-        progress: bool,
-    },
-    /// Make a disk larger, while no guest uses it
+needs -O: no such image is made. A file named - is ./-.")]
+    Convert(Box<Convert>),
+    /// Make a disk larger or smaller, while no guest uses it
     ///
-    /// The guest has to grow its partitions and file systems itself. Making a disk
-    /// smaller is refused: it would cut off what is there.
+    /// The guest has to grow its partitions and file systems itself, or shrink them
+    /// before. Making a disk smaller gives up what is behind its new end, so it takes
+    /// --shrink; a disk with snapshots cannot be made smaller.
     #[command(after_help = "\
 Examples:
   ploop-img resize vm1 20G
-  ploop-img resize vm1 +512M")]
+  ploop-img resize vm1 +512M
+  ploop-img resize --shrink vm1 -5G")]
     Resize {
         /// A bundle's folder, its DiskDescriptor.xml, or a bare image
         path: PathBuf,
-        /// The new size, or by how much to grow; rounded up to 512 bytes
-        // A size below zero gets an answer of its own.
-        #[arg(value_name = "[+]SIZE", value_parser = parse_new_size, allow_hyphen_values = true)]
+        /// The new size, or by how much to change it; rounded up to 512 bytes
+        // What starts with a - is a size.
+        #[arg(value_name = "[+-]SIZE", value_parser = parse_new_size, allow_hyphen_values = true)]
         size: NewSize,
+        /// Give up what is behind the new end of a smaller disk
+        #[arg(long)]
+        shrink: bool,
+        /// Print nothing but errors
+        #[arg(short, long)]
+        quiet: bool,
+        /// Always ploop
+        #[arg(short = 'f', value_name = "FORMAT", value_enum)]
+        format: Option<PloopOnly>,
     },
     /// Keep, show, delete and go back to states of a disk
-    #[command(after_help = "\
+    ///
+    /// The letters of qemu-img work as well: they name a snapshot by its GUID, or by a
+    /// description that no other has.
+    #[command(
+        args_conflicts_with_subcommands = true,
+        after_help = "\
 Examples:
-  ploop-img snapshot create vm1
+  ploop-img snapshot create --description 'before the upgrade' vm1
   ploop-img snapshot list vm1
   ploop-img convert --snapshot '{8d7ad97f-5a3b-4a0b-9d4c-0f8c6ad4f9a1}' vm1 then.raw
   ploop-img snapshot switch vm1 '{8d7ad97f-5a3b-4a0b-9d4c-0f8c6ad4f9a1}'
-  ploop-img snapshot delete vm1 '{8d7ad97f-5a3b-4a0b-9d4c-0f8c6ad4f9a1}'")]
+  ploop-img snapshot delete vm1 '{8d7ad97f-5a3b-4a0b-9d4c-0f8c6ad4f9a1}'"
+    )]
     Snapshot {
         #[command(subcommand)]
-        what: Snapshot,
+        what: Option<Snapshot>,
+        #[command(flatten)]
+        letters: Letters,
     },
     /// Give back the space of zeros and of gaps
     Compact {
         /// A bundle's folder, its DiskDescriptor.xml, or a bare image
         path: PathBuf,
-        /// Show progress even where standard error is no terminal
-        #[arg(short, long)]
-        progress: bool,
+        #[command(flatten)]
+        verbosity: Verbosity,
     },
+}
+
+/// What to copy where.
+#[derive(Debug, Args)]
+pub struct Convert {
+    /// A bundle, a bare or raw image, or a block device; -: raw, from standard input
+    pub source: PathBuf,
+    /// What to make; must not exist. -: raw, to standard output
+    #[arg(required_unless_present = "format_version")]
+    pub target: Option<PathBuf>,
+    /// Change the version of the format of SOURCE in place: 1 or 2
+    #[arg(long, value_name = "VERSION", value_parser = parse_version,
+        conflicts_with_all = ["target", "source_format", "target_format", "cluster_size",
+            "options", "no_create", "snapshot", "force_share", "progress"])]
+    pub format_version: Option<Version>,
+    /// What SOURCE is, instead of looking at it
+    #[arg(short = 'f', long, value_name = "FORMAT", value_enum)]
+    pub source_format: Option<Format>,
+    /// What to make, instead of going by the name of TARGET
+    #[arg(short = 'O', long, value_name = "FORMAT", value_enum)]
+    pub target_format: Option<Format>,
+    /// Write into TARGET, a raw file or a block device that is there and large enough
+    ///
+    /// What it holds behind the end of the disk stays.
+    #[arg(short, long)]
+    pub no_create: bool,
+    #[command(flatten)]
+    pub cluster: Cluster,
+    /// A snapshot of SOURCE instead of its present state
+    #[arg(short = 'l', long, value_name = "GUID")]
+    pub snapshot: Option<Guid>,
+    /// Read SOURCE even if a guest writes to it; the copy may be of no use
+    #[arg(short = 'U', long)]
+    pub force_share: bool,
+    /// 0: allocate all of TARGET, zeros included; anything else makes no difference
+    #[arg(short = 'S', value_name = "SIZE", value_parser = parse_bytes)]
+    pub sparse_size: Option<u64>,
+    /// Accepted, and makes no difference
+    #[arg(
+        short = 't',
+        value_name = "CACHE",
+        value_enum,
+        hide_possible_values = true
+    )]
+    pub target_cache: Option<Cache>,
+    /// Accepted, and makes no difference
+    #[arg(
+        short = 'T',
+        value_name = "CACHE",
+        value_enum,
+        hide_possible_values = true
+    )]
+    pub source_cache: Option<Cache>,
+    /// Accepted, and makes no difference
+    #[arg(short = 'W')]
+    pub out_of_order: bool,
+    /// Accepted, and makes no difference
+    #[arg(short = 'm', value_name = "NUMBER", value_parser = clap::value_parser!(u8).range(1..=16))]
+    pub parallel: Option<u8>,
+    #[command(flatten)]
+    pub verbosity: Verbosity,
+}
+
+/// How much to print.
+#[derive(Debug, Args)]
+pub struct Verbosity {
+    /// Show progress even where standard error is no terminal
+    #[arg(short, long)]
+    pub progress: bool,
+    /// Print nothing but errors, and show no progress
+    #[arg(short, long, conflicts_with = "progress")]
+    pub quiet: bool,
+}
+
+/// The cluster size of a new image.
+#[derive(Debug, Args)]
+pub struct Cluster {
+    /// What a ploop disk is allocated in, a power of two from 32k to 64M; that of a
+    /// ploop SOURCE, or 1M
+    #[arg(long, value_name = "SIZE", value_parser = parse_cluster_size)]
+    cluster_size: Option<ClusterSize>,
+    /// cluster_size=SIZE, the same as qemu-img says it
+    #[arg(short = 'o', long, value_name = "OPTIONS", value_parser = parse_options,
+        conflicts_with = "cluster_size")]
+    options: Option<ClusterSize>,
+}
+
+impl Cluster {
+    /// As asked for in one way or the other.
+    pub fn size(&self) -> Option<ClusterSize> {
+        self.cluster_size.or(self.options)
+    }
+}
+
+fn parse_options(text: &str) -> Result<ClusterSize, String> {
+    match text.split_once('=') {
+        Some(("cluster_size", size)) => parse_cluster_size(size),
+        _ => Err(format!(
+            "'{text}' is not an option of a new image: give cluster_size=SIZE"
+        )),
+    }
+}
+
+fn parse_description(text: &str) -> Result<String, String> {
+    match SnapshotNotes::is_description(text) {
+        true => Ok(text.to_owned()),
+        false => Err(format!(
+            "a description is one line of 1 to {} bytes without control characters",
+            SnapshotNotes::DESCRIPTION_MAX
+        )),
+    }
+}
+
+/// `snapshot` as `qemu-img` has it.
+#[derive(Debug, Args)]
+#[command(disable_help_flag = false)]
+pub struct Letters {
+    /// Show all snapshots; also without any letter
+    #[arg(short, long, group = "letter")]
+    pub list: bool,
+    /// Make a snapshot: of this GUID, or with this description
+    #[arg(short, long, group = "letter", value_name = "SNAPSHOT", value_parser = parse_description)]
+    pub create: Option<String>,
+    /// Go back to a snapshot; what was written since the last one is lost
+    #[arg(short, long, group = "letter", value_name = "SNAPSHOT")]
+    pub apply: Option<String>,
+    /// Delete a snapshot
+    #[arg(short, long, group = "letter", value_name = "SNAPSHOT")]
+    pub delete: Option<String>,
+    /// Print nothing but errors
+    #[arg(short, long)]
+    pub quiet: bool,
+    /// Accepted: a list is shown even if a guest writes to the disk
+    #[arg(short = 'U', long)]
+    pub force_share: bool,
+    /// Always ploop
+    #[arg(short = 'f', value_name = "FORMAT", value_enum)]
+    pub format: Option<PloopOnly>,
+    /// A bundle's folder, or its DiskDescriptor.xml
+    #[arg(required = true)]
+    pub path: Option<PathBuf>,
+}
+
+/// A host cache mode of `qemu-img`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+#[allow(missing_docs, reason = "known from qemu-img")]
+pub enum Cache {
+    None,
+    Writeback,
+    Writethrough,
+    Directsync,
+    Unsafe,
 }
 
 fn parse_version(text: &str) -> Result<Version, String> {
@@ -196,6 +453,9 @@ pub enum Snapshot {
         /// The name, instead of a random one
         #[arg(long)]
         guid: Option<Guid>,
+        /// What it is for, in one line
+        #[arg(long, value_name = "TEXT", value_parser = parse_description)]
+        description: Option<String>,
     },
     /// Show all snapshots, each indented below what it lies on
     List {
@@ -213,9 +473,8 @@ pub enum Snapshot {
         path: PathBuf,
         /// Which
         guid: Guid,
-        /// Show progress even where standard error is no terminal
-        #[arg(short, long)]
-        progress: bool,
+        #[command(flatten)]
+        verbosity: Verbosity,
     },
     /// Go back to a snapshot; what was written since the last one is lost
     ///
@@ -239,9 +498,8 @@ pub enum Snapshot {
         /// What all of them are merged into, and stays, instead of the present state
         #[arg(long, value_name = "GUID")]
         to: Option<Guid>,
-        /// Show progress even where standard error is no terminal
-        #[arg(short, long)]
-        progress: bool,
+        #[command(flatten)]
+        verbosity: Verbosity,
     },
 }
 
@@ -251,6 +509,15 @@ pub enum Format {
     /// Byte for byte
     Raw,
     /// A ploop image or bundle
+    #[value(alias = "parallels")]
+    Ploop,
+}
+
+/// The format of what only a ploop disk can be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum PloopOnly {
+    /// A ploop image or bundle
+    #[value(alias = "parallels")]
     Ploop,
 }
 
@@ -292,6 +559,9 @@ pub struct Disk {
     /// Read it even if a guest writes to it; what is shown may be out of date
     #[arg(short = 'U', long)]
     pub force_share: bool,
+    /// Always ploop
+    #[arg(short = 'f', value_name = "FORMAT", value_enum)]
+    pub disk_format: Option<PloopOnly>,
 }
 
 /// How to show results.

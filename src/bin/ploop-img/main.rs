@@ -7,14 +7,23 @@ mod progress;
 mod show;
 mod size;
 
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::Parser;
-use vhost_user_ploop::image::{self, Access, CheckReport, Conversion, ImageError, OpenMode};
+use vhost_user_ploop::format::{ClusterSize, Guid};
+use vhost_user_ploop::image::{
+    self, Access, CheckReport, CompareError, Conversion, Destination, ImageError, OpenMode, Origin,
+    Shrink, Side,
+};
 use vhost_user_ploop::storage::ease_limits;
 
-use crate::args::{Cli, Command, Disk, Snapshot};
+use crate::args::{Cli, Command, Convert, Disk, Format, Letters, Output, Snapshot, Verbosity};
 use crate::progress::Bar;
+
+/// Of `qemu-img compare`, for what is neither alike nor different.
+const CANNOT_OPEN: u8 = 2;
+const CANNOT_READ: u8 = 4;
 
 fn main() -> ExitCode {
     let cli = match Cli::try_parse() {
@@ -26,13 +35,18 @@ fn main() -> ExitCode {
         }
     };
     ease_limits();
+    progress::outlive_questions();
     match run(cli.command) {
         Ok(code) => code,
         Err(error) => {
-            eprintln!("ploop-img: {error}{}", hint(&error));
+            complain(&error);
             ExitCode::FAILURE
         }
     }
+}
+
+fn complain(error: &ImageError) {
+    eprintln!("ploop-img: {error}{}", hint(error));
 }
 
 fn run(command: Command) -> Result<ExitCode, ImageError> {
@@ -40,8 +54,16 @@ fn run(command: Command) -> Result<ExitCode, ImageError> {
         Command::Create {
             path,
             size,
-            cluster_size,
-        } => image::create(&path, size, cluster_size)?,
+            cluster,
+            quiet,
+            format: _,
+        } => {
+            let cluster = cluster.size().unwrap_or(ClusterSize::DEFAULT);
+            image::create(&path, size, cluster)?;
+            if !quiet {
+                show::new_disk(&path, size, cluster);
+            }
+        }
         Command::Info {
             disk,
             backing_chain,
@@ -53,67 +75,164 @@ fn run(command: Command) -> Result<ExitCode, ImageError> {
         Command::Check {
             disk,
             repair,
+            quiet,
+            source_cache: _,
             format,
         } => {
             let mode = read_mode(&disk);
             let repair = repair.map(Into::into);
             // Only a repair may take long; a check ends at once when it is asked to.
             let report = match repair {
-                Some(_) => image::check(&disk.path, repair, mode, &Bar::new(false))?,
+                Some(_) => image::check(&disk.path, repair, mode, &Bar::new(false, quiet))?,
                 None => image::check(&disk.path, repair, mode, &())?,
             };
-            show::check(&report, format.output);
+            if !quiet {
+                show::check(&report, format.output);
+            }
             return Ok(check_code(&report));
+        }
+        Command::Compare {
+            first,
+            second,
+            first_format,
+            second_format,
+            snapshot,
+            second_snapshot,
+            strict,
+            force_share,
+            source_cache: _,
+            verbosity,
+        } => {
+            let side = |path, format: Option<Format>, snapshot| Side {
+                path,
+                format: format.map(Into::into),
+                mode: mode_for(snapshot, force_share),
+            };
+            let sides = [
+                side(first, first_format, snapshot),
+                side(second, second_format, second_snapshot),
+            ];
+            return Ok(compare(&sides, strict, &verbosity));
+        }
+        Command::Measure {
+            source,
+            size,
+            source_format,
+            target_format,
+            cluster,
+            snapshot,
+            force_share,
+            format,
+        } => {
+            let (target, cluster) = (target_format.into(), cluster.size());
+            let mode = mode_for(snapshot, force_share);
+            let measure = match (size, source) {
+                (Some(size), _) => image::measure_new(size, target, cluster)?,
+                // The command line requires one of the two.
+                (None, source) => image::measure_copy(
+                    &source.unwrap_or_default(),
+                    source_format.map(Into::into),
+                    mode,
+                    target,
+                    cluster,
+                )?,
+            };
+            show::measure(&measure, format.output);
         }
         Command::Map { disk, format } => show::map(format.output, |each| {
             image::map(&disk.path, read_mode(&disk), each)
         })?,
-        Command::Convert {
-            source,
-            format_version: Some(version),
-            ..
-        } => image::change_version(&source, version)?,
-        Command::Convert {
-            source,
-            target,
-            format_version: None,
-            source_format,
-            target_format,
-            cluster_size,
-            snapshot,
-            force_share,
-            progress,
+        Command::Convert(convert) => match convert.format_version {
+            Some(version) => image::change_version(&convert.source, version)?,
+            None => {
+                let bar = Bar::of(&convert.verbosity);
+                conversion(*convert).run(&bar)?;
+            }
+        },
+        Command::Resize {
+            path,
+            size,
+            shrink,
+            quiet,
+            format: _,
         } => {
-            let conversion = Conversion {
-                source,
-                source_format: source_format.map(Into::into),
-                mode: OpenMode::new(Access::Read)
-                    .snapshot(snapshot)
-                    .force_share(force_share),
-                // The command line requires it here.
-                target: target.unwrap_or_default(),
-                target_format: target_format.map(Into::into),
-                cluster: cluster_size,
+            let shrink = match shrink {
+                true => Shrink::Allowed,
+                false => Shrink::Refused,
             };
-            conversion.run(&Bar::new(progress))?;
+            let size = image::resize(&path, size, shrink)?;
+            if !quiet {
+                show::resized(size);
+            }
         }
-        Command::Resize { path, size } => {
-            let size = image::resize(&path, size)?;
-            show::resized(size);
-        }
-        Command::Snapshot { what } => snapshot(what)?,
-        Command::Compact { path, progress } => {
-            let gained = image::compact(&path, &Bar::new(progress))?;
-            show::compacted(gained);
+        Command::Snapshot {
+            what: Some(what), ..
+        } => snapshot(what)?,
+        Command::Snapshot {
+            what: None,
+            letters,
+        } => snapshot_by_letter(letters)?,
+        Command::Compact { path, verbosity } => {
+            let gained = image::compact(&path, &Bar::of(&verbosity))?;
+            if !verbosity.quiet {
+                show::compacted(gained);
+            }
         }
     }
     Ok(ExitCode::SUCCESS)
 }
 
+/// Two disks, and the exit codes of `qemu-img compare`.
+fn compare([first, second]: &[Side; 2], strict: bool, verbosity: &Verbosity) -> ExitCode {
+    let compared = image::compare(first, second, strict, &Bar::of(verbosity));
+    match compared {
+        Ok(comparison) => {
+            if !verbosity.quiet {
+                show::comparison(&comparison, strict);
+            }
+            ExitCode::from(u8::from(comparison.difference.is_some()))
+        }
+        Err(CompareError::Open(error)) => {
+            complain(&error);
+            ExitCode::from(CANNOT_OPEN)
+        }
+        Err(CompareError::Read(error)) => {
+            complain(&error);
+            ExitCode::from(CANNOT_READ)
+        }
+    }
+}
+
+fn conversion(convert: Convert) -> Conversion {
+    let is_stream = |path: &PathBuf| path.as_os_str() == "-";
+    // The command line requires it here.
+    let target = convert.target.unwrap_or_default();
+    Conversion {
+        source: match is_stream(&convert.source) {
+            true => Origin::StandardInput,
+            false => Origin::Path(convert.source),
+        },
+        source_format: convert.source_format.map(Into::into),
+        mode: mode_for(convert.snapshot, convert.force_share),
+        target: match (is_stream(&target), convert.no_create) {
+            (true, _) => Destination::StandardOutput,
+            (false, true) => Destination::Existing(target),
+            (false, false) => Destination::New(target),
+        },
+        target_format: convert.target_format.map(Into::into),
+        cluster: convert.cluster.size(),
+        keep_zeros: convert.sparse_size == Some(0),
+    }
+}
+
 fn snapshot(what: Snapshot) -> Result<(), ImageError> {
     match what {
-        Snapshot::Create { path, guid } => {
-            let guid = image::create_snapshot(&path, guid)?;
+        Snapshot::Create {
+            path,
+            guid,
+            description,
+        } => {
+            let guid = image::create_snapshot(&path, guid, description.as_deref())?;
             show::created(guid);
             Ok(())
         }
@@ -124,15 +243,45 @@ fn snapshot(what: Snapshot) -> Result<(), ImageError> {
         Snapshot::Delete {
             path,
             guid,
-            progress,
-        } => image::delete_snapshot(&path, guid, &Bar::new(progress)),
+            verbosity,
+        } => image::delete_snapshot(&path, guid, &Bar::of(&verbosity)),
         Snapshot::Switch { path, guid } => image::switch_snapshot(&path, guid),
         Snapshot::Merge {
             path,
             from,
             to,
-            progress,
-        } => image::merge_snapshots(&path, from, to, &Bar::new(progress)),
+            verbosity,
+        } => image::merge_snapshots(&path, from, to, &Bar::of(&verbosity)),
+    }
+}
+
+fn snapshot_by_letter(letters: Letters) -> Result<(), ImageError> {
+    // The command line requires it here.
+    let path = letters.path.unwrap_or_default();
+    match (letters.create, letters.apply, letters.delete) {
+        (Some(name), _, _) => {
+            let (guid, description) = match name.parse() {
+                Ok(guid) => (Some(guid), None),
+                Err(_) => (None, Some(name.as_str())),
+            };
+            let guid = image::create_snapshot(&path, guid, description)?;
+            if !letters.quiet {
+                show::created(guid);
+            }
+            Ok(())
+        }
+        (_, Some(name), _) => image::switch_snapshot(&path, image::find_snapshot(&path, &name)?),
+        (_, _, Some(name)) => {
+            let guid = image::find_snapshot(&path, &name)?;
+            image::delete_snapshot(&path, guid, &Bar::new(false, letters.quiet))
+        }
+        (None, None, None) => {
+            let list = image::list_snapshots(&path)?;
+            if !letters.quiet {
+                show::snapshots(&list, Output::Human);
+            }
+            Ok(())
+        }
     }
 }
 
@@ -158,7 +307,11 @@ fn check_code(report: &CheckReport) -> ExitCode {
 }
 
 fn read_mode(disk: &Disk) -> OpenMode {
+    mode_for(disk.snapshot, disk.force_share)
+}
+
+fn mode_for(snapshot: Option<Guid>, force_share: bool) -> OpenMode {
     OpenMode::new(Access::Read)
-        .snapshot(disk.snapshot)
-        .force_share(disk.force_share)
+        .snapshot(snapshot)
+        .force_share(force_share)
 }

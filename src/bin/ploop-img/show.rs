@@ -1,9 +1,14 @@
 //! Results, for people and for programs.
 
+use std::path::Path;
+
+use jiff::Timestamp;
+use jiff::tz::TimeZone;
 use serde::Serialize;
-use vhost_user_ploop::format::{Guid, Sector};
+use vhost_user_ploop::format::{ClusterSize, Guid, Sector};
 use vhost_user_ploop::image::{
-    CheckReport, DiskInfo, ImageError, ImageInfo, MapEntry, SnapshotInfo,
+    CheckReport, Comparison, Difference, DiskInfo, ImageError, ImageInfo, MapEntry, Measure,
+    SnapshotInfo,
 };
 
 use crate::args::Output;
@@ -190,6 +195,40 @@ fn hex(number: u64) -> String {
     }
 }
 
+/// `create`: what was made, in the words of `qemu-img create`.
+pub fn new_disk(path: &Path, size: Sector, cluster: ClusterSize) {
+    say!(
+        "Formatting '{}', fmt=parallels size={} cluster_size={}",
+        path.display(),
+        size.bytes(),
+        cluster.bytes()
+    );
+}
+
+/// `compare`, in the words of `qemu-img compare`.
+pub fn comparison(comparison: &Comparison, strict: bool) {
+    if comparison.has_tail && !strict {
+        say!("Warning: Image size mismatch!");
+    }
+    match comparison.difference {
+        None => say!("Images are identical."),
+        Some(Difference::Content { offset }) => say!("Content mismatch at offset {offset}!"),
+        Some(Difference::Status { offset }) => {
+            say!("Strict mode: Offset {offset} block status mismatch!");
+        }
+        Some(Difference::Size) => say!("Strict mode: Image size mismatch!"),
+    }
+}
+
+/// `measure`, in the words of `qemu-img measure`.
+pub fn measure(measure: &Measure, output: Output) {
+    if output == Output::Json {
+        return json(measure);
+    }
+    say!("required size: {}", measure.required);
+    say!("fully allocated size: {}", measure.fully_allocated);
+}
+
 /// `resize`: the size that the disk has now.
 pub fn resized(size: Sector) {
     say!(
@@ -211,7 +250,12 @@ pub fn snapshots(list: &[SnapshotInfo], output: Output) {
     }
     let width = |info: &SnapshotInfo| 2 * info.depth + info.guid.len();
     let widest = list.iter().map(width).max().unwrap_or_default();
-    say!("{:<widest$}  {:>9}  File", "Snapshot", "Disk size");
+    say!(
+        "{:<widest$}  {:>9}  {:<19}  File",
+        "Snapshot",
+        "Disk size",
+        "Date"
+    );
     for info in list {
         let name = format!("{:indent$}{}", "", info.guid, indent = 2 * info.depth);
         let mark = match (info.current, info.merging) {
@@ -219,12 +263,24 @@ pub fn snapshots(list: &[SnapshotInfo], output: Output) {
             (_, true) => "  (deleted, to be merged: see 'ploop-img check')",
             _ => "",
         };
+        let description = info.description.as_deref();
+        let description = description.map_or(String::new(), |text| {
+            // Whoever can write the file may have put anything there.
+            format!("  \"{}\"", text.replace(char::is_control, "?"))
+        });
         say!(
-            "{name:<widest$}  {:>9}  {}{mark}",
+            "{name:<widest$}  {:>9}  {:<19}  {}{mark}{description}",
             human(info.actual_size),
+            info.date.map_or("-".to_owned(), local_time),
             info.filename.display()
         );
     }
+}
+
+/// As `qemu-img snapshot -l` shows it: to the second, where the user is.
+fn local_time(date: Timestamp) -> String {
+    let date = date.to_zoned(TimeZone::system());
+    date.strftime("%Y-%m-%d %H:%M:%S").to_string()
 }
 
 /// `compact`: what it was good for.

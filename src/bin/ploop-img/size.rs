@@ -5,6 +5,8 @@ use vhost_user_ploop::image::NewSize;
 
 /// Parses bytes: digits, perhaps with a fraction, and a suffix of b, k, M, G, T,
 /// P or E in either case; powers of 1024. Or whole bytes in hexadecimal after `0x`.
+/// So far this is what `qemu-img` takes. It refuses `kB` to `EB`, which are powers of
+/// 1000 here, as SI has it, and `KiB` to `EiB`, which are powers of 1024.
 ///
 /// # Errors
 /// In words, naming the value.
@@ -17,12 +19,8 @@ pub fn parse_bytes(text: &str) -> Result<u64, String> {
         let bytes = u64::from_str_radix(digits, 16).map_err(|_| too_large());
         return if is_number { bytes } else { Err(wrong()) };
     }
-    let (number, unit) = match text.char_indices().next_back() {
-        Some((at, suffix)) if suffix.is_ascii_alphabetic() => {
-            (&text[..at], unit(suffix).ok_or_else(wrong)?)
-        }
-        _ => (text, 1),
-    };
+    let number = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+    let unit = unit(&text[number.len()..]).ok_or_else(wrong)?;
     let (whole, fraction) = number.split_once('.').unwrap_or((number, ""));
     let is_digits = |part: &str| part.bytes().all(|byte| byte.is_ascii_digit());
     if !is_digits(whole) || !is_digits(fraction) || (whole.is_empty() && fraction.is_empty()) {
@@ -42,9 +40,23 @@ pub fn parse_bytes(text: &str) -> Result<u64, String> {
     bytes.checked_add(part).ok_or_else(too_large)
 }
 
-fn unit(suffix: char) -> Option<u64> {
-    let exponent = "BKMGTPE".find(suffix.to_ascii_uppercase())?;
-    Some(1 << (10 * exponent))
+fn unit(suffix: &str) -> Option<u64> {
+    let suffix = suffix.to_ascii_uppercase();
+    let (base, letter) = match suffix.strip_suffix('B') {
+        None | Some("") => (1024_u64, suffix.as_str()),
+        Some(prefix) => match prefix.strip_suffix('I') {
+            Some(letter) => (1024, letter),
+            None => (1000, prefix),
+        },
+    };
+    let exponent = match letter {
+        "" => 0,
+        "B" if suffix == "B" => 0,
+        "K" | "M" | "G" | "T" | "P" | "E" => "BKMGTPE".find(letter)?,
+        _ => return None,
+    };
+    // What is left of "iB" is no unit.
+    (exponent > 0 || suffix.len() < 2).then(|| base.pow(exponent as u32))
 }
 
 /// A disk size, rounded up to whole sectors.
@@ -66,18 +78,15 @@ fn parse_sectors(text: &str) -> Result<Sector, String> {
     Ok(Sector(bytes.div_ceil(SECTOR_SIZE)))
 }
 
-/// A new disk size, or with a `+` in front how much to grow by.
+/// A new disk size, or with a `+` or `-` in front how much to change it by. What a
+/// disk shrinks by is rounded down to sectors, so that its size is rounded up.
 ///
 /// # Errors
-/// As [`parse_disk_size`], and for a `-` in front.
+/// As [`parse_disk_size`].
 pub fn parse_new_size(text: &str) -> Result<NewSize, String> {
-    if let Some(less) = text.strip_prefix('-')
-        && parse_bytes(less).is_ok()
-    {
-        return Err(format!(
-            "'{text}' would make the disk smaller, which would cut off what the guest has \
-             there: give its new size, or +SIZE to grow by"
-        ));
+    if let Some(less) = text.strip_prefix('-') {
+        let less = parse_bytes(less)?;
+        return Ok(NewSize::ShrinkBy(Sector(less / SECTOR_SIZE)));
     }
     match text.strip_prefix('+') {
         Some(more) => parse_sectors(more).map(NewSize::GrowBy),
@@ -141,6 +150,12 @@ mod tests {
             ("0.0001k", 0),
             ("1.99999k", 2048),
             ("0x1F0", 0x1f0),
+            ("10GB", 10_000_000_000),
+            ("10GiB", 10 << 30),
+            ("10gib", 10 << 30),
+            ("1.5kB", 1500),
+            ("1KiB", 1024),
+            ("1EB", 1_000_000_000_000_000_000),
         ] {
             assert_eq!(parse_bytes(text), Ok(bytes), "{text}");
         }
@@ -152,7 +167,13 @@ mod tests {
             "+1",
             "1X",
             "1 G",
-            "1GB",
+            "1iB",
+            "1Bi",
+            "1BB",
+            "1Gi",
+            "1GBB",
+            "1KK",
+            "19EB",
             ".",
             ".k",
             ".5",
@@ -183,9 +204,9 @@ mod tests {
         assert_eq!(parse_new_size("+1k"), Ok(NewSize::GrowBy(Sector(2))));
         assert_eq!(parse_new_size("+1.5k"), Ok(NewSize::GrowBy(Sector(3))));
         assert_eq!(parse_new_size("+0"), Ok(NewSize::GrowBy(Sector(0))));
+        assert_eq!(parse_new_size("-1.5k"), Ok(NewSize::ShrinkBy(Sector(3))));
+        assert_eq!(parse_new_size("-1000"), Ok(NewSize::ShrinkBy(Sector(1))));
         for (text, what) in [
-            ("-1k", "smaller"),
-            ("-1.5G", "smaller"),
             ("0", "above 0"),
             ("-x", "no size"),
             ("++1k", "no size"),

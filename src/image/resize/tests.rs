@@ -154,12 +154,123 @@ fn sizes_that_cannot_be() {
 
 #[test]
 fn relative_and_absolute_sizes() {
-    let path = Path::new("x");
     let old = Sector(100);
-    let ok = |size| larger(path, old, size).unwrap();
+    let apply = |size: NewSize| size.apply(Path::new("x"), old);
+    let ok = |size| apply(size).unwrap();
     assert_eq!(ok(NewSize::Exactly(Sector(100))), Sector(100));
-    assert_eq!(ok(NewSize::Exactly(Sector(101))), Sector(101));
+    assert_eq!(ok(NewSize::Exactly(Sector(99))), Sector(99));
     assert_eq!(ok(NewSize::GrowBy(Sector(5))), Sector(105));
     assert_eq!(ok(NewSize::GrowBy(Sector(u64::MAX))), Sector(u64::MAX));
-    assert!(larger(path, old, NewSize::Exactly(Sector(99))).is_err());
+    assert_eq!(ok(NewSize::ShrinkBy(Sector(99))), Sector(1));
+    assert!(apply(NewSize::ShrinkBy(Sector(100))).is_err());
+}
+
+/// Of the samples' clusters, those below `size` are there, and the rest of the disk
+/// reads as zeros.
+fn check_shrunk(bytes: &[u8], size: u64) {
+    let delta = delta_of(bytes.to_vec());
+    assert!(delta.scan().unwrap().is_clean());
+    assert_eq!(delta.geometry().disk_size, Sector(size));
+    for (guest, index) in [(1, 1), (2, 0), (4, 3), (5, 2)] {
+        let inside = (size * 512).saturating_sub(u64::from(guest) * 32_768);
+        let inside = inside.min(32_768) as usize;
+        let expected = &cluster_content(index)[..inside];
+        assert!(
+            read_cluster(&delta, guest)[..inside] == *expected,
+            "{guest}"
+        );
+    }
+}
+
+#[test]
+fn a_smaller_disk_takes_less_and_keeps_what_is_left() {
+    for version in [Version::V1, Version::V2] {
+        for size in [5 * 64, 4 * 64 + 7, 3 * 64, 64, 1] {
+            let medium = Medium::default();
+            let mut delta = Delta::load(medium.file("image", sample(version))).unwrap();
+            cut_down(&mut delta, Sector(size)).unwrap();
+            let content = medium.contents().remove(0);
+            assert!(bytes_in(&content) < bytes_in(&sample(version)));
+            check_shrunk(&content, size);
+            let mut delta = Delta::load(medium.file("again", content.clone())).unwrap();
+            assert_eq!(delta.header().in_use, InUse::Closed);
+            let report = check_delta(&mut delta, None).unwrap();
+            assert_eq!((report.corruptions, report.leaks), (0, 0), "{report:?}");
+            // Nothing of what was given up comes back.
+            grow(&mut delta, Sector(OLD * 64)).unwrap();
+            check_zero_from(&delta, size);
+        }
+    }
+}
+
+fn bytes_in(content: &[u8]) -> usize {
+    content.iter().filter(|byte| **byte != 0).count()
+}
+
+fn check_zero_from<F: ImageFile>(delta: &Delta<F>, size: u64) {
+    let content: Vec<u8> = (0..OLD as u32)
+        .flat_map(|guest| read_cluster(delta, guest))
+        .collect();
+    assert!(
+        content[(size * 512) as usize..]
+            .iter()
+            .all(|byte| *byte == 0)
+    );
+}
+
+#[test]
+fn a_shorter_bat_makes_room_for_data() {
+    // Three clusters of header and BAT become one.
+    let medium = Medium::default();
+    let mut delta = Delta::load(medium.file("image", sample(Version::V2))).unwrap();
+    grow(&mut delta, Sector(NEW * 64)).unwrap();
+    let long = delta.geometry().data_start;
+    cut_down(&mut delta, Sector(OLD * 64)).unwrap();
+    assert_eq!((long, delta.geometry().data_start), (3 * 32_768, 32_768));
+    check_content(&medium.contents()[0], Version::V2);
+    grow(&mut delta, Sector(NEW * 64)).unwrap();
+    check_content(&medium.contents()[0], Version::V2);
+}
+
+#[test]
+fn a_cut_while_shrinking_leaves_the_old_or_the_new_disk() {
+    let small = 4 * 64 + 7;
+    for version in [Version::V1, Version::V2] {
+        let medium = Medium::default();
+        let mut delta = Delta::load(medium.file("image", sample(version))).unwrap();
+        cut_down(&mut delta, Sector(small)).unwrap();
+        let (mut old, mut new) = (0, 0);
+        let cuts = medium.cut_everywhere(8, |mut files| {
+            let bytes = files.remove(0);
+            match delta_of(bytes.clone()).geometry().disk_size {
+                Sector(size) if size == OLD * 64 => {
+                    check_content(&bytes, version);
+                    old += 1;
+                }
+                Sector(size) => {
+                    check_shrunk(&bytes, size);
+                    assert_eq!(size, small);
+                    new += 1;
+                }
+            }
+            let medium = Medium::default();
+            let mut delta = Delta::load(medium.file("image", bytes)).unwrap();
+            let size = delta.geometry().disk_size;
+            let report = check_delta(&mut delta, Some(Repair::All)).unwrap();
+            assert_eq!((report.corruptions, report.leaks), (0, 0), "{report:?}");
+            grow(&mut delta, Sector(NEW * 64)).unwrap();
+            check_zero_from(&delta, size.0);
+        });
+        assert!(old > 3 && new > 10 && cuts > 10, "{old} {new} {cuts}");
+    }
+}
+
+#[test]
+fn what_is_not_sound_is_not_shrunk() {
+    let mut open = sample(Version::V2);
+    open[44..48].copy_from_slice(&0x746F_6E59u32.to_le_bytes());
+    let medium = Medium::default();
+    let mut delta = Delta::load(medium.file("image", open.clone())).unwrap();
+    assert!(cut_down(&mut delta, Sector(64)).is_err());
+    assert!(medium.contents()[0] == open);
 }

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use super::{Held, header_on_top};
+use super::{Held, header_on_top, notes};
 use crate::format::{Guid, ImageKind};
 use crate::image::delta::Delta;
 use crate::image::error::{IoContext, Result};
@@ -10,12 +10,13 @@ use crate::image::file::ImageFile;
 use crate::image::open::image_of;
 
 /// Keeps the present state of the bundle at `path` as a snapshot; gives back its
-/// name, which is `guid` or a random one. The guest's disk does not change.
+/// name, which is `guid` or a random one. The date is noted, and the `description`, one
+/// line of text. The guest's disk does not change.
 ///
 /// # Errors
 /// A bare image, one in use, a name that is taken, a chain that is as long as it
-/// may be, or any I/O error.
-pub fn create_snapshot(path: &Path, guid: Option<Guid>) -> Result<Guid> {
+/// may be, notes that are damaged, or any I/O error.
+pub fn create_snapshot(path: &Path, guid: Option<Guid>, description: Option<&str>) -> Result<Guid> {
     let mut held = Held::open(path, |_| Ok(Vec::new()))?;
     let top = held.bundle.descriptor().top();
     let file = held.file(top)?;
@@ -40,6 +41,7 @@ pub fn create_snapshot(path: &Path, guid: Option<Guid>) -> Result<Guid> {
         descriptor
             .push_top(guid, name)
             .map_err(|error| held.bundle.edit_error(error))?;
+        notes::add(&held.bundle, guid, description)?;
         Ok(descriptor)
     })?;
     Ok(guid)

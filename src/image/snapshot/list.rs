@@ -3,11 +3,13 @@
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
+use jiff::Timestamp;
 use serde::Serialize;
 
-use crate::format::{Descriptor, Guid, SECTOR_SIZE, Shot};
+use super::notes;
+use crate::format::{Guid, SECTOR_SIZE, Shot, SnapshotNotes};
 use crate::image::bundle::{Bundle, Location};
-use crate::image::error::{IoContext, Result};
+use crate::image::error::{ImageError, IoContext, Result};
 use crate::image::open::{not_a_bundle, open_level};
 
 /// A node of the tree.
@@ -28,18 +30,25 @@ pub struct SnapshotInfo {
     pub filename: PathBuf,
     /// What that takes on the host, in bytes.
     pub actual_size: u64,
+    /// When it was made, where that is noted.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub date: Option<Timestamp>,
+    /// What for, where that is noted.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub description: Option<String>,
 }
 
 /// All nodes of the bundle at `path`, each right before those that lie on it, the
 /// base first.
 ///
 /// # Errors
-/// A bare image, a bundle that is not valid, or any I/O error.
+/// A bare image, a bundle or notes that are not valid, or any I/O error.
 pub fn list_snapshots(path: &Path) -> Result<Vec<SnapshotInfo>> {
     let Location::Bundle(bundle) = Location::of(path)? else {
         return Err(not_a_bundle(path));
     };
     let descriptor = bundle.descriptor();
+    let notes = notes::load(&bundle)?;
     let is_base = |shot: &&Shot| shot.parent.is_none();
     let mut list = Vec::new();
     // Depth first, without recursion: a chain may be long.
@@ -50,7 +59,7 @@ pub fn list_snapshots(path: &Path) -> Result<Vec<SnapshotInfo>> {
         .map(|shot| (0, shot.guid))
         .collect();
     while let Some((depth, guid)) = open.pop() {
-        list.extend(describe(&bundle, descriptor, guid, depth)?);
+        list.extend(describe(&bundle, &notes, guid, depth)?);
         let children = descriptor.children(guid).map(|shot| (depth + 1, shot.guid));
         let mut children: Vec<_> = children.collect();
         // The last is taken first.
@@ -62,10 +71,12 @@ pub fn list_snapshots(path: &Path) -> Result<Vec<SnapshotInfo>> {
 
 fn describe(
     bundle: &Bundle,
-    descriptor: &Descriptor,
+    notes: &SnapshotNotes,
     guid: Guid,
     depth: usize,
 ) -> Result<Option<SnapshotInfo>> {
+    let descriptor = bundle.descriptor();
+    let note = notes.get(guid);
     let (Some(shot), Some(image)) = (descriptor.shot(guid), descriptor.image(guid)) else {
         return Ok(None);
     };
@@ -79,5 +90,37 @@ fn describe(
         depth,
         filename: file.path,
         actual_size: metadata.blocks() * SECTOR_SIZE,
+        date: note.map(|note| note.date),
+        description: note.and_then(|note| note.description.clone()),
     }))
+}
+
+/// The snapshot of the bundle at `path` that is meant by `name`: its GUID, or the
+/// description that no other has.
+///
+/// # Errors
+/// There is none, or there are several; a bare image, a bundle or notes that are not
+/// valid, or any I/O error.
+pub fn find_snapshot(path: &Path, name: &str) -> Result<Guid> {
+    if let Ok(guid) = name.parse() {
+        return Ok(guid);
+    }
+    let Location::Bundle(bundle) = Location::of(path)? else {
+        return Err(not_a_bundle(path));
+    };
+    let notes = notes::load(&bundle)?;
+    let is_there = |guid: &Guid| bundle.descriptor().shot(*guid).is_some();
+    let found: Vec<Guid> = notes.described(name).filter(is_there).collect();
+    let how_many = match found[..] {
+        [guid] => return Ok(guid),
+        [] => "no snapshot has",
+        _ => "several snapshots have",
+    };
+    Err(ImageError::Unsupported {
+        path: path.to_owned(),
+        why: format!(
+            "{how_many} the description {name:?}; give the GUID of one that 'ploop-img snapshot \
+             list' shows"
+        ),
+    })
 }
