@@ -47,6 +47,9 @@ pub struct Engine<D: Disk> {
     suspended: AtomicBool,
     /// A sync failed: nothing becomes stable any more (I7).
     sync_failed: AtomicBool,
+    /// Stable writes that have failed and of which it is not known yet whether it was
+    /// their sync.
+    doubts: AtomicUsize,
     /// [`Epochs::completed`] at the start of the last good sync that covered the
     /// mapping too.
     covered: CachePadded<AtomicU64>,
@@ -120,6 +123,8 @@ pub(super) enum MdMessage {
     Park { pio: Pio, full: bool },
     /// Parked pios of this queue get one more try, then fail.
     GiveUp { inbox: Arc<Inbox<QueueMessage>> },
+    /// See [`Engine::end_doubt`].
+    DoubtEnded,
     /// From the control thread.
     Control(Control, Outcome),
 }
@@ -161,6 +166,7 @@ impl<D: Disk> Engine<D> {
             write_through: AtomicBool::new(false),
             suspended: AtomicBool::new(false),
             sync_failed: AtomicBool::new(false),
+            doubts: AtomicUsize::new(0),
             covered: CachePadded::new(AtomicU64::new(0)),
             barriers: AtomicU64::new(0),
             barriers_ended: AtomicU64::new(0),
@@ -306,6 +312,22 @@ impl<D: Disk> Engine<D> {
         if !self.sync_failed.swap(true, Ordering::AcqRel) {
             log::error!("{what} has failed; flushes fail until the image is opened again");
         }
+    }
+
+    /// A stable write has failed. Until it is known why, no sync counts: it may have
+    /// been told that all is well after something was lost.
+    pub(super) fn begin_doubt(&self) {
+        self.doubts.fetch_add(1, Ordering::AcqRel);
+    }
+
+    /// It is known why; if it was the sync, [`Self::set_sync_failed`] was called before.
+    pub(super) fn end_doubt(&self) {
+        self.doubts.fetch_sub(1, Ordering::AcqRel);
+        self.md.post(MdMessage::DoubtEnded);
+    }
+
+    pub(super) fn is_in_doubt(&self) -> bool {
+        self.doubts.load(Ordering::Acquire) > 0
     }
 
     /// Whether a flush has nothing to do: no changing request has completed since

@@ -98,6 +98,9 @@ struct Round {
     /// [`Engine::barriers`] when it started.
     barriers: u64,
     error: Option<EngineError>,
+    /// Its sync has succeeded while a stable write was in doubt, see
+    /// [`Engine::is_in_doubt`].
+    synced_in_doubt: bool,
 }
 
 impl Round {
@@ -184,6 +187,7 @@ impl<D: Disk> MdWriter<D> {
                 completed: 0,
                 barriers: 0,
                 error: None,
+                synced_in_doubt: false,
             },
             covered: Covered::default(),
             reclaim: Reclaim::default(),
@@ -212,6 +216,9 @@ impl<D: Disk> MdWriter<D> {
         self.completions = completions;
         self.collect_dirtied(now);
         self.hear_all(now);
+        if mem::take(&mut self.round.synced_in_doubt) {
+            self.synced(Ok(()), now);
+        }
         self.step_control();
         self.step_space(now);
         self.step_reclaim();
@@ -302,6 +309,8 @@ impl<D: Disk> MdWriter<D> {
                 let pios = self.space.give_up(&inbox);
                 self.try_again(pios);
             }
+            // It is looked at when the messages were heard.
+            MdMessage::DoubtEnded => {}
             MdMessage::Control(what, outcome) => self.begin_control(what, outcome),
         }
     }
@@ -425,6 +434,10 @@ impl<D: Disk> MdWriter<D> {
             return self.end_round(Err(EngineError::SyncFailed));
         }
         // Meanwhile a stable write may have lost what this sync was to cover.
+        self.round.synced_in_doubt = self.engine.is_in_doubt();
+        if self.round.synced_in_doubt {
+            return;
+        }
         if self.engine.has_sync_failed() {
             return self.end_round(Err(EngineError::SyncFailed));
         }

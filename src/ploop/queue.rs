@@ -483,6 +483,7 @@ impl<D: Disk> Queue<D> {
                     },
             } if !matches!(errno, Errno::NOSPC | Errno::DQUOT) => {
                 self.ops[tag as usize].doubted = true;
+                self.engine.begin_doubt();
                 let write = Op::Write {
                     file,
                     offset,
@@ -503,11 +504,14 @@ impl<D: Disk> Queue<D> {
         let local = self.ops.remove(completion.tag as usize);
         self.participant.leave(local.epoch);
         let key = local.request;
-        match (completion.result, completion.op, local.target) {
-            (Ok(()), ..) if local.doubted => {
+        if local.doubted {
+            if completion.result.is_ok() {
                 self.engine.set_sync_failed("a stable write");
                 self.active[key].result = Err(EngineError::SyncFailed);
             }
+            self.engine.end_doubt();
+        }
+        match (completion.result, completion.op, local.target) {
             (Ok(()), ..) => {}
             (
                 Err(Errno::NOSPC | Errno::DQUOT),
