@@ -32,6 +32,9 @@ pub(crate) enum Sabotage {
     MapUnstableCopy,
     /// I7: a failed sync is forgotten once it was reported.
     ForgetFailedSync,
+    /// I7: a sync counts that ended after a stable write had failed, and before it was
+    /// known whether it was its sync that lost something.
+    SyncInDoubt,
     /// I7: a failed write of the BAT is forgotten.
     ForgetFailedPage,
     /// I8: a cluster is mapped on disk before the length that covers it is stable.
@@ -47,7 +50,7 @@ pub(crate) enum Sabotage {
 #[cfg(test)]
 impl Sabotage {
     /// Every one.
-    pub(crate) const ALL: [Self; 17] = [
+    pub(crate) const ALL: [Self; 18] = [
         Self::ReuseBeforeRemoval,
         Self::PunchUnderOldIo,
         Self::ReuseUnpunched,
@@ -60,6 +63,7 @@ impl Sabotage {
         Self::ModifyUnderOldIo,
         Self::MapUnstableCopy,
         Self::ForgetFailedSync,
+        Self::SyncInDoubt,
         Self::ForgetFailedPage,
         Self::MapBeyondLength,
         Self::WritePageTwice,

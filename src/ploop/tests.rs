@@ -15,6 +15,7 @@ use crate::storage::{Disk, FileId, Segments};
 mod failed_pages;
 mod plain;
 mod queues;
+mod space;
 mod take_over;
 mod writeback;
 

@@ -34,6 +34,8 @@ pub enum Case {
     CopyFailed,
     /// I7: the host failed a sync or a write of metadata.
     HostFailed,
+    /// I7: the sync of a stable write failed, and what others had written may be lost.
+    LostOfOthers,
     /// I7: a flush failed.
     FailedFlush,
     /// I8: a mapping was written into a part that the file did not have when it
@@ -43,10 +45,14 @@ pub enum Case {
     HeldBack,
     /// I12: the power went while the image was being opened or closed.
     Marking,
+    /// I12: the power went and the format extension was still valid.
+    ExtensionKept,
+    /// I12: the power went and the format extension was not valid any more.
+    ExtensionDropped,
 }
 
 impl Case {
-    const ALL: [(Self, &'static str); 13] = [
+    const ALL: [(Self, &'static str); 16] = [
         (Self::Moved, "I1  cluster passed to another guest cluster"),
         (Self::Reused, "I2  freed cluster mapped again"),
         (Self::Flush, "I3  flush with something to flush"),
@@ -56,10 +62,16 @@ impl Case {
         (Self::CopyCut, "I6  cut in the midst of a copy"),
         (Self::CopyFailed, "I6  error in the midst of a copy"),
         (Self::HostFailed, "I7  failed sync or metadata write"),
+        (
+            Self::LostOfOthers,
+            "I7  failed stable write that may lose what others wrote",
+        ),
         (Self::FailedFlush, "I7  flush that had to fail"),
         (Self::Grown, "I8  mapping in a part that was added"),
         (Self::HeldBack, "I11 page written with an entry held back"),
         (Self::Marking, "I12 cut while opening or closing"),
+        (Self::ExtensionKept, "I12 cut that left a format extension"),
+        (Self::ExtensionDropped, "I12 cut after one was dropped"),
     ];
 }
 

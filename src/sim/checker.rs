@@ -18,6 +18,8 @@ pub struct Image {
     pub data_start: u64,
     /// The in-use mark says closed.
     pub closed: bool,
+    /// Byte offset of the format extension, if the header says that it is valid.
+    pub extension: Option<u64>,
     /// Byte offset of each guest cluster in the file, 0 if it is not mapped.
     pub map: Vec<u64>,
     /// A raw image: every cluster is where it is on the guest's disk.
@@ -25,6 +27,9 @@ pub struct Image {
 }
 
 const IN_USE: u32 = 0x746F_6E59;
+
+/// The mark of an image that was closed by who knows of format extensions.
+pub const CLOSED_WITH_EXTENSION: u32 = 0x312E_3276;
 
 impl Image {
     /// Reads and checks a file.
@@ -54,6 +59,9 @@ impl Image {
             sectors: u64::from(word(36)) | u64::from(word(40)) << 32,
             data_start,
             closed: word(44) != IN_USE,
+            extension: (word(44) == CLOSED_WITH_EXTENSION)
+                .then(|| (u64::from(word(56)) | u64::from(word(60)) << 32) * SECTOR as u64)
+                .filter(|offset| *offset != 0),
             map: bat.chunks_exact(4).map(entry).collect(),
             plain: false,
         };

@@ -9,7 +9,9 @@
 //! What it assumes of the medium, no more than `docs/durability.md` does: a sync
 //! makes stable what had completed when it was submitted, the length of the file
 //! included; a write with `dsync` makes itself stable; a sector is written whole
-//! or not; and nothing is ordered otherwise.
+//! or not; and nothing is ordered otherwise. A sync that fails, that of a stable
+//! write included, may lose whatever was not stable, of all files' users, and tells
+//! only those whose syncs end before anybody has heard of it.
 
 use std::io;
 use std::os::fd::RawFd;
@@ -36,6 +38,8 @@ pub struct Faults {
     pub allocate: f64,
     /// `EIO` for a sync, that of a stable write included.
     pub sync: f64,
+    /// `EIO` for the sync of a stable write.
+    pub stable_write: f64,
 }
 
 /// What a simulated disk is like.
@@ -45,8 +49,13 @@ pub struct Medium {
     pub write_alignment: u32,
     /// In bytes; the file system's block.
     pub block: u32,
+    /// In bytes; what a cut leaves whole: the device's sector.
+    pub sector: usize,
     /// How many blocks there is space for, in all files together.
     pub capacity: Option<u64>,
+    /// A write never goes to where the old data is: it needs space until it is done,
+    /// whether or not it had some before (btrfs, ZFS, thin pools).
+    pub copies_on_write: bool,
     /// Completions announce themselves, as those of a ring do.
     pub has_ring: bool,
     /// Whether files can share data.
@@ -69,7 +78,9 @@ impl Default for Medium {
         Self {
             write_alignment: 512,
             block: 4096,
+            sector: SECTOR,
             capacity: None,
+            copies_on_write: false,
             has_ring: false,
             can_clone: false,
             faults: Faults::default(),
@@ -128,6 +139,7 @@ struct State {
     metadata_writes: Vec<MetadataWrite>,
     violations: Vec<String>,
     failures: u64,
+    losses: u64,
     copies: Copies,
     trace: Option<Vec<String>>,
     /// See [`Disk::opening`].
@@ -136,6 +148,8 @@ struct State {
 
 #[derive(Default)]
 struct IoState {
+    /// `ready` has the failure of a sync that lost what others have written.
+    tells_of_loss: bool,
     queued: Vec<(u64, Op)>,
     ready: Vec<Completion>,
     in_flight: usize,
@@ -178,6 +192,7 @@ impl SimDisk {
             metadata_writes: Vec::new(),
             violations: Vec::new(),
             failures: 0,
+            losses: 0,
             copies: Copies::default(),
             trace: None,
             openings: vec![0; files],
@@ -315,6 +330,12 @@ impl SimDisk {
         std::mem::take(&mut self.state().failures)
     }
 
+    /// How many stable writes have failed in their sync since the last call, when
+    /// others had written what was not stable.
+    pub fn take_losses(&self) -> u64 {
+        std::mem::take(&mut self.state().losses)
+    }
+
     /// What has happened to copies since the last call.
     pub fn take_copies(&self) -> Copies {
         std::mem::take(&mut self.state().copies)
@@ -386,6 +407,7 @@ impl State {
         for io in &mut self.ios {
             io.queued.clear();
             io.ready.clear();
+            io.tells_of_loss = false;
             io.in_flight = 0;
         }
     }
@@ -429,6 +451,15 @@ impl State {
     fn blocks(&self, offset: u64, len: u64) -> std::ops::Range<usize> {
         let block = u64::from(self.medium.block);
         (offset / block) as usize..(offset + len).div_ceil(block) as usize
+    }
+
+    /// Takes space for a write; false if there is not enough, and then nothing is
+    /// taken.
+    fn account_write(&mut self, file: FileId, offset: u64, len: u64) -> bool {
+        let needed = self.blocks(offset, len).len() as u64;
+        let capacity = self.medium.capacity.filter(|_| self.medium.copies_on_write);
+        capacity.is_none_or(|capacity| self.used_blocks + needed <= capacity)
+            && self.account(file, offset, len)
     }
 
     /// Takes space for a range; false if there is not enough, and then nothing
@@ -585,13 +616,14 @@ impl State {
             file, dsync: true, ..
         } = &pending.op
         {
-            if result.is_ok() && self.fails(self.medium.faults.sync) {
-                self.failures += 1;
+            let file = *file;
+            if result.is_ok() && (self.stable_write_fails() || self.sync_fails()) {
                 result = Err(Errno::IO);
-            }
-            match result {
-                Ok(()) => self.file(*file).sync(|op| op == id),
-                Err(_) => self.file(*file).fail_sync(|op| op == id, |_| false),
+                self.lose(file, id, pending.io);
+            } else if result.is_ok() {
+                self.file(file).sync(|op| op == id);
+            } else {
+                self.file(file).fail_sync(|op| op == id, |_| false);
             }
         }
         // What a failed one has done is synced with the rest.
@@ -612,7 +644,7 @@ impl State {
                 file,
                 offset,
                 buffer,
-            } => Some(self.read(*file, *offset, buffer)),
+            } => self.read_part(*file, *offset, buffer, &mut pending.done),
             Op::Write {
                 file,
                 offset,
@@ -626,7 +658,7 @@ impl State {
                 mode,
             } => {
                 let punch = *mode == crate::storage::ZeroMode::Punch;
-                Some(self.zero(id, *file, *offset, *len, punch))
+                self.zero_part(id, *file, (*offset, *len), punch, &mut pending.done)
             }
             Op::Allocate { file, offset, len } => Some(self.allocate(id, *file, *offset, *len)),
             Op::Clone {
@@ -671,23 +703,46 @@ impl State {
         probability > 0.0 && self.rng.random_bool(probability)
     }
 
-    fn read(&mut self, file: FileId, offset: u64, buffer: &mut Buffer) -> Result<(), Errno> {
-        if self.fails(self.medium.faults.read) {
-            return Err(Errno::IO);
+    /// Where the next part of an operation ends that is continued after short
+    /// transfers, of so many sectors: mostly it is all there is.
+    fn end_of_part(&mut self, done: u64, sectors: u64) -> u64 {
+        if sectors > done + 1 && self.rng.random_ratio(1, 8) {
+            self.rng.random_range(done + 1..sectors)
+        } else {
+            sectors
         }
-        match buffer {
-            Buffer::Owned(bytes) => self.read_bytes(file, offset, bytes),
-            Buffer::Client(segments) => {
-                let mut bytes = vec![0; segments.len()];
-                self.read_bytes(file, offset, &mut bytes);
-                segments.copy_from(0, &bytes);
-            }
-        }
-        Ok(())
     }
 
-    /// A clone is a write of what is there at that moment. It takes as much space,
-    /// as the engine must be able to write to it later.
+    /// Does the next part of a read; `None` if another is left.
+    fn read_part(
+        &mut self,
+        file: FileId,
+        offset: u64,
+        buffer: &mut Buffer,
+        done: &mut u64,
+    ) -> Option<Result<(), Errno>> {
+        if self.fails(self.medium.faults.read) {
+            return Some(Err(Errno::IO));
+        }
+        let len = buffer.len();
+        let sectors = len.div_ceil(SECTOR) as u64;
+        let end = self.end_of_part(*done, sectors);
+        let range = *done as usize * SECTOR..(end as usize * SECTOR).min(len);
+        *done = end;
+        let at = offset + range.start as u64;
+        match buffer {
+            Buffer::Owned(bytes) => self.read_bytes(file, at, &mut bytes[range]),
+            Buffer::Client(segments) => {
+                let mut bytes = vec![0; range.len()];
+                self.read_bytes(file, at, &mut bytes);
+                segments.copy_from(range.start, &bytes);
+            }
+        }
+        (end == sectors).then_some(Ok(()))
+    }
+
+    /// A clone is a write of what is there at that moment. It takes no space, but the
+    /// next write to it does.
     fn clone_range(
         &mut self,
         id: OpId,
@@ -705,13 +760,15 @@ impl State {
         }
         let mut bytes = vec![0; len as usize];
         self.read_bytes(from, from_offset, &mut bytes);
-        let has_space = self.account(file, offset, len);
+        let is_tight = self.medium.capacity.is_some();
+        let has_space = !is_tight || self.rng.random_ratio(15, 16);
         let fails = self.fails(self.medium.faults.write);
         if !has_space || fails {
             self.write_scraps(id, file, offset, &bytes, fails);
             return Err(if fails { Errno::IO } else { Errno::NOSPC });
         }
         self.write_bytes(id, file, offset, &bytes);
+        self.give_back(file, offset, len);
         Ok(())
     }
 
@@ -732,21 +789,18 @@ impl State {
             Buffer::Owned(data) => bytes.copy_from_slice(data),
             Buffer::Client(segments) => segments.copy_to(0, &mut bytes),
         }
-        let has_space = self.account(file, offset, bytes.len() as u64);
+        let sectors = bytes.len().div_ceil(SECTOR) as u64;
+        let end = self.end_of_part(*done, sectors);
+        let range = *done as usize * SECTOR..(end as usize * SECTOR).min(bytes.len());
+        let at = offset + range.start as u64;
+        let has_space = self.account_write(file, at, range.len() as u64);
         let fails = self.fails(self.medium.faults.write);
         if !has_space || fails {
-            self.write_scraps(id, file, offset, &bytes, fails);
+            self.write_scraps(id, file, at, &bytes[range], fails);
             self.failures += u64::from(offset < self.medium.metadata_len);
             return Some(Err(if fails { Errno::IO } else { Errno::NOSPC }));
         }
-        let sectors = bytes.len().div_ceil(SECTOR) as u64;
-        let end = if *done == 0 && sectors > 1 && self.rng.random_ratio(1, 8) {
-            self.rng.random_range(1..sectors)
-        } else {
-            sectors
-        };
-        let range = *done as usize * SECTOR..(end as usize * SECTOR).min(bytes.len());
-        self.write_bytes(id, file, offset + range.start as u64, &bytes[range]);
+        self.write_bytes(id, file, at, &bytes[range]);
         *done = end;
         (end == sectors).then_some(Ok(()))
     }
@@ -760,48 +814,72 @@ impl State {
         for (index, piece) in bytes.chunks(SECTOR).enumerate() {
             let at = offset + (index * SECTOR) as u64;
             let block = self.blocks(at, 1).start;
-            let has_space = self.allocated[usize::from(file.0)][block];
+            let allocated = &self.allocated[usize::from(file.0)];
+            let has_space = allocated.get(block).is_some_and(|is| *is);
             if self.rng.random() && (has_space || (any && self.account(file, at, 1))) {
                 self.write_bytes(id, file, at, piece);
             }
         }
     }
 
-    fn zero(
+    /// Does the next part of a zeroing; `None` if another is left.
+    fn zero_part(
         &mut self,
         id: OpId,
         file: FileId,
-        offset: u64,
-        len: u64,
+        (offset, len): (u64, u64),
         punch: bool,
-    ) -> Result<(), Errno> {
+        done: &mut u64,
+    ) -> Option<Result<(), Errno>> {
         if !self.may_change(file, "zeroing") {
-            return Err(Errno::IO);
+            return Some(Err(Errno::IO));
         }
         if std::mem::take(&mut self.medium.next_zero_is_full) {
-            return Err(Errno::NOSPC);
+            return Some(Err(Errno::NOSPC));
         }
-        if self.fails(self.medium.faults.zero) {
-            let part = self.rng.random_range(0..=len / SECTOR as u64) * SECTOR as u64;
-            self.zero_bytes(id, file, offset, part);
-            return Err(Errno::IO);
+        let sectors = len.div_ceil(SECTOR as u64);
+        let fails = self.fails(self.medium.faults.zero);
+        let end = if fails {
+            self.rng.random_range(*done..=sectors)
+        } else {
+            self.end_of_part(*done, sectors)
+        };
+        let (from, to) = (*done * SECTOR as u64, (end * SECTOR as u64).min(len));
+        self.zero_bytes(id, file, offset + from, to - from);
+        *done = end;
+        if fails {
+            return Some(Err(Errno::IO));
         }
-        self.zero_bytes(id, file, offset, len);
+        if end < sectors {
+            return None;
+        }
         if punch {
             self.give_back(file, offset, len);
         }
-        Ok(())
+        Some(Ok(()))
     }
 
     fn allocate(&mut self, id: OpId, file: FileId, offset: u64, len: u64) -> Result<(), Errno> {
-        if !self.may_change(file, "allocation") || self.fails(self.medium.faults.allocate) {
+        if !self.may_change(file, "allocation") {
             return Err(Errno::IO);
         }
-        if !self.account(file, offset, len) {
-            return Err(Errno::NOSPC);
+        let fails = self.fails(self.medium.faults.allocate);
+        if fails || !self.account(file, offset, len) {
+            self.allocate_in_part(id, file, offset, len);
+            return Err(if fails { Errno::IO } else { Errno::NOSPC });
         }
         self.file(file).extend(id, offset + len);
         Ok(())
+    }
+
+    /// What an allocation that failed leaves: as ext4 does, any part of it, from the
+    /// start on, and the file ends with that part.
+    fn allocate_in_part(&mut self, id: OpId, file: FileId, offset: u64, len: u64) {
+        let sectors = self.rng.random_range(0..=len / SECTOR as u64);
+        let len = sectors * SECTOR as u64;
+        if self.rng.random() && len > 0 && self.account(file, offset, len) {
+            self.file(file).extend(id, offset + len);
+        }
     }
 
     /// A sync covers what had completed when it was submitted; it may cover more.
@@ -809,7 +887,7 @@ impl State {
         if !self.spend_power() {
             return Err(Errno::IO);
         }
-        let fails = self.fails(self.medium.faults.sync);
+        let fails = self.sync_fails();
         let more: f64 = *[0.0, 0.0, 0.5, 1.0].choose(&mut self.rng).unwrap_or(&0.0);
         let covered: Vec<bool> = self
             .completed
@@ -821,15 +899,49 @@ impl State {
             self.file(file).sync(covers);
             return Ok(());
         }
-        self.failures += 1;
+        self.fail_sync(file, &covered);
+        Err(Errno::IO)
+    }
+
+    /// Whether the next sync fails, for a reason of its own or to tell of another.
+    fn sync_fails(&mut self) -> bool {
+        let fails =
+            self.fails(self.medium.faults.sync) || self.ios.iter().any(|io| io.tells_of_loss);
+        self.failures += u64::from(fails);
+        fails
+    }
+
+    /// Whether the sync of a stable write fails alone.
+    fn stable_write_fails(&mut self) -> bool {
+        let fails = self.fails(self.medium.faults.stable_write);
+        self.failures += u64::from(fails);
+        fails
+    }
+
+    /// The sync of a stable write has failed, and what was written before it by
+    /// anybody may be lost. Nobody knows until its end is taken note of.
+    fn lose(&mut self, file: FileId, id: OpId, io: usize) {
+        let before = self.file(file).unsynced_ops();
+        let completed = |op: OpId| self.completed[op.0 as usize] != NOT_COMPLETED;
+        let others = before.iter().any(|&op| op != id && completed(op));
+        let covered: Vec<bool> = (0..self.completed.len())
+            .map(|op| op == id.0 as usize || completed(OpId(op as u32)))
+            .collect();
+        self.losses += u64::from(others);
+        self.fail_sync(file, &covered);
+        self.ios[io].tells_of_loss = true;
+    }
+
+    /// Of what is covered, some is stable all the same and the rest is lost.
+    fn fail_sync(&mut self, file: FileId, covered: &[bool]) {
         let lucky: f64 = *[0.0, 0.5, 1.0].choose(&mut self.rng).unwrap_or(&0.0);
         let written: Vec<bool> = covered
             .iter()
             .map(|_| self.rng.random_bool(lucky))
             .collect();
+        let covers = |op: OpId| covered[op.0 as usize];
         self.file(file)
             .fail_sync(covers, |op| written[op.0 as usize]);
-        Err(Errno::IO)
     }
 
     /// The kernel ends what has started, and may give up what has not.
@@ -885,8 +997,9 @@ impl State {
             },
             _ => Survivors::Ops(&*kept),
         };
+        let sector = self.medium.sector;
         for file in &mut self.files {
-            file.cut(&survivors, &mut self.rng);
+            file.cut(&survivors, sector, &mut self.rng);
         }
         self.recover();
     }
@@ -991,6 +1104,7 @@ impl Io for SimIo {
     fn reap(&mut self, done: &mut Vec<Completion>) {
         let mut state = self.disk.state();
         let io = &mut state.ios[self.index];
+        io.tells_of_loss = false;
         io.in_flight -= io.ready.len();
         done.append(&mut io.ready);
     }
@@ -1090,7 +1204,7 @@ impl Disk for SimDisk {
         let mut has_space = true;
         state.change_now(file, "write", |state, id| {
             state.note(|| format!("{offset:#x}+{:#x}", bytes.len()));
-            has_space = state.account(file, offset, bytes.len() as u64);
+            has_space = state.account_write(file, offset, bytes.len() as u64);
             if fails || !has_space {
                 state.write_scraps(id, file, offset, bytes, fails);
             } else {

@@ -1,6 +1,7 @@
 //! One simulated file: what readers see, and what a power cut may leave.
 //!
-//! The unit is the sector of 512 bytes, which a cut leaves whole. Every sector
+//! The unit is the sector of 512 bytes, which a cut leaves whole, as it does larger
+//! ones if the device has such: of these all parts are of the same moment. Every sector
 //! has a stable content and a list of newer ones that no sync has covered; a cut
 //! leaves any one of them, for each sector on its own: writes are torn, holes
 //! are punched in part, and a disk's cache may have kept an earlier version
@@ -13,6 +14,7 @@ use std::collections::BTreeMap;
 
 use rand::Rng;
 use rand::rngs::SmallRng;
+use rand::seq::IndexedRandom;
 use smallvec::SmallVec;
 
 /// Bytes in a sector.
@@ -269,8 +271,59 @@ impl SimFile {
         self.len.give_up(&covers);
     }
 
-    /// The power goes and comes back.
-    pub fn cut(&mut self, survivors: &Survivors<'_>, rng: &mut SmallRng) {
+    /// The power goes and comes back. `whole` is what the device writes at once, in
+    /// bytes.
+    pub fn cut(&mut self, survivors: &Survivors<'_>, whole: usize, rng: &mut SmallRng) {
+        if whole > SECTOR {
+            let per_whole = (whole / SECTOR) as u32;
+            self.cut_wholes(survivors, per_whole, rng);
+        } else {
+            self.cut_sectors(survivors, rng);
+        }
+        let len = match survivors {
+            Survivors::Ops(kept) => self.len.newest(kept),
+            Survivors::Sectors(_) | Survivors::Region { .. } => self.len.any(rng),
+        };
+        self.stable_len = len.unwrap_or(self.stable_len);
+        self.stable
+            .resize((self.stable_len / SECTOR as u64) as usize, ContentId::ZEROS);
+        self.sectors.clear();
+        self.len.versions.clear();
+        self.live.clone_from(&self.stable);
+        self.live_len = self.stable_len;
+    }
+
+    /// Of every sector of the device, what it was after one of the operations, or none.
+    fn cut_wholes(&mut self, survivors: &Survivors<'_>, per_whole: u32, rng: &mut SmallRng) {
+        let mut last_ops: BTreeMap<u32, Option<OpId>> = BTreeMap::new();
+        let mut all_ops: BTreeMap<u32, Vec<OpId>> = BTreeMap::new();
+        for (&sector, unstable) in &self.sectors {
+            let ops = all_ops.entry(sector / per_whole).or_default();
+            ops.extend(unstable.versions.iter().map(|version| version.op));
+        }
+        for (whole, ops) in all_ops {
+            let newest = ops.iter().copied().max();
+            let start = u64::from(whole * per_whole) * SECTOR as u64;
+            let last = match survivors {
+                Survivors::Ops(kept) => ops.iter().copied().filter(|op| kept(*op)).max(),
+                Survivors::Sectors(p) if rng.random_bool(*p) => ops.choose(rng).copied(),
+                Survivors::Sectors(_) => None,
+                Survivors::Region { border, below } => {
+                    newest.filter(|_| (start < *border) == *below)
+                }
+            };
+            last_ops.insert(whole, last);
+        }
+        for (&sector, unstable) in &self.sectors {
+            if let Some(last) = last_ops[&(sector / per_whole)]
+                && let Some(content) = unstable.newest(|op| op <= last)
+            {
+                self.stable[sector as usize] = content;
+            }
+        }
+    }
+
+    fn cut_sectors(&mut self, survivors: &Survivors<'_>, rng: &mut SmallRng) {
         for (&sector, unstable) in &self.sectors {
             let content = match survivors {
                 Survivors::Ops(kept) => unstable.newest(kept),
@@ -286,17 +339,6 @@ impl SimFile {
                 self.stable[sector as usize] = content;
             }
         }
-        let len = match survivors {
-            Survivors::Ops(kept) => self.len.newest(kept),
-            Survivors::Sectors(_) | Survivors::Region { .. } => self.len.any(rng),
-        };
-        self.stable_len = len.unwrap_or(self.stable_len);
-        self.stable
-            .resize((self.stable_len / SECTOR as u64) as usize, ContentId::ZEROS);
-        self.sectors.clear();
-        self.len.versions.clear();
-        self.live.clone_from(&self.stable);
-        self.live_len = self.stable_len;
     }
 
     /// Moves what the file holds into a fresh store of contents; to be called

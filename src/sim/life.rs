@@ -68,6 +68,7 @@ struct Life {
 /// How the top was before it was opened last.
 struct Before {
     closed: bool,
+    extension: bool,
     file: SimFile,
     /// See [`Scenario::bytes_behind`].
     behind: Vec<u8>,
@@ -129,8 +130,10 @@ impl Life {
         let profile = Profile::random(&mut world.rng, world.scenario.cluster);
         world.disk.note(|| format!("{profile:?}"));
         let top = world.scenario.top();
+        let image = read_image(world, top)?;
         let before = Before {
-            closed: read_image(world, top)?.closed,
+            closed: image.closed,
+            extension: image.extension.is_some(),
             file: world.disk.snapshot(top),
             behind: world.scenario.bytes_behind(&world.disk),
         };
@@ -250,6 +253,16 @@ impl Life {
         }
         let top = world.scenario.top();
         let image = &chain[chain.len() - 1];
+        world.scenario.check_extension(&world.disk, image)?;
+        let is_dropped = before.extension && image.extension.is_none();
+        let had_extension = before.extension;
+        self.world
+            .cases
+            .count_if(Case::ExtensionKept, had_extension && !is_dropped);
+        self.world
+            .cases
+            .count_if(Case::ExtensionDropped, is_dropped);
+        let world = &self.world;
         let now = world.disk.snapshot(top);
         // The kernel may have given up what a failed write has left.
         let is_known = !profile.has_trouble();
@@ -313,6 +326,8 @@ fn set_trouble(world: &mut World, profile: &Profile) {
 fn end_trouble(world: &mut World) {
     let failures = world.disk.take_failures();
     world.cases.count_many(Case::HostFailed, failures);
+    let losses = world.disk.take_losses();
+    world.cases.count_many(Case::LostOfOthers, losses);
     let copies = world.disk.take_copies();
     world.cases.count_many(Case::CopyFailed, copies.failed);
     world.cases.count_many(Case::CopyCut, copies.cut);

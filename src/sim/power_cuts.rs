@@ -118,6 +118,7 @@ fn power_cuts_single_image() {
         Case::WriteThrough,
         Case::Undecided,
         Case::HostFailed,
+        Case::LostOfOthers,
         Case::FailedFlush,
         Case::Grown,
         Case::HeldBack,

@@ -5,11 +5,12 @@ use std::collections::BTreeSet;
 use std::ops::Range;
 use std::time::Duration;
 
+use md5::{Digest, Md5};
 use rand::Rng;
 use rand::rngs::SmallRng;
 use rand::seq::IndexedRandom;
 
-use super::checker::Image;
+use super::checker::{CLOSED_WITH_EXTENSION, Image};
 use super::disk::{Faults, Medium, SimDisk};
 use super::file::SECTOR;
 use super::pattern::{self, Value};
@@ -92,6 +93,10 @@ pub struct Scenario {
     behind: u64,
     /// Guest clusters that a lower delta has.
     lower: BTreeSet<u64>,
+    /// The top is closed and has a format extension when it is opened first.
+    extension: bool,
+    /// The last cluster of the top's file is there in part, and holds something.
+    odd_end: bool,
 }
 
 impl Scenario {
@@ -131,10 +136,18 @@ impl Scenario {
                 0
             },
             lower: BTreeSet::new(),
+            extension: version == 2 && rng.random_ratio(1, 4),
+            odd_end: rng.random_ratio(1, 4),
         };
         let metadata_len = 64 + 4 * u64::from(ENTRIES);
+        // Of a device with sectors of 4 KiB nothing smaller can be written.
+        let (sector, write_alignment) = *[(512, 512), (512, 512), (512, 4096), (4096, 4096)]
+            .choose(rng)
+            .unwrap();
         let medium = Medium {
-            write_alignment: *[512, 512, 4096].choose(rng).unwrap(),
+            sector,
+            write_alignment,
+            copies_on_write: rng.random_ratio(1, 3),
             first_writable: scenario.top(),
             metadata_len: if scenario.is_plain_top() {
                 0
@@ -232,8 +245,60 @@ impl Scenario {
             disk.prepare(file, data_start - SECTOR as u64, &[0; SECTOR]);
             if file != self.top() {
                 self.fill_lower(disk, file, rng, &mut value);
+                continue;
+            }
+            if self.extension {
+                disk.prepare(file, data_start, &self.extension_bytes());
+            }
+            if self.odd_end {
+                let sectors = rng.random_range(1..self.cluster as usize / SECTOR);
+                let end = disk.live_len(file);
+                disk.prepare(file, end, &vec![0xdd; sectors * SECTOR]);
             }
         }
+    }
+
+    /// What the format extension of the top is, if it has one: its cluster and, behind
+    /// it, one with the bits of a dirty bitmap. Neither is in the BAT.
+    fn extension_bytes(&self) -> Vec<u8> {
+        const MAGIC: u64 = 0xAB23_4CEF_23DC_EA87;
+        const DIRTY_BITMAP: u64 = 0x2038_5FAE_252C_B34A;
+        let bits_at = (self.data_start(self.levels - 1) + self.cluster) / SECTOR as u64;
+        let mut features = Vec::new();
+        // The feature: flags, the size of what follows; then the bitmap: size, name,
+        // granularity, number of entries, and the one entry.
+        for word in [DIRTY_BITMAP, 0, 32 + 8, self.disk_sectors, 7, 7] {
+            features.extend(word.to_le_bytes());
+        }
+        features.extend(128_u32.to_le_bytes());
+        features.extend(1_u32.to_le_bytes());
+        features.extend(bits_at.to_le_bytes());
+        features.resize(self.cluster as usize - 24, 0);
+        let mut bytes = MAGIC.to_le_bytes().to_vec();
+        bytes.extend(Md5::digest(&features).as_slice());
+        bytes.extend(features);
+        bytes.resize(2 * self.cluster as usize, 0xee);
+        bytes
+    }
+
+    /// Whether the extension that the header of the top tells of is still what it was.
+    ///
+    /// # Errors
+    /// If it is not.
+    pub fn check_extension(&self, disk: &SimDisk, image: &Image) -> Result<(), String> {
+        let Some(at) = image.extension else {
+            return Ok(());
+        };
+        let bytes = self.extension_bytes();
+        if self.extension
+            && at == self.data_start(self.levels - 1)
+            && disk.read_live(self.top(), at, bytes.len()) == bytes
+        {
+            return Ok(());
+        }
+        Err(format!(
+            "I12: the header tells of a format extension at {at:#x}, and it is not there"
+        ))
     }
 
     /// Whether a lower delta has the cluster.
@@ -248,6 +313,7 @@ impl Scenario {
             sectors: self.sectors_of(0),
             data_start: 0,
             closed: false,
+            extension: None,
             map: Vec::new(),
             plain: true,
         }
@@ -301,6 +367,11 @@ impl Scenario {
         ];
         for (at, word) in words {
             header[at..at + 4].copy_from_slice(&u32::to_le_bytes(word));
+        }
+        if self.extension && level + 1 == self.levels {
+            let at = self.data_start(level) / SECTOR as u64;
+            header[44..48].copy_from_slice(&CLOSED_WITH_EXTENSION.to_le_bytes());
+            header[56..64].copy_from_slice(&at.to_le_bytes());
         }
         header
     }
@@ -469,12 +540,16 @@ impl Profile {
         if is_tight {
             actions.extend([(Space, 1), (GiveUp, 1)]);
         }
+        let faults = random_faults(rng);
+        if faults.stable_write > 0.0 {
+            actions.extend([(WriteThrough, 1), (Write, 8)]);
+        }
         let sectors = cluster / SECTOR as u64;
         Self {
             actions,
             depth: rng.random_range(1..=24),
             sectors: *[8, sectors, 3 * sectors].choose(rng).unwrap(),
-            faults: random_faults(rng),
+            faults,
             is_tight,
             is_lazy: rng.random(),
             read_only: rng.random_ratio(1, 24),
@@ -506,6 +581,7 @@ fn random_faults(rng: &mut SmallRng) -> Faults {
         &mut faults.zero,
         &mut faults.allocate,
         &mut faults.sync,
+        &mut faults.stable_write,
     ];
     for fault in all {
         if rng.random_ratio(1, 3) {

@@ -8,6 +8,7 @@ use std::time::Duration;
 use rand::Rng;
 use rand::rngs::SmallRng;
 use rand::seq::IndexedRandom;
+use rustix::io::Errno;
 use smallvec::smallvec;
 
 use super::cases::{Case, Cases};
@@ -153,6 +154,8 @@ struct Trouble {
     faults: bool,
     /// The host is full, and writes need not wait or were told not to.
     space: bool,
+    /// The host is full, and has no space for the mapping either.
+    space_for_metadata: bool,
     read_only: bool,
 }
 
@@ -160,6 +163,7 @@ impl Trouble {
     fn explains(self, error: EngineError) -> bool {
         match error {
             EngineError::NoSpace => self.space,
+            EngineError::Metadata(Errno::NOSPC) if self.space_for_metadata => true,
             EngineError::Io(_) | EngineError::Metadata(_) | EngineError::SyncFailed => self.faults,
             EngineError::ReadOnly => self.read_only,
             _ => false,
@@ -203,6 +207,7 @@ impl Session {
             trouble: Trouble {
                 faults: profile.faults != Faults::default(),
                 space: profile.is_tight && policy == OnEnospc::Report,
+                space_for_metadata: profile.is_tight && world.scenario.medium.copies_on_write,
                 read_only: profile.read_only,
             },
             sync_failed: false,
@@ -579,6 +584,8 @@ impl Session {
         world.disk.note(|| format!("{what}: {result:?}"));
         match result {
             Ok(()) => world.model.end_flush(flush),
+            // The mark is written when the image is closed.
+            Err(EngineError::Io(Errno::NOSPC)) if self.trouble.space_for_metadata => {}
             Err(error) if !self.trouble.explains(error) => {
                 return Err(format!("I10: {what} failed for no reason: {error}"));
             }

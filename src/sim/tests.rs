@@ -150,6 +150,175 @@ fn what_a_failed_sync_gave_up_no_later_sync_writes() {
 }
 
 #[test]
+fn a_stable_write_whose_sync_fails_loses_what_others_wrote_and_tells_one() {
+    let found = outcomes(|disk| {
+        let mut other = disk.open_io(2).unwrap();
+        assert_eq!(run(disk, &mut other, write(0, 2, false)).result, Ok(()));
+        let mut io = disk.open_io(1).unwrap();
+        disk.change_medium(|medium| medium.faults.sync = 1.0);
+        let failed = run(disk, &mut io, write(512, 2, true)).result;
+        assert_eq!(failed, Err(Errno::IO));
+        assert_eq!(disk.take_losses(), 1);
+        disk.change_medium(|medium| medium.faults.sync = 0.0);
+        assert_eq!(
+            run(disk, &mut other, Op::Sync { file: FILE }).result,
+            Ok(())
+        );
+    });
+    let all = [(1, 1), (1, 2), (2, 1), (2, 2)];
+    assert_eq!(found, all.map(|(a, b)| (1024, a, b)));
+}
+
+#[test]
+fn syncs_fail_until_somebody_has_heard_of_a_loss() {
+    let disk = disk(Medium::default(), 1);
+    let mut io = disk.open_io(1).unwrap();
+    let mut other = disk.open_io(1).unwrap();
+    disk.change_medium(|medium| medium.faults.sync = 1.0);
+    io.queue(0, write(0, 2, true)).unwrap();
+    io.submit();
+    while disk.is_busy() {
+        disk.step();
+    }
+    disk.change_medium(|medium| medium.faults.sync = 0.0);
+    let sync = || Op::Sync { file: FILE };
+    assert_eq!(run(&disk, &mut other, sync()).result, Err(Errno::IO));
+    io.reap(&mut Vec::new());
+    assert_eq!(run(&disk, &mut other, sync()).result, Ok(()));
+}
+
+#[test]
+fn a_cut_leaves_the_sectors_of_the_device_whole() {
+    for seed in 0..500 {
+        let medium = Medium {
+            sector: 4096,
+            ..Medium::default()
+        };
+        let disk = disk(medium, seed);
+        disk.prepare(FILE, 0, &[1; 8192]);
+        for byte in [2, 3] {
+            disk.write_all_at(FILE, &[byte; 8192], 0).unwrap();
+        }
+        disk.power_off();
+        disk.power_on();
+        for sector in disk.read_live(FILE, 0, 8192).chunks(4096) {
+            assert!(sector.iter().all(|byte| *byte == sector[0]), "seed {seed}");
+        }
+    }
+}
+
+#[test]
+fn where_writes_need_space_of_their_own_a_full_disk_refuses_overwrites() {
+    let medium = Medium {
+        capacity: Some(2),
+        copies_on_write: true,
+        ..Medium::default()
+    };
+    let disk = disk(medium, 1);
+    disk.prepare(FILE, 0, &[1; 8192]);
+    let mut io = disk.open_io(1).unwrap();
+    let full = Err(Errno::NOSPC);
+    assert_eq!(run(&disk, &mut io, write(0, 2, false)).result, full);
+    assert!(disk.write_all_at(FILE, &[2; SECTOR], 0).is_err());
+    disk.change_medium(|medium| medium.capacity = Some(3));
+    assert_eq!(run(&disk, &mut io, write(0, 2, false)).result, Ok(()));
+    assert_eq!(disk.used_blocks(), 2, "the old one is free again");
+}
+
+#[test]
+fn a_clone_takes_space_when_it_is_written_to() {
+    let disk = SimDisk::new(2, Medium::default(), 1);
+    disk.prepare(FILE, 0, &[1; 4096]);
+    let mut io = disk.open_io(1).unwrap();
+    let clone = Op::Clone {
+        from: FILE,
+        from_offset: 0,
+        file: FileId(1),
+        offset: 0,
+        len: 4096,
+    };
+    assert_eq!(run(&disk, &mut io, clone).result, Ok(()));
+    assert_eq!(disk.read_live(FileId(1), 0, 4096), [1; 4096]);
+    assert_eq!(disk.used_blocks(), 1);
+    disk.change_medium(|medium| medium.capacity = Some(1));
+    let write_over = || Op::Write {
+        file: FileId(1),
+        offset: 0,
+        buffer: buffer(2, SECTOR),
+        dsync: false,
+    };
+    assert_eq!(run(&disk, &mut io, write_over()).result, Err(Errno::NOSPC));
+    disk.change_medium(|medium| medium.capacity = Some(2));
+    assert_eq!(run(&disk, &mut io, write_over()).result, Ok(()));
+}
+
+#[test]
+fn an_allocation_that_finds_no_space_leaves_a_part_of_it() {
+    let mut lengths = std::collections::BTreeSet::new();
+    for seed in 0..200 {
+        let medium = Medium {
+            capacity: Some(2),
+            ..Medium::default()
+        };
+        let disk = disk(medium, seed);
+        let mut io = disk.open_io(1).unwrap();
+        let op = Op::Allocate {
+            file: FILE,
+            offset: 0,
+            len: 4 * 4096,
+        };
+        assert_eq!(run(&disk, &mut io, op).result, Err(Errno::NOSPC));
+        lengths.insert(disk.live_len(FILE));
+    }
+    assert_eq!(lengths.first(), Some(&0));
+    assert_eq!(
+        lengths.last(),
+        Some(&8192),
+        "no more than there was space for"
+    );
+    let is_odd = |len: &u64| !len.is_multiple_of(4096);
+    assert!(lengths.iter().any(is_odd));
+}
+
+#[test]
+fn transfers_are_short_now_and_then_and_go_on() {
+    let (mut torn, mut whole) = (0, 0);
+    for seed in 0..200 {
+        let disk = disk(Medium::default(), seed);
+        disk.prepare(FILE, 0, &[1; 4 * SECTOR]);
+        let mut io = disk.open_io(1).unwrap();
+        let read = Op::Read {
+            file: FILE,
+            offset: 0,
+            buffer: buffer(0, 4 * SECTOR),
+        };
+        io.queue(0, read).unwrap();
+        io.submit();
+        let mut done = Vec::new();
+        while done.is_empty() {
+            disk.step();
+            // Meanwhile somebody else writes.
+            disk.write_all_at(FILE, &[2; 4 * SECTOR], 0).unwrap();
+            io.reap(&mut done);
+        }
+        let Op::Read {
+            buffer: Buffer::Owned(bytes),
+            ..
+        } = &done[0].op
+        else {
+            panic!("another operation came back");
+        };
+        assert!(bytes.iter().all(|byte| [1, 2].contains(byte)));
+        if bytes[0] == bytes[bytes.len() - 1] {
+            whole += 1;
+        } else {
+            torn += 1;
+        }
+    }
+    assert!(torn > 0 && whole > torn, "{torn} torn, {whole} whole");
+}
+
+#[test]
 fn completions_come_in_any_order_and_all_of_them() {
     let mut orders = std::collections::BTreeSet::new();
     for seed in 0..50 {
@@ -212,6 +381,7 @@ fn faults_come_as_often_as_asked_for() {
         zero: 1.0,
         allocate: 1.0,
         sync: 1.0,
+        stable_write: 0.0,
     };
     let disk = disk(
         Medium {
