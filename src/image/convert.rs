@@ -1,6 +1,7 @@
 //! Copying a disk into another format, holes left out on both sides.
 
 mod existing;
+mod existing_ploop;
 mod input;
 mod output;
 
@@ -16,9 +17,10 @@ use super::file::ImageFile;
 use super::folder::Folder;
 use super::open::OpenMode;
 use super::progress::{Progress, check_cancelled};
-use super::source::{DiskFormat, Source, unsupported};
+use super::source::{DiskFormat, Source, format_of_existing, unsupported};
 use crate::format::{ClusterSize, Geometry, Sector};
 use existing::ExistingOutput;
+use existing_ploop::ExistingPloopOutput;
 use input::{DiskInput, Input, StreamInput};
 use output::{Output, Piece, PloopOutput, RawOutput, StreamOutput};
 
@@ -42,8 +44,8 @@ pub enum Origin {
 pub enum Destination {
     /// An image or a bundle that is made; nothing may be there.
     New(PathBuf),
-    /// A raw file or a block device that is there, and at least as large; what lies
-    /// behind the end of the disk stays.
+    /// A raw file, a block device or a ploop disk without snapshots that is there, and
+    /// at least as large; what lies behind the end of the disk stays.
     Existing(PathBuf),
     /// A raw disk, from its first byte to its last.
     StandardOutput,
@@ -122,12 +124,18 @@ impl Conversion {
     fn target_format(&self) -> Result<DiskFormat> {
         let path = match &self.target {
             Destination::New(path) => path,
-            Destination::Existing(_) | Destination::StandardOutput => {
+            Destination::Existing(path) => {
+                return match self.target_format {
+                    Some(format) => Ok(format),
+                    None => format_of_existing(path),
+                };
+            }
+            Destination::StandardOutput => {
                 return match self.target_format {
                     Some(DiskFormat::Ploop) => Err(unsupported(
                         self.target_path(),
-                        "can only be written as a raw disk; a ploop disk is made anew, at a path \
-                         where nothing is",
+                        "can only be written as a raw disk; the BAT of a ploop image is known in \
+                         the end and lies at its start",
                     )),
                     _ => Ok(DiskFormat::Raw),
                 };
@@ -168,7 +176,17 @@ impl Conversion {
                 }
                 self.copy(input, &mut StreamOutput::standard()?, progress)
             }
-            (Destination::Existing(path), _) => {
+            (Destination::Existing(path), DiskFormat::Ploop) => {
+                if self.cluster.is_some() {
+                    return Err(unsupported(path, "has its cluster size already"));
+                }
+                let mut output = ExistingPloopOutput::open(path, self.keep_zeros)?;
+                if let Some(size) = input.size() {
+                    output.require_room(size.bytes())?;
+                }
+                self.copy(input, &mut output, progress)
+            }
+            (Destination::Existing(path), DiskFormat::Raw) => {
                 let mut output = ExistingOutput::open(path, self.keep_zeros)?;
                 if let Some(size) = input.size() {
                     output.require_room(size.bytes())?;
@@ -235,7 +253,8 @@ impl Conversion {
     fn after_a_cut(&self) -> &'static str {
         match self.target {
             Destination::New(_) => "nothing was left behind",
-            _ => "what was written so far is there",
+            Destination::StandardOutput => "what was written so far is of no use",
+            Destination::Existing(_) => "the target holds part of the source",
         }
     }
 }

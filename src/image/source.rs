@@ -121,6 +121,28 @@ fn probe(path: &Path) -> Result<DiskFormat> {
     }
 }
 
+/// The format of what is there and is to be overwritten, if it was not named. What
+/// looks like an image of ours is not taken for raw without a word.
+pub(super) fn format_of_existing(path: &Path) -> Result<DiskFormat> {
+    if matches!(Location::of(path)?, Location::Bundle(_)) {
+        return Ok(DiskFormat::Ploop);
+    }
+    let mut start = Vec::new();
+    open_raw(path, false)?
+        .take(Header::LEN as u64)
+        .read_to_end(&mut start)
+        .context(path, "read")?;
+    match (Header::has_signature(&start), is_bare_name(path)) {
+        (true, true) => Ok(DiskFormat::Ploop),
+        (false, false) => Ok(DiskFormat::Raw),
+        _ => Err(unsupported(
+            path,
+            "may be a ploop image or a raw one, by its name and its first bytes; say -O ploop or \
+             -O raw",
+        )),
+    }
+}
+
 pub(super) fn unsupported(path: &Path, why: &str) -> ImageError {
     ImageError::Unsupported {
         path: path.to_owned(),

@@ -9,7 +9,7 @@ use std::process::{Command, Stdio};
 use serde_json::Value;
 use tempfile::TempDir;
 
-use super::common::img::{Ran, ploop_img, ploop_img_command, qemu_img_check, run};
+use super::common::img::{Ran, image_file, ploop_img, ploop_img_command, qemu_img_check, run};
 use super::common::{left_out, require_tool};
 use super::disk::{CLUSTER, Disk, has_qemu};
 
@@ -331,9 +331,83 @@ fn convert_n_overwrites_what_is_there_and_no_more() {
     assert_eq!(files.read("small.raw"), [0xEE; 4096]);
     let error = ploop_img(["convert", "-n", &files.path("a.hds"), &files.path("none")]).fails();
     assert!(error.contains("No such file"), "{error}");
-    let copy = files.changed("a.hds", "copy.hds", &[], 0);
-    let error = ploop_img(["convert", "-n", "-O", "ploop", &files.path("a.raw"), &copy]).fails();
-    assert!(error.contains("raw disk"), "{error}");
+}
+
+#[test]
+fn convert_n_overwrites_a_ploop_disk_as_qemu_img_does() {
+    if !has_qemu() {
+        return;
+    }
+    let files = Files::new();
+    let raw = files.path("a.raw");
+    // Data where the source has some and where it has none, and behind its end.
+    let make = |name: &str| {
+        let image = files.path(name);
+        ploop_img(["create", "-q", "--cluster-size", "64k", &image, "17M"]).ok();
+        let file = image_file(Path::new(&image));
+        for write in [
+            "write -P 1 2M 1M",
+            "write -P 2 6M 300k",
+            "write -P 3 15M 2M",
+        ] {
+            let file = file.to_str().unwrap();
+            run("qemu-io", ["-f", "parallels", "-c", write, file]).ok();
+        }
+        (image, file)
+    };
+    let odd = files.path("odd.raw");
+    fs::write(&odd, &files.read("a.raw")[..(3 << 20) + 1536]).unwrap();
+    let zeros = files.path("zeros.raw");
+    let file = File::create(&zeros).unwrap();
+    file.set_len(7 << 20).unwrap();
+    for source in [&raw, &odd, &zeros] {
+        let (judge, _) = make("judge.hds");
+        let args = [
+            "convert",
+            "-n",
+            "-f",
+            "raw",
+            "-O",
+            "parallels",
+            source,
+            &judge,
+        ];
+        run("qemu-img", args).ok();
+        for (name, options) in [("to.hds", &[][..]), ("to", &[]), ("to.hds", &["-S", "0"])] {
+            let (target, file) = make(name);
+            let args = ["convert", "-n", "-f", "raw", source, &target];
+            ploop_img([&args[..], options].concat()).ok();
+            ploop_img(["check", &target]).ok();
+            qemu_img_check(&file);
+            ploop_img(["compare", &target, &judge]).ok();
+            let _ = fs::remove_dir_all(&target);
+            let _ = fs::remove_file(&target);
+        }
+        fs::remove_file(judge).unwrap();
+    }
+    let (small, file) = make("small");
+    let before = fs::read(&file).unwrap();
+    let large = files.path("large.raw");
+    fs::write(&large, vec![1; 18 << 20]).unwrap();
+    let error = ploop_img(["convert", "-n", &large, &small]).fails();
+    assert!(error.contains("smaller than the source"), "{error}");
+    ploop_img(["snapshot", "create", &small]).ok();
+    let error = ploop_img(["convert", "-n", &raw, &small]).fails();
+    assert!(error.contains("snapshots"), "{error}");
+    assert!(fs::read(&file).unwrap() == before);
+}
+
+#[test]
+fn convert_n_does_not_guess_what_it_overwrites() {
+    let files = Files::new();
+    let image = files.read("a.hds");
+    fs::write(files.path("guess.img"), &image).unwrap();
+    fs::write(files.path("guess.hds"), [7; 4096]).unwrap();
+    for name in ["guess.img", "guess.hds"] {
+        let error = ploop_img(["convert", "-n", &files.path("a.raw"), &files.path(name)]).fails();
+        assert!(error.contains("-O ploop or -O raw"), "{error}");
+    }
+    assert!(files.read("guess.img") == image);
 }
 
 /// A loop device on a file, gone in the end.

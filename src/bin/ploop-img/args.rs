@@ -299,9 +299,10 @@ pub struct Convert {
     /// What to make, instead of going by the name of TARGET
     #[arg(short = 'O', long, value_name = "FORMAT", value_enum)]
     pub target_format: Option<Format>,
-    /// Write into TARGET, a raw file or a block device that is there and large enough
+    /// Write into TARGET, which is there and large enough
     ///
-    /// What it holds behind the end of the disk stays.
+    /// A raw file, a block device, or a ploop disk without snapshots. What it holds
+    /// behind the end of SOURCE stays.
     #[arg(short, long)]
     pub no_create: bool,
     #[command(flatten)]

@@ -67,13 +67,13 @@ impl ExistingOutput {
         let path = self.file.path();
         if range.start < whole_end {
             let punched = self.file.punch(range.start..whole_end);
-            punched.context(path, "write zeros to")?;
+            punched.context(path, "write zeros")?;
         }
         let mut at = range.start.max(whole_end);
         while at < range.end {
             let len = (range.end - at).min(ZEROS.len() as u64);
             let written = self.file.write_all_at(&ZEROS[..len as usize], at);
-            written.context(path, "write zeros to")?;
+            written.context(path, "write zeros")?;
             at += len;
         }
         Ok(())

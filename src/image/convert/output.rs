@@ -227,7 +227,7 @@ impl StreamOutput<File> {
 impl<W: Write> StreamOutput<W> {
     fn put(&mut self, bytes: &[u8]) -> Result<()> {
         let written = self.stream.write_all(bytes);
-        written.context(&self.path, "write to")?;
+        written.context(&self.path, "write")?;
         self.written += bytes.len() as u64;
         Ok(())
     }
@@ -255,6 +255,6 @@ impl<W: Write> Output for StreamOutput<W> {
 
     fn finish(&mut self, size: Sector) -> Result<()> {
         self.zeros_to(size.bytes())?;
-        self.stream.flush().context(&self.path, "write to")
+        self.stream.flush().context(&self.path, "write")
     }
 }
