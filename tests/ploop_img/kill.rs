@@ -9,6 +9,7 @@ use tempfile::TempDir;
 use super::common::fixtures::fixture;
 use super::common::img::{names_in, ploop_img, ploop_img_command, sha256};
 use super::common::left_out;
+use super::disk::CLUSTER;
 
 /// Runs a command as often as it makes changes, and kills it before each of them.
 /// `prepare` gives the arguments, `check` sees what is left, and whether the
@@ -154,4 +155,91 @@ fn a_resize_leaves_the_old_or_the_new_size() {
         );
         assert!(old > 1 && new > 1, "{name}: {old} old, {new} new");
     }
+}
+
+#[test]
+fn shrinking_leaves_the_old_or_the_new_disk() {
+    for name in ["v2", "plain"] {
+        let fixture = fixture(name);
+        let folder = TempDir::new().unwrap();
+        let path = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+        if fixture.unpack(folder.path()).is_none() {
+            return;
+        }
+        let (disk, raw) = (path(name), path("out.raw"));
+        let read = || {
+            ploop_img(["convert", &disk, &raw]).ok();
+            let content = fs::read(&raw).unwrap();
+            fs::remove_file(&raw).unwrap();
+            content
+        };
+        let content = read();
+        // Something is given up.
+        let last = content.iter().rposition(|byte| *byte != 0).unwrap();
+        let less = last / CLUSTER * CLUSTER;
+        let (mut old, mut new) = (0, 0);
+        kill_everywhere(
+            || {
+                fs::remove_dir_all(&disk).unwrap();
+                fixture.unpack(folder.path()).unwrap();
+                let args = ["resize", "--shrink", &disk, &less.to_string()];
+                args.map(str::to_owned).to_vec()
+            },
+            |step, ended| {
+                let found = ploop_img(["check", &disk]);
+                assert!(matches!(found.code, Some(0 | 2 | 3)), "{step}: {found:?}");
+                ploop_img(["check", "--repair", "all", &disk]).ok();
+                ploop_img(["check", &disk]).ok();
+                let now = read();
+                match now.len() {
+                    len if len == content.len() && !ended => old += 1,
+                    len if len == less => new += 1,
+                    len => panic!("{step}: {len}"),
+                }
+                assert!(now[..] == content[..now.len()], "{name}, step {step}");
+                // Nothing of what was given up comes back.
+                ploop_img(["resize", &disk, &content.len().to_string()]).ok();
+                if now.len() == less {
+                    assert!(read()[less..].iter().all(|byte| *byte == 0), "{step}");
+                }
+            },
+        );
+        assert!(old > 1 && new > 1, "{name}: {old} old, {new} new");
+    }
+}
+
+#[test]
+fn converting_into_a_disk_leaves_an_image_that_can_be_repaired() {
+    let folder = TempDir::new().unwrap();
+    let path = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+    let (old, source, disk) = (path("old.raw"), path("source.raw"), path("disk.hds"));
+    // Each cluster of the target is overwritten, dropped, allocated or kept.
+    let old_content = [[1; 65536], [2; 65536], [0; 65536], [3; 65536]].concat();
+    fs::write(&old, &old_content).unwrap();
+    let source_content = [[4; 65536], [0; 65536], [5; 65536]].concat();
+    fs::write(&source, &source_content).unwrap();
+    let killed = kill_everywhere(
+        || {
+            let _ = fs::remove_file(&disk);
+            ploop_img(["convert", "-o", "cluster_size=64k", &old, &disk]).ok();
+            let args = ["convert", "-n", &source, &disk];
+            args.map(str::to_owned).to_vec()
+        },
+        |step, ended| {
+            ploop_img(["check", "--repair", "all", &disk]).ok();
+            ploop_img(["check", &disk]).ok();
+            let back = path("back.raw");
+            ploop_img(["convert", &disk, &back]).ok();
+            let now = fs::read(&back).unwrap();
+            fs::remove_file(&back).unwrap();
+            for (index, cluster) in now.chunks(65536).enumerate() {
+                let range = index * 65536..(index + 1) * 65536;
+                let is_old = *cluster == old_content[range.clone()];
+                let is_new = source_content.get(range).is_some_and(|new| cluster == new);
+                let is_kept = index == 3;
+                assert!(is_new || is_old && (!ended || is_kept), "{step}: {index}");
+            }
+        },
+    );
+    assert!(killed.is_none_or(|killed| killed >= 8), "{killed:?}");
 }
