@@ -36,6 +36,18 @@ pub enum HeaderError {
     /// The disk has no sector or more than this format can map.
     #[error("disk size of {0} sectors is not one that the format can hold")]
     DiskSize(u64),
+    /// A new disk, or one that shall grow, would be larger than what its version
+    /// and its clusters can map.
+    #[error(transparent)]
+    TooLarge(#[from] TooLarge),
+    /// A disk would get smaller.
+    #[error("a disk of {from} sectors cannot become one of {to}")]
+    Smaller {
+        /// In sectors.
+        from: u64,
+        /// In sectors.
+        to: u64,
+    },
     /// The BAT is too short for the disk.
     #[error("{entries} BAT entries cannot map a disk that needs {needed}")]
     TooFewEntries {
@@ -60,6 +72,48 @@ pub enum HeaderError {
     InUse(u32),
 }
 
+/// A disk size that is too large, and what would hold it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TooLarge {
+    /// As asked for.
+    pub disk_size: Sector,
+    /// What maps it.
+    pub cluster: ClusterSize,
+    /// Whose limits count.
+    pub version: Version,
+}
+
+impl TooLarge {
+    /// The largest disk with these clusters.
+    pub fn max(&self) -> Sector {
+        self.version.disk_size_max(self.cluster)
+    }
+
+    /// The smallest clusters that could map it, in version 2, if any can.
+    pub fn cluster_that_fits(&self) -> Option<ClusterSize> {
+        let sizes = (self.cluster.shift()..=ClusterSize::MAX.shift()).map(|shift| 1 << shift);
+        sizes
+            .filter_map(ClusterSize::from_bytes)
+            .find(|cluster| self.disk_size <= Version::V2.disk_size_max(*cluster))
+    }
+}
+
+impl std::error::Error for TooLarge {}
+
+impl std::fmt::Display for TooLarge {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let wanted = u128::from(self.disk_size.0) * u128::from(SECTOR_SIZE);
+        let (version, cluster, max) = (self.version, self.cluster, self.max().bytes());
+        // Whole TiB but for the last cluster or sector.
+        let about = max.div_ceil(1 << 40);
+        write!(
+            f,
+            "a disk of {wanted} bytes is too large: version {version} of the format holds at \
+             most {max} bytes ({about} TiB) with clusters of {cluster}"
+        )
+    }
+}
+
 /// The version of the format, told by the signature.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Version {
@@ -67,6 +121,32 @@ pub enum Version {
     V1,
     /// `WithouFreSpacExt`: BAT entries count clusters.
     V2,
+}
+
+impl std::fmt::Display for Version {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::V1 => "1",
+            Self::V2 => "2",
+        })
+    }
+}
+
+impl Version {
+    /// The largest disk of whole clusters that an image can map.
+    pub fn disk_size_max(self, cluster: ClusterSize) -> Sector {
+        cluster.round_down(self.limit(cluster))
+    }
+
+    /// What BAT and disk size of the header can say.
+    fn limit(self, cluster: ClusterSize) -> Sector {
+        let mapped = u64::from(Header::ENTRIES_MAX) * cluster.sectors();
+        let named = match self {
+            Self::V1 => u64::from(u32::MAX),
+            Self::V2 => Header::DISK_SIZE_MAX,
+        };
+        Sector(mapped.min(named))
+    }
 }
 
 /// The in-use mark.
@@ -128,18 +208,15 @@ impl Header {
     /// offset that dm-ploop demands: header and BAT rounded up to the cluster.
     ///
     /// # Errors
-    /// [`HeaderError::DiskSize`] if `disk_size` is zero or needs more than
-    /// [`Self::ENTRIES_MAX`] BAT entries.
+    /// [`HeaderError::DiskSize`] if `disk_size` is zero, [`HeaderError::TooLarge`] if
+    /// it needs more than [`Self::ENTRIES_MAX`] BAT entries.
     pub fn new(disk_size: Sector, cluster: ClusterSize) -> Result<Self, HeaderError> {
-        let bad_size = || HeaderError::DiskSize(disk_size.0);
-        if disk_size.0 == 0 || disk_size.0 > Self::DISK_SIZE_MAX {
-            return Err(bad_size());
+        if disk_size.0 == 0 {
+            return Err(HeaderError::DiskSize(0));
         }
-        let entries = u32::try_from(cluster.count_for(disk_size.bytes()))
-            .ok()
-            .filter(|&entries| entries <= Self::ENTRIES_MAX)
-            .ok_or_else(bad_size)?;
-        Self::empty(Version::V2, cluster, entries, disk_size).ok_or_else(bad_size)
+        let entries = entries_for(disk_size, cluster, Version::V2)?;
+        Self::empty(Version::V2, cluster, entries, disk_size)
+            .ok_or(HeaderError::DiskSize(disk_size.0))
     }
 
     /// A header for a new, closed, empty image that is to lie on top of this one:
@@ -191,23 +268,15 @@ impl Header {
     /// header keeps it.
     ///
     /// # Errors
-    /// [`HeaderError::DiskSize`] if the disk would be smaller, or larger than the
-    /// version can hold.
+    /// [`HeaderError::Smaller`] if the disk would be, [`HeaderError::TooLarge`] if the
+    /// version cannot hold it with these clusters.
     pub fn grown(&self, disk_size: Sector) -> Result<Self, HeaderError> {
         let old = &self.geometry;
-        let bad_size = || HeaderError::DiskSize(disk_size.0);
-        let max = match old.version {
-            Version::V1 => u64::from(u32::MAX),
-            Version::V2 => Self::DISK_SIZE_MAX,
-        };
-        if disk_size < old.disk_size || disk_size.0 > max {
-            return Err(bad_size());
+        if disk_size < old.disk_size {
+            let (from, to) = (old.disk_size.0, disk_size.0);
+            return Err(HeaderError::Smaller { from, to });
         }
-        let entries = u32::try_from(old.cluster.count_for(disk_size.bytes()))
-            .ok()
-            .filter(|&entries| entries <= Self::ENTRIES_MAX)
-            .ok_or_else(bad_size)?
-            .max(old.entries);
+        let entries = entries_for(disk_size, old.cluster, old.version)?.max(old.entries);
         let bat_end = Self::LEN as u64 + 4 * u64::from(entries);
         let moved_by = old
             .cluster
@@ -218,8 +287,8 @@ impl Header {
         grown.geometry.disk_size = disk_size;
         grown.geometry.data_start = data_start;
         // Also where it was implied: with more entries, so would be another.
-        grown.first_block_sectors =
-            u32::try_from(data_start / SECTOR_SIZE).map_err(|_| bad_size())?;
+        grown.first_block_sectors = u32::try_from(data_start / SECTOR_SIZE)
+            .map_err(|_| HeaderError::DiskSize(disk_size.0))?;
         grown.heads = HEADS;
         grown.cylinders = cylinders(disk_size);
         Ok(grown)
@@ -391,7 +460,7 @@ impl Header {
     ///
     /// # Errors
     /// [`HeaderError::FirstBlock`] if clusters start where version 2 has none,
-    /// [`HeaderError::DiskSize`] if the disk is larger than version 1 can say.
+    /// [`HeaderError::TooLarge`] if the disk is larger than version 1 can say.
     pub fn in_version(&self, version: Version) -> Result<Self, HeaderError> {
         let g = &self.geometry;
         let mut other = self.clone();
@@ -408,7 +477,13 @@ impl Header {
             });
         }
         if version == Version::V1 && g.disk_size.0 > u64::from(u32::MAX) {
-            return Err(HeaderError::DiskSize(g.disk_size.0));
+            let (disk_size, cluster) = (g.disk_size, g.cluster);
+            return Err(TooLarge {
+                disk_size,
+                cluster,
+                version,
+            }
+            .into());
         }
         Ok(other)
     }
@@ -423,6 +498,19 @@ impl Header {
 pub(super) fn cylinders(disk_size: Sector) -> u32 {
     let cylinders = disk_size.0 / (u64::from(HEADS) * SECTORS_PER_TRACK);
     u32::try_from(cylinders).unwrap_or(u32::MAX)
+}
+
+/// How many BAT entries a disk needs, if its version can have so many.
+fn entries_for(disk_size: Sector, cluster: ClusterSize, version: Version) -> Result<u32, TooLarge> {
+    if disk_size > version.limit(cluster) {
+        return Err(TooLarge {
+            disk_size,
+            cluster,
+            version,
+        });
+    }
+    // Not more than `ENTRIES_MAX`: they map no more than the limit.
+    Ok(cluster.count_for(disk_size.bytes()) as u32)
 }
 
 fn data_start(

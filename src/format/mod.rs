@@ -20,7 +20,7 @@ pub use descriptor::{
 };
 pub use extension::{DirtyBitmap, Extension, ExtensionError};
 pub use foreign::ForeignFormat;
-pub use header::{Geometry, Header, HeaderError, InUse, Version};
+pub use header::{Geometry, Header, HeaderError, InUse, TooLarge, Version};
 pub use notes::{SnapshotNote, SnapshotNotes};
 pub use units::{ClusterSize, GuestCluster, HostCluster, SECTOR_SIZE, Sector};
 

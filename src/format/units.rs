@@ -38,6 +38,15 @@ impl fmt::Display for HostCluster {
     }
 }
 
+impl fmt::Display for ClusterSize {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.shift {
+            20.. => write!(f, "{} MiB", self.bytes() >> 20),
+            _ => write!(f, "{} KiB", self.bytes() >> 10),
+        }
+    }
+}
+
 /// A cluster size: a power of two from 32 KiB to 64 MiB.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct ClusterSize {
@@ -76,6 +85,19 @@ impl ClusterSize {
     /// log2 of the size in bytes.
     pub const fn shift(self) -> u32 {
         self.shift as u32
+    }
+
+    /// A disk size rounded up to whole clusters, unless that is larger than any disk.
+    pub const fn round_up(self, disk_size: Sector) -> Sector {
+        match disk_size.0.checked_next_multiple_of(self.sectors()) {
+            Some(sectors) => Sector(sectors),
+            None => disk_size,
+        }
+    }
+
+    /// A disk size rounded down to whole clusters.
+    pub const fn round_down(self, disk_size: Sector) -> Sector {
+        Sector(disk_size.0 / self.sectors() * self.sectors())
     }
 
     /// How many clusters `bytes` bytes need, a started one counted whole.

@@ -301,7 +301,7 @@ pub(super) fn lock_file(file: &HostFile, mode: LockMode, shareable: bool) -> Res
         },
         source => ImageError::Locked {
             path: path(),
-            source,
+            source: source.identify_holder(&file.file),
             shareable,
         },
     })

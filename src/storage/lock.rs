@@ -12,6 +12,7 @@
 //!
 //! Knows lock bytes and their meaning. Must not know what is in the file.
 
+mod holder;
 #[cfg(test)]
 mod tests;
 
@@ -20,6 +21,8 @@ use std::io;
 use std::os::fd::AsRawFd;
 
 use thiserror::Error;
+
+pub use holder::Holder;
 
 /// First of the bytes that say which permissions the holder uses.
 const USED_BASE: i64 = 100;
@@ -106,20 +109,19 @@ pub enum LockError {
     Io(#[from] io::Error),
 }
 
-/// Who holds the lock that is in the way.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Holder {
-    /// The kernel knows it for process locks only, not for those of open file
-    /// descriptions, which QEMU takes.
-    pub pid: Option<i32>,
-}
-
-impl std::fmt::Display for Holder {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match self.pid {
-            Some(pid) => write!(f, "another process (pid {pid})"),
-            None => f.write_str("another process"),
+impl LockError {
+    /// Looks for the process that is in the way, where the kernel did not name it.
+    /// It is worth its time when the error is going to be shown.
+    #[must_use]
+    pub fn identify_holder(mut self, file: &File) -> Self {
+        match &mut self {
+            Self::Writer(holder)
+            | Self::NoWriters(holder)
+            | Self::Exclusive(holder)
+            | Self::Reader(holder) => holder.identify(file),
+            Self::Io(_) => {}
         }
+        self
     }
 }
 
@@ -246,5 +248,6 @@ fn holder_of(file: &File, byte: i64) -> io::Result<Option<Holder>> {
     }
     Ok(Some(Holder {
         pid: (request.l_pid > 0).then_some(request.l_pid),
+        byte,
     }))
 }

@@ -352,6 +352,34 @@ fn descriptors(pid: u32) -> usize {
     fs::read_dir(format!("/proc/{pid}/fd")).unwrap().count()
 }
 
+/// What a terminal obeys, and what forges lines of a log.
+#[test]
+fn names_do_not_reach_a_terminal_or_the_log_raw() {
+    let mut rig = Rig::new();
+    let nasty = rig.folder.path().join("a\u{1b}[2J\n\u{9b}31m.hds");
+    let shown = r"a\u{1b}[2J\n\u{9b}31m.hds";
+    let check = |said: &str| {
+        let is_bad = |c: char| c != '\n' && c.is_control();
+        assert!(!said.contains(is_bad), "{said:?}");
+        assert!(!said.contains("\n31m"), "{said:?}");
+    };
+    let option = format!("--blk-file={}", nasty.display());
+    let said = rig.refused(&[&option]);
+    assert!(said.contains(shown), "{said:?}");
+    check(&said);
+    check(&rig.refused(&[&option, nasty.to_str().unwrap()]));
+    fs::rename(&rig.image, &nasty).unwrap();
+    rig.image = nasty;
+    let backend = rig.serve(&[]);
+    let start = Instant::now();
+    while !backend.log().contains(".hds") && start.elapsed() < Duration::from_secs(10) {
+        thread::sleep(Duration::from_millis(10));
+    }
+    assert!(backend.log().contains(shown), "{}", backend.log());
+    check(&backend.log());
+    backend.stop();
+}
+
 /// Serves a guest until the daemon is asked to end, and gives back its log.
 fn log_of(level: Option<&str>, option: Option<&str>) -> String {
     let rig = Rig::new();

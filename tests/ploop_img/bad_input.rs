@@ -241,3 +241,46 @@ fn links_out_of_a_bundle() {
     symlink(&disk, folder.path().join("link")).unwrap();
     ploop_img([Path::new("check"), &folder.path().join("link")]).ok();
 }
+
+/// What a terminal obeys, and what forges lines of a log.
+#[test]
+fn names_do_not_reach_a_terminal_raw() {
+    let folder = TempDir::new().unwrap();
+    let nasty = "a\u{1b}]0;owned\u{7}\n\u{9b}31m\u{202e}.hds";
+    let path = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+    #[track_caller]
+    fn check(args: &[&str], code: i32) -> String {
+        let ran = ploop_img(args);
+        assert_eq!(ran.code, Some(code), "{ran:?}");
+        let said = ran.stdout + &ran.stderr;
+        let is_bad = |c: char| c != '\n' && (c.is_control() || c == '\u{202e}');
+        assert!(!said.contains(is_bad), "{said:?}");
+        assert!(said.lines().all(|line| !line.starts_with("31m")), "{said}");
+        said
+    }
+    let bare = path(nasty);
+    let said = check(&["info", &bare], 1);
+    assert!(said.contains(r"a\u{1b}]0;owned\u{7}\n\u{9b}31m"), "{said}");
+    check(&["create", &bare, "1M"], 0);
+    for command in ["info", "map", "check"] {
+        check(&[command, &bare], 0);
+        let said = check(&[command, "--output", "json", &bare], 0);
+        let json: serde_json::Value = serde_json::from_str(&said).unwrap();
+        let entry = json.get(0).unwrap_or(&json);
+        assert!(entry["filename"] == *bare || command == "map", "{said}");
+    }
+    check(&["resize", &bare, nasty], 1);
+    check(&[nasty], 1);
+
+    let disk = bundle(&folder, |text| text.replace("root.hds", nasty));
+    fs::rename(disk.join("root.hds"), disk.join(nasty)).unwrap();
+    let disk = disk.to_str().unwrap();
+    check(&["snapshot", "list", disk], 0);
+    check(&["check", disk], 0);
+    for text in ["<Disk_size>&#27;[2J&#155;</Disk_size>", "<a\u{1b}\u{9b}>"] {
+        let disk = bundle(&folder, |_| {
+            format!("<Parallels_disk_image>{text}</Parallels_disk_image>")
+        });
+        check(&["info", disk.to_str().unwrap()], 1);
+    }
+}

@@ -146,6 +146,8 @@ fn a_locked_image_says_so() {
         let error = ploop_img([command, &disk]).fails();
         assert!(error.contains("open for writing"), "{error}");
         assert!(error.contains("--force-share"), "{error}");
+        let holder = format!("another process (pid {})", std::process::id());
+        assert!(error.contains(&holder), "{error}");
         ploop_img([command, "-U", &disk]).ok();
     }
     let error = ploop_img(["check", "--repair", "all", &disk]).fails();

@@ -3,6 +3,7 @@
 //! Reads the command line, calls the library, shows what comes back.
 
 mod args;
+mod notes;
 mod progress;
 mod show;
 mod size;
@@ -30,10 +31,11 @@ fn main() -> ExitCode {
         Ok(cli) => cli,
         Err(error) => {
             // Clap would exit with 2, which is what `check` says of corruption.
-            let _ = error.print();
+            notes::usage(&error);
             return ExitCode::from(u8::from(error.use_stderr()));
         }
     };
+    notes::start();
     ease_limits();
     progress::outlive_questions();
     match run(cli.command) {
@@ -46,7 +48,7 @@ fn main() -> ExitCode {
 }
 
 fn complain(error: &ImageError) {
-    eprintln!("ploop-img: {error}{}", hint(error));
+    notes::say(format_args!("{error}{}", hint(error)));
 }
 
 fn run(command: Command) -> Result<ExitCode, ImageError> {

@@ -11,22 +11,40 @@ use vhost_user_ploop::image::{
     SnapshotInfo,
 };
 
+use vhost_user_ploop::printable::{Printable, is_obeyed};
+
 use crate::args::Output;
 use crate::size::human;
 
-/// Prints to standard output; a reader that has gone away is no error of ours.
+/// Prints a line to standard output; a reader that has gone away is no error of ours.
 macro_rules! say {
     ($($arg:tt)*) => {{
         use std::io::Write as _;
-        let _ = writeln!(std::io::stdout(), $($arg)*);
+        let line = Printable(format_args!($($arg)*));
+        let _ = writeln!(std::io::stdout(), "{line}");
     }};
 }
 
 fn json(value: &impl Serialize) {
     // Our reports have string keys and finite numbers: they serialise.
     if let Ok(text) = serde_json::to_string_pretty(value) {
-        say!("{text}");
+        for line in text.lines() {
+            say!("{}", json_printable(line));
+        }
     }
+}
+
+/// The same JSON, without what a terminal would obey. JSON itself demands that of
+/// some characters only; all of them can only be inside strings.
+fn json_printable(line: &str) -> String {
+    let mut text = String::with_capacity(line.len());
+    for character in line.chars() {
+        match is_obeyed(character) {
+            true => text += &format!("\\u{:04x}", u32::from(character)),
+            false => text.push(character),
+        }
+    }
+    text
 }
 
 /// `info`: the top alone, or the whole chain.
@@ -164,7 +182,7 @@ pub fn map(
             let mut before = "[";
             entries(&mut |entry| {
                 if let Ok(text) = serde_json::to_string(&entry) {
-                    say!("{before}{text}");
+                    say!("{before}{}", json_printable(&text));
                     before = ",";
                 }
             })?;

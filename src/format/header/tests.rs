@@ -44,18 +44,34 @@ fn sizes_that_the_format_cannot_hold() {
         new(Sector(0), ClusterSize::MIN),
         Err(HeaderError::DiskSize(0))
     );
+    let too_large = |sectors, cluster| match new(Sector(sectors), cluster) {
+        Err(HeaderError::TooLarge(error)) => error,
+        other => panic!("{other:?}"),
+    };
     assert_eq!(
-        new(Sector(u64::MAX), ClusterSize::MAX),
-        Err(HeaderError::DiskSize(u64::MAX))
+        too_large(u64::MAX, ClusterSize::MAX).cluster_that_fits(),
+        None
     );
     let largest = Sector(u64::from(Header::ENTRIES_MAX) * 64);
     let header = new(largest, ClusterSize::MIN).unwrap();
     assert_eq!(Header::parse(&header.to_bytes()), Ok(header));
     let more = Sector(largest.0 + 1);
+    let error = too_large(more.0, ClusterSize::MIN);
+    assert_eq!(error.max(), largest);
+    assert_eq!(error.cluster_that_fits(), ClusterSize::from_bytes(64 << 10));
     assert_eq!(
-        new(more, ClusterSize::MIN),
-        Err(HeaderError::DiskSize(more.0))
+        error.to_string(),
+        "a disk of 17592186012160 bytes is too large: version 2 of the format holds at most \
+         17592186011648 bytes (16 TiB) with clusters of 32 KiB"
     );
+    // As large as it is said to be possible, and not a cluster more.
+    for shift in 15..=26 {
+        let cluster = ClusterSize::from_bytes(1 << shift).unwrap();
+        let max = too_large(1 << 50, cluster).max();
+        assert!(new(max, cluster).is_ok());
+        let fits = too_large(max.0 + cluster.sectors(), cluster).cluster_that_fits();
+        assert!(fits.is_none_or(|fits| fits > cluster));
+    }
 }
 
 #[test]
@@ -127,10 +143,11 @@ fn versions_change_where_they_can() {
     assert_eq!(v1.in_version(Version::V2), Ok(v2));
 
     let large = Header::new(Sector(1 << 32), ClusterSize::DEFAULT).unwrap();
-    assert_eq!(
-        large.in_version(Version::V1),
-        Err(HeaderError::DiskSize(1 << 32))
-    );
+    let is_too_large = |result| match result {
+        Err(HeaderError::TooLarge(error)) => error.version == Version::V1,
+        _ => false,
+    };
+    assert!(is_too_large(large.in_version(Version::V1)));
     let mut bytes = v1.to_bytes();
     bytes[48..52].fill(0);
     let odd = Header::parse(&bytes).unwrap();
@@ -147,7 +164,11 @@ fn growing_keeps_the_grid() {
         grown,
         Header::new(Sector(64 * 9000), ClusterSize::MIN).unwrap()
     );
-    assert_eq!(small().grown(Sector(999)), Err(HeaderError::DiskSize(999)));
+    let smaller = HeaderError::Smaller {
+        from: 1000,
+        to: 999,
+    };
+    assert_eq!(small().grown(Sector(999)), Err(smaller));
     let mut bytes = small().to_bytes();
     bytes[..16].copy_from_slice(SIGNATURE_V1);
     bytes[48..52].fill(0);
@@ -155,10 +176,11 @@ fn growing_keeps_the_grid() {
     let grown = odd.grown(Sector(64 * 9000)).unwrap();
     assert_eq!(grown.geometry().data_start, 512 + (2 << 15));
     assert_eq!(Header::parse(&grown.to_bytes()), Ok(grown));
-    assert_eq!(
-        odd.grown(Sector(1 << 32)),
-        Err(HeaderError::DiskSize(1 << 32))
-    );
+    let Err(HeaderError::TooLarge(error)) = odd.grown(Sector(1 << 32)) else {
+        panic!("version 1 has no more than 32 bits of sectors");
+    };
+    assert_eq!(error.max(), Sector((1 << 32) - 64));
+    assert_eq!(error.cluster_that_fits(), Some(ClusterSize::MIN));
 }
 
 #[test]

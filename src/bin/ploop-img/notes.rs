@@ -1,0 +1,46 @@
+//! What is said on standard error: errors, and what the library logs.
+
+use std::fmt::Display;
+
+use log::{LevelFilter, Log, Metadata, Record};
+use vhost_user_ploop::printable::{Printable, PrintableLines, is_obeyed};
+
+/// A line, with the program's name in front.
+pub fn say(text: impl Display) {
+    eprintln!("ploop-img: {}", Printable(text));
+}
+
+/// What is wrong with the command line, or the help that was asked for.
+pub fn usage(error: &clap::Error) {
+    let text = error.render().to_string();
+    // Names of files may be given where none are expected.
+    match text.chars().any(|c| c != '\n' && is_obeyed(c)) {
+        true => eprint!("{}", PrintableLines(text)),
+        false => drop(error.print()),
+    }
+}
+
+/// From now on, what the library does beyond what it was asked for is said.
+pub fn start() {
+    // It fails only if there is a log already.
+    if log::set_logger(&Notes).is_ok() {
+        log::set_max_level(LevelFilter::Info);
+    }
+}
+
+struct Notes;
+
+impl Log for Notes {
+    fn enabled(&self, metadata: &Metadata<'_>) -> bool {
+        // Not what libraries below ours have to say.
+        metadata.level() <= log::Level::Info && metadata.target().starts_with("vhost_user_ploop")
+    }
+
+    fn log(&self, record: &Record<'_>) {
+        if self.enabled(record.metadata()) {
+            say(record.args());
+        }
+    }
+
+    fn flush(&self) {}
+}
