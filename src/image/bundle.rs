@@ -88,7 +88,7 @@ impl Bundle {
     pub fn save(&mut self, descriptor: Descriptor) -> Result<()> {
         let text = descriptor.to_xml();
         self.folder
-            .replace(Descriptor::FILE_NAME, text.as_bytes())?;
+            .replace(Descriptor::FILE_NAME, text.as_bytes(), None)?;
         self.descriptor = descriptor;
         Ok(())
     }

@@ -1,6 +1,7 @@
 //! Checking images, and what repairs find to do.
 
 mod bundle;
+mod sizes;
 
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -126,8 +127,8 @@ pub fn check(
         bundle::finish_merges(path, &mut whole, progress)?;
     }
     let image = match repair {
-        None => open(path, mode)?,
-        Some(_) => open(path, OpenMode::new(Access::Repair))?,
+        None => open(path, mode.to_check())?,
+        Some(_) => open(path, OpenMode::new(Access::Repair).to_check())?,
     };
     let mut levels = Vec::new();
     if image.is_top() {
@@ -137,6 +138,7 @@ pub fn check(
     for (level, file) in image.chain.levels.iter().zip(&image.files) {
         levels.push(check_level(*level, file, repair)?);
     }
+    sizes::check_sizes(&image, repair, &mut whole)?;
     if image.is_top() {
         bundle::check_bundle(image, repair, &mut whole)?;
     }

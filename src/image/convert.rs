@@ -13,9 +13,10 @@ use super::create::{
     is_raw_name, publish_disk, publish_file, refuse_existing, refuse_foreign_name,
 };
 use super::error::{ImageError, IoContext, Result};
-use super::file::ImageFile;
+use super::file::{HostImage, ImageFile};
 use super::folder::Folder;
 use super::open::OpenMode;
+use super::ownership::Ownership;
 use super::progress::{Progress, check_cancelled};
 use super::source::{DiskFormat, Source, format_of_existing, unsupported};
 use crate::format::{ClusterSize, Geometry, Sector};
@@ -104,7 +105,8 @@ impl Conversion {
                     ));
                 }
                 let stream = std::io::stdin().lock();
-                self.write_target(target_format, &mut StreamInput::new(stream), progress)
+                let mut input = StreamInput::new(stream);
+                self.write_target(target_format, &mut input, None, progress)
             }
             Origin::Path(path) => {
                 let source = Source::open(path, self.source_format, self.mode)?;
@@ -114,7 +116,7 @@ impl Conversion {
                 }
                 let keep_zeros = self.keep_zeros;
                 let mut input = DiskInput { disk, keep_zeros };
-                self.write_target(target_format, &mut input, progress)
+                self.write_target(target_format, &mut input, source.ownership, progress)
             }
         }
     }
@@ -166,8 +168,14 @@ impl Conversion {
         &self,
         format: DiskFormat,
         input: &mut dyn Input,
+        // Of the source: nobody gets to read a copy who could not read that.
+        ownership: Option<Ownership>,
         progress: &dyn Progress,
     ) -> Result<()> {
+        let give_ownership = |file: &HostImage| match ownership {
+            Some(ownership) => ownership.give(file.file(), file.path()),
+            None => Ok(()),
+        };
         match (&self.target, format) {
             (Destination::StandardOutput, _) => {
                 if std::io::stdout().is_terminal() {
@@ -196,19 +204,21 @@ impl Conversion {
             (Destination::New(path), DiskFormat::Raw) => {
                 let (folder, name) = Folder::of(path)?;
                 publish_file(&folder, name, |file| {
+                    give_ownership(file)?;
                     let keep_zeros = self.keep_zeros;
                     self.copy(input, &mut RawOutput { file, keep_zeros }, progress)
                 })
             }
-            (Destination::New(path), DiskFormat::Ploop) => {
-                publish_disk(path, |file| self.fill_ploop(file, path, input, progress))
-            }
+            (Destination::New(path), DiskFormat::Ploop) => publish_disk(path, |file| {
+                give_ownership(file)?;
+                self.fill_ploop(file, path, input, progress)
+            }),
         }
     }
 
     fn fill_ploop(
         &self,
-        file: &super::HostImage,
+        file: &HostImage,
         path: &Path,
         input: &mut dyn Input,
         progress: &dyn Progress,

@@ -6,6 +6,8 @@ use std::path::Path;
 use super::error::{ImageError, IoContext, Result};
 use super::file::{HostImage, ImageFile};
 use super::folder::Folder;
+use super::ownership::Ownership;
+use super::size::{refuse_new, whole_clusters};
 use crate::format::{ClusterSize, Descriptor, Geometry, Header, ImageKind, Sector};
 
 /// The name of the first image file in a bundle.
@@ -49,28 +51,27 @@ fn refuse_suffix(path: &Path, known: &[&str], instead: &str) -> Result<()> {
     }
 }
 
-/// Makes an empty disk in the ploop format, version 2.
+/// Makes an empty disk in the ploop format, version 2, and gives back its size, which is
+/// rounded up to whole clusters.
 ///
 /// # Errors
 /// [`ImageError::Exists`]; a name with the suffix of another format; a size that
 /// the format cannot hold; any I/O error.
-pub fn create(path: &Path, disk_size: Sector, cluster: ClusterSize) -> Result<()> {
+pub fn create(path: &Path, disk_size: Sector, cluster: ClusterSize) -> Result<Sector> {
     let instead = "choose one that ends in .hds for a bare ploop image, or a folder's for a bundle";
     refuse_foreign_name(path, instead)?;
     refuse_suffix(path, &RAW, instead)?;
-    let header = new_header(path, disk_size, cluster)?;
+    let header = new_header(path, whole_clusters(path, disk_size, cluster), cluster)?;
     publish_disk(path, |image| {
         write_empty(image, &header)?;
         Ok(*header.geometry())
-    })
+    })?;
+    Ok(header.geometry().disk_size)
 }
 
-/// A header for a new image at `path`.
+/// A header for a new image at `path`; its disk has whole clusters.
 pub(super) fn new_header(path: &Path, disk_size: Sector, cluster: ClusterSize) -> Result<Header> {
-    Header::new(disk_size, cluster).map_err(|source| ImageError::Header {
-        path: path.to_owned(),
-        source,
-    })
+    Header::new(cluster.round_up(disk_size), cluster).map_err(|error| refuse_new(path, error))
 }
 
 /// Writes header and empty BAT, and makes the file reach to the data area.
@@ -104,9 +105,10 @@ pub(super) fn publish_disk(
         ROOT_NAME.into(),
     );
     let text = descriptor.to_xml();
-    bundle
-        .inside()
-        .replace(Descriptor::FILE_NAME, text.as_bytes())?;
+    let inside = bundle.inside();
+    let image = inside.open_image(Path::new(ROOT_NAME), false)?;
+    let ownership = Ownership::of(&image, path)?;
+    inside.replace(Descriptor::FILE_NAME, text.as_bytes(), Some(ownership))?;
     bundle.publish(name)
 }
 

@@ -5,7 +5,9 @@ use std::path::{Path, PathBuf};
 
 use thiserror::Error;
 
-use crate::format::{DescriptorError, EditError, ForeignFormat, Guid, HeaderError, Sector};
+use crate::format::{
+    DescriptorError, EditError, ForeignFormat, Guid, HeaderError, Sector, TooLarge,
+};
 use crate::storage::lock::LockError;
 
 /// Why an operation on an image failed. The text says what to do where something
@@ -89,6 +91,16 @@ pub enum ImageError {
         /// What.
         source: HeaderError,
     },
+    /// A disk that the image would not hold.
+    #[error("{}: {source}{remedy}", path.display())]
+    TooLarge {
+        /// Of the image.
+        path: PathBuf,
+        /// What it holds.
+        source: TooLarge,
+        /// In words, after "; ", what would hold it.
+        remedy: String,
+    },
     /// The file ends inside header or BAT.
     #[error("{}: is cut off: {len} bytes long, its header and BAT alone take {needed}", path.display())]
     CutOff {
@@ -106,6 +118,22 @@ pub enum ImageError {
         path: PathBuf,
         /// What differs.
         why: &'static str,
+    },
+    /// A level of a chain lost the started cluster at its end to a tool that rounds
+    /// disk sizes down.
+    #[error(
+        "{}: its disk of {} sectors was cut in the image above it to whole clusters, {} sectors: \
+         another tool that made a snapshot rounds down; 'ploop-img check --repair all' makes the \
+         disk whole again",
+        path.display(), disk_size.0, above.0
+    )]
+    CutDisk {
+        /// Of the lower image file.
+        path: PathBuf,
+        /// Of the lower image.
+        disk_size: Sector,
+        /// Of the upper image.
+        above: Sector,
     },
     /// A plain image is shorter than its disk.
     #[error("{}: is {len} bytes long, its disk takes {}", path.display(), disk_size.bytes())]

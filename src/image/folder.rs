@@ -13,6 +13,7 @@ use rustix::io::Errno;
 use super::error::{ImageError, IoContext, Result};
 use super::fault;
 use super::file::HostImage;
+use super::ownership::{Ownership, PRIVATE};
 
 /// What is made under a passing name first begins with this.
 pub(super) const TEMPORARY_PREFIX: &str = ".ploop-img-";
@@ -127,14 +128,15 @@ impl Folder {
         }
     }
 
-    /// A new, empty file that gets the name `name` with [`NewFile::publish`].
+    /// A new, empty file that gets the name `name` with [`NewFile::publish`]. It is
+    /// for its maker alone, unless it is given another [`Ownership`].
     ///
     /// # Errors
     /// Any of `open(2)`.
     pub fn new_file(&self, name: &OsStr) -> Result<NewFile<'_>> {
         fault::point();
         let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
-        let mode = Mode::from_raw_mode(0o644);
+        let mode = PRIVATE;
         let (fd, passing) = match rustix::fs::openat(&self.file, ".", flags, mode) {
             Ok(fd) => (fd, None),
             // Not every file system has files without a name.
@@ -155,13 +157,26 @@ impl Folder {
     }
 
     /// Puts a new file with `content` in place of the one named `name`, if there
-    /// is any, in one step, and makes that stable.
+    /// is any, in one step, and makes that stable. It has the owner, group and mode of
+    /// that one, or else `ownership`, or else is for its maker alone.
     ///
     /// # Errors
     /// Any of `open(2)`, `write(2)`, `fsync(2)` and `rename(2)`.
-    pub fn replace(&self, name: &str, content: &[u8]) -> Result<()> {
+    pub(super) fn replace(
+        &self,
+        name: &str,
+        content: &[u8],
+        ownership: Option<Ownership>,
+    ) -> Result<()> {
         let path = self.path.join(name);
-        let temporary = self.write_temporary(content)?;
+        let ownership = match self.contains(Path::new(name))? {
+            true => {
+                let old = self.open_image(Path::new(name), false)?;
+                Some(Ownership::of(&old, &path)?)
+            }
+            false => ownership,
+        };
+        let temporary = self.write_temporary(content, ownership)?;
         fault::point();
         let renamed = rustix::fs::renameat(&self.file, &temporary, &self.file, name);
         if renamed.is_err() {
@@ -172,21 +187,24 @@ impl Folder {
     }
 
     /// A synced file under a passing name.
-    fn write_temporary(&self, content: &[u8]) -> Result<String> {
+    fn write_temporary(&self, content: &[u8], ownership: Option<Ownership>) -> Result<String> {
         use std::io::Write;
         let name = temporary_name();
         let path = self.path.join(&name);
         let flags = OFlags::CREATE | OFlags::EXCL | OFlags::WRONLY | OFlags::CLOEXEC;
         fault::point();
-        let fd = rustix::fs::openat(&self.file, &name, flags, Mode::from_raw_mode(0o644));
+        let fd = rustix::fs::openat(&self.file, &name, flags, PRIVATE);
         let mut file = File::from(fd.context(&path, "create")?);
         fault::point();
-        let written = file.write_all(content).and_then(|()| file.sync_all());
+        let given = ownership.map_or(Ok(()), |ownership| ownership.give(&file, &path));
+        let written = given.and_then(|()| {
+            let written = file.write_all(content).and_then(|()| file.sync_all());
+            written.context(&path, "write")
+        });
         if written.is_err() {
             let _ = rustix::fs::unlinkat(&self.file, &name, AtFlags::empty());
         }
-        written.context(&path, "write")?;
-        Ok(name)
+        written.map(|()| name)
     }
 
     /// Removes a file, if it is there.

@@ -19,10 +19,12 @@ mod info;
 mod map;
 mod measure;
 mod open;
+mod ownership;
 mod progress;
 mod reader;
 mod repair;
 mod resize;
+mod size;
 mod snapshot;
 mod source;
 #[cfg(test)]

@@ -40,6 +40,7 @@ pub struct OpenMode {
     access: Access,
     snapshot: Option<Guid>,
     force_share: bool,
+    to_check: bool,
 }
 
 impl OpenMode {
@@ -49,6 +50,7 @@ impl OpenMode {
             access,
             snapshot: None,
             force_share: false,
+            to_check: false,
         }
     }
 
@@ -65,6 +67,14 @@ impl OpenMode {
 
     pub(super) const fn is_force_share(&self) -> bool {
         self.force_share
+    }
+
+    /// To look for what is wrong: what a check knows how to repair is no reason not
+    /// to open it.
+    #[must_use]
+    pub(super) const fn to_check(mut self) -> Self {
+        self.to_check = true;
+        self
     }
 
     /// Without locks, whoever uses the image; for reading only, and what is read
@@ -224,7 +234,7 @@ fn open_bundle(bundle: Bundle, mode: OpenMode) -> Result<OpenImage> {
             let descriptor = bundle.descriptor();
             let top = mode.snapshot.unwrap_or(descriptor.top());
             return Ok(OpenImage {
-                chain: check_chain(descriptor, top, &files)?,
+                chain: check_chain(descriptor, top, &files, mode)?,
                 files,
                 bundle: Some(bundle),
                 top: Some(top),
@@ -325,7 +335,12 @@ pub(super) fn image_of(file: &HostFile) -> Result<HostImage> {
     Ok(HostImage::new(same, file.path.clone()))
 }
 
-fn check_chain(descriptor: &Descriptor, top: Guid, files: &[HostFile]) -> Result<Chain> {
+fn check_chain(
+    descriptor: &Descriptor,
+    top: Guid,
+    files: &[HostFile],
+    mode: OpenMode,
+) -> Result<Chain> {
     // From the top down: each limits what is below.
     let mut above: Option<(Sector, u32)> = None;
     let mut levels = Vec::new();
@@ -340,7 +355,7 @@ fn check_chain(descriptor: &Descriptor, top: Guid, files: &[HostFile]) -> Result
                 }
             }
             ImageKind::Expandable => {
-                above = Some(check_expandable(descriptor.cluster, above, file)?);
+                above = Some(check_expandable(descriptor.cluster, above, file, mode)?);
                 Level::Ploop
             }
         };
@@ -355,6 +370,7 @@ fn check_expandable(
     cluster: ClusterSize,
     above: Option<(Sector, u32)>,
     file: &HostFile,
+    mode: OpenMode,
 ) -> Result<(Sector, u32)> {
     let misfit = |why| {
         Err(ImageError::Misfit {
@@ -368,10 +384,18 @@ fn check_expandable(
         return misfit("its cluster size is not that of the descriptor");
     }
     if let Some((disk_size, entries)) = above {
-        if geometry.disk_size > disk_size {
+        let is_cut = cluster.round_down(geometry.disk_size) == disk_size;
+        if geometry.disk_size > disk_size && is_cut && !mode.to_check {
+            return Err(ImageError::CutDisk {
+                path: file.path.clone(),
+                disk_size: geometry.disk_size,
+                above: disk_size,
+            });
+        }
+        if geometry.disk_size > disk_size && !is_cut {
             return misfit("its disk is larger");
         }
-        if geometry.entries > entries {
+        if u64::from(geometry.entries) > geometry.disk_clusters().max(entries.into()) {
             return misfit("its BAT is longer");
         }
     }

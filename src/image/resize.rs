@@ -18,7 +18,8 @@ use super::error::{ImageError, IoContext, Result};
 use super::file::ImageFile;
 use super::open::{Access, OpenImage, OpenMode, image_of, open};
 use super::repair::{examine_as, free_leaks};
-use crate::format::{GuestCluster, HostCluster, InUse, Sector};
+use super::size::{refuse_growth, refuse_new, whole_clusters};
+use crate::format::{ClusterSize, Geometry, GuestCluster, Header, HostCluster, InUse, Sector};
 use crate::ploop::Level;
 
 /// The size that a disk shall have.
@@ -41,7 +42,8 @@ pub enum Shrink {
     Refused,
 }
 
-/// Gives the disk at `path` another size, and gives back what it is then.
+/// Gives the disk at `path` another size, which is rounded up to whole clusters, and
+/// gives back what it is then.
 ///
 /// # Errors
 /// A smaller size where that is not allowed, or where snapshots keep the larger
@@ -54,10 +56,14 @@ pub fn resize(path: &Path, size: NewSize, shrink: Shrink) -> Result<Sector> {
     };
     let file = image_of(file)?;
     match *level {
-        Level::Plain { size: old_size, .. } => {
-            let new_size = size.apply(path, old_size)?;
+        Level::Plain {
+            size: old_size,
+            cluster,
+        } => {
+            let new_size = size.apply(path, old_size, cluster, shrink)?;
+            Header::new(new_size, cluster).map_err(|error| refuse_new(path, error))?;
             if new_size < old_size {
-                require_shrinkable(path, &image, old_size, shrink)?;
+                require_shrinkable(path, &image)?;
                 // The other way round, a cut would leave a file that is too short.
                 update_descriptor(&mut image, new_size)?;
             }
@@ -71,10 +77,14 @@ pub fn resize(path: &Path, size: NewSize, shrink: Shrink) -> Result<Sector> {
         }
         Level::Ploop => {
             let mut delta = Delta::load(file)?;
-            let old_size = delta.geometry().disk_size;
-            let new_size = size.apply(path, old_size)?;
+            let Geometry {
+                disk_size: old_size,
+                cluster,
+                ..
+            } = *delta.geometry();
+            let new_size = size.apply(path, old_size, cluster, shrink)?;
             if new_size < old_size {
-                require_shrinkable(path, &image, old_size, shrink)?;
+                require_shrinkable(path, &image)?;
                 cut_down(&mut delta, new_size)?;
             } else {
                 grow(&mut delta, new_size)?;
@@ -86,40 +96,45 @@ pub fn resize(path: &Path, size: NewSize, shrink: Shrink) -> Result<Sector> {
 }
 
 impl NewSize {
-    /// What becomes of a disk of `old_size`.
-    fn apply(self, path: &Path, old_size: Sector) -> Result<Sector> {
-        match self {
-            Self::Exactly(size) => Ok(size),
-            Self::GrowBy(more) => Ok(Sector(old_size.0.saturating_add(more.0))),
-            Self::ShrinkBy(less) if less < old_size => Ok(Sector(old_size.0 - less.0)),
-            Self::ShrinkBy(_) => Err(refuse(
-                path,
-                &format!(
+    /// What becomes of a disk of `old_size`: whole clusters, unless it stays what it is.
+    fn apply(
+        self,
+        path: &Path,
+        old_size: Sector,
+        cluster: ClusterSize,
+        shrink: Shrink,
+    ) -> Result<Sector> {
+        let wanted = match self {
+            Self::Exactly(size) => size,
+            Self::GrowBy(more) => Sector(old_size.0.saturating_add(more.0)),
+            Self::ShrinkBy(less) if less < old_size => Sector(old_size.0 - less.0),
+            Self::ShrinkBy(_) => {
+                let why = format!(
                     "is {} bytes large; nothing would be left of it",
                     old_size.bytes()
-                ),
-            )),
-        }
-    }
-}
-
-/// That the disk may become smaller than `old_size`.
-fn require_shrinkable(
-    path: &Path,
-    image: &OpenImage,
-    old_size: Sector,
-    shrink: Shrink,
-) -> Result<()> {
-    if shrink == Shrink::Refused {
-        return Err(refuse(
-            path,
-            &format!(
+                );
+                return Err(refuse(path, &why));
+            }
+        };
+        if wanted < old_size && shrink == Shrink::Refused {
+            let why = format!(
                 "is {} bytes large; making it smaller cuts off what the guest has there. Shrink \
                  the guest's file systems and partitions first, then use --shrink",
                 old_size.bytes()
-            ),
-        ));
+            );
+            return Err(refuse(path, &why));
+        }
+        Ok(match wanted {
+            wanted if wanted == old_size => old_size,
+            // In the started cluster at the end of an odd disk.
+            wanted if wanted < old_size && cluster.round_up(wanted) > old_size => old_size,
+            wanted => whole_clusters(path, wanted, cluster),
+        })
     }
+}
+
+/// That nothing but the disk itself has its size.
+fn require_shrinkable(path: &Path, image: &OpenImage) -> Result<()> {
     let nodes = image.bundle.as_ref().map(|b| b.descriptor().shots().len());
     if nodes.is_some_and(|nodes| nodes > 1) {
         return Err(refuse(
@@ -164,10 +179,7 @@ pub(super) fn grow<F: ImageFile>(delta: &mut Delta<F>, disk_size: Sector) -> Res
         return Ok(());
     }
     let grown = delta.header().grown(disk_size);
-    let header = grown.map_err(|source| ImageError::Header {
-        path: delta.path().to_owned(),
-        source,
-    })?;
+    let header = grown.map_err(|error| refuse_growth(delta.path(), delta.header(), error))?;
     let old = *delta.geometry();
     let new = *header.geometry();
     let found_as = delta.header().in_use;

@@ -23,10 +23,12 @@ pub use switch::switch_snapshot;
 pub(super) use delete::finish_merge;
 
 use super::bundle::{Bundle, Location};
-use super::create::{new_header, publish_file, write_empty};
+use super::create::{publish_file, write_empty};
 use super::delta::read_header;
 use super::error::{ImageError, Result};
+use super::file::ImageFile;
 use super::open::{image_of, lock_file, not_a_bundle, open_level, plain_size};
+use super::ownership::Ownership;
 use crate::format::{Descriptor, Guid, Header, ImageKind};
 use crate::storage::HostFile;
 use crate::storage::lock::{ImageLock, LockMode};
@@ -102,7 +104,7 @@ impl Held {
         format!("{}.{guid}", base.unwrap_or(super::create::ROOT_NAME)).into()
     }
 
-    /// Makes an empty delta with `header`, then puts the descriptor in place that
+    /// Makes an empty delta with `header`, for whom the top is, then puts the descriptor in place that
     /// `edit` makes with its name. If that fails, the delta is gone again.
     fn add_delta(
         &mut self,
@@ -111,7 +113,10 @@ impl Held {
     ) -> Result<()> {
         let name = self.new_name();
         let descriptor = edit(self, name.clone())?;
+        let old_top = self.file(self.bundle.descriptor().top())?;
+        let ownership = Ownership::of(&old_top.file, &old_top.path)?;
         publish_file(self.bundle.folder(), name.as_os_str(), |file| {
+            ownership.give(file.file(), file.path())?;
             write_empty(file, header)
         })?;
         let saved = self.bundle.save(descriptor);
@@ -140,7 +145,11 @@ fn header_on_top(bundle: &Bundle, below: Guid, file: &HostFile) -> Result<Header
     let kind = descriptor.image(below).map(|image| image.kind);
     if kind == Some(ImageKind::Plain) {
         let size = plain_size(file, descriptor.disk_size, below == descriptor.top())?;
-        return new_header(&file.path, size, descriptor.cluster);
+        // As it is: a snapshot does not change the disk.
+        return Header::new(size, descriptor.cluster).map_err(|source| ImageError::Header {
+            path: file.path.clone(),
+            source,
+        });
     }
     let header = read_header(&image_of(file)?)?;
     header.on_top().map_err(|source| ImageError::Header {

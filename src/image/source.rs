@@ -15,6 +15,7 @@ use super::error::{ImageError, IoContext, Result};
 use super::file::HostImage;
 use super::folder::open_regular;
 use super::open::{OpenImage, OpenMode, lock_file, open};
+use super::ownership::Ownership;
 use super::reader::DiskReader;
 use crate::format::{ForeignFormat, Header};
 use crate::storage::HostFile;
@@ -32,6 +33,8 @@ pub enum DiskFormat {
 /// An open disk; the locks last as long as it does.
 pub(super) struct Source {
     pub disk: DiskReader<HostImage>,
+    /// Of its image, the top if there are several; `None` of a device.
+    pub ownership: Option<Ownership>,
     _image: Option<OpenImage>,
     _lock: Option<ImageLock>,
 }
@@ -45,7 +48,9 @@ impl Source {
         };
         if format == DiskFormat::Ploop {
             let image = open(path, mode)?;
+            let top = &image.files[image.files.len() - 1];
             return Ok(Self {
+                ownership: Ownership::of_image(&top.file, &top.path)?,
                 disk: DiskReader::load(&image)?,
                 _image: Some(image),
                 _lock: None,
@@ -64,6 +69,7 @@ impl Source {
             false => Some(lock_file(&file, LockMode::ReadOnly, true)?),
         };
         Ok(Self {
+            ownership: Ownership::of_image(&file.file, &file.path)?,
             disk: DiskReader::of_raw(HostImage::new(file.file, file.path))?,
             _image: None,
             _lock: lock,

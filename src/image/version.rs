@@ -18,7 +18,8 @@ use super::error::{ImageError, IoContext, Result};
 use super::file::{HostImage, ImageFile};
 use super::folder::Folder;
 use super::open::{Access, OpenMode, image_of, open};
-use crate::format::{GuestCluster, Header, HostCluster, InUse, Version};
+use super::ownership::Ownership;
+use crate::format::{GuestCluster, Header, HeaderError, HostCluster, InUse, Version};
 use crate::ploop::Level;
 
 /// The name of the copy is that of the image with this appended.
@@ -49,8 +50,12 @@ pub fn change_version(path: &Path, version: Version) -> Result<()> {
         remove_copy(delta.path())?;
         let (folder, name) = Folder::of(delta.path())?;
         let copy = copy_name(name);
+        let ownership = Ownership::of(delta.file().file(), delta.path())?;
         change(&mut delta, version, |content| {
-            publish_file(&folder, &copy, |file| write_copy(file, content))
+            publish_file(&folder, &copy, |file| {
+                ownership.give(file.file(), file.path())?;
+                write_copy(file, content)
+            })
         })?;
         remove_copy(delta.path())?;
     }
@@ -117,12 +122,28 @@ fn read_copy(folder: &Folder, name: &Path) -> Result<Vec<u8>> {
 
 /// The header and the entries in another version.
 fn converted<F: ImageFile>(delta: &Delta<F>, version: Version) -> Result<(Header, Vec<u32>)> {
+    // A copy has version 2, and its clusters where both versions can have them.
+    let (remedy, why_smaller) = match version {
+        Version::V2 => ("copy it with 'ploop-img convert' instead", ""),
+        Version::V1 => (
+            "copy it with 'ploop-img convert', and change the version of the copy",
+            "; it stays in version 2",
+        ),
+    };
     let refuse = |why: String| ImageError::Unsupported {
         path: delta.path().to_owned(),
-        why: format!("{why}; copy it with 'ploop-img convert' instead"),
+        why: format!("{why}; {remedy}"),
     };
     let header = delta.header().in_version(version);
-    let header = header.map_err(|error| refuse(error.to_string()))?;
+    let header = header.map_err(|error| match error {
+        // Nothing makes the disk smaller.
+        HeaderError::TooLarge(source) => ImageError::TooLarge {
+            path: delta.path().to_owned(),
+            source,
+            remedy: why_smaller.to_owned(),
+        },
+        error => refuse(error.to_string()),
+    })?;
     let (old, new) = (delta.geometry(), header.geometry());
     let entries = delta.bat().iter().map(|value| {
         if *value == 0 {

@@ -39,7 +39,7 @@ fn there_and_back_with_every_cluster_size() {
     let folder = TempDir::new().unwrap();
     let path = |name: &str| folder.path().join(name);
     let raw = path("disk.raw");
-    raw_disk(&raw, 70 << 20, 30, 1);
+    raw_disk(&raw, 128 << 20, 30, 1);
     for cluster in ["32k", "64k", "1M", "8M", "64M"] {
         for name in ["out.hds", "out"] {
             let out = path(name);
@@ -73,9 +73,9 @@ fn sizes_that_are_no_multiple_of_anything() {
         let (image, back) = (path("disk.hds"), path("back.raw"));
         ploop_img([Path::new("convert"), &raw, &image]).ok();
         ploop_img([Path::new("convert"), &image, &back]).ok();
-        // A disk consists of sectors.
+        // A disk that is made consists of clusters.
         let mut expected = fs::read(&raw).unwrap();
-        expected.resize(size.next_multiple_of(512) as usize, 0);
+        expected.resize(size.next_multiple_of(1 << 20) as usize, 0);
         assert!(fs::read(&back).unwrap() == expected, "{size}");
     }
 }

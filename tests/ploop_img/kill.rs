@@ -47,11 +47,9 @@ pub fn is_passing(name: &str) -> bool {
 fn create_and_convert_never_leave_half_a_disk() {
     let folder = TempDir::new().unwrap();
     let path = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
-    fs::write(
-        path("a.raw"),
-        [[1; 40 << 10], [0; 40 << 10], [2; 40 << 10]].concat(),
-    )
-    .unwrap();
+    let mut content = [[1; 40 << 10], [0; 40 << 10], [2; 40 << 10]].concat();
+    content.resize(1 << 20, 0);
+    fs::write(path("a.raw"), content).unwrap();
     let commands: [&[&str]; 5] = [
         &["create", &path("out"), "1M"],
         &["create", &path("out.hds"), "1M"],

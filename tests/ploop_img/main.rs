@@ -15,6 +15,8 @@ mod fixtures;
 mod kill;
 mod like_qemu_img;
 mod other_tools;
+mod ownership;
 mod progress;
 mod resize;
+mod sizes;
 mod snapshot;

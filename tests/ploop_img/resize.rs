@@ -27,7 +27,7 @@ fn old_content_stays_and_new_space_is_zero() {
         let mut size = fixture.size;
         // Inside the first cluster of the BAT, into the second, far beyond.
         for (argument, new_size) in [
-            ("+512".to_owned(), size + 512),
+            ("+512".to_owned(), size + (64 << 10)),
             ("3G".to_owned(), 3 << 30),
             ("+97G".to_owned(), 100 << 30),
         ] {
@@ -89,13 +89,13 @@ fn sizes_have_fractions_and_may_be_relative() {
     let disk = folder.path().join("bare.hds");
     let arg = disk.to_str().unwrap();
     ploop_img(["create", arg, "1.5M"]).ok();
-    assert_eq!(virtual_size(arg), 3 << 19);
+    assert_eq!(virtual_size(arg), 2 << 20);
     for (size, bytes) in [
         ("2M", 2 << 20),
         ("+5M", 7 << 20),
-        ("+1.5k", (7 << 20) + 1536),
-        ("+1", (7 << 20) + 2048),
-        ("0x800000", 8 << 20),
+        ("+1.5k", 8 << 20),
+        ("+1", 9 << 20),
+        ("0xA00000", 10 << 20),
         ("1.5G", 3 << 29),
         ("+.5g", 2 << 30),
     ] {
@@ -135,7 +135,7 @@ fn what_lies_behind_a_plain_disk_does_not_come_to_light() {
     fs::write(&raw, &bytes).unwrap();
     ploop_img(["resize", bundle.to_str().unwrap(), "+4096"]).ok();
     bytes.truncate(fixture.size as usize);
-    bytes.extend([0; 4096]);
+    bytes.extend([0; 64 << 10]);
     assert!(fs::read(&raw).unwrap() == bytes);
 }
 

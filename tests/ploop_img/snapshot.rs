@@ -247,8 +247,8 @@ impl Model {
                 self.remove(guid);
             }
             (10, _) => {
-                ploop_img(["resize", &disk.path, "+100k"]).ok();
-                self.top.resize(self.top.len() + (100 << 10), 0);
+                ploop_img(["resize", &disk.path, "+100000"]).ok();
+                self.top.resize(self.top.len() + 2 * CLUSTER, 0);
             }
             _ => {
                 let version = if rng.random() { "1" } else { "2" };

@@ -60,7 +60,7 @@ Examples:
     Create {
         /// The folder or the .hds file to make
         path: PathBuf,
-        /// Of the guest's disk; rounded up to 512 bytes
+        /// Of the guest's disk; rounded up to whole clusters
         #[arg(value_parser = parse_disk_size)]
         size: Sector,
         #[command(flatten)]
@@ -237,7 +237,7 @@ Examples:
     Resize {
         /// A bundle's folder, its DiskDescriptor.xml, or a bare image
         path: PathBuf,
-        /// The new size, or by how much to change it; rounded up to 512 bytes
+        /// The new size, or by how much to change it; rounded up to whole clusters
         // What starts with a - is a size.
         #[arg(value_name = "[+-]SIZE", value_parser = parse_new_size, allow_hyphen_values = true)]
         size: NewSize,

@@ -61,7 +61,7 @@ fn run(command: Command) -> Result<ExitCode, ImageError> {
             format: _,
         } => {
             let cluster = cluster.size().unwrap_or(ClusterSize::DEFAULT);
-            image::create(&path, size, cluster)?;
+            let size = image::create(&path, size, cluster)?;
             if !quiet {
                 show::new_disk(&path, size, cluster);
             }

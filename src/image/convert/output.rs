@@ -10,6 +10,7 @@ use crate::format::{ClusterSize, Geometry, HostCluster, Sector};
 use crate::image::create::new_header;
 use crate::image::error::{IoContext, Result};
 use crate::image::file::{HostImage, ImageFile};
+use crate::image::size::whole_clusters;
 
 /// Part of a disk.
 #[derive(Clone, Copy)]
@@ -181,6 +182,7 @@ impl Output for PloopOutput<'_> {
 
     fn finish(&mut self, size: Sector) -> Result<Geometry> {
         let path = self.file.path();
+        let size = whole_clusters(&self.path, size, self.cluster);
         let mut header = new_header(&self.path, size, self.cluster)?;
         let geometry = *header.geometry();
         // A file that ends in a hole ends where its last cluster does.

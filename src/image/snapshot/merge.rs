@@ -13,6 +13,7 @@ use crate::image::file::ImageFile;
 use crate::image::open::image_of;
 use crate::image::progress::{Progress, check_cancelled};
 use crate::image::resize::grow;
+use crate::image::size::refuse_growth;
 
 /// Deletes all snapshots from `from` up to the one below `to`, both in the chain
 /// of the disk: what they hold goes into one image, that of `to`. Without `from`
@@ -116,10 +117,7 @@ pub(super) fn check_mergeable<F: ImageFile>(lower: &Level<F>, upper: &Delta<F>) 
     };
     let disk_size = upper.geometry().disk_size;
     let header = lower.header().grown(disk_size);
-    let header = header.map_err(|source| ImageError::Header {
-        path: lower.path().to_owned(),
-        source,
-    })?;
+    let header = header.map_err(|error| refuse_growth(lower.path(), lower.header(), error))?;
     // As if each cluster of the upper were new, and all that grows were to move.
     let clusters = lower.geometry().host_clusters_below(lower.file_len()?)
         + u64::from(header.geometry().first_host_cluster().0)

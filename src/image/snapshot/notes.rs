@@ -5,9 +5,10 @@ use std::path::Path;
 
 use jiff::Timestamp;
 
-use crate::format::{Guid, SnapshotNote, SnapshotNotes};
+use crate::format::{Descriptor, Guid, SnapshotNote, SnapshotNotes};
 use crate::image::bundle::Bundle;
 use crate::image::error::{ImageError, IoContext, Result};
+use crate::image::ownership::Ownership;
 
 /// Reads the notes of a bundle; without a file, there are none.
 pub(super) fn load(bundle: &Bundle) -> Result<SnapshotNotes> {
@@ -50,5 +51,8 @@ pub(super) fn add(bundle: &Bundle, guid: Guid, description: Option<&str>) -> Res
     notes.insert(guid, note);
     let text = notes.to_json();
     let folder = bundle.folder();
-    folder.replace(SnapshotNotes::FILE_NAME, text.as_bytes())
+    // Who may read the descriptor may read what belongs to it.
+    let descriptor = folder.open_image(Path::new(Descriptor::FILE_NAME), false)?;
+    let ownership = Ownership::of(&descriptor, bundle.path())?;
+    folder.replace(SnapshotNotes::FILE_NAME, text.as_bytes(), Some(ownership))
 }
