@@ -60,9 +60,16 @@ impl Bat {
             .map_err(Entry::from_bits)
     }
 
-    /// The copy of a cluster is stable now; the entry may reach the disk.
-    pub fn set_stable(&self, cluster: GuestCluster) {
-        self.update(cluster, Entry::stable);
+    /// The copy that the entry told of when it was `read` is stable now; the entry may
+    /// reach the disk, if it still tells of that copy.
+    pub fn set_stable(&self, cluster: GuestCluster, read: Entry) {
+        self.update(cluster, |now| {
+            if now.is_same_change(read) {
+                now.stable()
+            } else {
+                now
+            }
+        });
     }
 
     /// The cluster is any thread's again.

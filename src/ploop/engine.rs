@@ -20,6 +20,7 @@ use super::epoch::Epochs;
 use super::inbox::Inbox;
 use super::options::Options;
 use super::pio::{Pio, QueueMessage, Work};
+use super::preempt;
 use super::queue::Queue;
 use super::remembered::Remembered;
 use super::sabotage::{self, Sabotage};
@@ -116,9 +117,6 @@ pub(super) enum MdMessage {
     },
     /// Clusters were given out and then not used, but may have been written to.
     Dropped { host: HostCluster },
-    /// A copy-on-write is complete, but for a sync; posted before its md page is
-    /// marked dirty.
-    Copied { cluster: GuestCluster },
     /// A pio that needs space; `full` if the host answered that there is none.
     Park { pio: Pio, full: bool },
     /// Parked pios of this queue get one more try, then fail.
@@ -228,6 +226,11 @@ impl<D: Disk> Engine<D> {
     /// back: there is a BAT to say so, and nothing below that would show.
     pub(super) fn can_unmap(&self) -> bool {
         self.has_bat() && self.levels.len() == 1
+    }
+
+    /// Whether clusters of the top may be copies.
+    pub(super) fn has_lower_levels(&self) -> bool {
+        self.levels.len() > 1
     }
 
     pub(super) fn level(&self, file: FileId) -> &LevelMap {
@@ -426,6 +429,23 @@ impl<D: Disk> Engine<D> {
         });
     }
 
+    /// The value of an entry in the BAT of the top.
+    pub(super) fn bat_value(&self, entry: Entry) -> u32 {
+        match entry.place() {
+            Place::In(file, host) if file == self.top() => self.geometry().bat_value(host),
+            _ => 0,
+        }
+    }
+
+    /// Whether the length of the top's file that covers the entry's cluster is stable
+    /// (I8), if it is in the top at all.
+    pub(super) fn is_length_stable(&self, entry: Entry) -> bool {
+        match entry.place() {
+            Place::In(file, host) if file == self.top() => self.alloc.is_length_stable(host),
+            _ => true,
+        }
+    }
+
     /// Changes an entry and has its page written; false if it was not `from` any
     /// more.
     pub(super) fn change(&self, cluster: GuestCluster, from: Entry, to: Entry) -> bool {
@@ -441,7 +461,7 @@ impl<D: Disk> Engine<D> {
 
     /// The message is posted before the page is marked dirty: so the write of the
     /// page that takes the mark is known to contain the change (see `MdWriter`).
-    pub(super) fn change_and_tell(
+    fn change_and_tell(
         &self,
         cluster: GuestCluster,
         from: Entry,
@@ -453,12 +473,10 @@ impl<D: Disk> Engine<D> {
         if self.bat.replace(cluster, from, to).is_err() {
             return false;
         }
+        preempt::point("published");
         self.note_change(cluster, to);
-        match message {
-            // The write of the page is soon enough for it.
-            Some(message @ MdMessage::Copied { .. }) => self.md.leave(message),
-            Some(message) => self.md.post(message),
-            None => {}
+        if let Some(message) = message {
+            self.md.post(message);
         }
         self.mark_dirty(cluster);
         // Unless it is another's change by now: that one's page is not marked.

@@ -107,6 +107,13 @@ impl Entry {
         Self(self.0 & below | number << CHANGE_SHIFT)
     }
 
+    /// Whether both are of the same change: all else that may differ is what has
+    /// become of it.
+    pub const fn is_same_change(self, other: Self) -> bool {
+        const FLAGS: u64 = LOCKED | UNSTABLE | CHANGED | UNMARKED | WRITTEN;
+        self.0 & !FLAGS == other.0 & !FLAGS
+    }
+
     /// The same; a write of its page contains it: who relies on it finds it there,
     /// or on its way.
     pub const fn written(self) -> Self {
@@ -190,6 +197,8 @@ mod tests {
             let changed_back = entry.after(Entry::HOLE).after(entry);
             assert_ne!(changed_back, entry);
             assert_eq!(changed_back.place(), entry.place());
+            assert!(!changed_back.is_same_change(entry));
+            assert!(entry.unstable().changed().locked().is_same_change(entry));
             assert!(entry.locked().is_locked() && !entry.is_locked());
             assert!(entry.unstable().is_unstable() && !entry.is_unstable());
         }

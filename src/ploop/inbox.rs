@@ -122,11 +122,6 @@ impl<T> Inbox<T> {
         self.waker.wake();
     }
 
-    /// Adds a message that the reader will see when something else wakes it.
-    pub fn leave(&self, message: T) {
-        self.list.push(message);
-    }
-
     /// The reader has nothing to do and wants to sleep. False if it must not,
     /// because there is a message.
     pub fn may_sleep(&self) -> bool {

@@ -10,10 +10,17 @@
 //! that of each page one write is in flight at a time (I11) and what a sync covers
 //! is known. A round has up to three phases:
 //!
-//! 1. a sync, if entries wait for one before they may reach the disk: copies (I6),
-//!    or clusters in a part of the file whose length is not stable (I8);
+//! 1. a sync, if entries of the pages to be written wait for one before they may reach
+//!    the disk: copies (I6), or clusters in a part of the file whose length is not
+//!    stable (I8);
 //! 2. the writes of the pages, neighbours in one;
 //! 3. a sync, if a flush waits or clusters can be reclaimed by it.
+//!
+//! What a round decides it reads where it is true: which entries wait, in the BAT;
+//! what has completed, in the counts of [`Epochs`](super::epoch::Epochs). And in this
+//! order: first the count, then the dirty pages, then their entries. So whatever was
+//! counted is in the pages, and no entry that it relies on is left out. No message
+//! tells of either: one that is late would let the round promise too much.
 
 mod reclaim;
 mod space;
@@ -35,9 +42,10 @@ use super::EngineError;
 use super::alloc::Extent;
 use super::control::{Control, Outcome};
 use super::engine::{Engine, MdMessage};
-use super::entry::Place;
+use super::entry::{Entry, Place};
 use super::inbox::{Inbox, Waker};
 use super::pio::{Pio, QueueMessage};
+use super::preempt;
 use super::sabotage::{self, Sabotage};
 use crate::format::{Geometry, GuestCluster, Header, HostCluster, InUse};
 use crate::storage::{AlignedBuf, Buffer, Completion, Disk, FileId, Io, Op, ZeroMode};
@@ -97,6 +105,9 @@ struct Round {
     completed: u64,
     /// [`Engine::barriers`] when it started.
     barriers: u64,
+    /// It writes every page that was dirty when it started: only then does its final
+    /// sync cover all that had completed.
+    writes_all: bool,
     error: Option<EngineError>,
     /// Its sync has succeeded while a stable write was in doubt, see
     /// [`Engine::is_in_doubt`].
@@ -115,7 +126,7 @@ impl Round {
 #[derive(Default)]
 struct Covered {
     file_end: u32,
-    copied: Vec<GuestCluster>,
+    copies: Vec<(GuestCluster, Entry)>,
     pages: BTreeSet<u32>,
 }
 
@@ -146,8 +157,8 @@ pub struct MdWriter<D: Disk> {
     dirty: BTreeMap<u32, Duration>,
     /// Pages written, and covered by no sync.
     written: BTreeSet<u32>,
-    /// Clusters copied, and covered by no sync.
-    copied: Vec<GuestCluster>,
+    /// Entries that were seen to wait for a sync of their copy since one started last.
+    unstable: Vec<(GuestCluster, Entry)>,
     waiters: Vec<Waiter>,
     round: Round,
     covered: Covered,
@@ -178,7 +189,7 @@ impl<D: Disk> MdWriter<D> {
             completions: Vec::new(),
             dirty: BTreeMap::new(),
             written: BTreeSet::new(),
-            copied: Vec::new(),
+            unstable: Vec::new(),
             waiters: Vec::new(),
             round: Round {
                 number: 0,
@@ -186,6 +197,7 @@ impl<D: Disk> MdWriter<D> {
                 waiters: Vec::new(),
                 completed: 0,
                 barriers: 0,
+                writes_all: false,
                 error: None,
                 synced_in_doubt: false,
             },
@@ -219,6 +231,7 @@ impl<D: Disk> MdWriter<D> {
         if mem::take(&mut self.round.synced_in_doubt) {
             self.synced(Ok(()), now);
         }
+        preempt::point("heard");
         self.step_control();
         self.step_space(now);
         self.step_reclaim();
@@ -303,7 +316,6 @@ impl<D: Disk> MdWriter<D> {
                 }
             }
             MdMessage::Dropped { host } => self.reclaim.add_dropped(host),
-            MdMessage::Copied { cluster } => self.copied.push(cluster),
             MdMessage::Park { pio, full } => self.park(pio, full, now),
             MdMessage::GiveUp { inbox } => {
                 let pios = self.space.give_up(&inbox);
@@ -382,14 +394,39 @@ impl<D: Disk> MdWriter<D> {
         self.round.number += 1;
         self.round.waiters = mem::take(&mut self.waiters);
         self.round.error = None;
+        self.round.writes_all = !self.round.waiters.is_empty() || self.wants_reclaim_pages();
         // Before the pages are collected: what has completed until now is in them.
         self.round.completed = self.engine.epochs.completed();
         self.round.barriers = self.engine.barriers();
-        let needs_sync = !self.copied.is_empty() || self.engine.alloc.has_unstable_length();
-        if needs_sync && !self.engine.has_sync_failed() {
+        preempt::point("counted");
+        self.collect_dirtied(now);
+        if !self.engine.has_sync_failed() && self.needs_sync(now) {
             self.begin_sync(Phase::PreSync);
         } else {
             self.write_pages(now);
+        }
+    }
+
+    /// Whether entries of the pages to be written wait for a sync. One that begins to
+    /// wait later is of a request that this round need not cover.
+    fn needs_sync(&mut self, now: Duration) -> bool {
+        let pages = self.choose_pages(now);
+        self.find_unstable(pages.into_iter().flatten());
+        !self.unstable.is_empty() || self.engine.alloc.has_unstable_length()
+    }
+
+    fn find_unstable(&mut self, pages: impl Iterator<Item = u32>) {
+        let engine = &self.engine;
+        if !engine.has_lower_levels() {
+            return;
+        }
+        for page in pages {
+            for cluster in engine.geometry().md_page_entries(page).map(GuestCluster) {
+                let entry = engine.bat.get(cluster);
+                if entry.is_unstable() {
+                    self.unstable.push((cluster, entry));
+                }
+            }
         }
     }
 
@@ -419,7 +456,7 @@ impl<D: Disk> MdWriter<D> {
         self.round.phase = phase;
         self.covered = Covered {
             file_end: self.engine.alloc.end(),
-            copied: mem::take(&mut self.copied),
+            copies: mem::take(&mut self.unstable),
             pages: mem::take(&mut self.written),
         };
         self.reclaim.begin_sync();
@@ -444,10 +481,9 @@ impl<D: Disk> MdWriter<D> {
         let engine = self.engine.clone();
         let covered = mem::take(&mut self.covered);
         engine.alloc.set_stable_end(covered.file_end);
-        for cluster in covered.copied {
-            engine.bat.set_stable(cluster);
-            // The page may have been written without it.
-            engine.mark_dirty(cluster);
+        // Their pages are dirty: they were to be written, or were without these.
+        for (cluster, read) in covered.copies {
+            engine.bat.set_stable(cluster, read);
         }
         for page in covered.pages {
             for cluster in engine.geometry().md_page_entries(page) {
@@ -461,7 +497,7 @@ impl<D: Disk> MdWriter<D> {
             if sabotage::is(Sabotage::FlushCoversTooMuch) {
                 self.round.completed = engine.epochs.completed();
             }
-            if self.round.error.is_none() {
+            if self.round.error.is_none() && self.round.writes_all {
                 engine.end_barrier(self.round.barriers);
                 if self.unreported.is_none() || self.round.is_flush() {
                     engine.set_covered(self.round.completed);
@@ -515,8 +551,7 @@ impl<D: Disk> MdWriter<D> {
     /// for. For a flush these are all dirty pages; else those that are due, and
     /// their neighbours, which cost no further write.
     fn choose_pages(&self, now: Duration) -> Vec<Range<u32>> {
-        let flushes = !self.round.waiters.is_empty() && !sabotage::is(Sabotage::FlushWithoutBat);
-        let all = flushes || self.wants_reclaim_pages();
+        let all = self.round.writes_all && !sabotage::is(Sabotage::FlushWithoutBat);
         let pages: Vec<_> = self.dirty.keys().copied().collect();
         let mut runs: Vec<_> = pages
             .chunk_by(|a, b| a + 1 == *b)
@@ -531,7 +566,7 @@ impl<D: Disk> MdWriter<D> {
 
     /// Md pages as they may be on disk now. Entries that may not, keep the value
     /// "not allocated", which is what the disk has for them.
-    fn page_bytes(&self, pages: Range<u32>) -> AlignedBuf {
+    fn page_bytes(&mut self, pages: Range<u32>) -> AlignedBuf {
         let engine = self.engine.clone();
         let geometry = engine.geometry();
         let start = u64::from(pages.start) * Geometry::MD_PAGE;
@@ -550,41 +585,32 @@ impl<D: Disk> MdWriter<D> {
                 put(geometry.metadata_len(), &metadata.bat_tail);
             }
         }
+        let has_sync_failed = engine.has_sync_failed();
         for page in pages {
             let mut withheld = false;
             for cluster in geometry.md_page_entries(page).map(GuestCluster) {
-                let (value, written) = self.entry_on_disk(cluster);
-                withheld |= !written;
+                let entry = engine.bat.get(cluster);
+                let is_unstable = entry.is_unstable();
+                // After a failed sync no entry will ever wait with success.
+                if is_unstable && !has_sync_failed {
+                    self.unstable.push((cluster, entry));
+                }
+                let waits = is_unstable || !engine.is_length_stable(entry);
+                withheld |= waits;
+                if !waits && entry.is_changed() {
+                    if entry.is_unmarked() {
+                        engine.note_change(cluster, entry);
+                    }
+                    engine.bat.set_written(cluster, entry);
+                }
+                let value = if waits { 0 } else { engine.bat_value(entry) };
                 put(geometry.entry_offset(cluster), &value.to_le_bytes());
             }
-            // After a failed sync no entry will ever wait with success.
-            if withheld && !engine.has_sync_failed() {
+            if withheld && !has_sync_failed {
                 engine.bat.mark_dirty(page);
             }
         }
         bytes
-    }
-
-    /// The value of an entry on disk, and whether it is the one in memory.
-    fn entry_on_disk(&self, cluster: GuestCluster) -> (u32, bool) {
-        let engine = &self.engine;
-        let entry = engine.bat.get(cluster);
-        let value = match entry.place() {
-            Place::In(file, host) if file == engine.top() => {
-                if entry.is_unstable() || !engine.alloc.is_length_stable(host) {
-                    return (0, false);
-                }
-                engine.geometry().bat_value(host)
-            }
-            _ => 0,
-        };
-        if entry.is_changed() {
-            if entry.is_unmarked() {
-                engine.note_change(cluster, entry);
-            }
-            engine.bat.set_written(cluster, entry);
-        }
-        (value, true)
     }
 
     fn pages_written(&mut self, pages: Range<u32>, result: Result<(), Errno>, now: Duration) {

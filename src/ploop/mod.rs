@@ -23,6 +23,7 @@ mod md;
 mod open;
 mod options;
 mod pio;
+mod preempt;
 mod queue;
 mod remembered;
 mod request;

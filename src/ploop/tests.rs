@@ -1,5 +1,6 @@
 //! The engine on a simulated disk, all its threads driven by the test.
 
+use std::cell::{Cell, RefCell};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -13,6 +14,7 @@ use crate::sim::disk::{Medium, SimDisk};
 use crate::storage::{Disk, FileId, Segments};
 
 mod failed_pages;
+mod lost_copy;
 mod plain;
 mod queues;
 mod space;
@@ -21,18 +23,20 @@ mod writeback;
 
 const CLUSTER: u64 = 32 << 10;
 
-/// An engine, one queue, and the memory of its client.
+/// An engine, its queues, and the memory of their client. The actors can be driven
+/// by whoever has a share of it: also while another one of them is in the midst of a
+/// step and preempted.
 struct Rig {
     disk: SimDisk,
     engine: Arc<Engine<SimDisk>>,
-    runners: Vec<Runner<SimDisk>>,
-    md: MdWriter<SimDisk>,
-    queue: Queue<SimDisk>,
+    runners: Vec<RefCell<Runner<SimDisk>>>,
+    md: RefCell<MdWriter<SimDisk>>,
+    queues: Vec<RefCell<Queue<SimDisk>>>,
     /// Memory of requests, kept until the end.
-    memory: Vec<Box<[u8]>>,
-    done: Vec<Done>,
-    now: Duration,
-    next_tag: u64,
+    memory: RefCell<Vec<Box<[u8]>>>,
+    done: RefCell<Vec<Done>>,
+    now: Cell<Duration>,
+    next_tag: Cell<u64>,
 }
 
 /// An image for a disk of so many bytes, and nothing in it.
@@ -69,14 +73,14 @@ impl Rig {
         } = Engine::open(disk.clone(), &chain, options).unwrap();
         Self {
             disk: disk.clone(),
-            queue: engine.queue().unwrap(),
+            queues: vec![RefCell::new(engine.queue().unwrap())],
             engine,
-            runners,
-            md,
-            memory: Vec::new(),
-            done: Vec::new(),
-            now: Duration::ZERO,
-            next_tag: 0,
+            runners: runners.into_iter().map(RefCell::new).collect(),
+            md: RefCell::new(md),
+            memory: RefCell::default(),
+            done: RefCell::default(),
+            now: Cell::default(),
+            next_tag: Cell::default(),
         }
     }
 
@@ -84,82 +88,132 @@ impl Rig {
         Self::open(&empty_image(Medium::default(), 1, bytes), 1, options())
     }
 
-    /// Lets every thread have its turn until nothing is left to be done.
-    fn turn(&mut self) {
-        self.queue.submit();
-        self.queue.poll(&mut self.done);
-        for runner in &mut self.runners {
-            runner.poll(self.now);
+    /// The same with one more queue.
+    fn and_a_queue(mut self) -> Self {
+        let queue = self.engine.queue().unwrap();
+        self.queues.push(RefCell::new(queue));
+        self
+    }
+
+    fn poll_queue(&self, queue: usize) {
+        if let Ok(mut queue) = self.queues[queue].try_borrow_mut() {
+            queue.submit();
+            queue.poll(&mut self.done.borrow_mut());
         }
-        self.md.poll(self.now);
+    }
+
+    fn poll_runners(&self) {
+        for runner in &self.runners {
+            if let Ok(mut runner) = runner.try_borrow_mut() {
+                runner.poll(self.now.get());
+            }
+        }
+    }
+
+    fn poll_md(&self) {
+        if let Ok(mut md) = self.md.try_borrow_mut() {
+            md.poll(self.now.get());
+        }
+    }
+
+    fn step_disk(&self) {
         if self.disk.is_busy() {
             self.disk.step();
         }
-        self.now += Duration::from_millis(1);
+        self.now.set(self.now.get() + Duration::from_millis(1));
     }
 
-    fn segments(&mut self, bytes: &[u8]) -> Segments {
+    /// Lets every thread that is not preempted have its turn.
+    fn turn(&self) {
+        (0..self.queues.len()).for_each(|queue| self.poll_queue(queue));
+        self.poll_runners();
+        self.poll_md();
+        self.step_disk();
+    }
+
+    fn segments(&self, bytes: &[u8]) -> Segments {
         let mut memory: Box<[u8]> = bytes.into();
         let mut segments = Segments::new();
-        // SAFETY: the box lives until the rig is dropped, after its queue, and is
-        // not touched but by `bytes_of`, when the request has ended.
+        // SAFETY: the box lives until the rig is dropped, after its queues, and is
+        // not touched but by `read`, when the request has ended.
         unsafe { segments.push(memory.as_mut_ptr(), memory.len()) };
-        self.memory.push(memory);
+        self.memory.borrow_mut().push(memory);
         segments
     }
 
-    fn push(&mut self, command: Command) -> u64 {
-        self.next_tag += 1;
-        self.queue.push(Request {
-            tag: self.next_tag,
-            command,
-        });
-        self.next_tag
+    fn push(&self, command: Command) -> u64 {
+        self.push_to(0, command)
     }
 
-    fn result(&mut self, tag: u64) -> Result<(), EngineError> {
+    fn push_to(&self, queue: usize, command: Command) -> u64 {
+        let tag = self.next_tag.get() + 1;
+        self.next_tag.set(tag);
+        let mut queue = self.queues[queue].borrow_mut();
+        queue.push(Request { tag, command });
+        queue.submit();
+        tag
+    }
+
+    fn push_write_to(&self, queue: usize, start: u64, bytes: &[u8]) -> u64 {
+        let data = self.segments(bytes);
+        let start = Sector(start / 512);
+        self.push_to(queue, Command::Write { start, data })
+    }
+
+    /// How a request has ended, if it has.
+    fn ended(&self, tag: u64) -> Option<Result<(), EngineError>> {
+        let mut done = self.done.borrow_mut();
+        let at = done.iter().position(|done| done.tag == tag)?;
+        Some(done.remove(at).result)
+    }
+
+    /// Has `turn` done until the request has ended.
+    fn result_by(&self, tag: u64, turn: impl Fn(&Self)) -> Result<(), EngineError> {
         for _ in 0..100_000 {
-            if let Some(at) = self.done.iter().position(|done| done.tag == tag) {
-                return self.done.remove(at).result;
+            if let Some(result) = self.ended(tag) {
+                return result;
             }
-            self.turn();
+            turn(self);
         }
         panic!("request {tag} did not end");
     }
 
-    fn run(&mut self, command: Command) -> Result<(), EngineError> {
+    fn result(&self, tag: u64) -> Result<(), EngineError> {
+        self.result_by(tag, Self::turn)
+    }
+
+    fn run(&self, command: Command) -> Result<(), EngineError> {
         let tag = self.push(command);
         self.result(tag)
     }
 
-    fn write(&mut self, start: u64, bytes: &[u8]) -> Result<(), EngineError> {
-        let data = self.segments(bytes);
-        let start = Sector(start / 512);
-        self.run(Command::Write { start, data })
+    fn write(&self, start: u64, bytes: &[u8]) -> Result<(), EngineError> {
+        let tag = self.push_write_to(0, start, bytes);
+        self.result(tag)
     }
 
-    fn read(&mut self, start: u64, len: usize) -> Vec<u8> {
+    fn read(&self, start: u64, len: usize) -> Vec<u8> {
         let data = self.segments(&vec![0xee; len]);
         let start = Sector(start / 512);
         self.run(Command::Read { start, data }).unwrap();
-        self.memory.pop().unwrap().into()
+        self.memory.borrow_mut().pop().unwrap().into()
     }
 
-    fn discard(&mut self, start: u64, len: u64) -> Result<(), EngineError> {
+    fn discard(&self, start: u64, len: u64) -> Result<(), EngineError> {
         let ranges = smallvec![range(start, len)];
         self.run(Command::Discard { ranges })
     }
 
-    fn zero(&mut self, start: u64, len: u64, unmap: bool) -> Result<(), EngineError> {
+    fn zero(&self, start: u64, len: u64, unmap: bool) -> Result<(), EngineError> {
         let ranges = smallvec![range(start, len)];
         self.run(Command::WriteZeroes { ranges, unmap })
     }
 
-    fn flush(&mut self) -> Result<(), EngineError> {
+    fn flush(&self) -> Result<(), EngineError> {
         self.run(Command::Flush)
     }
 
-    fn control(&mut self, what: Control) -> Result<(), EngineError> {
+    fn control(&self, what: Control) -> Result<(), EngineError> {
         let outcome = self.engine.control(what);
         for _ in 0..100_000 {
             if let Some(result) = outcome.get() {
@@ -171,10 +225,18 @@ impl Rig {
     }
 
     /// Closes the image and opens it again.
-    fn reopen(mut self) -> Self {
+    fn reopen(self) -> Self {
         self.control(Control::Close).unwrap();
         let levels = self.engine.levels.len();
         Self::open(&self.disk.clone(), levels, options())
+    }
+
+    /// The power goes and comes back; what is left is opened.
+    fn cut(&self) -> Self {
+        self.disk.power_off();
+        self.engine.abandon();
+        self.disk.power_on();
+        Self::open(&self.disk, self.engine.levels.len(), options())
     }
 }
 
@@ -193,11 +255,11 @@ fn range(start: u64, len: u64) -> SectorRange {
 
 #[test]
 fn what_is_written_is_read_also_after_reopening() {
-    let mut rig = Rig::new(64 * CLUSTER + 512);
+    let rig = Rig::new(64 * CLUSTER + 512);
     assert_eq!(rig.read(0, 4096), [0; 4096]);
     rig.write(CLUSTER - 1024, &[7; 4096]).unwrap();
     rig.write(64 * CLUSTER, &[9; 512]).unwrap();
-    let mut rig = rig.reopen();
+    let rig = rig.reopen();
     assert_eq!(rig.read(CLUSTER - 1024, 4096), [7; 4096]);
     assert_eq!(rig.read(CLUSTER + 3072, 512), [0; 512]);
     assert_eq!(rig.read(64 * CLUSTER, 512), [9; 512]);
@@ -205,7 +267,7 @@ fn what_is_written_is_read_also_after_reopening() {
 
 #[test]
 fn zeros_into_a_hole_allocate_nothing() {
-    let mut rig = Rig::new(8 * CLUSTER);
+    let rig = Rig::new(8 * CLUSTER);
     let before = rig.disk.live_len(FileId(0));
     rig.write(0, &[0; 8192]).unwrap();
     assert_eq!(rig.disk.live_len(FileId(0)), before);
@@ -213,7 +275,7 @@ fn zeros_into_a_hole_allocate_nothing() {
 
 #[test]
 fn requests_beyond_the_end_fail_and_the_next_one_works() {
-    let mut rig = Rig::new(2 * CLUSTER);
+    let rig = Rig::new(2 * CLUSTER);
     let error = rig.write(2 * CLUSTER - 512, &[1; 1024]).unwrap_err();
     assert_eq!(
         error,
@@ -236,7 +298,7 @@ fn requests_beyond_the_end_fail_and_the_next_one_works() {
 
 #[test]
 fn discarded_clusters_read_as_zeros_and_are_used_again() {
-    let mut rig = Rig::new(8 * CLUSTER);
+    let rig = Rig::new(8 * CLUSTER);
     for round in 1..20 {
         rig.write(0, &vec![round; 4 * CLUSTER as usize]).unwrap();
         rig.discard(0, 4 * CLUSTER).unwrap();
@@ -249,7 +311,7 @@ fn discarded_clusters_read_as_zeros_and_are_used_again() {
 
 #[test]
 fn parts_of_clusters_are_zeroed_in_place() {
-    let mut rig = Rig::new(4 * CLUSTER);
+    let rig = Rig::new(4 * CLUSTER);
     rig.write(0, &vec![5; 2 * CLUSTER as usize]).unwrap();
     rig.zero(512, CLUSTER, true).unwrap();
     assert_eq!(rig.read(0, 512), [5; 512]);
@@ -264,31 +326,28 @@ fn parts_of_clusters_are_zeroed_in_place() {
 
 #[test]
 fn a_flush_with_nothing_to_do_asks_nobody() {
-    let mut rig = Rig::new(4 * CLUSTER);
+    let rig = Rig::new(4 * CLUSTER);
     rig.write(0, &[5; 512]).unwrap();
     rig.flush().unwrap();
     let tag = rig.push(Command::Flush);
-    rig.queue.poll(&mut rig.done);
-    assert_eq!(rig.done.pop().map(|done| done.tag), Some(tag));
+    rig.poll_queue(0);
+    assert_eq!(rig.ended(tag), Some(Ok(())));
 }
 
 #[test]
 fn write_through_makes_stable_before_completion() {
-    let mut rig = Rig::new(4 * CLUSTER);
+    let rig = Rig::new(4 * CLUSTER);
     assert!(rig.engine.begin_write_through(true).is_some());
     rig.write(0, &[5; 512]).unwrap();
     rig.write(512, &[6; 512]).unwrap();
-    rig.disk.power_off();
-    rig.engine.abandon();
-    rig.disk.power_on();
-    let mut rig = Rig::open(&rig.disk.clone(), 1, options());
+    let rig = rig.cut();
     assert_eq!(rig.read(0, 512), [5; 512]);
     assert_eq!(rig.read(512, 512), [6; 512]);
 }
 
 #[test]
 fn a_stable_write_whose_sync_fails_fails_all_that_would_be_stable() {
-    let mut rig = Rig::new(4 * CLUSTER);
+    let rig = Rig::new(4 * CLUSTER);
     assert!(rig.engine.begin_write_through(true).is_some());
     rig.write(0, &[5; 512]).unwrap();
     rig.disk.change_medium(|medium| medium.faults.sync = 1.0);
@@ -301,7 +360,7 @@ fn a_stable_write_whose_sync_fails_fails_all_that_would_be_stable() {
 
 #[test]
 fn a_stable_write_that_fails_by_itself_concerns_nobody_else() {
-    let mut rig = Rig::new(4 * CLUSTER);
+    let rig = Rig::new(4 * CLUSTER);
     assert!(rig.engine.begin_write_through(true).is_some());
     rig.write(0, &[5; 512]).unwrap();
     rig.disk.change_medium(|medium| medium.faults.write = 1.0);
@@ -319,7 +378,7 @@ fn misaligned_writes_are_read_modify_writes() {
         ..Medium::default()
     };
     let disk = empty_image(medium, 1, 4 * CLUSTER);
-    let mut rig = Rig::open(&disk, 1, options());
+    let rig = Rig::open(&disk, 1, options());
     rig.write(512, &[1; 512]).unwrap();
     rig.write(4096, &[2; 4096]).unwrap();
     rig.write(3584, &[3; 1024]).unwrap();
@@ -333,17 +392,17 @@ fn misaligned_writes_are_read_modify_writes() {
 #[test]
 fn a_write_over_a_lower_delta_copies_the_cluster() {
     let disk = empty_image(Medium::default(), 2, 4 * CLUSTER);
-    let mut base = Rig::open(&disk, 1, options());
+    let base = Rig::open(&disk, 1, options());
     base.write(0, &vec![1; 2 * CLUSTER as usize]).unwrap();
     base.control(Control::Close).unwrap();
     let lower = disk.snapshot(FileId(0)).len();
 
-    let mut rig = Rig::open(&disk, 2, options());
+    let rig = Rig::open(&disk, 2, options());
     assert_eq!(rig.read(512, 512), [1; 512]);
     rig.write(1024, &[2; 512]).unwrap();
     rig.write(CLUSTER, &vec![3; CLUSTER as usize]).unwrap();
     rig.discard(2 * CLUSTER, CLUSTER).unwrap();
-    let mut rig = rig.reopen();
+    let rig = rig.reopen();
     let mut expected = vec![1; CLUSTER as usize];
     expected[1024..1536].fill(2);
     assert_eq!(rig.read(0, CLUSTER as usize), expected);
@@ -363,7 +422,7 @@ fn a_full_host_parks_writes_until_there_is_space() {
         ..Medium::default()
     };
     let disk = empty_image(medium, 1, 64 * CLUSTER);
-    let mut rig = Rig::open(&disk, 1, options());
+    let rig = Rig::open(&disk, 1, options());
     let mut tags = Vec::new();
     for cluster in 0..16 {
         let data = rig.segments(&vec![cluster as u8 + 1; CLUSTER as usize]);
@@ -373,13 +432,13 @@ fn a_full_host_parks_writes_until_there_is_space() {
     for _ in 0..3000 {
         rig.turn();
     }
-    assert!(rig.queue.in_flight() > 0);
+    assert!(rig.queues[0].borrow().in_flight() > 0);
     rig.read(0, 512);
     disk.change_medium(|medium| medium.capacity = None);
     for tag in tags {
         rig.result(tag).unwrap();
     }
-    let mut rig = rig.reopen();
+    let rig = rig.reopen();
     for cluster in 0..16 {
         assert_eq!(rig.read(cluster * CLUSTER, 512), [cluster as u8 + 1; 512]);
     }
@@ -387,7 +446,7 @@ fn a_full_host_parks_writes_until_there_is_space() {
 
 #[test]
 fn suspension_holds_requests_and_resuming_does_them() {
-    let mut rig = Rig::new(4 * CLUSTER);
+    let rig = Rig::new(4 * CLUSTER);
     rig.write(0, &[5; 512]).unwrap();
     rig.control(Control::Suspend).unwrap();
     let data = rig.segments(&[6; 512]);
@@ -396,7 +455,7 @@ fn suspension_holds_requests_and_resuming_does_them() {
     for _ in 0..100 {
         rig.turn();
     }
-    assert!(rig.done.is_empty());
+    assert!(rig.done.borrow().is_empty());
     rig.control(Control::Resume).unwrap();
     rig.result(tag).unwrap();
     assert_eq!(rig.read(0, 512), [6; 512]);
@@ -404,7 +463,7 @@ fn suspension_holds_requests_and_resuming_does_them() {
 
 #[test]
 fn closing_cuts_the_tail_and_clears_the_mark() {
-    let mut rig = Rig::new(16 * CLUSTER);
+    let rig = Rig::new(16 * CLUSTER);
     rig.write(0, &[5; 512]).unwrap();
     assert!(rig.disk.live_len(FileId(0)) > 2 * CLUSTER);
     rig.control(Control::Close).unwrap();
@@ -414,10 +473,10 @@ fn closing_cuts_the_tail_and_clears_the_mark() {
 
 #[test]
 fn leaked_clusters_are_used_before_the_file_grows() {
-    let mut rig = Rig::new(16 * CLUSTER);
+    let rig = Rig::new(16 * CLUSTER);
     rig.write(0, &vec![5; 8 * CLUSTER as usize]).unwrap();
     rig.discard(0, 6 * CLUSTER).unwrap();
-    let mut rig = rig.reopen();
+    let rig = rig.reopen();
     let before = rig.disk.live_len(FileId(0));
     rig.write(8 * CLUSTER, &[6; 512]).unwrap();
     assert_eq!(rig.read(8 * CLUSTER + 512, 512), [0; 512]);
@@ -427,7 +486,7 @@ fn leaked_clusters_are_used_before_the_file_grows() {
 #[test]
 fn a_zeroing_that_finds_no_space_is_done_later() {
     for unmap in [false, true] {
-        let mut rig = Rig::new(16 * CLUSTER);
+        let rig = Rig::new(16 * CLUSTER);
         rig.write(0, &[7; 16384]).unwrap();
         rig.disk
             .change_medium(|medium| medium.next_zero_is_full = true);
@@ -447,10 +506,10 @@ fn a_file_that_ends_before_its_data_area_is_made_whole() {
     disk.set_len(FileId(0), 4096).unwrap();
     disk.write_all_at(FileId(0), &bytes, 0).unwrap();
     disk.sync(FileId(0)).unwrap();
-    let mut rig = Rig::open(&disk, 1, options());
+    let rig = Rig::open(&disk, 1, options());
     rig.write(0, &[7; 4096]).unwrap();
     rig.flush().unwrap();
-    let mut rig = rig.reopen();
+    let rig = rig.reopen();
     assert_eq!(rig.read(0, 4096), [7; 4096]);
 }
 
@@ -461,7 +520,7 @@ fn parked_writes_stay_parked_while_the_engine_is_suspended() {
         ..Medium::default()
     };
     let disk = empty_image(medium, 1, 64 * CLUSTER);
-    let mut rig = Rig::open(&disk, 1, options());
+    let rig = Rig::open(&disk, 1, options());
     let data = rig.segments(&vec![1; 8 * CLUSTER as usize]);
     let start = Sector(0);
     let tag = rig.push(Command::Write { start, data });
@@ -473,7 +532,7 @@ fn parked_writes_stay_parked_while_the_engine_is_suspended() {
     for _ in 0..3000 {
         rig.turn();
     }
-    assert!(rig.done.is_empty());
+    assert!(rig.done.borrow().is_empty());
     rig.control(Control::Resume).unwrap();
     rig.result(tag).unwrap();
     assert_eq!(rig.read(7 * CLUSTER, 512), [1; 512]);
@@ -482,7 +541,7 @@ fn parked_writes_stay_parked_while_the_engine_is_suspended() {
 #[test]
 fn a_file_with_room_for_the_whole_disk_does_not_grow() {
     const CLUSTERS: u64 = 32;
-    let mut rig = Rig::new(CLUSTERS * CLUSTER);
+    let rig = Rig::new(CLUSTERS * CLUSTER);
     for cluster in 0..CLUSTERS {
         rig.write(cluster * CLUSTER, &[5; 512]).unwrap();
     }
@@ -496,7 +555,7 @@ fn a_file_with_room_for_the_whole_disk_does_not_grow() {
 
 #[test]
 fn pios_of_a_cluster_go_to_the_same_runner() {
-    let mut rig = Rig::new(1024 * CLUSTER);
+    let rig = Rig::new(1024 * CLUSTER);
     rig.turn();
     let mut used = vec![false; rig.runners.len()];
     assert!(used.len() > 1);
@@ -507,7 +566,7 @@ fn pios_of_a_cluster_go_to_the_same_runner() {
             let unmap = false;
             rig.push(Command::WriteZeroes { ranges, unmap });
         }
-        let woken = |runner: &Runner<SimDisk>| !runner.is_asleep();
+        let woken = |runner: &RefCell<Runner<SimDisk>>| !runner.borrow().is_asleep();
         let woken: Vec<bool> = rig.runners.iter().map(woken).collect();
         assert_eq!(woken.iter().filter(|is| **is).count(), 1, "{cluster}");
         for (used, woken) in used.iter_mut().zip(woken) {

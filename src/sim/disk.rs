@@ -135,6 +135,8 @@ struct State {
     completed: Vec<u64>,
     clock: u64,
     powered: bool,
+    /// How often the power came back, or another process.
+    life: u32,
     changes_left: Option<u64>,
     metadata_writes: Vec<MetadataWrite>,
     violations: Vec<String>,
@@ -188,6 +190,7 @@ impl SimDisk {
             completed: Vec::new(),
             clock: 0,
             powered: true,
+            life: 0,
             changes_left: None,
             metadata_writes: Vec::new(),
             violations: Vec::new(),
@@ -293,6 +296,7 @@ impl SimDisk {
     pub fn restart(&self) {
         let mut state = self.state();
         state.powered = true;
+        state.life += 1;
         state.changes_left = None;
         state.ios.clear();
         state.metadata_writes.clear();
@@ -1008,6 +1012,7 @@ impl State {
     /// blocks take space.
     fn recover(&mut self) {
         self.powered = true;
+        self.life += 1;
         self.changes_left = None;
         self.ios.clear();
         self.completed.clear();
@@ -1079,6 +1084,8 @@ fn describe(op: &Op) -> String {
 pub struct SimIo {
     disk: SimDisk,
     index: usize,
+    /// When it was opened: what a power cut has left behind is no access any more.
+    life: u32,
 }
 
 impl Io for SimIo {
@@ -1122,6 +1129,9 @@ impl Io for SimIo {
 
 impl Drop for SimIo {
     fn drop(&mut self) {
+        if self.disk.state().life != self.life {
+            return;
+        }
         self.submit();
         while self.disk.state().pending_of(self.index) {
             self.disk.step();
@@ -1164,6 +1174,7 @@ impl Disk for SimDisk {
         Ok(SimIo {
             disk: self.clone(),
             index: state.ios.len() - 1,
+            life: state.life,
         })
     }
 

@@ -351,10 +351,7 @@ impl<D: Disk> Runner<D> {
                 let copy = Entry::mapped(self.engine.top(), cow.host);
                 let is_hidden = sabotage::is(Sabotage::MapUnstableCopy);
                 let copy = if is_hidden { copy } else { copy.unstable() };
-                let copied = MdMessage::Copied { cluster };
-                let published =
-                    self.engine
-                        .change_and_tell(cluster, cow.from.locked(), copy, Some(copied));
+                let published = self.engine.change(cluster, cow.from.locked(), copy);
                 debug_assert!(published, "nobody else changes a locked entry");
                 for pio in cow.pios {
                     self.finish_copied(pio, cluster);

@@ -12,7 +12,7 @@ const WRITEBACK: usize = 1_200;
 const RETRY: usize = 1_200;
 
 impl Rig {
-    fn turns(&mut self, count: usize) {
+    fn turns(&self, count: usize) {
         for _ in 0..count {
             self.turn();
         }
@@ -25,7 +25,7 @@ impl Rig {
 
     /// A write has completed, and then the host fails the write of its page.
     fn with_failed_page() -> Self {
-        let mut rig = Self::new(16 * CLUSTER);
+        let rig = Self::new(16 * CLUSTER);
         // So that failures of metadata are counted.
         let metadata_len = rig.engine.geometry().metadata_len();
         rig.disk
@@ -45,7 +45,7 @@ impl Rig {
 
 #[test]
 fn a_failed_page_is_reported_by_the_next_flush_once() {
-    let mut rig = Rig::with_failed_page();
+    let rig = Rig::with_failed_page();
     assert_eq!(rig.flush(), FAILED);
     // All the same it was written, and what the flush was for is stable.
     assert_ne!(rig.entry_on_disk(), [0; 4]);
@@ -55,7 +55,7 @@ fn a_failed_page_is_reported_by_the_next_flush_once() {
 
 #[test]
 fn a_page_that_was_written_at_the_second_try_is_reported_too() {
-    let mut rig = Rig::with_failed_page();
+    let rig = Rig::with_failed_page();
     assert_eq!(rig.entry_on_disk(), [0; 4]);
     rig.turns(RETRY);
     assert_ne!(rig.entry_on_disk(), [0; 4]);
@@ -68,7 +68,7 @@ fn a_page_that_was_written_at_the_second_try_is_reported_too() {
 
 #[test]
 fn a_page_that_fails_again_and_again_stays_dirty_and_fails_every_flush() {
-    let mut rig = Rig::with_failed_page();
+    let rig = Rig::with_failed_page();
     rig.set_faulty(true);
     for _ in 0..3 {
         assert_eq!(rig.flush(), FAILED);
@@ -80,7 +80,7 @@ fn a_page_that_fails_again_and_again_stays_dirty_and_fails_every_flush() {
 
 #[test]
 fn flushes_that_wait_together_all_hear_of_it() {
-    let mut rig = Rig::with_failed_page();
+    let rig = Rig::with_failed_page();
     let tags = [rig.push(Command::Flush), rig.push(Command::Flush)];
     for tag in tags {
         assert_eq!(rig.result(tag), FAILED);
@@ -90,7 +90,7 @@ fn flushes_that_wait_together_all_hear_of_it() {
 
 #[test]
 fn what_was_made_good_does_not_keep_the_image_from_being_closed() {
-    let mut rig = Rig::with_failed_page();
+    let rig = Rig::with_failed_page();
     rig.control(Control::Close).unwrap();
     assert_eq!(rig.disk.read_live(FileId(0), 44, 4), [0; 4]);
     assert_ne!(rig.entry_on_disk(), [0; 4]);

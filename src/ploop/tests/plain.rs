@@ -30,7 +30,7 @@ fn len(disk: &SimDisk) -> u64 {
 #[test]
 fn every_cluster_is_where_it_is_on_the_disk() {
     let disk = file(Medium::default(), SIZE);
-    let mut rig = open(&disk);
+    let rig = open(&disk);
     assert_eq!(rig.read(SIZE - 1536, 1536), [5; 1536]);
     rig.write(CLUSTER - 512, &[7; 1024]).unwrap();
     rig.write(SIZE - 512, &[9; 512]).unwrap();
@@ -48,7 +48,7 @@ fn every_cluster_is_where_it_is_on_the_disk() {
 #[test]
 fn discards_and_zeroes_are_done_in_place() {
     let disk = file(Medium::default(), SIZE);
-    let mut rig = open(&disk);
+    let rig = open(&disk);
     let full = disk.used_blocks();
     rig.discard(0, 2 * CLUSTER).unwrap();
     assert_eq!(disk.used_blocks(), full - 2 * CLUSTER / 4096);
@@ -75,7 +75,7 @@ fn a_misaligned_end_is_written_without_what_is_behind_it() {
         ..Medium::default()
     };
     let disk = file(medium, SIZE + 4096);
-    let mut rig = open(&disk);
+    let rig = open(&disk);
     rig.write(SIZE - 512, &[7; 512]).unwrap();
     rig.zero(SIZE - 1024, 512, true).unwrap();
     rig.control(Control::Close).unwrap();
@@ -96,7 +96,7 @@ fn a_file_that_is_too_short_reads_as_zeros_and_is_made_long_enough_to_write() {
         read_only: true,
         ..options()
     };
-    let mut rig = Rig::open_chain(&disk, vec![level(SIZE)], read_only);
+    let rig = Rig::open_chain(&disk, vec![level(SIZE)], read_only);
     assert_eq!(rig.read(CLUSTER + 512, 1024), [0; 1024]);
     rig.control(Control::Close).unwrap();
     drop(rig);
@@ -104,7 +104,7 @@ fn a_file_that_is_too_short_reads_as_zeros_and_is_made_long_enough_to_write() {
     assert_eq!(len(&disk), CLUSTER + 512);
 
     disk.change_medium(|medium| medium.first_writable = FileId(0));
-    let mut rig = open(&disk);
+    let rig = open(&disk);
     assert_eq!(len(&disk), SIZE);
     assert!(!disk.is_unsynced());
     rig.write(SIZE - 512, &[7; 512]).unwrap();
@@ -116,14 +116,14 @@ fn a_full_host_parks_writes_to_holes_until_there_is_space() {
     let disk = file(Medium::default(), 4096);
     let used = disk.used_blocks();
     disk.change_medium(|medium| medium.capacity = Some(used));
-    let mut rig = open(&disk);
+    let rig = open(&disk);
     let data = rig.segments(&[7; 4096]);
     let start = Sector(2 * CLUSTER / 512);
     let parked = rig.push(Command::Write { start, data });
     for _ in 0..3000 {
         rig.turn();
     }
-    assert_eq!(rig.queue.in_flight(), 1);
+    assert_eq!(rig.queues[0].borrow().in_flight(), 1);
     rig.write(512, &[6; 512]).unwrap();
     assert_eq!(rig.read(512, 512), [6; 512]);
     rig.flush().unwrap();
@@ -140,14 +140,14 @@ fn a_full_host_parks_writes_to_holes_until_there_is_space() {
     for _ in 0..3000 {
         rig.turn();
     }
-    rig.queue.give_up_parked();
+    rig.queues[0].borrow_mut().give_up_parked();
     assert_eq!(rig.result(hopeless), Err(EngineError::NoSpace));
 }
 
 #[test]
 fn write_through_writes_are_stable_when_they_complete() {
     let disk = file(Medium::default(), SIZE);
-    let mut rig = open(&disk);
+    let rig = open(&disk);
     assert!(rig.engine.begin_write_through(true).is_some());
     rig.write(0, &[7; 512]).unwrap();
     rig.zero(512, 512, true).unwrap();
@@ -157,7 +157,7 @@ fn write_through_writes_are_stable_when_they_complete() {
 #[test]
 fn a_failed_sync_is_not_forgotten_when_the_file_is_closed() {
     let disk = file(Medium::default(), SIZE);
-    let mut rig = open(&disk);
+    let rig = open(&disk);
     rig.write(0, &[7; 512]).unwrap();
     disk.change_medium(|medium| medium.faults.sync = 1.0);
     assert_eq!(rig.flush(), Err(EngineError::SyncFailed));

@@ -8,7 +8,7 @@ const PAGE: u64 = 1024;
 /// A request takes fewer turns.
 const TURNS: usize = 40;
 
-fn write(rig: &mut Rig, start: u64, bytes: &[u8]) -> Command {
+fn write(rig: &Rig, start: u64, bytes: &[u8]) -> Command {
     let data = rig.segments(bytes);
     let start = Sector(start / 512);
     Command::Write { start, data }
@@ -20,18 +20,18 @@ fn write(rig: &mut Rig, start: u64, bytes: &[u8]) -> Command {
 fn a_queue_that_is_stuck_holds_up_no_other() {
     let mut had_ended = [0; 2];
     for (turns, page) in (0..TURNS).flat_map(|turns| [(turns, 0), (turns, 1)]) {
-        let mut rig = Rig::new(2 * PAGE * CLUSTER);
+        let rig = Rig::new(2 * PAGE * CLUSTER);
         let mut stuck = rig.engine.queue().unwrap();
         let mut ended = Vec::new();
-        let command = write(&mut rig, 0, &[1; 512]);
+        let command = write(&rig, 0, &[1; 512]);
         stuck.push(Request { tag: 1, command });
-        let mut go_on = |rig: &mut Rig, ended: &mut Vec<Done>| {
+        let mut go_on = |rig: &Rig, ended: &mut Vec<Done>| {
             stuck.submit();
             stuck.poll(ended);
             rig.turn();
         };
         for _ in 0..turns {
-            go_on(&mut rig, &mut ended);
+            go_on(&rig, &mut ended);
         }
         had_ended[usize::from(!ended.is_empty())] += 1;
 
@@ -45,7 +45,7 @@ fn a_queue_that_is_stuck_holds_up_no_other() {
         assert_eq!(rig.read(second * CLUSTER, 512), [4; 512]);
 
         for _ in 0..10 * TURNS {
-            go_on(&mut rig, &mut ended);
+            go_on(&rig, &mut ended);
         }
         assert_eq!(ended.len(), 1);
         assert_eq!(ended[0].result, Ok(()));

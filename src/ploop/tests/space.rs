@@ -8,14 +8,8 @@ const FULL: Result<(), EngineError> = Err(EngineError::Metadata(Errno::NOSPC));
 const SOON: usize = 3_000;
 
 impl Rig {
-    fn push_write(&mut self, start: u64, bytes: &[u8]) -> u64 {
-        let data = self.segments(bytes);
-        let start = Sector(start / 512);
-        self.push(Command::Write { start, data })
-    }
-
     fn has_ended(&self, tag: u64) -> bool {
-        self.done.iter().any(|done| done.tag == tag)
+        self.done.borrow().iter().any(|done| done.tag == tag)
     }
 
     fn fill_up(&self) {
@@ -28,7 +22,7 @@ impl Rig {
         self.disk.change_medium(|medium| medium.capacity = None);
     }
 
-    fn turn_for(&mut self, turns: usize) {
+    fn turn_for(&self, turns: usize) {
         for _ in 0..turns {
             self.turn();
         }
@@ -47,11 +41,11 @@ fn copying_on_write() -> Rig {
 
 #[test]
 fn an_overwrite_that_needs_space_waits_and_holds_nobody_up() {
-    let mut rig = copying_on_write();
+    let rig = copying_on_write();
     rig.write(0, &[1; 4096]).unwrap();
     rig.flush().unwrap();
     rig.fill_up();
-    let waiting = rig.push_write(0, &[2; 4096]);
+    let waiting = rig.push_write_to(0, 0, &[2; 4096]);
     rig.turn_for(SOON);
     assert!(!rig.has_ended(waiting));
     // Parts of it may have been written.
@@ -65,7 +59,7 @@ fn an_overwrite_that_needs_space_waits_and_holds_nobody_up() {
 
 #[test]
 fn a_flush_fails_while_there_is_no_space_for_the_mapping() {
-    let mut rig = copying_on_write();
+    let rig = copying_on_write();
     rig.write(0, &[1; 512]).unwrap();
     rig.fill_up();
     assert_eq!(rig.flush(), FULL);
@@ -76,7 +70,7 @@ fn a_flush_fails_while_there_is_no_space_for_the_mapping() {
     let _ = rig.flush();
     assert_eq!(rig.flush(), Ok(()));
     assert!(!rig.disk.is_unsynced());
-    let mut rig = rig.reopen();
+    let rig = rig.reopen();
     assert_eq!(rig.read(0, 512), [1; 512]);
 }
 
@@ -87,18 +81,18 @@ fn a_write_over_a_clone_that_finds_no_space_waits_with_its_data() {
         ..Medium::default()
     };
     let disk = empty_image(medium, 2, 4 * CLUSTER);
-    let mut base = Rig::open(&disk, 1, options());
+    let base = Rig::open(&disk, 1, options());
     base.write(0, &vec![1; CLUSTER as usize]).unwrap();
     base.control(Control::Close).unwrap();
     let options = Options {
         smallest_clone: 0,
         ..options()
     };
-    let mut rig = Rig::open(&disk, 2, options);
+    let rig = Rig::open(&disk, 2, options);
     // The file has grown ahead of what is written; a clone gives that space back.
     rig.turn_for(SOON);
     rig.fill_up();
-    let waiting = rig.push_write(4096, &[2; 4096]);
+    let waiting = rig.push_write_to(0, 4096, &[2; 4096]);
     // Others take what the clone has given back.
     for _ in 0..SOON {
         rig.fill_up();
@@ -122,12 +116,12 @@ fn a_file_that_was_made_longer_in_part_is_used_to_its_end() {
             preallocation: 4 * CLUSTER,
             ..options()
         };
-        let mut rig = Rig::open(&disk, 1, options);
+        let rig = Rig::open(&disk, 1, options);
         let room = rig.disk.used_blocks() + seed;
         rig.disk
             .change_medium(|medium| medium.capacity = Some(room));
         let tags: Vec<u64> = (0..16)
-            .map(|cluster| rig.push_write(cluster * CLUSTER, &[cluster as u8 + 1; 512]))
+            .map(|cluster| rig.push_write_to(0, cluster * CLUSTER, &[cluster as u8 + 1; 512]))
             .collect();
         rig.turn_for(SOON);
         rig.make_room();
@@ -135,7 +129,7 @@ fn a_file_that_was_made_longer_in_part_is_used_to_its_end() {
             assert_eq!(rig.result(tag), Ok(()));
         }
         rig.flush().unwrap();
-        let mut rig = rig.reopen();
+        let rig = rig.reopen();
         for cluster in 0..16 {
             assert_eq!(rig.read(cluster * CLUSTER, 512), [cluster as u8 + 1; 512]);
             assert_eq!(rig.read(cluster * CLUSTER + 512, 512), [0; 512]);
@@ -164,15 +158,15 @@ fn one_flush_covers_thousands_of_copies() {
         writeback_delay: Duration::from_secs(3600),
         ..options()
     };
-    let mut rig = Rig::open_chain(&disk, vec![base, Level::Ploop], options.clone());
+    let rig = Rig::open_chain(&disk, vec![base, Level::Ploop], options.clone());
     let tags: Vec<u64> = (0..COPIES)
-        .map(|cluster| rig.push_write(cluster * SMALL, &[3; 512]))
+        .map(|cluster| rig.push_write_to(0, cluster * SMALL, &[3; 512]))
         .collect();
-    while rig.done.len() < tags.len() {
+    while rig.done.borrow().len() < tags.len() {
         rig.turn();
     }
-    assert!(rig.done.iter().all(|done| done.result.is_ok()));
-    rig.done.clear();
+    assert!(rig.done.borrow().iter().all(|done| done.result.is_ok()));
+    rig.done.borrow_mut().clear();
     let entries = 64..64 + 4 * COPIES as usize;
     let map = |disk: &SimDisk| disk.read_live(FileId(1), 0, entries.end)[64..].to_vec();
     assert!(map(&disk).iter().all(|byte| *byte == 0));
@@ -182,7 +176,7 @@ fn one_flush_covers_thousands_of_copies() {
     disk.power_off();
     rig.engine.abandon();
     disk.power_on();
-    let mut rig = Rig::open_chain(&disk, vec![base, Level::Ploop], options);
+    let rig = Rig::open_chain(&disk, vec![base, Level::Ploop], options);
     for cluster in (0..COPIES).step_by(100) {
         assert_eq!(rig.read(cluster * SMALL, 512), [3; 512]);
     }

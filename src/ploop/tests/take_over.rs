@@ -45,7 +45,7 @@ impl Mortal {
 
     fn chain() -> Self {
         let disk = empty_image(Medium::default(), 2, 4 * CLUSTER);
-        let mut base = Rig::open(&disk, 1, options());
+        let base = Rig::open(&disk, 1, options());
         base.write(0, &vec![1; 2 * CLUSTER as usize]).unwrap();
         base.control(Control::Close).unwrap();
         drop(base);
@@ -82,9 +82,9 @@ impl Mortal {
 }
 
 impl Rig {
-    fn turns_of(&mut self, duration: Duration) {
-        let end = self.now + duration;
-        while self.now < end {
+    fn turns_of(&self, duration: Duration) {
+        let end = self.now.get() + duration;
+        while self.now.get() < end {
             self.turn();
         }
     }
@@ -105,16 +105,16 @@ fn a_write_that_was_not_flushed_survives_the_process() {
     disk.power_off();
     drop(mortal);
     disk.power_on();
-    let mut rig = Rig::open(&disk, 1, options());
+    let rig = Rig::open(&disk, 1, options());
     assert_eq!(rig.read(0, SECTOR), [7; SECTOR]);
     assert_eq!(rig.read(9 * CLUSTER, SECTOR), [8; SECTOR]);
 }
 
 #[test]
 fn without_the_memory_the_same_write_is_gone() {
-    let mut mortal = Mortal::single();
+    let mortal = Mortal::single();
     mortal.rig.write(0, &[7; SECTOR]).unwrap();
-    let (mut rig, _) = mortal.die();
+    let (rig, _) = mortal.die();
     assert!(rig.engine.awaits_take_over());
     rig.engine.begin();
     assert_eq!(rig.read(0, SECTOR), [0; SECTOR]);
@@ -122,11 +122,11 @@ fn without_the_memory_the_same_write_is_gone() {
 
 #[test]
 fn a_discard_survives_the_process_and_its_cluster_comes_back() {
-    let mut mortal = Mortal::single();
+    let mortal = Mortal::single();
     mortal.rig.write(0, &vec![7; 2 * CLUSTER as usize]).unwrap();
     mortal.rig.flush().unwrap();
     mortal.rig.discard(0, CLUSTER).unwrap();
-    let mut mortal = mortal.die_and_rise();
+    let mortal = mortal.die_and_rise();
     assert_eq!(mortal.rig.read(0, SECTOR), [0; SECTOR]);
     assert_eq!(mortal.rig.read(CLUSTER, SECTOR), [7; SECTOR]);
     for round in 0..20 {
@@ -162,9 +162,9 @@ fn a_discarded_cluster_that_was_given_out_again_is_the_other_ones() {
 
 #[test]
 fn a_copy_survives_the_process_and_is_stable_before_it_is_mapped() {
-    let mut mortal = Mortal::chain();
+    let mortal = Mortal::chain();
     mortal.rig.write(SECTOR as u64, &[7; SECTOR]).unwrap();
-    let mut mortal = mortal.die_and_rise();
+    let mortal = mortal.die_and_rise();
     assert_eq!(mortal.rig.read(0, SECTOR), [1; SECTOR]);
     assert_eq!(mortal.rig.read(SECTOR as u64, SECTOR), [7; SECTOR]);
     // Nobody flushes: the page is written, and then the power goes.
@@ -173,7 +173,7 @@ fn a_copy_survives_the_process_and_is_stable_before_it_is_mapped() {
     disk.power_off();
     drop(mortal);
     disk.power_on();
-    let mut rig = Rig::open(&disk, 2, options());
+    let rig = Rig::open(&disk, 2, options());
     assert_eq!(rig.read(0, SECTOR), [1; SECTOR]);
     assert!(
         [[1; SECTOR], [7; SECTOR]].contains(&rig.read(SECTOR as u64, SECTOR).try_into().unwrap())
@@ -182,7 +182,7 @@ fn a_copy_survives_the_process_and_is_stable_before_it_is_mapped() {
 
 #[test]
 fn a_failed_sync_is_remembered() {
-    let mut mortal = Mortal::single();
+    let mortal = Mortal::single();
     mortal.rig.write(0, &[7; SECTOR]).unwrap();
     mortal
         .rig
@@ -193,18 +193,18 @@ fn a_failed_sync_is_remembered() {
         .rig
         .disk
         .change_medium(|medium| medium.faults.sync = 0.0);
-    let mut mortal = mortal.die_and_rise();
+    let mortal = mortal.die_and_rise();
     assert_eq!(mortal.rig.read(0, SECTOR), [7; SECTOR]);
     assert_eq!(mortal.rig.flush(), Err(EngineError::SyncFailed));
-    let mut mortal = mortal.die_and_rise();
+    let mortal = mortal.die_and_rise();
     assert_eq!(mortal.rig.flush(), Err(EngineError::SyncFailed));
 }
 
 #[test]
 fn a_sync_that_fails_in_the_take_over_is_a_failed_sync() {
-    let mut mortal = Mortal::chain();
+    let mortal = Mortal::chain();
     mortal.rig.write(0, &[7; SECTOR]).unwrap();
-    let (mut rig, memory) = mortal.die();
+    let (rig, memory) = mortal.die();
     rig.disk.change_medium(|medium| medium.faults.sync = 1.0);
     rig.engine.take_over(again(&memory)).unwrap();
     rig.disk.change_medium(|medium| medium.faults.sync = 0.0);
@@ -217,19 +217,19 @@ fn a_sync_that_fails_in_the_take_over_is_a_failed_sync() {
 
 #[test]
 fn after_a_clean_end_there_is_nothing_to_take_over() {
-    let mut mortal = Mortal::single();
+    let mortal = Mortal::single();
     mortal.rig.write(0, &[7; SECTOR]).unwrap();
     mortal.rig.engine.set_note(5);
     mortal.rig.control(Control::Close).unwrap();
     let levels = mortal.levels.clone();
-    let (mut rig, memory) = mortal.die();
+    let (rig, memory) = mortal.die();
     assert!(!rig.engine.awaits_take_over());
     rig.engine.take_over(again(&memory)).unwrap();
     assert_eq!(rig.engine.note(), Some(5));
     assert_eq!(rig.read(0, SECTOR), [7; SECTOR]);
     // And on it goes.
     rig.write(CLUSTER, &[8; SECTOR]).unwrap();
-    let mut mortal = Mortal {
+    let mortal = Mortal {
         rig,
         memory,
         levels,
@@ -241,9 +241,9 @@ fn after_a_clean_end_there_is_nothing_to_take_over() {
 
 #[test]
 fn memory_of_another_opening_is_refused_and_changes_nothing() {
-    let mut mortal = Mortal::single();
+    let mortal = Mortal::single();
     mortal.rig.write(0, &[7; SECTOR]).unwrap();
-    let (mut rig, memory) = mortal.die();
+    let (rig, memory) = mortal.die();
     // Somebody else has used the image, and was killed too.
     rig.engine.begin();
     rig.write(CLUSTER, &[9; SECTOR]).unwrap();
@@ -254,7 +254,7 @@ fn memory_of_another_opening_is_refused_and_changes_nothing() {
     disk.kill();
     drop(rig);
     disk.restart();
-    let mut rig = Rig::open(&disk, 1, awaiting());
+    let rig = Rig::open(&disk, 1, awaiting());
     let error = rig.engine.take_over(again(&memory)).unwrap_err();
     assert!(matches!(error, TakeOverError::Changed));
     rig.engine.begin();
@@ -264,14 +264,14 @@ fn memory_of_another_opening_is_refused_and_changes_nothing() {
 
 #[test]
 fn memory_of_an_image_that_was_closed_meanwhile_is_refused() {
-    let mut mortal = Mortal::single();
+    let mortal = Mortal::single();
     mortal.rig.write(0, &[7; SECTOR]).unwrap();
     let (rig, memory) = mortal.die();
     let disk = rig.disk.clone();
     drop(rig);
     disk.restart();
     // A tool that knows nothing of openings repairs it.
-    let mut rig = Rig::open(&disk, 1, options());
+    let rig = Rig::open(&disk, 1, options());
     let opening = disk.opening(FileId(0)).unwrap().unwrap();
     rig.control(Control::Close).unwrap();
     drop(rig);
@@ -301,9 +301,9 @@ fn damaged_memory_is_refused() {
         &[(0, 1)],
     ];
     for case in cases {
-        let mut mortal = Mortal::single();
+        let mortal = Mortal::single();
         mortal.rig.write(0, &[7; SECTOR]).unwrap();
-        let (mut rig, memory) = mortal.die();
+        let (rig, memory) = mortal.die();
         let before: Vec<_> = case
             .iter()
             .map(|(at, bits)| memory.word(*at).unwrap().swap(*bits, Relaxed))
@@ -320,10 +320,10 @@ fn damaged_memory_is_refused() {
 
 #[test]
 fn the_memory_of_this_very_process_may_come_back() {
-    let mut mortal = Mortal::single();
+    let mortal = Mortal::single();
     mortal.rig.write(0, &[7; SECTOR]).unwrap();
     mortal.rig.engine.take_over(again(&mortal.memory)).unwrap();
-    let mut mortal = mortal.die_and_rise();
+    let mortal = mortal.die_and_rise();
     assert_eq!(mortal.rig.read(0, SECTOR), [7; SECTOR]);
 }
 
@@ -339,7 +339,7 @@ fn new_memory_gets_what_the_disk_does_not_have() {
         .engine
         .remember_in(again(&mortal.memory))
         .unwrap();
-    let mut mortal = mortal.die_and_rise();
+    let mortal = mortal.die_and_rise();
     assert_eq!(mortal.rig.read(0, SECTOR), [7; SECTOR]);
 }
 
@@ -350,7 +350,7 @@ fn a_raw_image_remembers_a_failed_sync() {
         size: Sector(4 * CLUSTER / 512),
         cluster: ClusterSize::from_bytes(CLUSTER).unwrap(),
     };
-    let mut mortal = Mortal::new(&disk, vec![level]);
+    let mortal = Mortal::new(&disk, vec![level]);
     mortal.rig.write(0, &[7; SECTOR]).unwrap();
     mortal
         .rig
@@ -361,7 +361,7 @@ fn a_raw_image_remembers_a_failed_sync() {
         .rig
         .disk
         .change_medium(|medium| medium.faults.sync = 0.0);
-    let mut mortal = mortal.die_and_rise();
+    let mortal = mortal.die_and_rise();
     assert_eq!(mortal.rig.read(0, SECTOR), [7; SECTOR]);
     assert_eq!(mortal.rig.flush(), Err(EngineError::SyncFailed));
 }
