@@ -1,31 +1,42 @@
 //! The main thread: waits for front-ends, for their end, and for the signal to
-//! end the program.
+//! end the program. Never blocks on a front-end.
 //!
 //! One front-end is served at a time, since two guests on one disk would destroy
-//! it. Others wait in the socket's backlog and are served when it has gone, as
-//! with QEMU's own exports.
+//! it. While one is, whoever else connects is turned away at once: a program that waits
+//! for an answer may stand still, as QEMU's main loop does with the guest in it.
+//! One that connects and says nothing (QEMU does while it prepares a guest's memory)
+//! keeps nobody else from being served, and nothing but a descriptor for a while.
 
-use std::os::fd::AsRawFd;
+use std::collections::VecDeque;
+use std::os::fd::{AsRawFd, RawFd};
+use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
 
 use super::signals::Signals;
 use super::socket::ServerSocket;
-use crate::device::{BlockDevice, Connection, Parked};
+use crate::device::{BlockDevice, Connection, Parked, has_spoken, peer};
 use crate::storage::Disk;
 
 /// How long to wait after a front-end could not be accepted: what was missing,
 /// descriptors or threads, is not there again at once.
 const RETRY_DELAY: Duration = Duration::from_millis(100);
 
+/// How long a front-end may be silent after it has connected.
+const SILENCE: Duration = Duration::from_secs(60);
+
+/// How many may be silent at a time. One more, and the first of them has to go.
+const MAX_SILENT: usize = 16;
+
 /// Events of the main loop.
 mod event {
     pub const SIGNAL: u32 = 0;
     pub const FRONT_END: u32 = 1;
     pub const CONNECTION_ENDED: u32 = 2;
+    pub const SPOKEN: u32 = 3;
 }
 
 /// Serves `device` to one front-end after the other until a signal comes. When it
@@ -43,12 +54,18 @@ pub fn run<D: Disk>(
         device,
         socket,
         signals,
+        silent: VecDeque::new(),
         connection: None,
         outcome: None,
     });
     let mut waited = Ok(0);
     while waited.is_ok() && manager.subscriber_mut(id)?.outcome.is_none() {
-        waited = manager.run();
+        let at_most = manager.subscriber_mut(id)?.time_left_ms();
+        waited = manager.run_with_timeout(at_most);
+        while let Some(fd) = manager.subscriber_mut(id)?.oldest_overdue() {
+            manager.event_ops(id)?.remove(Events::empty_raw(fd))?;
+            manager.subscriber_mut(id)?.leave_oldest();
+        }
     }
     let main_loop = manager.remove_subscriber(id)?;
     if let Some(connection) = main_loop.connection {
@@ -58,33 +75,94 @@ pub fn run<D: Disk>(
     main_loop.outcome.unwrap_or(Ok(()))
 }
 
+/// A front-end that has connected and said nothing yet.
+struct Silent {
+    socket: UnixStream,
+    until: Instant,
+}
+
 struct MainLoop<'a, D: Disk> {
     device: Arc<BlockDevice<D>>,
     socket: &'a ServerSocket,
     signals: &'a Signals,
-    connection: Option<Connection<D>>,
+    /// The oldest first.
+    silent: VecDeque<Silent>,
+    connection: Option<Connection>,
     /// Of the loop, when it is to end.
     outcome: Option<Result<(), event_manager::Error>>,
 }
 
 impl<D: Disk> MainLoop<'_, D> {
-    fn handle(&mut self, event: u32, ops: &mut EventOps) -> Result<(), event_manager::Error> {
-        match event {
+    fn handle(&mut self, events: Events, ops: &mut EventOps) -> Result<(), event_manager::Error> {
+        match events.data() {
             event::SIGNAL => {
-                log::info!("asked to end");
+                log::info!("shutting down");
                 self.outcome = Some(Ok(()));
                 Ok(())
             }
             event::FRONT_END => self.accept(ops),
+            event::SPOKEN => self.hear(events.fd(), ops),
             event::CONNECTION_ENDED => self.forget_connection(ops),
             _ => Ok(()),
         }
     }
 
     fn accept(&mut self, ops: &mut EventOps) -> Result<(), event_manager::Error> {
-        match Connection::accept(Arc::clone(&self.device), self.socket.listener()) {
+        let socket = match self.socket.listener().accept() {
+            Ok((socket, _)) => socket,
+            Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => return Ok(()),
+            Err(error) => {
+                log::error!("a front-end cannot be accepted: {error}");
+                thread::sleep(RETRY_DELAY);
+                return Ok(());
+            }
+        };
+        if self.connection.is_some() {
+            self.device.tell_of_other(&socket);
+            return Ok(());
+        }
+        if self.silent.len() >= MAX_SILENT {
+            if let Some(oldest) = self.silent.front() {
+                ops.remove(Events::empty(&oldest.socket))?;
+            }
+            self.leave_oldest();
+        }
+        // Told once for each piece that comes: the first may be less than a message.
+        let events = EventSet::IN | EventSet::EDGE_TRIGGERED;
+        ops.add(Events::with_data(&socket, event::SPOKEN, events))?;
+        self.silent.push_back(Silent {
+            socket,
+            until: Instant::now() + SILENCE,
+        });
+        Ok(())
+    }
+
+    /// Something has come from one that was silent.
+    fn hear(&mut self, fd: RawFd, ops: &mut EventOps) -> Result<(), event_manager::Error> {
+        let position = self
+            .silent
+            .iter()
+            .position(|one| one.socket.as_raw_fd() == fd);
+        let Some(position) = position else {
+            return Ok(());
+        };
+        let spoken = has_spoken(&self.silent[position].socket);
+        if matches!(spoken, Ok(false)) {
+            return Ok(());
+        }
+        let Some(Silent { socket, .. }) = self.silent.remove(position) else {
+            return Ok(());
+        };
+        ops.remove(Events::empty(&socket))?;
+        if spoken.is_err() {
+            return Ok(());
+        }
+        if self.connection.is_some() {
+            self.device.tell_of_other(&socket);
+            return Ok(());
+        }
+        match Connection::start(Arc::clone(&self.device), socket) {
             Ok(connection) => {
-                ops.remove(self.front_end_events())?;
                 ops.add(ended_events(&connection))?;
                 self.connection = Some(connection);
             }
@@ -100,9 +178,33 @@ impl<D: Disk> MainLoop<'_, D> {
         if let Some(connection) = self.connection.take() {
             ops.remove(ended_events(&connection))?;
             connection.stop(Parked::Drop);
-            ops.add(self.front_end_events())?;
         }
         Ok(())
+    }
+
+    /// How long to wait for events, in the event manager's terms.
+    fn time_left_ms(&self) -> i32 {
+        let Some(oldest) = self.silent.front() else {
+            return -1;
+        };
+        let left = oldest.until.saturating_duration_since(Instant::now());
+        i32::try_from(left.as_millis() + 1).unwrap_or(i32::MAX)
+    }
+
+    /// The first of the silent ones, if it has been silent for too long.
+    fn oldest_overdue(&self) -> Option<RawFd> {
+        let oldest = self.silent.front()?;
+        (oldest.until <= Instant::now()).then(|| oldest.socket.as_raw_fd())
+    }
+
+    /// Hangs up on the first of the silent ones, which is not waited for any more.
+    fn leave_oldest(&mut self) {
+        if let Some(oldest) = self.silent.pop_front() {
+            log::warn!(
+                "{} is turned away: it has connected and said nothing",
+                peer(&oldest.socket)
+            );
+        }
     }
 
     fn front_end_events(&self) -> Events {
@@ -110,7 +212,7 @@ impl<D: Disk> MainLoop<'_, D> {
     }
 }
 
-fn ended_events<D: Disk>(connection: &Connection<D>) -> Events {
+fn ended_events(connection: &Connection) -> Events {
     let fd = connection.ended_fd().as_raw_fd();
     Events::with_data_raw(fd, event::CONNECTION_ENDED, EventSet::IN)
 }
@@ -127,7 +229,7 @@ impl<D: Disk> MutEventSubscriber for MainLoop<'_, D> {
     }
 
     fn process(&mut self, events: Events, ops: &mut EventOps) {
-        if let Err(error) = self.handle(events.data(), ops) {
+        if let Err(error) = self.handle(events, ops) {
             self.outcome = Some(Err(error));
         }
     }

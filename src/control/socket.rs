@@ -71,8 +71,10 @@ impl ServerSocket {
             }
             result => result,
         };
+        let listener = listener.map_err(failed)?;
+        listener.set_nonblocking(true).map_err(failed)?;
         Ok(Self {
-            listener: listener.map_err(failed)?,
+            listener,
             _made: Some(MadeFile::at(path).map_err(failed)?),
         })
     }
@@ -108,7 +110,7 @@ impl ServerSocket {
         let owned = unsafe { OwnedFd::from_raw_fd(fd) };
         let listener = UnixListener::from(owned);
         listener
-            .set_nonblocking(false)
+            .set_nonblocking(true)
             .map_err(|source| SocketError::BadDescriptor { fd, source })?;
         Ok(Self {
             listener,
@@ -116,7 +118,7 @@ impl ServerSocket {
         })
     }
 
-    /// The socket, in blocking mode.
+    /// The socket. It does not block: another process may accept on it as well.
     pub fn listener(&self) -> &UnixListener {
         &self.listener
     }

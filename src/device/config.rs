@@ -141,34 +141,13 @@ pub(super) fn features(read_only: bool) -> u64 {
 
 /// The protocol features that the device offers.
 ///
-/// Not `LOG_SHMFD`: the log would have to know what the kernel writes into guest
-/// memory, and the library's bitmap for it takes a lock that all queues share on
-/// every access.
+/// Not `LOG_SHMFD` yet, without which QEMU refuses to migrate.
 pub(super) fn protocol_features() -> VhostUserProtocolFeatures {
     VhostUserProtocolFeatures::MQ
         | VhostUserProtocolFeatures::REPLY_ACK
         | VhostUserProtocolFeatures::CONFIG
         | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
         | VhostUserProtocolFeatures::RESET_DEVICE
-}
-
-/// Whether each write must be stable when it completes (virtio 1.2, 5.2.6.2): when
-/// the driver turned the cache off, and when it can neither flush nor turn it off.
-pub(super) fn is_write_through(acked_features: u64, writeback: bool) -> bool {
-    let has = |bit: u32| acked_features & (1 << bit) != 0;
-    if has(VIRTIO_BLK_F_CONFIG_WCE) {
-        !writeback
-    } else {
-        !has(VIRTIO_BLK_F_FLUSH)
-    }
-}
-
-/// What `writeback` is when a driver has negotiated `acked_features` and not yet
-/// written to it (virtio 1.2, 5.2.5.2): off for one that can turn the cache on but
-/// could never flush it.
-pub(super) fn initial_writeback(acked_features: u64) -> bool {
-    let has = |bit: u32| acked_features & (1 << bit) != 0;
-    has(VIRTIO_BLK_F_FLUSH) || !has(VIRTIO_BLK_F_CONFIG_WCE)
 }
 
 #[cfg(test)]
@@ -231,28 +210,6 @@ mod tests {
             };
             assert_eq!(space.read(12, 4), u32::to_le_bytes(expected));
         }
-    }
-
-    #[test]
-    fn write_through_follows_what_was_negotiated() {
-        let flush = 1 << VIRTIO_BLK_F_FLUSH;
-        let wce = 1 << VIRTIO_BLK_F_CONFIG_WCE;
-        assert!(is_write_through(0, true));
-        assert!(!is_write_through(flush, true));
-        assert!(!is_write_through(flush, false));
-        assert!(!is_write_through(flush | wce, true));
-        assert!(is_write_through(flush | wce, false));
-        assert!(is_write_through(wce, false));
-    }
-
-    #[test]
-    fn the_cache_starts_off_for_a_driver_that_could_not_flush_it() {
-        let flush = 1 << VIRTIO_BLK_F_FLUSH;
-        let wce = 1 << VIRTIO_BLK_F_CONFIG_WCE;
-        assert!(!initial_writeback(wce));
-        assert!(initial_writeback(flush | wce));
-        assert!(initial_writeback(flush));
-        assert!(initial_writeback(0));
     }
 
     #[test]

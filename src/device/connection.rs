@@ -1,33 +1,50 @@
 //! One front-end, from its connection to its end.
 //!
-//! The library's daemon serves a connection on a thread of its own and starts one
-//! thread per queue. It can serve one connection only (a second `SET_OWNER` fails),
-//! so each front-end gets a new one.
+//! A thread reads its messages one after another, obeys them, and takes everything
+//! down when the front-end has gone, has sent what cannot be obeyed, or is asked to
+//! stop.
 
 use std::io;
+use std::net::Shutdown;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::net::UnixListener;
-use std::sync::Arc;
-use std::sync::mpsc::{self, SyncSender};
+use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
 
 use log::Level;
-use rustix::event::{EventfdFlags, eventfd};
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
+use rustix::io::Errno;
+use rustix::net::sockopt::socket_peercred;
+use rustix::net::{RecvFlags, recv};
 use thiserror::Error;
-use vhost::vhost_user::{Error as VhostError, Listener};
-use vhost_user_backend::{Error as DaemonError, ShutdownHandle, VhostUserDaemon};
+use vhost::vhost_user::{BackendReqHandler, Error as VhostError};
 
 use super::BlockDevice;
-use super::backend::Backend;
-use super::gate::Parked;
+use super::mailbox::Parked;
 use super::ratelimit::{guest_log, log_line};
+use super::session::{Refusal, Session};
 use crate::storage::Disk;
 
 /// Name of the thread that serves the messages of a front-end.
 const MESSAGES_THREAD: &str = "messages";
 
-/// Name of the thread that takes a connection down when it has ended.
-const SUPERVISOR_THREAD: &str = "connection";
+/// Bytes of a message's header: request, flags, size of the rest.
+const HEADER_LEN: usize = 12;
+
+/// Most bytes that follow a header: what the library takes.
+const MAX_REST_LEN: u64 = 0x1000;
+
+/// How long the rest of a message may take to come, once its first byte is there.
+const MESSAGE_TIME: Duration = Duration::from_secs(5);
+
+/// How often is looked for the rest of a message.
+const MESSAGE_POLL: Duration = Duration::from_millis(5);
+
+/// How long a front-end that is to be left may take to read the answers that it waits
+/// for.
+const ANSWER_TIME: Duration = Duration::from_secs(2);
 
 /// Why a front-end cannot be served.
 #[derive(Debug, Error)]
@@ -35,61 +52,87 @@ pub enum ConnectionError {
     /// No descriptors or threads are left, most likely.
     #[error("what a connection needs cannot be made")]
     Resources(#[from] io::Error),
-    /// The library says so.
-    #[error("the connection cannot be served: {0}")]
-    Daemon(DaemonError),
-    /// It ended before it was served.
-    #[error("the connection ended before it was served")]
-    Ended,
 }
 
-impl From<DaemonError> for ConnectionError {
-    fn from(error: DaemonError) -> Self {
-        Self::Daemon(error)
+/// Why a connection has ended.
+#[derive(Debug, Error)]
+enum End {
+    #[error("the front-end has disconnected")]
+    Disconnected,
+    #[error("it is to be left")]
+    Stopped,
+    #[error("{0}")]
+    Refused(#[from] Refusal),
+    #[error("{0}")]
+    Message(VhostError),
+    #[error("a message was begun and not ended within {} s", MESSAGE_TIME.as_secs())]
+    HalfMessage,
+    #[error("the socket fails: {0}")]
+    Socket(#[from] Errno),
+}
+
+/// How a connection is asked to end.
+#[derive(Debug, Default)]
+struct Stop {
+    is_wanted: AtomicBool,
+    /// What becomes of requests that wait for space.
+    parked: Mutex<Option<Parked>>,
+}
+
+impl Stop {
+    fn order(&self, parked: Parked) {
+        *self.parked() = Some(parked);
+        self.is_wanted.store(true, Ordering::Release);
+    }
+
+    fn is_wanted(&self) -> bool {
+        self.is_wanted.load(Ordering::Acquire)
+    }
+
+    fn parked(&self) -> MutexGuard<'_, Option<Parked>> {
+        self.parked.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-type Daemon<D> = VhostUserDaemon<Arc<Backend<D>>>;
-
 /// A front-end that is being served. Dropping it stops it, as [`Self::stop`] does
 /// with [`Parked::Drop`].
-pub struct Connection<D: Disk> {
-    backend: Arc<Backend<D>>,
-    shutdown: ShutdownHandle,
+pub struct Connection {
+    stop: Arc<Stop>,
+    socket: Arc<UnixStream>,
     /// Taken when it is joined.
-    supervisor: Option<JoinHandle<()>>,
+    thread: Option<JoinHandle<()>>,
     ended: Arc<OwnedFd>,
 }
 
-impl<D: Disk> Connection<D> {
-    /// Accepts the next connection of `listener`, which must be in blocking mode
-    /// and should be readable, and starts to serve it.
+impl Connection {
+    /// Starts to serve the front-end at the other end of `socket`.
     ///
     /// # Errors
     /// See [`ConnectionError`].
-    pub fn accept(
+    pub fn start<D: Disk>(
         device: Arc<BlockDevice<D>>,
-        listener: &UnixListener,
+        socket: UnixStream,
     ) -> Result<Self, ConnectionError> {
-        let listener = Listener::from(listener.try_clone()?);
+        socket.set_nonblocking(false)?;
         let flags = EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK;
         let ended = Arc::new(eventfd(0, flags).map_err(io::Error::from)?);
-        let (tell, told) = mpsc::sync_channel(1);
-        let supervisor = thread::Builder::new()
-            .name(SUPERVISOR_THREAD.to_owned())
+        let stop = Arc::new(Stop::default());
+        let socket = Arc::new(socket);
+        let messages = Messages::new(device, Arc::clone(&socket), Arc::clone(&stop))?;
+        let thread = thread::Builder::new()
+            .name(MESSAGES_THREAD.to_owned())
             .spawn({
                 let ended = Arc::clone(&ended);
                 move || {
-                    supervise(device, listener, &tell);
+                    messages.serve();
                     // It can only fail when the descriptor is readable anyway.
                     let _ = rustix::io::write(&ended, &1_u64.to_ne_bytes());
                 }
             })?;
-        let started = told.recv().unwrap_or(Err(ConnectionError::Ended))?;
         Ok(Self {
-            backend: started.backend,
-            shutdown: started.shutdown,
-            supervisor: Some(supervisor),
+            stop,
+            socket,
+            thread: Some(thread),
             ended,
         })
     }
@@ -106,14 +149,18 @@ impl<D: Disk> Connection<D> {
     }
 
     fn take_down(&mut self, parked: Parked) {
-        let Some(supervisor) = self.supervisor.take() else {
+        let Some(thread) = self.thread.take() else {
             return;
         };
-        // In this order, so that the front-end finds every answer in the rings
-        // when it notices that we are gone.
-        self.backend.close(parked);
-        self.shutdown.shutdown();
-        if supervisor.join().is_err() {
+        self.stop.order(parked);
+        // Ends the wait for a message. The other direction stays open, so that the
+        // front-end finds every answer in the rings when it notices that we go.
+        let _ = self.socket.shutdown(Shutdown::Read);
+        if !self.has_ended_within(ANSWER_TIME) {
+            // A front-end that reads no answers would hold us up for ever.
+            let _ = self.socket.shutdown(Shutdown::Both);
+        }
+        if thread.join().is_err() {
             log_line(
                 Level::Error,
                 0,
@@ -121,76 +168,171 @@ impl<D: Disk> Connection<D> {
             );
         }
     }
+
+    fn has_ended_within(&self, time: Duration) -> bool {
+        let mut fds = [PollFd::new(&*self.ended, PollFlags::IN)];
+        let time = Timespec {
+            tv_sec: time.as_secs() as i64,
+            tv_nsec: 0,
+        };
+        poll(&mut fds, Some(&time)) == Ok(1)
+    }
 }
 
-impl<D: Disk> Drop for Connection<D> {
+impl Drop for Connection {
     fn drop(&mut self) {
         self.take_down(Parked::Drop);
     }
 }
 
-/// What is needed to end a connection from outside.
-struct Started<D: Disk> {
-    backend: Arc<Backend<D>>,
-    shutdown: ShutdownHandle,
+impl<D: Disk> BlockDevice<D> {
+    /// Says that a front-end is turned away because another one is being served.
+    pub fn tell_of_other(&self, socket: &UnixStream) {
+        guest_log!(
+            self.host_limit(),
+            Warn,
+            "{} is turned away: another front-end is being served",
+            peer(socket)
+        );
+    }
 }
 
-/// Serves a connection to its end.
-fn supervise<D: Disk>(
-    device: Arc<BlockDevice<D>>,
-    listener: Listener,
-    tell: &SyncSender<Result<Started<D>, ConnectionError>>,
-) {
-    let (mut daemon, started) = match start(Arc::clone(&device), listener) {
-        Ok(started) => started,
-        Err(error) => {
-            let _ = tell.send(Err(error));
-            return;
-        }
-    };
-    let backend = Arc::clone(&started.backend);
-    let _ = tell.send(Ok(started));
-    guest_log!(device.host_limit(), Info, "a front-end has connected");
-    match daemon.wait() {
-        Ok(())
-        | Err(DaemonError::HandleRequest(VhostError::Disconnected | VhostError::PartialMessage)) => {
-            guest_log!(device.host_limit(), Info, "the front-end has disconnected");
-        }
-        Err(error) => {
-            guest_log!(
-                device.host_limit(),
-                Error,
-                "the connection was ended: {error}"
-            );
-        }
+/// Whether so much has come from a front-end that it wants to be served: a whole
+/// header of a message. `Err` if it has gone.
+///
+/// # Errors
+/// Any of `recv(2)`; `NOTCONN` if the other end is closed.
+pub fn has_spoken(socket: &UnixStream) -> io::Result<bool> {
+    let mut header = [0; HEADER_LEN];
+    match peek(socket, &mut header) {
+        Ok(0) => Err(Errno::NOTCONN.into()),
+        Ok(len) => Ok(len == HEADER_LEN),
+        Err(Errno::AGAIN) => Ok(false),
+        Err(errno) => Err(errno.into()),
     }
-    backend.close(Parked::Drop);
-    // Waits for the queue threads.
-    drop(daemon);
 }
 
-/// Makes the threads of a connection and accepts it.
-fn start<D: Disk>(
-    device: Arc<BlockDevice<D>>,
-    mut listener: Listener,
-) -> Result<(Daemon<D>, Started<D>), ConnectionError> {
-    let backend = Arc::new(Backend::new(device)?);
-    let mut daemon: Daemon<D> = VhostUserDaemon::new(
-        MESSAGES_THREAD.to_owned(),
-        Arc::clone(&backend),
-        backend.memory(),
-    )?;
-    if let Err(error) = backend.attach(&daemon.get_epoll_handlers()) {
-        // Threads that cannot be woken cannot be waited for either.
-        std::mem::forget(daemon);
-        return Err(error.into());
+/// The process at the other end, as the kernel knows it: for the log.
+pub fn peer(socket: &UnixStream) -> String {
+    match socket_peercred(socket) {
+        Ok(credentials) => format!("process {}", credentials.pid),
+        Err(_) => "an unknown process".to_owned(),
     }
-    let accepted = daemon.start(&mut listener);
-    match (accepted, daemon.shutdown_handle()) {
-        (Ok(()), Some(shutdown)) => Ok((daemon, Started { backend, shutdown })),
-        (accepted, _) => {
-            backend.close(Parked::Drop);
-            Err(accepted.map_or_else(ConnectionError::from, |()| ConnectionError::Ended))
+}
+
+fn peek(socket: &UnixStream, bytes: &mut [u8]) -> Result<usize, Errno> {
+    let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT;
+    recv(socket, bytes, flags).map(|(len, _)| len)
+}
+
+/// The thread of a connection.
+struct Messages<D: Disk> {
+    device: Arc<BlockDevice<D>>,
+    session: Arc<Mutex<Session<D>>>,
+    handler: BackendReqHandler<Mutex<Session<D>>>,
+    socket: Arc<UnixStream>,
+    stop: Arc<Stop>,
+}
+
+impl<D: Disk> Messages<D> {
+    fn new(
+        device: Arc<BlockDevice<D>>,
+        socket: Arc<UnixStream>,
+        stop: Arc<Stop>,
+    ) -> Result<Self, ConnectionError> {
+        let session = Session::new(Arc::clone(&device)).map_err(io::Error::other)?;
+        let session = Arc::new(Mutex::new(session));
+        let handler = BackendReqHandler::from_stream(socket.try_clone()?, Arc::clone(&session));
+        Ok(Self {
+            device,
+            session,
+            handler,
+            socket,
+            stop,
+        })
+    }
+
+    /// Serves the connection to its end.
+    fn serve(mut self) {
+        let peer = peer(&self.socket);
+        let device = Arc::clone(&self.device);
+        let limit = device.host_limit();
+        guest_log!(limit, Info, "a front-end has connected: {peer}");
+        let end = loop {
+            if let Err(end) = self.obey_next() {
+                break end;
+            }
+        };
+        match end {
+            End::Disconnected => guest_log!(limit, Info, "{end}"),
+            End::Stopped => {}
+            _ => guest_log!(limit, Error, "the connection was ended: {end}"),
         }
+        let parked = self.stop.parked().unwrap_or(Parked::Drop);
+        self.session().close(parked);
+    }
+
+    fn session(&self) -> MutexGuard<'_, Session<D>> {
+        self.session.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Waits for a message and does what it says.
+    fn obey_next(&mut self) -> Result<(), End> {
+        self.wait_for_message()?;
+        match self.handler.handle_request() {
+            Ok(()) => Ok(()),
+            Err(VhostError::Disconnected | VhostError::PartialMessage) => Err(End::Disconnected),
+            Err(error) => match self.session().take_refusal() {
+                Some(refusal) if refusal.is_harmless() => {
+                    guest_log!(self.device.guest_limit(), Warn, "{refusal}");
+                    Ok(())
+                }
+                Some(refusal) => Err(refusal.into()),
+                None => Err(End::Message(error)),
+            },
+        }
+    }
+
+    /// Waits until a whole message can be read without waiting.
+    fn wait_for_message(&self) -> Result<(), End> {
+        let mut begun = None;
+        loop {
+            if self.stop.is_wanted() {
+                return Err(End::Stopped);
+            }
+            let mut header = [0; HEADER_LEN];
+            match peek(&self.socket, &mut header) {
+                Ok(0) => return Err(End::Disconnected),
+                Ok(HEADER_LEN) if self.has_rest_of(&header)? => return Ok(()),
+                Ok(_) if self.has_hung_up() => return Err(End::Disconnected),
+                Ok(_) => {
+                    let since = *begun.get_or_insert_with(Instant::now);
+                    if since.elapsed() > MESSAGE_TIME {
+                        return Err(End::HalfMessage);
+                    }
+                    thread::sleep(MESSAGE_POLL);
+                }
+                Err(Errno::AGAIN) => {
+                    let _ = poll(&mut [PollFd::new(&*self.socket, PollFlags::IN)], None);
+                }
+                Err(Errno::INTR) => {}
+                Err(Errno::CONNRESET) => return Err(End::Disconnected),
+                Err(errno) => return Err(errno.into()),
+            }
+        }
+    }
+
+    fn has_hung_up(&self) -> bool {
+        let mut fds = [PollFd::new(&*self.socket, PollFlags::RDHUP)];
+        poll(&mut fds, Some(&Timespec::default())) == Ok(1)
+    }
+
+    /// Whether all is there that a header says. What is no header is left to the
+    /// library.
+    fn has_rest_of(&self, header: &[u8; HEADER_LEN]) -> Result<bool, End> {
+        let [.., s0, s1, s2, s3] = *header;
+        let rest = u64::from(u32::from_ne_bytes([s0, s1, s2, s3]));
+        let there = rustix::io::ioctl_fionread(&*self.socket)?;
+        Ok(rest > MAX_REST_LEN || there >= HEADER_LEN as u64 + rest)
     }
 }

@@ -5,18 +5,21 @@
 //! shared reference per queue and table, not one per request.
 
 use std::cell::Cell;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, PoisonError};
 
 use vm_memory::{GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap};
 
 /// A table of guest memory. It is mapped as long as a reference to it is held.
 pub(super) type GuestMap = GuestMemoryMmap<()>;
 
-/// The memory of a connection, as the library replaces it.
+/// What the rings of the library want to know of it.
+pub(super) type Memory = GuestMemoryAtomic<GuestMap>;
+
+/// The memory of a connection.
 #[derive(Debug)]
 pub(super) struct SharedMemory {
-    atomic: GuestMemoryAtomic<GuestMap>,
+    atomic: Memory,
     /// Counts the tables, so that a queue sees cheaply that there is a new one.
     generation: AtomicU64,
 }
@@ -30,13 +33,16 @@ impl SharedMemory {
         }
     }
 
-    /// What the library needs to replace the table.
-    pub fn atomic(&self) -> GuestMemoryAtomic<GuestMap> {
+    /// The table, for the rings of the library.
+    pub fn atomic(&self) -> Memory {
         self.atomic.clone()
     }
 
-    /// To be called after each replacement.
-    pub fn replaced(&self) {
+    /// Replaces the table.
+    pub fn replace(&self, table: GuestMap) {
+        // Nothing panics with the lock held.
+        let guard = self.atomic.lock().unwrap_or_else(PoisonError::into_inner);
+        guard.replace(table);
         self.generation.fetch_add(1, Ordering::Release);
     }
 }
@@ -151,8 +157,7 @@ mod tests {
 
     fn replace(shared: &SharedMemory, len: usize) {
         let map = GuestMap::from_ranges(&[(GuestAddress(0), len)]).unwrap();
-        shared.atomic.lock().unwrap().replace(map);
-        shared.replaced();
+        shared.replace(map);
     }
 
     #[test]

@@ -1,14 +1,21 @@
 //! virtio-blk over vhost-user.
 //!
 //! A [`BlockDevice`] is what a virtual disk looks like to drivers; a
-//! [`Connection`] serves it to one front-end. Each virtqueue has a thread:
+//! [`Connection`] serves it to one front-end. A thread reads the front-end's messages;
+//! each virtqueue that runs has a thread of its own:
 //!
-//! - `worker`: the thread's loop between ring and engine;
+//! - `connection`: the thread of the messages, from beginning to end;
+//! - `session`: what each message does;
+//! - `memory_table`: the guest's memory as the front-end shares it;
+//! - `ring`: a ring as it is set up, started and stopped;
+//! - `write_cache`: what the driver believes of its write cache;
+//! - `queue_thread`: the thread of a ring that runs;
+//! - `mailbox`: what it is told by the thread of the messages;
+//! - `worker`: its loop between ring and engine;
 //! - `request`: from a descriptor chain to a checked request and to its answer;
 //! - `requests`: those of one queue that are in flight;
 //! - `memory`: the guest's memory, replaceable under requests in flight;
-//! - `gate`: how another thread has a queue drained;
-//! - `backend`, `vring`: what the vhost-user library calls;
+//! - `event`: the descriptors for kicks and signals;
 //! - `config`: feature bits, configuration space and limits;
 //! - `ratelimit`: all logging, since guests can provoke most of it.
 //!
@@ -17,17 +24,21 @@
 //! went.
 #![deny(clippy::disallowed_macros)]
 
-mod backend;
 mod config;
 mod connection;
-mod gate;
+mod event;
+mod mailbox;
 mod memory;
+mod memory_table;
+mod queue_thread;
 mod ratelimit;
 mod request;
 mod requests;
+mod ring;
+mod session;
 mod spin;
-mod vring;
 mod worker;
+mod write_cache;
 
 use std::fmt;
 use std::num::{NonZeroU16, NonZeroUsize};
@@ -39,8 +50,8 @@ use std::time::Duration;
 
 use thiserror::Error;
 
-pub use connection::{Connection, ConnectionError};
-pub use gate::Parked;
+pub use connection::{Connection, ConnectionError, has_spoken, peer};
+pub use mailbox::Parked;
 
 use crate::ploop::Engine;
 use crate::storage::Disk;
@@ -48,7 +59,7 @@ use config::ConfigSpace;
 use ratelimit::RateLimit;
 use request::{ID_LEN, Limits};
 
-/// Most virtqueues: the library names sets of queues by the bits of a `u64`.
+/// Most virtqueues. QEMU asks for one per vCPU, and serves few with more.
 pub const MAX_QUEUES: u16 = 64;
 
 /// Largest ring, in descriptors. virtio allows more; QEMU makes none larger, and

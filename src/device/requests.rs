@@ -1,6 +1,5 @@
 //! The requests of one queue, between its ring and the engine.
 
-use std::io;
 use std::os::fd::RawFd;
 use std::sync::Arc;
 
@@ -9,7 +8,7 @@ use smallvec::SmallVec;
 use vm_memory::GuestMemory;
 
 use super::BlockDevice;
-use super::gate::Parked;
+use super::mailbox::Parked;
 use super::memory::{Hold, QueueMemory};
 use super::ratelimit::guest_log;
 use super::request::{ID_LEN, Operation, Rejected, Reply, Request, Status};
@@ -61,8 +60,7 @@ struct InFlight {
 pub(super) struct Requests<D: Disk> {
     queue_index: usize,
     device: Arc<BlockDevice<D>>,
-    /// The engine's side, once it is open.
-    engine: Option<Queue<D>>,
+    engine: Queue<D>,
     /// By the tag that the engine knows them by.
     in_flight: Slab<InFlight>,
     /// The weight of all of them.
@@ -75,47 +73,30 @@ pub(super) struct Requests<D: Disk> {
 }
 
 impl<D: Disk> Requests<D> {
-    pub fn new(queue_index: usize, device: Arc<BlockDevice<D>>) -> Self {
+    /// Of a queue whose engine's side is `engine`.
+    pub fn new(queue_index: usize, device: Arc<BlockDevice<D>>, engine: Queue<D>) -> Self {
+        let depth = usize::from(device.queue_size());
+        device.queue_opened();
         Self {
             queue_index,
             device,
-            engine: None,
-            in_flight: Slab::new(),
+            engine,
+            in_flight: Slab::with_capacity(depth),
             load: 0,
-            used: Vec::new(),
+            used: Vec::with_capacity(depth),
             used_load: 0,
-            done: Vec::new(),
+            done: Vec::with_capacity(depth),
         }
     }
 
-    /// Whether the engine's side is open.
-    pub fn is_open(&self) -> bool {
-        self.engine.is_some()
+    /// Which queue of the device it is.
+    pub fn queue_index(&self) -> usize {
+        self.queue_index
     }
 
-    /// Opens the engine's side. Returns the descriptors that are readable while
-    /// [`Self::poll`] has something to do.
-    ///
-    /// # Errors
-    /// Any of [`Engine::queue`](ploop::Engine::queue).
-    pub fn open(&mut self) -> io::Result<SmallVec<[RawFd; 2]>> {
-        let engine = self.device.engine().queue()?;
-        let fds = engine.fds();
-        self.engine = Some(engine);
-        self.device.queue_opened();
-        let depth = usize::from(self.device.queue_size());
-        self.in_flight.reserve(depth);
-        self.used.reserve(depth);
-        self.done.reserve(depth);
-        Ok(fds)
-    }
-
-    /// Gives the engine's side back. Nothing may be in flight.
-    pub fn close(&mut self) {
-        debug_assert!(self.in_flight.is_empty());
-        if self.engine.take().is_some() {
-            self.device.queue_closed();
-        }
+    /// Descriptors that are readable while [`Self::poll`] has something to do.
+    pub fn fds(&self) -> SmallVec<[RawFd; 2]> {
+        self.engine.fds()
     }
 
     /// Whether the engine should have one more request, of a ring of that size. If
@@ -127,8 +108,8 @@ impl<D: Disk> Requests<D> {
     /// Starts a request that was parsed with the newest map of `memory`.
     pub fn accept(&mut self, head: u16, request: Request, memory: &QueueMemory) {
         let Request { operation, reply } = request;
-        let (status, reply) = match (operation, &mut self.engine) {
-            (Operation::Engine(command), Some(engine)) => {
+        match operation {
+            Operation::Engine(command) => {
                 let weight = weight(&command);
                 self.load += weight;
                 let tag = self.in_flight.insert(InFlight {
@@ -137,17 +118,14 @@ impl<D: Disk> Requests<D> {
                     reply,
                     memory: memory.hold(),
                 }) as u64;
-                engine.push(ploop::Request { tag, command });
-                return;
+                self.engine.push(ploop::Request { tag, command });
             }
-            (Operation::Engine(_), None) => (Status::IoError, reply),
-            (Operation::GetId(target), _) => {
+            Operation::GetId(target) => {
                 write_id(&target, self.device.serial());
-                (Status::Ok, reply)
+                let len = reply.finish(memory.map(), Status::Ok);
+                self.used.push(Used { head, len });
             }
-        };
-        let len = reply.finish(memory.map(), status);
-        self.used.push(Used { head, len });
+        }
     }
 
     /// Answers a chain that is no request.
@@ -165,31 +143,27 @@ impl<D: Disk> Requests<D> {
 
     /// Starts what was accepted and collects what has ended. Never blocks.
     pub fn poll(&mut self, memory: &mut QueueMemory) {
-        if let Some(engine) = &mut self.engine {
-            engine.submit();
-            engine.poll(&mut self.done);
-            self.settle(memory, Parked::Fail);
-        }
+        self.engine.submit();
+        self.engine.poll(&mut self.done);
+        self.settle(memory, Parked::Fail);
     }
 
     /// Whether [`Self::poll`] has more to do at once: not all I/O ends with a
     /// descriptor that gets readable.
     pub fn has_ready(&self) -> bool {
-        self.engine.as_ref().is_some_and(Queue::has_ready)
+        self.engine.has_ready()
     }
 
     /// To be called before the thread sleeps. False if [`Self::poll`] has something
     /// to do already.
     pub fn may_sleep(&mut self) -> bool {
-        self.engine.as_mut().is_none_or(Queue::may_sleep)
+        self.engine.may_sleep()
     }
 
     /// Waits until nothing is in flight any more.
     pub fn drain(&mut self, memory: &mut QueueMemory, parked: Parked) {
-        if let Some(engine) = &mut self.engine {
-            engine.drain(&mut self.done);
-            self.settle(memory, parked);
-        }
+        self.engine.drain(&mut self.done);
+        self.settle(memory, parked);
     }
 
     /// What is to be put into the used ring.
@@ -246,6 +220,13 @@ impl<D: Disk> Requests<D> {
             }
             memory.release(hold);
         }
+    }
+}
+
+impl<D: Disk> Drop for Requests<D> {
+    fn drop(&mut self) {
+        debug_assert!(self.in_flight.is_empty() || std::thread::panicking());
+        self.device.queue_closed();
     }
 }
 

@@ -1,28 +1,28 @@
-//! One virtqueue's thread.
+//! One virtqueue's work, between ring and engine.
 //!
 //! It takes chains from the ring and puts answers back as long as there are any,
-//! and tells the driver meanwhile that it need not kick. Then it sleeps in the
-//! library's event loop, which watches the kick, the engine's descriptors and the
-//! [`Gate`]. Everything here runs on the queue's own thread.
+//! and tells the driver meanwhile that it need not kick. Then its thread sleeps until
+//! there is a kick, something from the engine, or mail. Everything here runs on the
+//! queue's own thread.
 
-use std::ffi::CString;
 use std::fmt::Display;
-use std::io;
 use std::os::fd::RawFd;
 use std::sync::Arc;
+use std::sync::atomic::{Ordering, fence};
 
 use smallvec::SmallVec;
-use vhost_user_backend::VringT;
-use virtio_queue::{QueueOwnedT, QueueT};
+use virtio_bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
+use virtio_queue::{Queue, QueueOwnedT, QueueT};
+use vm_memory::{Bytes, GuestAddress};
 
 use super::BlockDevice;
-use super::gate::{Gate, Order, Parked};
-use super::memory::{QueueMemory, SharedMemory};
+use super::event::Event;
+use super::mailbox::{Mail, Mailbox};
+use super::memory::{GuestMap, QueueMemory};
 use super::ratelimit::guest_log;
 use super::request;
 use super::requests::{Requests, Used};
 use super::spin::Spin;
-use super::vring::Vring;
 use crate::storage::Disk;
 
 /// How many chains are taken before they are submitted. Answers that come together
@@ -47,7 +47,7 @@ enum Taken {
     Nothing,
     /// As many requests are in flight as may be.
     Full,
-    /// The ring is stopped, disabled, or makes no sense.
+    /// The available ring is invalid.
     Unusable,
 }
 
@@ -60,84 +60,68 @@ pub(super) enum Next {
     End,
 }
 
+/// By which events a ring and its driver tell each other of news.
+#[derive(Debug)]
+pub(super) struct Events {
+    /// The driver's word for us.
+    pub kick: Arc<Event>,
+    /// Ours for the driver.
+    pub call: Option<Arc<Event>>,
+    /// Ours for the front-end, about the ring itself.
+    pub error: Option<Arc<Event>>,
+}
+
 /// The state of one queue thread.
 pub(super) struct Worker<D: Disk> {
     index: usize,
     device: Arc<BlockDevice<D>>,
-    gate: Arc<Gate>,
+    mailbox: Arc<Mailbox>,
+    events: Events,
     memory: QueueMemory,
     requests: Requests<D>,
-    /// Whether [`Self::open`] has found the ring running. Nothing is taken before.
-    in_use: bool,
     spin: Spin,
-    named: bool,
 }
 
 impl<D: Disk> Worker<D> {
     pub fn new(
-        index: usize,
         device: Arc<BlockDevice<D>>,
-        gate: Arc<Gate>,
-        memory: Arc<SharedMemory>,
+        mailbox: Arc<Mailbox>,
+        events: Events,
+        memory: QueueMemory,
+        requests: Requests<D>,
     ) -> Self {
         Self {
-            index,
-            gate,
-            memory: QueueMemory::new(memory),
-            requests: Requests::new(index, Arc::clone(&device)),
-            in_use: false,
+            index: requests.queue_index(),
+            mailbox,
+            events,
+            memory,
+            requests,
             spin: Spin::new(device.longest_poll()),
             device,
-            named: false,
         }
     }
 
-    /// Opens the engine's side when the ring is first used: a ring that no driver
-    /// enables costs next to nothing. Returns the descriptors to be watched from
-    /// now on; none if it was open.
-    ///
-    /// # Errors
-    /// Any of [`Engine::queue`](crate::ploop::Engine::queue). Requests that are
-    /// served all the same fail.
-    pub fn open(&mut self, vring: &Vring) -> io::Result<SmallVec<[RawFd; 2]>> {
-        if self.requests.is_open() || !is_running(vring) {
-            return Ok(SmallVec::new());
-        }
-        // Before the first request is taken: who stops the ring from now on waits
-        // until this thread has drained it.
-        vring.link(&self.gate);
-        self.gate.set_active();
-        self.in_use = true;
-        self.requests.open()
+    /// What there may be something to do for when it is readable: first the kick.
+    pub fn fds(&self) -> SmallVec<[RawFd; 2]> {
+        self.requests.fds()
     }
 
-    /// Gives the engine's side back. Nothing may be in flight.
-    pub fn close(&mut self) {
-        self.requests.close();
-    }
-
-    /// Names the thread after its queue; the library names all of them alike.
-    pub fn name_thread(&mut self) {
-        if std::mem::replace(&mut self.named, true) {
-            return;
-        }
-        // The name is for people who look at the process: no matter if it fails.
-        if let Ok(name) = CString::new(format!("vq{}", self.index)) {
-            let _ = rustix::thread::set_name(&name);
-        }
+    /// See [`Events::kick`].
+    pub fn kick(&self) -> &Event {
+        &self.events.kick
     }
 
     /// Works until there is nothing to do at the moment.
-    pub fn serve(&mut self, vring: &Vring) -> Next {
+    pub fn serve(&mut self, ring: &mut Queue) -> Next {
         self.spin.wake();
         let mut must_find_some = false;
         loop {
-            if self.gate.has_order() && self.obey(vring) == Next::End {
+            if self.mailbox.has_mail() && self.read_mail(ring) == Next::End {
                 return Next::End;
             }
-            let taken = self.take(vring);
+            let taken = self.take(ring);
             self.requests.poll(&mut self.memory);
-            let answered = self.is_time_to_answer(taken) && self.answer(vring);
+            let answered = self.is_time_to_answer(taken) && self.answer(ring);
             match taken {
                 Taken::Some => {
                     must_find_some = false;
@@ -149,10 +133,11 @@ impl<D: Disk> Worker<D> {
                 }
                 Taken::Nothing if must_find_some => {
                     self.complain("the available ring cannot be read");
+                    self.tell_of_error();
                     return Next::Sleep;
                 }
-                Taken::Nothing if self.ask_for_kicks(vring) => must_find_some = true,
-                _ if !self.requests.may_sleep() => {}
+                Taken::Nothing if self.ask_for_kicks(ring) => must_find_some = true,
+                _ if !self.requests.may_sleep() || self.mailbox.has_mail() => {}
                 Taken::Nothing | Taken::Full | Taken::Unusable => {
                     if self.requests.in_flight() == 0 {
                         self.spin.sleep();
@@ -165,34 +150,33 @@ impl<D: Disk> Worker<D> {
         }
     }
 
-    /// Carries out the order that the gate holds.
-    fn obey(&mut self, vring: &Vring) -> Next {
-        let Some((order, receipt)) = self.gate.take() else {
-            return Next::Sleep;
-        };
-        let (parked, next) = match order {
-            Order::Drain => (Parked::Fail, Next::Sleep),
-            Order::Close(parked) => (parked, Next::End),
-        };
-        self.requests.drain(&mut self.memory, parked);
-        self.answer(vring);
-        if next == Next::End {
-            self.close();
+    /// Does what the mail asks for.
+    fn read_mail(&mut self, ring: &mut Queue) -> Next {
+        for mail in self.mailbox.take() {
+            match mail {
+                Mail::Kick(kick) => self.events.kick = kick,
+                Mail::Call(call) => {
+                    self.events.call = call;
+                    // A signal to the one before may have come after the driver has
+                    // looked at it for the last time.
+                    self.signal();
+                }
+                Mail::Error(error) => self.events.error = error,
+                Mail::Memory => self.memory.refresh(),
+                Mail::Stop(parked) => {
+                    self.requests.drain(&mut self.memory, parked);
+                    self.answer(ring);
+                    return Next::End;
+                }
+            }
         }
-        self.gate.settle(order, receipt);
-        next
+        Next::Sleep
     }
 
     /// Takes what the driver has made available and hands it to the engine.
-    fn take(&mut self, vring: &Vring) -> Taken {
+    fn take(&mut self, ring: &mut Queue) -> Taken {
         self.memory.refresh();
         let limits = self.device.limits();
-        let mut state = vring.get_mut();
-        // A ring that started after `open` has looked comes with an event of its own.
-        if !self.in_use || !state.is_enabled() || !state.get_queue().ready() {
-            return Taken::Unusable;
-        }
-        let ring = state.get_queue_mut();
         let ring_size = ring.size();
         let map = self.memory.map();
         // This saves kicks; all works without.
@@ -200,7 +184,8 @@ impl<D: Disk> Worker<D> {
         let mut chains = match ring.iter(map) {
             Ok(chains) => chains,
             Err(error) => {
-                self.complain(format_args!("the available ring makes no sense: {error}"));
+                self.complain(format_args!("the available ring is invalid: {error}"));
+                self.tell_of_error();
                 return Taken::Unusable;
             }
         };
@@ -258,39 +243,42 @@ impl<D: Disk> Worker<D> {
 
     /// Puts what has ended into the used ring, with one signal for all of it.
     /// Returns whether there was something.
-    fn answer(&mut self, vring: &Vring) -> bool {
+    fn answer(&mut self, ring: &mut Queue) -> bool {
         if self.requests.used() == 0 {
             return false;
         }
-        let mut state = vring.get_mut();
-        let ring = state.get_queue_mut();
         let map = self.memory.map();
         let mut result = Ok(());
         for Used { head, len } in self.requests.take_used() {
             result = result.and(ring.add_used(map, head, len));
         }
-        let signalled = match ring.needs_notification(map) {
-            Ok(false) => Ok(()),
-            Ok(true) | Err(_) => vring.signal(&state),
-        };
-        drop(state);
+        if wants_signal(ring, map) {
+            self.signal();
+        }
         if let Err(error) = result {
             self.complain(format_args!("the used ring cannot be written: {error}"));
-        }
-        if let Err(error) = signalled {
-            self.complain(format_args!("the driver cannot be signalled: {error}"));
+            self.tell_of_error();
         }
         true
     }
 
+    fn signal(&self) {
+        if let Some(call) = &self.events.call {
+            call.signal();
+        }
+    }
+
+    /// The driver will wait in vain: what it waits for is known to the front-end.
+    fn tell_of_error(&self) {
+        if let Some(error) = &self.events.error {
+            error.signal();
+        }
+    }
+
     /// Asks the driver to kick from now on. Returns whether there is something in
     /// the ring already.
-    fn ask_for_kicks(&self, vring: &Vring) -> bool {
-        let mut state = vring.get_mut();
-        state
-            .get_queue_mut()
-            .enable_notification(self.memory.map())
-            .unwrap_or(false)
+    fn ask_for_kicks(&self, ring: &mut Queue) -> bool {
+        ring.enable_notification(self.memory.map()).unwrap_or(false)
     }
 
     fn complain(&self, what: impl Display) {
@@ -303,8 +291,15 @@ impl<D: Disk> Worker<D> {
     }
 }
 
-/// Whether requests may be taken from the ring.
-fn is_running(vring: &Vring) -> bool {
-    let state = vring.get_ref();
-    state.is_enabled() && state.get_queue().ready()
+/// Whether the driver wants to hear of what was put into the used ring.
+fn wants_signal(ring: &mut Queue, map: &GuestMap) -> bool {
+    if ring.event_idx_enabled() {
+        return ring.needs_notification(map).unwrap_or(true);
+    }
+    // The used index comes before the look at what the driver wants.
+    fence(Ordering::SeqCst);
+    let flags = map.load::<u16>(GuestAddress(ring.avail_ring()), Ordering::Relaxed);
+    flags.map_or(true, |flags| {
+        u32::from(u16::from_le(flags)) & VRING_AVAIL_F_NO_INTERRUPT == 0
+    })
 }

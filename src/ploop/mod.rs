@@ -38,7 +38,7 @@ pub use error::{EngineError, OpenError};
 pub use md::MdWriter;
 pub use open::{Chain, Level, Opened};
 pub use options::{OnEnospc, Options};
-pub use queue::Queue;
+pub use queue::{Queue, QueueWaker};
 pub use request::{Command, Done, Request, SectorRange};
 pub use runner::Runner;
 pub use running::Running;

@@ -62,6 +62,18 @@ struct LocalOp {
     doubted: bool,
 }
 
+/// Wakes the thread of a [`Queue`] from any other, for what is not the engine's.
+#[derive(Clone)]
+pub struct QueueWaker(Arc<Inbox<QueueMessage>>);
+
+impl QueueWaker {
+    /// To be called after what the thread shall see. From [`Queue::may_sleep`] on it
+    /// makes one of [`Queue::fds`] readable; before, the thread looks by itself.
+    pub fn wake(&self) {
+        self.0.waker().wake();
+    }
+}
+
 /// See the module's text.
 pub struct Queue<D: Disk> {
     engine: Arc<Engine<D>>,
@@ -169,6 +181,11 @@ impl<D: Disk> Queue<D> {
     pub fn fds(&self) -> SmallVec<[RawFd; 2]> {
         let inbox = self.inbox.waker().as_raw_fd();
         self.io.completion_fd().into_iter().chain([inbox]).collect()
+    }
+
+    /// To wake the thread that sleeps on [`Self::fds`].
+    pub fn waker(&self) -> QueueWaker {
+        QueueWaker(self.inbox.clone())
     }
 
     /// Whether [`Self::poll`] has something to do that no descriptor tells of.

@@ -259,6 +259,22 @@ impl Ring {
         self.memory.write_slice(bytes, GuestAddress(addr)).unwrap();
     }
 
+    /// Other events for kicks and signals, which the device has not heard of yet.
+    pub fn renew_events(&mut self) {
+        self.kick = EventFd::new(libc::EFD_NONBLOCK).unwrap();
+        self.call = EventFd::new(libc::EFD_NONBLOCK).unwrap();
+    }
+
+    /// By which the device signals.
+    pub fn call(&self) -> &EventFd {
+        &self.call
+    }
+
+    /// Writes the flags of the available ring.
+    pub fn set_avail_flags(&self, flags: u16) {
+        self.write(flags, self.avail());
+    }
+
     /// Forgets the past, as a driver does when it resets the device.
     pub fn forget(&mut self) {
         self.next_desc = 0;

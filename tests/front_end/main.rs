@@ -8,6 +8,7 @@ mod rig;
 
 use std::{
     fs,
+    os::fd::{AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd},
     os::unix::fs::MetadataExt,
     sync::mpsc,
     thread,
@@ -18,12 +19,14 @@ use front_end::*;
 use rig::*;
 use vhost::VhostBackend;
 use vhost::vhost_user::VhostUserFrontend;
+use vhost::vhost_user::message::VhostUserConfigFlags;
 use vhost_user_ploop::device::Parked;
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH,
     VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES,
 };
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
+use vmm_sys_util::eventfd::EventFd;
 
 const OK: u8 = 0;
 const IOERR: u8 = 1;
@@ -724,12 +727,17 @@ fn the_write_cache_can_be_turned_off_and_on() {
         assert_eq!(write, (OK, 1));
         assert_eq!(rig.disk.syncs() > before, is_stable, "mode {mode}");
     }
-    // What cannot be written is left alone, and the connection lives.
-    front_end.set_config(0, &[1, 2, 3]);
-    front_end.set_config(WRITEBACK, &[1, 0]);
+    // What cannot be written is refused, and the connection lives.
+    for (offset, bytes) in [(0, &[1, 2, 3][..]), (WRITEBACK, &[1, 0]), (33, &[1])] {
+        let flags = VhostUserConfigFlags::WRITABLE;
+        front_end
+            .vhost
+            .set_config(offset, flags, bytes)
+            .unwrap_err();
+    }
     assert_eq!(front_end.get_config(0, 8), DISK_SIZE.0.to_le_bytes());
     assert_eq!(front_end.get_config(WRITEBACK, 1), [0]);
-    // A reset turns it on again.
+    // A driver that is told so after a reset has it on again.
     front_end.vhost.reset_device().unwrap();
     assert_eq!(front_end.get_config(WRITEBACK, 1), [1]);
 }
@@ -762,6 +770,7 @@ fn a_driver_that_cannot_flush_gets_stable_writes() {
         let rig = Rig::new();
         let (mut front_end, _connection) = rig.connect();
         front_end.negotiate(features);
+        front_end.get_config(0, 60);
         front_end.start_rings();
         front_end.fill(DATA, &pattern(1, 512));
         let ring = &mut front_end.rings[0];
@@ -841,4 +850,176 @@ fn a_disconnect_drops_what_waits_for_space() {
     rig.disk.set_full(false);
     let (mut front_end, _connection) = rig.start();
     expect_service(&mut front_end, 0);
+}
+
+/// Whether a write of a driver with all features is stable when it completes.
+fn write_is_stable(rig: &Rig, front_end: &mut FrontEnd) -> bool {
+    front_end.fill(DATA, &pattern(1, 512));
+    let source = [readable(DATA, 512)];
+    // The first write may sync for its own reasons.
+    for _ in 0..2 {
+        let before = rig.disk.syncs();
+        let answer = front_end.rings[0].run(VIRTIO_BLK_T_OUT, 9, &source);
+        assert_eq!(answer, (OK, 1));
+        if rig.disk.syncs() == before {
+            return false;
+        }
+    }
+    true
+}
+
+#[test]
+fn a_driver_that_was_told_of_its_cache_by_nobody_gets_stable_writes() {
+    let rig = Rig::new();
+    // A front-end that connects again for a running driver does not ask.
+    let (mut front_end, _connection) = rig.start();
+    assert!(write_is_stable(&rig, &mut front_end));
+    // A part of the space without the field says nothing of it.
+    front_end.get_config(0, 32);
+    front_end.get_config(33, 10);
+    assert!(write_is_stable(&rig, &mut front_end));
+    assert_eq!(front_end.get_config(20, 20)[12], 1);
+    assert!(!write_is_stable(&rig, &mut front_end));
+}
+
+#[test]
+fn a_cache_that_is_off_stays_off_over_a_reset_that_the_driver_is_not_told_of() {
+    let rig = Rig::new();
+    let (mut front_end, _connection) = rig.start();
+    front_end.get_config(0, 60);
+    front_end.set_config(32, &[0]);
+    front_end.vhost.reset_device().unwrap();
+    let features = front_end.vhost.get_features().unwrap();
+    front_end.vhost.set_features(features).unwrap();
+    for ring in &mut front_end.rings {
+        ring.forget();
+    }
+    front_end.start_rings();
+    assert!(write_is_stable(&rig, &mut front_end));
+}
+
+#[test]
+fn a_reset_stops_the_rings() {
+    let rig = Rig::new();
+    let (mut front_end, _connection) = rig.start();
+    expect_service(&mut front_end, 0);
+    front_end.vhost.reset_device().unwrap();
+    let features = front_end.vhost.get_features().unwrap();
+    front_end.vhost.set_features(features).unwrap();
+    // Enabled, but not started: no kick has come since.
+    front_end.vhost.set_vring_enable(0, true).unwrap();
+    let ring = &mut front_end.rings[0];
+    ring.request(VIRTIO_BLK_T_FLUSH, 0, &[]);
+    ring.kick();
+    thread::sleep(A_WHILE);
+    assert_eq!(ring.take_used(), None);
+}
+
+#[test]
+fn queue_sizes_that_cannot_be_are_refused() {
+    for size in [0, 3, 100, 1024] {
+        let rig = Rig::new();
+        let (mut front_end, connection) = rig.connect();
+        front_end.negotiate(u64::MAX);
+        front_end.vhost.set_vring_num(0, size).unwrap_err();
+        assert!(connection.has_ended_within(PATIENCE), "{size}");
+    }
+}
+
+#[test]
+fn a_driver_that_wants_no_signals_gets_none() {
+    const NO_INTERRUPT: u16 = 1;
+    let rig = Rig::new();
+    let (mut front_end, _connection) = rig.connect();
+    front_end.negotiate(WITHOUT_EVENT_IDX);
+    front_end.start_rings();
+    for (flags, expected) in [(NO_INTERRUPT, 0), (0, 1), (NO_INTERRUPT, 0)] {
+        let ring = &mut front_end.rings[0];
+        ring.set_avail_flags(flags);
+        thread::sleep(A_WHILE);
+        let before = ring.signals();
+        ring.request(VIRTIO_BLK_T_FLUSH, 0, &[]);
+        ring.kick();
+        let start = Instant::now();
+        while ring.take_used().is_none() {
+            assert!(start.elapsed() < PATIENCE);
+        }
+        thread::sleep(A_WHILE);
+        assert_eq!(ring.signals() - before, expected, "flags {flags}");
+    }
+}
+
+#[test]
+fn errors_of_a_ring_are_signalled() {
+    let rig = Rig::new();
+    let (front_end, _connection) = rig.start();
+    let error = EventFd::new(libc::EFD_NONBLOCK).unwrap();
+    front_end.vhost.set_vring_err(0, &error).unwrap();
+    let ring = &front_end.rings[0];
+    ring.set_avail_idx(ring.avail_idx().wrapping_add(RING_SIZE + 1));
+    ring.kick();
+    // SAFETY: the event lives as long as this function.
+    let fd = unsafe { BorrowedFd::borrow_raw(error.as_raw_fd()) };
+    assert!(is_readable(&fd, PATIENCE));
+}
+
+#[test]
+fn events_can_be_replaced_while_a_ring_runs() {
+    let rig = Rig::new();
+    let (mut front_end, _connection) = rig.start();
+    for _ in 0..20 {
+        let ring = &mut front_end.rings[0];
+        ring.renew_events();
+        let (call, kick) = (ring.call(), &ring.kick);
+        front_end.vhost.set_vring_call(0, call).unwrap();
+        front_end.vhost.set_vring_kick(0, kick).unwrap();
+        expect_service(&mut front_end, 0);
+    }
+    // What was made available under the old event is found by the new one.
+    let ring = &mut front_end.rings[0];
+    let head = ring.request(VIRTIO_BLK_T_FLUSH, 0, &[]);
+    ring.renew_events();
+    let (call, kick) = (ring.call(), &ring.kick);
+    front_end.vhost.set_vring_call(0, call).unwrap();
+    front_end.vhost.set_vring_kick(0, kick).unwrap();
+    assert_eq!(front_end.rings[0].wait_used(), (head, 1));
+}
+
+#[test]
+fn descriptors_that_are_not_events_end_the_connection() {
+    type Send = fn(&mut FrontEnd, &EventFd) -> vhost::Result<()>;
+    let messages: [Send; 3] = [
+        |front_end, fd| front_end.vhost.set_vring_kick(0, fd),
+        |front_end, fd| front_end.vhost.set_vring_call(0, fd),
+        |front_end, fd| front_end.vhost.set_vring_err(0, fd),
+    ];
+    let rig = Rig::new();
+    for message in messages {
+        let (mut front_end, connection) = rig.start();
+        let (reader, _writer) = std::io::pipe().unwrap();
+        // SAFETY: the descriptor is given up in the same call.
+        let pipe = unsafe { EventFd::from_raw_fd(OwnedFd::from(reader).into_raw_fd()) };
+        message(&mut front_end, &pipe).unwrap_err();
+        assert!(connection.has_ended_within(PATIENCE));
+    }
+}
+
+#[test]
+fn memory_that_others_control_is_refused() {
+    let rig = Rig::new();
+    let (mut front_end, connection) = rig.start();
+    let mut region = front_end.region(2);
+    front_end.vhost.remove_mem_region(&region).unwrap();
+    // Longer than its file: touching its end would kill the process.
+    region.memory_size += REGION_LEN;
+    front_end.vhost.add_mem_region(&region).unwrap_err();
+    assert!(connection.has_ended_within(PATIENCE));
+
+    let (mut front_end, connection) = rig.start();
+    let mut region = front_end.region(2);
+    front_end.vhost.remove_mem_region(&region).unwrap();
+    let zero = fs::File::open("/dev/zero").unwrap();
+    region.mmap_handle = zero.as_raw_fd();
+    front_end.vhost.add_mem_region(&region).unwrap_err();
+    assert!(connection.has_ended_within(PATIENCE));
 }

@@ -57,8 +57,9 @@ impl Rig {
     /// A front-end with no more than a connection.
     pub fn connect(&self) -> (FrontEnd, Served) {
         let front_end = FrontEnd::connect(&self.folder.path().join("socket"));
-        let connection = Connection::accept(Arc::clone(&self.device), &self.listener)
-            .expect("a front-end can be served");
+        let (socket, _) = self.listener.accept().unwrap();
+        let connection =
+            Connection::start(Arc::clone(&self.device), socket).expect("a front-end can be served");
         let served = Served {
             connection: Some(connection),
             disk: self.disk.clone(),
@@ -87,7 +88,7 @@ impl Drop for Rig {
 /// A connection. It ends when this is dropped, even where a test has failed with
 /// operations held.
 pub struct Served {
-    connection: Option<Connection<HeldDisk>>,
+    connection: Option<Connection>,
     disk: HeldDisk,
 }
 

@@ -1,0 +1,189 @@
+//! The table of guest memory as the front-end makes it.
+//!
+//! A region is a file that the front-end has sent. Touching it must not depend on
+//! anybody's good will: what it is is looked at before it is mapped.
+
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileTypeExt;
+use std::sync::Arc;
+
+use thiserror::Error;
+use vhost::vhost_user::message::VhostUserMemoryRegion;
+use vm_memory::{
+    FileOffset, GuestAddress, GuestAddressSpace, GuestRegionCollectionError, GuestRegionMmap,
+    MmapRegion, mmap::MmapRegionError,
+};
+
+use super::memory::{GuestMap, SharedMemory};
+
+/// Most regions of a front-end that adds them one by one, as many as libvhost-user and
+/// the library allow.
+pub(super) const MAX_REGIONS: usize = 509;
+
+/// `f_type` of a FUSE file system, of any kind.
+const FUSE: i64 = 0x6573_5546;
+
+/// Memory that cannot be used.
+#[derive(Debug, Error)]
+pub(super) enum MemoryError {
+    #[error("the file of a memory region cannot be looked at: {0}")]
+    File(io::Error),
+    #[error(
+        "a memory region is {0}, and its owner could stop whoever touches it: memory has to \
+         be a memfd, hugetlbfs, tmpfs or an ordinary file"
+    )]
+    Kind(&'static str),
+    #[error(
+        "a memory region of {size:#x} bytes at {offset:#x} of its file lies beyond the end at {len:#x}"
+    )]
+    TooShort { size: u64, offset: u64, len: u64 },
+    #[error("a memory region at guest address {at:#x} cannot be mapped: {why}")]
+    Map { at: u64, why: MmapRegionError },
+    #[error("a memory region at guest address {at:#x} leaves the address space")]
+    Address { at: u64 },
+    #[error("memory regions do not fit together: {0}")]
+    Regions(GuestRegionCollectionError),
+    #[error("more than {MAX_REGIONS} memory regions")]
+    TooMany,
+    #[error(
+        "the front-end has shared no memory of the guest: with QEMU, give the guest \
+         `-object memory-backend-memfd,share=on` memory"
+    )]
+    NotShared,
+    #[error("address {0:#x} of the front-end lies in no memory region")]
+    NotThere(u64),
+}
+
+/// A region in the address space of the front-end.
+#[derive(Clone, Copy, Debug)]
+struct Mapping {
+    front_end: u64,
+    size: u64,
+    guest: u64,
+}
+
+/// See the module's text.
+#[derive(Debug)]
+pub(super) struct MemoryTable {
+    shared: Arc<SharedMemory>,
+    mappings: Vec<Mapping>,
+}
+
+impl MemoryTable {
+    /// Without a region.
+    pub fn new() -> Self {
+        Self {
+            shared: Arc::new(SharedMemory::new()),
+            mappings: Vec::new(),
+        }
+    }
+
+    /// What queues look addresses up in.
+    pub fn shared(&self) -> &Arc<SharedMemory> {
+        &self.shared
+    }
+
+    /// Replaces all regions.
+    pub fn set(
+        &mut self,
+        regions: &[VhostUserMemoryRegion],
+        files: Vec<File>,
+    ) -> Result<(), MemoryError> {
+        let mapped = regions
+            .iter()
+            .zip(files)
+            .map(|(region, file)| map(region, file));
+        let mapped = mapped.collect::<Result<Vec<_>, _>>()?;
+        let table = GuestMap::from_regions(mapped).map_err(MemoryError::Regions)?;
+        self.shared.replace(table);
+        self.mappings = regions.iter().map(Mapping::of).collect();
+        Ok(())
+    }
+
+    /// Adds one region.
+    pub fn add(&mut self, region: &VhostUserMemoryRegion, file: File) -> Result<(), MemoryError> {
+        if self.mappings.len() >= MAX_REGIONS {
+            return Err(MemoryError::TooMany);
+        }
+        let mapped = Arc::new(map(region, file)?);
+        let table = self.shared.atomic().memory().insert_region(mapped);
+        self.shared.replace(table.map_err(MemoryError::Regions)?);
+        self.mappings.push(Mapping::of(region));
+        Ok(())
+    }
+
+    /// Takes one region away.
+    pub fn remove(&mut self, region: &VhostUserMemoryRegion) -> Result<(), MemoryError> {
+        let at = GuestAddress(region.guest_phys_addr);
+        let old = self.shared.atomic().memory();
+        let (table, _) = old
+            .remove_region(at, region.memory_size)
+            .map_err(MemoryError::Regions)?;
+        self.shared.replace(table);
+        self.mappings.retain(|mapping| mapping.guest != at.0);
+        Ok(())
+    }
+
+    /// The guest address of what the front-end has at an address of its own.
+    pub fn guest_address(&self, front_end: u64) -> Result<u64, MemoryError> {
+        if self.mappings.is_empty() {
+            return Err(MemoryError::NotShared);
+        }
+        let offset = |mapping: &Mapping| {
+            let offset = front_end.checked_sub(mapping.front_end)?;
+            (offset < mapping.size).then_some(mapping.guest + offset)
+        };
+        let found = self.mappings.iter().find_map(offset);
+        found.ok_or(MemoryError::NotThere(front_end))
+    }
+}
+
+impl Mapping {
+    fn of(region: &VhostUserMemoryRegion) -> Self {
+        Self {
+            front_end: region.user_addr,
+            size: region.memory_size,
+            guest: region.guest_phys_addr,
+        }
+    }
+}
+
+fn map(region: &VhostUserMemoryRegion, file: File) -> Result<GuestRegionMmap<()>, MemoryError> {
+    let (at, size, offset) = (
+        region.guest_phys_addr,
+        region.memory_size,
+        region.mmap_offset,
+    );
+    check(&file, size, offset)?;
+    let mapped = MmapRegion::from_file(FileOffset::new(file, offset), size as usize)
+        .map_err(|why| MemoryError::Map { at, why })?;
+    GuestRegionMmap::new(mapped, GuestAddress(at)).ok_or(MemoryError::Address { at })
+}
+
+fn check(file: &File, size: u64, offset: u64) -> Result<(), MemoryError> {
+    let meta = file.metadata().map_err(MemoryError::File)?;
+    let kind = meta.file_type();
+    if !kind.is_file() {
+        return Err(MemoryError::Kind(
+            if kind.is_char_device() || kind.is_block_device() {
+                "a device"
+            } else {
+                "not a file"
+            },
+        ));
+    }
+    let file_system = rustix::fs::fstatfs(file).map_err(|errno| MemoryError::File(errno.into()))?;
+    #[expect(
+        clippy::unnecessary_cast,
+        reason = "its type differs between architectures"
+    )]
+    if file_system.f_type as i64 == FUSE {
+        return Err(MemoryError::Kind("a file of a FUSE file system"));
+    }
+    let len = meta.len();
+    if offset.checked_add(size).is_none_or(|end| end > len) {
+        return Err(MemoryError::TooShort { size, offset, len });
+    }
+    Ok(())
+}

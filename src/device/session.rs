@@ -1,0 +1,447 @@
+//! What a front-end asks of the device: one method for each message.
+//!
+//! The library reads, checks and answers the messages. Here is what they do to the
+//! state of the connection: features, memory and rings. A message that cannot be
+//! obeyed is refused with a reason, which ends the connection unless it is one that a
+//! guest can provoke.
+
+use std::fs::File;
+use std::sync::Arc;
+
+use thiserror::Error;
+use vhost::VhostUserMemoryRegionBase;
+use vhost::vhost_user::message::{
+    VhostTransferStateDirection, VhostTransferStatePhase, VhostUserConfigFlags, VhostUserInflight,
+    VhostUserLog, VhostUserMemoryRegion, VhostUserProtocolFeatures, VhostUserShMemConfig,
+    VhostUserSharedMsg, VhostUserSingleMemoryRegion, VhostUserVirtioFeatures,
+    VhostUserVringAddrFlags, VhostUserVringState,
+};
+use vhost::vhost_user::{
+    Error as VhostError, GpuBackend, Result as VhostResult, VhostUserBackendReqHandlerMut,
+};
+use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
+use virtio_queue::Error as QueueError;
+
+use super::BlockDevice;
+use super::config::{self, WRITEBACK_OFFSET};
+use super::event::{Event, EventError};
+use super::mailbox::Parked;
+use super::memory_table::{MAX_REGIONS, MemoryError, MemoryTable};
+use super::ratelimit::guest_log;
+use super::ring::{Ring, RingError, Surroundings};
+use super::write_cache::WriteCache;
+use crate::storage::Disk;
+
+/// Why a message is not obeyed.
+#[derive(Debug, Error)]
+pub(super) enum Refusal {
+    #[error("queue {index}: {why}")]
+    Ring { index: usize, why: RingError },
+    #[error("there is no queue {0}")]
+    NoQueue(u32),
+    #[error("queue {index}: {why}")]
+    Event { index: usize, why: EventError },
+    #[error("queue {0}: it cannot be served without a descriptor for kicks")]
+    NoKick(usize),
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    #[error("features {0:#x} were not offered")]
+    Features(u64),
+    #[error("{len} bytes at {offset} of the configuration space cannot be written")]
+    ReadOnlyField { offset: u32, len: usize },
+    #[error("the front-end claims the device a second time")]
+    Owned,
+    #[error("{0} was not offered")]
+    NotOffered(&'static str),
+}
+
+impl Refusal {
+    /// Whether a guest can provoke it, so that the connection must survive it.
+    pub fn is_harmless(&self) -> bool {
+        matches!(self, Self::ReadOnlyField { .. })
+    }
+}
+
+/// One front-end's view of the device.
+pub(super) struct Session<D: Disk> {
+    device: Arc<BlockDevice<D>>,
+    memory: MemoryTable,
+    rings: Vec<Ring>,
+    is_owned: bool,
+    acked_features: u64,
+    write_cache: WriteCache,
+    /// Of the last message, if it was not obeyed.
+    refusal: Option<Refusal>,
+}
+
+impl<D: Disk> Session<D> {
+    /// For a front-end that has not said anything yet.
+    ///
+    /// # Errors
+    /// None that [`super::Queues`] does not exclude.
+    pub fn new(device: Arc<BlockDevice<D>>) -> Result<Self, QueueError> {
+        let memory = MemoryTable::new();
+        let make = |index| Ring::new(index, device.queue_size(), memory.shared().atomic());
+        let rings = (0..usize::from(device.num_queues())).map(make);
+        let session = Self {
+            rings: rings.collect::<Result<_, _>>()?,
+            memory,
+            is_owned: false,
+            acked_features: 0,
+            write_cache: WriteCache::new(),
+            refusal: None,
+            device,
+        };
+        session.apply_cache_mode();
+        Ok(session)
+    }
+
+    /// Why the last message was not obeyed.
+    pub fn take_refusal(&mut self) -> Option<Refusal> {
+        self.refusal.take()
+    }
+
+    /// Answers all that is in flight and stops all rings.
+    pub fn close(&mut self, parked: Parked) {
+        self.halt_all(parked);
+    }
+
+    /// All at once: the drains overlap.
+    fn halt_all(&mut self, parked: Parked) {
+        for ring in &self.rings {
+            ring.ask_to_halt(parked);
+        }
+        for ring in &mut self.rings {
+            ring.halt(parked);
+        }
+    }
+
+    /// Puts the engine in the mode that the driver has negotiated.
+    fn apply_cache_mode(&self) {
+        let write_through = self.write_cache.is_write_through();
+        if let Err(error) = self.device.engine().set_write_through(write_through) {
+            // The engine remembers the failure and fails every write that would
+            // have to be stable, so the guest learns of it.
+            guest_log!(
+                self.device.host_limit(),
+                Error,
+                "the write cache could not be flushed: {error}"
+            );
+        }
+    }
+
+    fn refuse(&mut self, refusal: impl Into<Refusal>) -> VhostError {
+        self.refusal = Some(refusal.into());
+        VhostError::InvalidParam
+    }
+
+    fn settle<T>(&mut self, result: Result<T, Refusal>) -> VhostResult<T> {
+        result.map_err(|refusal| self.refuse(refusal))
+    }
+
+    fn with_ring<T>(
+        &mut self,
+        index: u32,
+        change: impl FnOnce(&mut Ring, &Surroundings<'_, D>) -> Result<T, RingError>,
+    ) -> Result<T, Refusal> {
+        let surroundings = Surroundings {
+            device: &self.device,
+            memory: self.memory.shared(),
+            event_idx: self.acked_features & (1 << VIRTIO_RING_F_EVENT_IDX) != 0,
+        };
+        let number = index as usize;
+        let ring = self.rings.get_mut(number).ok_or(Refusal::NoQueue(index))?;
+        change(ring, &surroundings).map_err(|why| Refusal::Ring { index: number, why })
+    }
+
+    fn event(index: u8, file: Option<File>) -> Result<Option<Event>, Refusal> {
+        let index = usize::from(index);
+        let event = file.map(Event::new).transpose();
+        event.map_err(|why| Refusal::Event { index, why })
+    }
+
+    /// What to do after the table of memory has changed: idle queues, too, shall let
+    /// go of memory that the guest has no more.
+    fn memory_changed(&mut self, result: Result<(), MemoryError>) -> VhostResult<()> {
+        self.settle(result.map_err(Refusal::from))?;
+        for ring in &self.rings {
+            ring.renew_memory();
+        }
+        Ok(())
+    }
+
+    fn start_ring(&mut self, index: u8, kick: Option<File>) -> Result<(), Refusal> {
+        let kick = Self::event(index, kick)?;
+        let kick = kick.ok_or(Refusal::NoKick(index.into()))?;
+        self.with_ring(index.into(), |ring, around| ring.set_kick(kick, around))
+    }
+
+    fn enable_ring(&mut self, index: u32, enable: bool) -> Result<(), Refusal> {
+        self.with_ring(index, |ring, around| {
+            if enable {
+                return ring.enable(around);
+            }
+            ring.disable();
+            Ok(())
+        })
+    }
+
+    fn set_ring_addresses(
+        &mut self,
+        index: u32,
+        [table, avail, used]: [u64; 3],
+    ) -> Result<(), Refusal> {
+        let table = self.memory.guest_address(table)?;
+        let avail = self.memory.guest_address(avail)?;
+        let used = self.memory.guest_address(used)?;
+        self.with_ring(index, |ring, _| ring.set_addresses(table, avail, used))
+    }
+
+    fn accept_features(&mut self, features: u64) -> Result<(), Refusal> {
+        let unknown = features & !self.offered_features();
+        if unknown != 0 {
+            return Err(Refusal::Features(unknown));
+        }
+        self.acked_features = features;
+        self.write_cache.negotiated(features);
+        self.apply_cache_mode();
+        // Without this there is no message to enable them.
+        if features & VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits() == 0 {
+            for index in 0..self.rings.len() {
+                self.enable_ring(index as u32, true)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn offered_features(&self) -> u64 {
+        config::features(self.device.engine().is_read_only())
+    }
+
+    /// Back to where a driver begins.
+    fn reset(&mut self) {
+        self.halt_all(Parked::Fail);
+        for ring in &mut self.rings {
+            ring.disable();
+            ring.stop();
+        }
+        self.acked_features = 0;
+        self.write_cache.reset();
+    }
+
+    fn not_offered<T>(&mut self, what: &'static str) -> VhostResult<T> {
+        Err(self.refuse(Refusal::NotOffered(what)))
+    }
+}
+
+/// A region as the table of all of them has it.
+fn plain(region: &VhostUserSingleMemoryRegion) -> VhostUserMemoryRegion {
+    VhostUserMemoryRegion::new(
+        region.guest_phys_addr,
+        region.memory_size,
+        region.user_addr,
+        region.mmap_offset,
+    )
+}
+
+impl<D: Disk> VhostUserBackendReqHandlerMut for Session<D> {
+    fn set_owner(&mut self) -> VhostResult<()> {
+        if std::mem::replace(&mut self.is_owned, true) {
+            return Err(self.refuse(Refusal::Owned));
+        }
+        Ok(())
+    }
+
+    fn reset_owner(&mut self) -> VhostResult<()> {
+        self.reset();
+        self.is_owned = false;
+        Ok(())
+    }
+
+    fn reset_device(&mut self) -> VhostResult<()> {
+        self.reset();
+        Ok(())
+    }
+
+    fn get_features(&mut self) -> VhostResult<u64> {
+        Ok(self.offered_features())
+    }
+
+    fn set_features(&mut self, features: u64) -> VhostResult<()> {
+        let result = self.accept_features(features);
+        self.settle(result)
+    }
+
+    fn set_mem_table(
+        &mut self,
+        regions: &[VhostUserMemoryRegion],
+        files: Vec<File>,
+        _postcopy: Option<bool>,
+    ) -> VhostResult<Option<Vec<VhostUserMemoryRegionBase>>> {
+        let result = self.memory.set(regions, files);
+        self.memory_changed(result).map(|()| None)
+    }
+
+    fn set_vring_num(&mut self, index: u32, size: u32) -> VhostResult<()> {
+        let result = self.with_ring(index, |ring, _| ring.set_size(size));
+        self.settle(result)
+    }
+
+    fn set_vring_addr(
+        &mut self,
+        index: u32,
+        _flags: VhostUserVringAddrFlags,
+        table: u64,
+        used: u64,
+        avail: u64,
+        _log: u64,
+    ) -> VhostResult<()> {
+        let result = self.set_ring_addresses(index, [table, avail, used]);
+        self.settle(result)
+    }
+
+    fn set_vring_base(&mut self, index: u32, base: u32) -> VhostResult<()> {
+        let result = self.with_ring(index, |ring, _| ring.set_next_avail(base));
+        self.settle(result)
+    }
+
+    fn get_vring_base(&mut self, index: u32) -> VhostResult<VhostUserVringState> {
+        let result = self.with_ring(index, |ring, _| Ok(ring.stop()));
+        let base = self.settle(result)?;
+        Ok(VhostUserVringState::new(index, u32::from(base)))
+    }
+
+    fn set_vring_kick(&mut self, index: u8, file: Option<File>) -> VhostResult<()> {
+        let result = self.start_ring(index, file);
+        self.settle(result)
+    }
+
+    fn set_vring_call(&mut self, index: u8, file: Option<File>) -> VhostResult<()> {
+        let result = Self::event(index, file).and_then(|call| {
+            self.with_ring(index.into(), |ring, _| {
+                ring.set_call(call);
+                Ok(())
+            })
+        });
+        self.settle(result)
+    }
+
+    fn set_vring_err(&mut self, index: u8, file: Option<File>) -> VhostResult<()> {
+        let result = Self::event(index, file).and_then(|error| {
+            self.with_ring(index.into(), |ring, _| {
+                ring.set_error(error);
+                Ok(())
+            })
+        });
+        self.settle(result)
+    }
+
+    fn get_protocol_features(&mut self) -> VhostResult<VhostUserProtocolFeatures> {
+        Ok(config::protocol_features())
+    }
+
+    fn set_protocol_features(&mut self, _features: u64) -> VhostResult<()> {
+        // The library remembers them and holds messages against them.
+        Ok(())
+    }
+
+    fn get_queue_num(&mut self) -> VhostResult<u64> {
+        Ok(self.rings.len() as u64)
+    }
+
+    fn set_vring_enable(&mut self, index: u32, enable: bool) -> VhostResult<()> {
+        let result = self.enable_ring(index, enable);
+        self.settle(result)
+    }
+
+    fn get_config(
+        &mut self,
+        offset: u32,
+        size: u32,
+        _flags: VhostUserConfigFlags,
+    ) -> VhostResult<Vec<u8>> {
+        let asked = offset..offset.saturating_add(size);
+        let writeback = if asked.contains(&WRITEBACK_OFFSET) {
+            let told = self.write_cache.read();
+            self.apply_cache_mode();
+            told
+        } else {
+            self.write_cache.peek()
+        };
+        Ok(self.device.config_space(writeback).read(offset, size))
+    }
+
+    fn set_config(
+        &mut self,
+        offset: u32,
+        bytes: &[u8],
+        _flags: VhostUserConfigFlags,
+    ) -> VhostResult<()> {
+        let (WRITEBACK_OFFSET, [writeback]) = (offset, bytes) else {
+            let len = bytes.len();
+            return Err(self.refuse(Refusal::ReadOnlyField { offset, len }));
+        };
+        self.write_cache.write(*writeback != 0);
+        self.apply_cache_mode();
+        Ok(())
+    }
+
+    fn set_gpu_socket(&mut self, _gpu: GpuBackend) -> VhostResult<()> {
+        self.not_offered("a GPU")
+    }
+
+    fn get_shared_object(&mut self, _uuid: VhostUserSharedMsg) -> VhostResult<File> {
+        self.not_offered("a shared object")
+    }
+
+    fn get_inflight_fd(
+        &mut self,
+        _inflight: &VhostUserInflight,
+    ) -> VhostResult<(VhostUserInflight, File)> {
+        self.not_offered("an in-flight region")
+    }
+
+    fn set_inflight_fd(&mut self, _inflight: &VhostUserInflight, _file: File) -> VhostResult<()> {
+        self.not_offered("an in-flight region")
+    }
+
+    fn get_max_mem_slots(&mut self) -> VhostResult<u64> {
+        Ok(MAX_REGIONS as u64)
+    }
+
+    fn add_mem_region(
+        &mut self,
+        region: &VhostUserSingleMemoryRegion,
+        file: File,
+        _postcopy: Option<bool>,
+    ) -> VhostResult<Option<VhostUserMemoryRegionBase>> {
+        let result = self.memory.add(&plain(region), file);
+        self.memory_changed(result).map(|()| None)
+    }
+
+    fn remove_mem_region(&mut self, region: &VhostUserSingleMemoryRegion) -> VhostResult<()> {
+        let result = self.memory.remove(&plain(region));
+        self.memory_changed(result)
+    }
+
+    fn set_device_state_fd(
+        &mut self,
+        _direction: VhostTransferStateDirection,
+        _phase: VhostTransferStatePhase,
+        _file: File,
+    ) -> VhostResult<Option<File>> {
+        self.not_offered("a device state")
+    }
+
+    fn check_device_state(&mut self) -> VhostResult<()> {
+        self.not_offered("a device state")
+    }
+
+    fn get_shmem_config(&mut self) -> VhostResult<VhostUserShMemConfig> {
+        self.not_offered("shared memory of the device")
+    }
+
+    fn set_log_base(&mut self, _log: &VhostUserLog, _file: File) -> VhostResult<()> {
+        self.not_offered("a log of written memory")
+    }
+}
