@@ -3,9 +3,11 @@
 //!
 //! One front-end is served at a time, since two guests on one disk would destroy
 //! it. While one is, whoever else connects is turned away at once: a program that waits
-//! for an answer may stand still, as QEMU's main loop does with the guest in it.
-//! One that connects and says nothing (QEMU does while it prepares a guest's memory)
-//! keeps nobody else from being served, and nothing but a descriptor for a while.
+//! for an answer may stand still, as QEMU's main loop does with the guest in it. Only
+//! when the one has hung up, and its last requests are being completed, does the next
+//! one wait, for a short time. One that connects and says nothing (QEMU does while it
+//! prepares a guest's memory) keeps nobody else from being served, and nothing here but
+//! a descriptor for a while.
 
 use std::collections::VecDeque;
 use std::os::fd::{AsRawFd, RawFd};
@@ -18,7 +20,7 @@ use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber
 
 use super::signals::Signals;
 use super::socket::ServerSocket;
-use crate::device::{BlockDevice, Connection, Parked, has_spoken, peer};
+use crate::device::{BlockDevice, Connection, Parked, has_spoken};
 use crate::storage::Disk;
 
 /// How long to wait after a front-end could not be accepted: what was missing,
@@ -28,8 +30,11 @@ const RETRY_DELAY: Duration = Duration::from_millis(100);
 /// How long a front-end may be silent after it has connected.
 const SILENCE: Duration = Duration::from_secs(60);
 
-/// How many may be silent at a time. One more, and the first of them has to go.
-const MAX_SILENT: usize = 16;
+/// How long one that wants to be served may have to wait for the end of the one before.
+const TURN: Duration = Duration::from_secs(5);
+
+/// How many may wait at a time. One more, and the first of them has to go.
+const MAX_WAITING: usize = 16;
 
 /// Events of the main loop.
 mod event {
@@ -54,7 +59,7 @@ pub fn run<D: Disk>(
         device,
         socket,
         signals,
-        silent: VecDeque::new(),
+        waiting: VecDeque::new(),
         connection: None,
         outcome: None,
     });
@@ -62,9 +67,8 @@ pub fn run<D: Disk>(
     while waited.is_ok() && manager.subscriber_mut(id)?.outcome.is_none() {
         let at_most = manager.subscriber_mut(id)?.time_left_ms();
         waited = manager.run_with_timeout(at_most);
-        while let Some(fd) = manager.subscriber_mut(id)?.oldest_overdue() {
-            manager.event_ops(id)?.remove(Events::empty_raw(fd))?;
-            manager.subscriber_mut(id)?.leave_oldest();
+        while let Some(socket) = manager.subscriber_mut(id)?.take_overdue() {
+            manager.event_ops(id)?.remove(Events::empty(&socket))?;
         }
     }
     let main_loop = manager.remove_subscriber(id)?;
@@ -75,8 +79,8 @@ pub fn run<D: Disk>(
     main_loop.outcome.unwrap_or(Ok(()))
 }
 
-/// A front-end that has connected and said nothing yet.
-struct Silent {
+/// A front-end that has connected and is not served yet.
+struct Waiting {
     socket: UnixStream,
     until: Instant,
 }
@@ -86,7 +90,7 @@ struct MainLoop<'a, D: Disk> {
     socket: &'a ServerSocket,
     signals: &'a Signals,
     /// The oldest first.
-    silent: VecDeque<Silent>,
+    waiting: VecDeque<Waiting>,
     connection: Option<Connection>,
     /// Of the loop, when it is to end.
     outcome: Option<Result<(), event_manager::Error>>,
@@ -117,50 +121,67 @@ impl<D: Disk> MainLoop<'_, D> {
                 return Ok(());
             }
         };
-        if self.connection.is_some() {
+        if self.is_busy() {
             self.device.tell_of_other(&socket);
             return Ok(());
         }
-        if self.silent.len() >= MAX_SILENT {
-            if let Some(oldest) = self.silent.front() {
-                ops.remove(Events::empty(&oldest.socket))?;
-            }
-            self.leave_oldest();
+        if self.waiting.len() >= MAX_WAITING
+            && let Some(oldest) = self.leave(0)
+        {
+            ops.remove(Events::empty(&oldest))?;
         }
         // Told once for each piece that comes: the first may be less than a message.
         let events = EventSet::IN | EventSet::EDGE_TRIGGERED;
         ops.add(Events::with_data(&socket, event::SPOKEN, events))?;
-        self.silent.push_back(Silent {
+        self.waiting.push_back(Waiting {
             socket,
             until: Instant::now() + SILENCE,
         });
         Ok(())
     }
 
-    /// Something has come from one that was silent.
+    /// Whether a front-end is being served that has not hung up.
+    fn is_busy(&self) -> bool {
+        self.connection
+            .as_ref()
+            .is_some_and(Connection::has_front_end)
+    }
+
+    /// Something has come from one that waits.
     fn hear(&mut self, fd: RawFd, ops: &mut EventOps) -> Result<(), event_manager::Error> {
-        let position = self
-            .silent
-            .iter()
-            .position(|one| one.socket.as_raw_fd() == fd);
-        let Some(position) = position else {
+        let is_it = |one: &Waiting| one.socket.as_raw_fd() == fd;
+        let Some(position) = self.waiting.iter().position(is_it) else {
             return Ok(());
         };
-        let spoken = has_spoken(&self.silent[position].socket);
-        if matches!(spoken, Ok(false)) {
-            return Ok(());
+        let spoken = has_spoken(&self.waiting[position].socket);
+        let is_busy = self.is_busy();
+        match spoken {
+            Ok(false) => return Ok(()),
+            Ok(true) if self.connection.is_some() && !is_busy => {
+                let turn = Instant::now() + TURN;
+                let one = &mut self.waiting[position];
+                one.until = one.until.min(turn);
+                return Ok(());
+            }
+            Ok(true) | Err(_) => {}
         }
-        let Some(Silent { socket, .. }) = self.silent.remove(position) else {
+        let Some(Waiting { socket, .. }) = self.waiting.remove(position) else {
             return Ok(());
         };
         ops.remove(Events::empty(&socket))?;
-        if spoken.is_err() {
-            return Ok(());
-        }
-        if self.connection.is_some() {
+        if is_busy {
             self.device.tell_of_other(&socket);
-            return Ok(());
+        } else if spoken.is_ok() {
+            self.serve(socket, ops)?;
         }
+        Ok(())
+    }
+
+    fn serve(
+        &mut self,
+        socket: UnixStream,
+        ops: &mut EventOps,
+    ) -> Result<(), event_manager::Error> {
         match Connection::start(Arc::clone(&self.device), socket) {
             Ok(connection) => {
                 ops.add(ended_events(&connection))?;
@@ -179,32 +200,35 @@ impl<D: Disk> MainLoop<'_, D> {
             ops.remove(ended_events(&connection))?;
             connection.stop(Parked::Drop);
         }
-        Ok(())
+        // Who has spoken meanwhile is not told of again.
+        let fds: Vec<_> = self
+            .waiting
+            .iter()
+            .map(|one| one.socket.as_raw_fd())
+            .collect();
+        fds.into_iter().try_for_each(|fd| self.hear(fd, ops))
     }
 
     /// How long to wait for events, in the event manager's terms.
     fn time_left_ms(&self) -> i32 {
-        let Some(oldest) = self.silent.front() else {
+        let Some(first) = self.waiting.iter().map(|one| one.until).min() else {
             return -1;
         };
-        let left = oldest.until.saturating_duration_since(Instant::now());
+        let left = first.saturating_duration_since(Instant::now());
         i32::try_from(left.as_millis() + 1).unwrap_or(i32::MAX)
     }
 
-    /// The first of the silent ones, if it has been silent for too long.
-    fn oldest_overdue(&self) -> Option<RawFd> {
-        let oldest = self.silent.front()?;
-        (oldest.until <= Instant::now()).then(|| oldest.socket.as_raw_fd())
+    /// One that is not waited for any more; to be hung up on.
+    fn take_overdue(&mut self) -> Option<UnixStream> {
+        let now = Instant::now();
+        let overdue = self.waiting.iter().position(|one| one.until <= now)?;
+        self.leave(overdue)
     }
 
-    /// Hangs up on the first of the silent ones, which is not waited for any more.
-    fn leave_oldest(&mut self) {
-        if let Some(oldest) = self.silent.pop_front() {
-            log::warn!(
-                "{} is turned away: it has connected and said nothing",
-                peer(&oldest.socket)
-            );
-        }
+    fn leave(&mut self, position: usize) -> Option<UnixStream> {
+        let Waiting { socket, .. } = self.waiting.remove(position)?;
+        self.device.tell_of_silent(&socket);
+        Some(socket)
     }
 
     fn front_end_events(&self) -> Events {

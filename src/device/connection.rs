@@ -143,6 +143,11 @@ impl Connection {
         self.ended.as_fd()
     }
 
+    /// Whether the front-end has not hung up.
+    pub fn has_front_end(&self) -> bool {
+        !has_hung_up(&self.socket)
+    }
+
     /// Completes what is in flight, hangs up, and waits until all is taken down.
     pub fn stop(mut self, parked: Parked) {
         self.take_down(parked);
@@ -195,6 +200,16 @@ impl<D: Disk> BlockDevice<D> {
             peer(socket)
         );
     }
+
+    /// Says that a front-end is hung up on because it could not be served in time.
+    pub fn tell_of_silent(&self, socket: &UnixStream) {
+        guest_log!(
+            self.host_limit(),
+            Warn,
+            "{} has connected and asked for nothing in time: it is turned away",
+            peer(socket)
+        );
+    }
 }
 
 /// Whether so much has come from a front-end that it wants to be served: a whole
@@ -213,11 +228,16 @@ pub fn has_spoken(socket: &UnixStream) -> io::Result<bool> {
 }
 
 /// The process at the other end, as the kernel knows it: for the log.
-pub fn peer(socket: &UnixStream) -> String {
+fn peer(socket: &UnixStream) -> String {
     match socket_peercred(socket) {
         Ok(credentials) => format!("process {}", credentials.pid),
         Err(_) => "an unknown process".to_owned(),
     }
+}
+
+fn has_hung_up(socket: &UnixStream) -> bool {
+    let mut fds = [PollFd::new(socket, PollFlags::RDHUP)];
+    poll(&mut fds, Some(&Timespec::default())) == Ok(1)
 }
 
 fn peek(socket: &UnixStream, bytes: &mut [u8]) -> Result<usize, Errno> {
@@ -304,7 +324,7 @@ impl<D: Disk> Messages<D> {
             match peek(&self.socket, &mut header) {
                 Ok(0) => return Err(End::Disconnected),
                 Ok(HEADER_LEN) if self.has_rest_of(&header)? => return Ok(()),
-                Ok(_) if self.has_hung_up() => return Err(End::Disconnected),
+                Ok(_) if has_hung_up(&self.socket) => return Err(End::Disconnected),
                 Ok(_) => {
                     let since = *begun.get_or_insert_with(Instant::now);
                     if since.elapsed() > MESSAGE_TIME {
@@ -320,11 +340,6 @@ impl<D: Disk> Messages<D> {
                 Err(errno) => return Err(errno.into()),
             }
         }
-    }
-
-    fn has_hung_up(&self) -> bool {
-        let mut fds = [PollFd::new(&*self.socket, PollFlags::RDHUP)];
-        poll(&mut fds, Some(&Timespec::default())) == Ok(1)
     }
 
     /// Whether all is there that a header says. What is no header is left to the

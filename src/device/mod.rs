@@ -50,7 +50,7 @@ use std::time::Duration;
 
 use thiserror::Error;
 
-pub use connection::{Connection, ConnectionError, has_spoken, peer};
+pub use connection::{Connection, ConnectionError, has_spoken};
 pub use mailbox::Parked;
 
 use crate::ploop::Engine;

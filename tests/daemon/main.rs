@@ -9,6 +9,7 @@ mod nonsense;
 
 use std::{
     fs::{self, Permissions},
+    io::{Read, Write},
     os::fd::{AsRawFd, OwnedFd},
     os::unix::fs::{FileExt, PermissionsExt},
     os::unix::net::{UnixListener, UnixStream},
@@ -314,27 +315,62 @@ fn a_listening_socket_is_inherited_and_no_other() {
     ploop_img(["check".as_ref(), rig.image.as_os_str()]).ok();
 }
 
+/// Whether the other end hangs up within that time.
+fn hangs_up(socket: &UnixStream, time: Duration) -> bool {
+    let mut byte = [0];
+    is_readable(socket, time) && matches!((&*socket).read(&mut byte), Ok(0) | Err(_))
+}
+
 #[test]
-fn a_second_front_end_waits_its_turn() {
+fn a_second_front_end_is_turned_away_at_once() {
     let rig = Rig::new();
     let backend = rig.serve(&[]);
     let mut first = start_front_end(backend.socket());
     expect_service(&mut first);
-    let waiting = thread::spawn({
-        let socket = backend.socket().to_owned();
-        move || {
-            let mut second = start_front_end(&socket);
-            expect_service(&mut second);
-        }
-    });
-    thread::sleep(A_WHILE);
+    for _ in 0..20 {
+        let start = Instant::now();
+        let second = UnixStream::connect(backend.socket()).unwrap();
+        assert!(hangs_up(&second, PATIENCE));
+        assert!(start.elapsed() < Duration::from_secs(1));
+    }
     assert!(
-        !waiting.is_finished(),
-        "two guests at a time destroy the disk"
+        backend
+            .log()
+            .contains("is turned away: another front-end is being served")
     );
     expect_service(&mut first);
     drop(first);
-    waiting.join().unwrap();
+    expect_service(&mut start_front_end(backend.socket()));
+    backend.stop();
+}
+
+#[test]
+fn silent_front_ends_keep_nobody_from_being_served() {
+    let rig = Rig::new();
+    let backend = rig.serve(&[]);
+    let silent = UnixStream::connect(backend.socket()).unwrap();
+    let mut half = UnixStream::connect(backend.socket()).unwrap();
+    half.write_all(&[1, 0, 0, 0, 1]).unwrap();
+    let mut front_end = start_front_end(backend.socket());
+    expect_service(&mut front_end);
+    // Whoever of them speaks now is too late.
+    half.write_all(&[0; 7]).unwrap();
+    assert!(hangs_up(&half, PATIENCE));
+    drop(front_end);
+    // A message that does not end is not waited for.
+    let mut endless = UnixStream::connect(backend.socket()).unwrap();
+    endless
+        .write_all(&[2, 0, 0, 0, 1, 0, 0, 0, 8, 0, 0, 0, 0])
+        .unwrap();
+    assert!(hangs_up(&endless, PATIENCE));
+    // Too many of them, and the first have to go.
+    let crowd: Vec<_> = (0..40)
+        .map(|_| UnixStream::connect(backend.socket()).unwrap())
+        .collect();
+    assert!(hangs_up(&silent, PATIENCE));
+    assert!(hangs_up(&crowd[0], PATIENCE));
+    assert!(!hangs_up(&crowd[39], A_WHILE));
+    expect_service(&mut start_front_end(backend.socket()));
     backend.stop();
 }
 
