@@ -6,7 +6,7 @@
 
 use std::io;
 use std::net::Shutdown;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -14,12 +14,13 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use log::Level;
-use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::sockopt::socket_peercred;
 use rustix::net::{RecvFlags, recv};
 use thiserror::Error;
 use vhost::vhost_user::{BackendReqHandler, Error as VhostError};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::BlockDevice;
 use super::mailbox::Parked;
@@ -101,7 +102,7 @@ pub struct Connection {
     socket: Arc<UnixStream>,
     /// Taken when it is joined.
     thread: Option<JoinHandle<()>>,
-    ended: Arc<OwnedFd>,
+    ended: Arc<EventFd>,
 }
 
 impl Connection {
@@ -114,8 +115,7 @@ impl Connection {
         socket: UnixStream,
     ) -> Result<Self, ConnectionError> {
         socket.set_nonblocking(false)?;
-        let flags = EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK;
-        let ended = Arc::new(eventfd(0, flags).map_err(io::Error::from)?);
+        let ended = Arc::new(EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?);
         let stop = Arc::new(Stop::default());
         let socket = Arc::new(socket);
         let messages = Messages::new(device, Arc::clone(&socket), Arc::clone(&stop))?;
@@ -126,7 +126,7 @@ impl Connection {
                 move || {
                     messages.serve();
                     // It can only fail when the descriptor is readable anyway.
-                    let _ = rustix::io::write(&ended, &1_u64.to_ne_bytes());
+                    let _ = ended.write(1);
                 }
             })?;
         Ok(Self {
@@ -140,7 +140,8 @@ impl Connection {
     /// A descriptor that is readable once the front-end has gone and all that
     /// served it has been taken down.
     pub fn ended_fd(&self) -> BorrowedFd<'_> {
-        self.ended.as_fd()
+        // SAFETY: the descriptor is open as long as `self` is borrowed.
+        unsafe { BorrowedFd::borrow_raw(self.ended.as_raw_fd()) }
     }
 
     /// Whether the front-end has not hung up.
@@ -175,7 +176,7 @@ impl Connection {
     }
 
     fn has_ended_within(&self, time: Duration) -> bool {
-        let mut fds = [PollFd::new(&*self.ended, PollFlags::IN)];
+        let mut fds = [PollFd::from_borrowed_fd(self.ended_fd(), PollFlags::IN)];
         let time = Timespec {
             tv_sec: time.as_secs() as i64,
             tv_nsec: 0,
