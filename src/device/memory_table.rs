@@ -22,7 +22,7 @@ use super::memory::{GuestMap, SharedMemory};
 pub(super) const MAX_REGIONS: usize = 509;
 
 /// `f_type` of a FUSE file system, of any kind.
-const FUSE: i64 = 0x6573_5546;
+const FUSE: u32 = 0x6573_5546;
 
 /// Memory that cannot be used.
 #[derive(Debug, Error)]
@@ -174,11 +174,7 @@ fn check(file: &File, size: u64, offset: u64) -> Result<(), MemoryError> {
         ));
     }
     let file_system = rustix::fs::fstatfs(file).map_err(|errno| MemoryError::File(errno.into()))?;
-    #[expect(
-        clippy::unnecessary_cast,
-        reason = "its type differs between architectures"
-    )]
-    if file_system.f_type as i64 == FUSE {
+    if file_system.f_type as u32 == FUSE {
         return Err(MemoryError::Kind("a file of a FUSE file system"));
     }
     let len = meta.len();
