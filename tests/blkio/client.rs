@@ -2,7 +2,7 @@
 
 use std::{mem::MaybeUninit, path::Path, ptr, time::Duration};
 
-use blkio::{Blkio, Blkioq, ReqFlags};
+use blkio::{Blkio, Blkioq, ReqFlags, iovec};
 
 /// How long a request may take.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -15,6 +15,12 @@ pub const DEPTH: usize = 24;
 
 /// Bytes of a buffer.
 pub const BUFFER: usize = 64 << 10;
+
+/// A piece of a write that there is not.
+const NO_PIECE: iovec = iovec {
+    iov_base: ptr::null_mut(),
+    iov_len: 0,
+};
 
 /// A connection.
 pub struct Client {
@@ -29,9 +35,11 @@ pub struct Client {
 pub struct Lane {
     queue: Blkioq,
     buffers: *mut u8,
+    /// Of a write from several places: they stay where they are while it is under way.
+    pieces: Box<[iovec; 2]>,
 }
 
-// SAFETY: the pointer is to a mapping that no thread is tied to, and each lane has
+// SAFETY: the pointers are to a mapping that no thread is tied to, and each lane has
 // a part of its own.
 unsafe impl Send for Lane {}
 
@@ -64,6 +72,7 @@ impl Client {
                 .map(|(index, queue)| Lane {
                     queue,
                     buffers: base.wrapping_add(index * DEPTH * BUFFER),
+                    pieces: Box::new([NO_PIECE; 2]),
                 })
                 .collect(),
             capacity,
@@ -104,6 +113,24 @@ impl Lane {
         unsafe { buffer.copy_from_nonoverlapping(bytes.as_ptr(), bytes.len()) };
         let flags = ReqFlags::empty();
         self.queue.write(offset, buffer, bytes.len(), tag, flags);
+    }
+
+    /// The same from two places: half of it by way of the buffer of the next tag, which
+    /// must be free too. One such request at a time.
+    pub fn write_in_pieces(&mut self, offset: u64, bytes: &[u8], tag: usize) {
+        let halves = bytes.split_at(bytes.len() / 2);
+        *self.pieces = [(tag, halves.0), (tag + 1, halves.1)].map(|(tag, half)| {
+            let buffer = self.buffer(tag, half.len());
+            // SAFETY: as in `write`.
+            unsafe { buffer.copy_from_nonoverlapping(half.as_ptr(), half.len()) };
+            iovec {
+                iov_base: buffer.cast(),
+                iov_len: half.len(),
+            }
+        });
+        let flags = ReqFlags::empty();
+        let pieces = self.pieces.as_ptr();
+        self.queue.writev(offset, pieces, 2, tag, flags);
     }
 
     pub fn discard(&mut self, offset: u64, len: u64, tag: usize) {

@@ -1,6 +1,6 @@
 //! The daemon killed at random moments under load. A kill takes away what is in the
-//! daemon's memory, above all mappings that are not written yet; power cuts, which
-//! take more, are simulated elsewhere.
+//! daemon's memory, above all mappings that are not written yet; power cuts take more:
+//! see `power_cut`.
 
 use std::{
     fs,
@@ -15,7 +15,7 @@ use rand::{Rng, SeedableRng};
 use serde_json::Value;
 
 use crate::client::{Client, DEPTH, Lane};
-use crate::common::{backend::Backend, img, require_tool};
+use crate::common::{img, require_tool};
 use crate::model::Model;
 use crate::write_through::Relay;
 use crate::{Rig, expect_image, models, read_back};
@@ -75,7 +75,7 @@ impl Killed {
             model.survived();
             model.set_write_through(write_through);
         }
-        load_and_kill(&mut client, &mut self.models, backend, load_ms);
+        load_and_kill(&mut client, &mut self.models, load_ms, || backend.kill());
         drop(client);
         drop(relay);
         // What a killed daemon leaves, the next one replaces; but the test would
@@ -84,7 +84,7 @@ impl Killed {
         let in_flight = |model: &Model| model.in_flight() > 0;
         self.in_flight += u64::from(self.models.iter().any(in_flight));
         self.at_risk += self.models.iter_mut().map(Model::killed).sum::<usize>();
-        expect_no_corruption(&self.rig.image);
+        expect_no_corruption(&self.rig.image, &self.rig.image);
     }
 
     /// A last life, which ends in order.
@@ -98,7 +98,8 @@ impl Killed {
     }
 }
 
-fn load_and_kill(client: &mut Client, models: &mut [Model], backend: Backend, load_ms: u64) {
+/// `kill` ends the daemon in the midst of a load.
+pub fn load_and_kill(client: &mut Client, models: &mut [Model], load_ms: u64, kill: impl FnOnce()) {
     let over = AtomicBool::new(false);
     thread::scope(|scope| {
         for (lane, model) in client.lanes.iter_mut().zip(models) {
@@ -106,9 +107,18 @@ fn load_and_kill(client: &mut Client, models: &mut [Model], backend: Backend, lo
             scope.spawn(move || load_until(lane, model, over));
         }
         thread::sleep(Duration::from_millis(load_ms));
-        backend.kill();
-        over.store(true, Ordering::Release);
+        let _over = Over(&over);
+        kill();
     });
+}
+
+/// Says that it is over, also when a test fails: or the load would go on for ever.
+struct Over<'a>(&'a AtomicBool);
+
+impl Drop for Over<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Release);
+    }
 }
 
 /// Goes on until nothing ends any more because it is over.
@@ -132,20 +142,16 @@ fn load_until(lane: &mut Lane, model: &mut Model, over: &AtomicBool) {
     }
 }
 
-/// Apart from the mark that says that it is in use, the image has leaks at most.
+/// Apart from the mark that says that its top image is in use, the disk has leaks at most.
 #[track_caller]
-fn expect_no_corruption(image: &Path) {
-    let found = img::ploop_img([
-        "check".as_ref(),
-        "--output=json".as_ref(),
-        image.as_os_str(),
-    ]);
+pub fn expect_no_corruption(disk: &Path, top: &Path) {
+    let found = img::ploop_img(["check".as_ref(), "--output=json".as_ref(), disk.as_os_str()]);
     let report: Value = serde_json::from_str(&found.stdout).unwrap();
     let marked = found.stdout.contains("not closed cleanly");
     assert_eq!(report["corruptions"], u64::from(marked), "{found:?}");
     if require_tool("qemu-img") {
         let args = ["check", "-f", "parallels", "--output=json"].map(str::as_ref);
-        let found = img::run("qemu-img", args.into_iter().chain([image.as_os_str()]));
+        let found = img::run("qemu-img", args.into_iter().chain([top.as_os_str()]));
         let report: Value = serde_json::from_str(&found.stdout).unwrap();
         let corruptions = report["corruptions"].as_u64().unwrap_or(0);
         assert_eq!(corruptions, u64::from(marked), "{found:?}");

@@ -7,11 +7,14 @@ mod common;
 
 mod client;
 mod clones;
+mod frail_fs;
 mod full_disk;
 mod gone;
 mod kill;
 mod model;
 mod plain;
+mod power_cut;
+mod stable;
 mod survivors;
 mod write_through;
 

@@ -31,6 +31,12 @@ impl Backend {
     ///
     /// If the daemon ends or its socket does not appear in time.
     pub fn start<S: AsRef<OsStr>>(image: &Path, socket: &Path, options: &[S]) -> Self {
+        let mut backend = Self::spawn(image, socket, options);
+        backend.wait_for_socket();
+        backend
+    }
+
+    fn spawn<S: AsRef<OsStr>>(image: &Path, socket: &Path, options: &[S]) -> Self {
         let log = socket.with_extension("log");
         let log_file = File::options()
             .create(true)
@@ -48,18 +54,16 @@ impl Backend {
             .stderr(log_file)
             .spawn()
             .expect("the daemon can be started");
-        let mut backend = Self {
+        Self {
             child,
             socket: socket.to_owned(),
             log,
-        };
-        backend.wait_for_socket();
-        backend
+        }
     }
 
     fn wait_for_socket(&mut self) {
         let start = Instant::now();
-        while !self.socket.exists() {
+        while !is_listened_on(&self.socket) {
             if let Some(status) = self.child.try_wait().expect("a child can be waited for") {
                 panic!("the daemon ended with {status}:\n{}", self.log());
             }
@@ -117,10 +121,33 @@ impl Backend {
         log
     }
 
+    /// That the daemon does not serve `image`. Returns its log.
+    ///
+    /// # Panics
+    ///
+    /// If its socket appears, or it panics.
+    pub fn refuses<S: AsRef<OsStr>>(image: &Path, socket: &Path, options: &[S]) -> String {
+        let mut backend = Self::spawn(image, socket, options);
+        let status = backend.wait();
+        let log = backend.log();
+        assert_eq!(status.code(), Some(1), "{log}");
+        assert!(!socket.exists(), "{log}");
+        log
+    }
+
     /// Kills the daemon with no chance to clean up.
     pub fn kill(mut self) {
         self.signal(Signal::KILL);
         self.wait();
+    }
+
+    /// The same, but it need not have gone yet: what it has asked the kernel for may
+    /// have to end first. It runs no instruction of its own any more.
+    pub fn kill_without_waiting(self) -> Corpse {
+        self.signal(Signal::KILL);
+        // No thread of its that another processor runs sees the signal later.
+        thread::sleep(Duration::from_millis(5));
+        Corpse(self)
     }
 
     fn signal(&self, signal: Signal) {
@@ -141,6 +168,27 @@ impl Backend {
             );
             thread::sleep(Duration::from_millis(10));
         }
+    }
+}
+
+/// Whether connections to a socket are accepted: it is there a moment before.
+fn is_listened_on(socket: &Path) -> bool {
+    /// `__SO_ACCEPTCON`, as the kernel prints it.
+    const LISTENS: &str = "00010000";
+    let sockets = fs::read_to_string("/proc/net/unix").expect("the kernel lists its sockets");
+    let is_it = |line: &str| {
+        let fields: Vec<_> = line.split_ascii_whitespace().collect();
+        fields.get(3) == Some(&LISTENS) && fields.get(7).map(Path::new) == Some(socket)
+    };
+    sockets.lines().any(is_it)
+}
+
+/// A daemon that has been killed. Dropped, it is waited for.
+pub struct Corpse(Backend);
+
+impl Drop for Corpse {
+    fn drop(&mut self) {
+        self.0.wait();
     }
 }
 

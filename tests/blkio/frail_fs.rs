@@ -1,0 +1,472 @@
+//! A file system of our own (FUSE), which sees every write and every sync that the
+//! daemon makes, can fail a sync, and loses at a power cut what was not synced.
+//!
+//! The kernel passes `fdatasync` on as such, and a write with `RWF_DSYNC` as a write
+//! that a sync follows before the caller hears of it. Nothing is cached between: writes
+//! arrive here before they end for who has made them, also those by way of the page
+//! cache.
+
+mod medium;
+
+use std::{
+    ffi::OsStr,
+    fs,
+    path::{Path, PathBuf},
+    sync::{Arc, Condvar, Mutex, MutexGuard},
+    thread,
+    time::{Duration, UNIX_EPOCH},
+};
+
+use fuser::{
+    BackgroundSession, Config, Errno, FileAttr, FileHandle, FileType, Filesystem, FopenFlags,
+    Generation, INodeNo, LockOwner, MountOption, OpenFlags, ReplyAttr, ReplyCreate, ReplyData,
+    ReplyDirectory, ReplyEmpty, ReplyEntry, ReplyWrite, Request, TimeOrNow, WriteFlags,
+};
+use rand::SeedableRng;
+use rand::rngs::SmallRng;
+use rustix::mount::{UnmountFlags, unmount};
+use tempfile::TempDir;
+
+use crate::common::{backend::Corpse, left_out};
+pub use medium::Event;
+use medium::{FileState, Files};
+
+/// Nothing that the kernel is told is to be remembered by it.
+const FORGET: Duration = Duration::ZERO;
+
+/// A file that a test has put there, or the daemon has made.
+struct Node {
+    name: String,
+    /// Gone from the folder: its contents are nobody's concern any more.
+    removed: bool,
+}
+
+/// What the file system is, whether it is mounted or not.
+struct State {
+    files: Files,
+    /// Indexed by the number of the inode, from [`FIRST`] on.
+    nodes: Vec<Node>,
+    rng: SmallRng,
+    /// How many of the next syncs fail.
+    syncs_to_fail: usize,
+    power: Power,
+}
+
+/// Inode of the first file; the root is 1.
+const FIRST: u64 = 2;
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Power {
+    On,
+    /// It has been cut: nothing is answered any more.
+    Cut,
+    /// Who could have used an answer is dead.
+    Off,
+}
+
+struct Shared {
+    state: Mutex<State>,
+    answers: Condvar,
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap()
+    }
+
+    /// For requests of the kernel, which wait from a cut until they fail.
+    fn enter(&self) -> Result<MutexGuard<'_, State>, Errno> {
+        let state = self.lock();
+        let cut = |state: &mut State| state.power == Power::Cut;
+        let state = self.answers.wait_while(state, cut).unwrap();
+        match state.power {
+            Power::On => Ok(state),
+            _ => Err(Errno::EIO),
+        }
+    }
+}
+
+impl State {
+    fn inode_of(&self, name: &str) -> Option<INodeNo> {
+        let found = |node: &Node| !node.removed && node.name == name;
+        let index = self.nodes.iter().position(found)?;
+        Some(INodeNo(FIRST + index as u64))
+    }
+
+    fn file(&mut self, inode: INodeNo) -> Result<&mut FileState, Errno> {
+        let index = inode.0.checked_sub(FIRST).ok_or(Errno::EISDIR)?;
+        let node = self.nodes.get(index as usize).ok_or(Errno::ENOENT)?;
+        self.files.get_mut(&node.name).ok_or(Errno::ENOENT)
+    }
+
+    fn attr(&mut self, inode: INodeNo) -> Result<FileAttr, Errno> {
+        let is_root = inode == INodeNo::ROOT;
+        let size = if is_root {
+            0
+        } else {
+            self.file(inode)?.live.len() as u64
+        };
+        Ok(FileAttr {
+            ino: inode,
+            size,
+            blocks: size.div_ceil(512),
+            atime: UNIX_EPOCH,
+            mtime: UNIX_EPOCH,
+            ctime: UNIX_EPOCH,
+            crtime: UNIX_EPOCH,
+            kind: if is_root {
+                FileType::Directory
+            } else {
+                FileType::RegularFile
+            },
+            perm: if is_root { 0o755 } else { 0o644 },
+            nlink: 1,
+            uid: rustix::process::getuid().as_raw(),
+            gid: rustix::process::getgid().as_raw(),
+            rdev: 0,
+            blksize: 4096,
+            flags: 0,
+        })
+    }
+
+    fn create(&mut self, name: &str) -> INodeNo {
+        self.files
+            .insert(name.to_owned(), FileState::new(Vec::new()));
+        self.nodes.push(Node {
+            name: name.to_owned(),
+            removed: false,
+        });
+        INodeNo(FIRST + self.nodes.len() as u64 - 1)
+    }
+}
+
+/// The file system, mounted. Dropped, it is not any more.
+pub struct FrailFs {
+    shared: Arc<Shared>,
+    session: Option<BackgroundSession>,
+    folder: TempDir,
+}
+
+impl FrailFs {
+    /// With the files of a folder, which are stable. `None`, which is said on the
+    /// terminal, if it cannot be mounted.
+    pub fn mount(files: &Path, seed: u64) -> Option<Self> {
+        let entries = fs::read_dir(files).unwrap().map(Result::unwrap);
+        let files = entries
+            .filter(|entry| entry.file_type().unwrap().is_file())
+            .map(|entry| {
+                let name = entry.file_name().into_string().unwrap();
+                (name, fs::read(entry.path()).unwrap())
+            });
+        Self::with_files(files.collect(), SmallRng::seed_from_u64(seed))
+    }
+
+    fn with_files(files: Vec<(String, Vec<u8>)>, rng: SmallRng) -> Option<Self> {
+        let nodes = files.iter().map(|(name, _)| Node {
+            name: name.clone(),
+            removed: false,
+        });
+        let state = State {
+            nodes: nodes.collect(),
+            files: files
+                .into_iter()
+                .map(|(name, bytes)| (name, FileState::new(bytes)))
+                .collect(),
+            rng,
+            syncs_to_fail: 0,
+            power: Power::On,
+        };
+        let shared = Arc::new(Shared {
+            state: state.into(),
+            answers: Condvar::new(),
+        });
+        let folder = TempDir::new_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+        let mut config = Config::default();
+        config.mount_options = vec![MountOption::FSName("frail".to_owned())];
+        let mounted = Mounted(Arc::clone(&shared));
+        match fuser::spawn_mount(mounted, folder.path(), &config) {
+            Ok(session) => Some(Self {
+                shared,
+                session: Some(session),
+                folder,
+            }),
+            Err(error) => {
+                let _ = left_out(&format!("no FUSE file system can be mounted: {error}"));
+                None
+            }
+        }
+    }
+
+    /// Where a file is.
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    /// Its root.
+    pub fn root(&self) -> &Path {
+        self.folder.path()
+    }
+
+    /// From now on nothing that anybody does has an effect or an end, until `kill`
+    /// has made sure that nobody is left who could tell of an end. What the cut has
+    /// left is mounted again.
+    pub fn cut_power(mut self, kill: impl FnOnce(&Self) -> Corpse) -> Self {
+        self.shared.lock().power = Power::Cut;
+        let corpse = kill(&self);
+        let (files, rng) = {
+            let mut state = self.shared.lock();
+            state.power = Power::Off;
+            self.shared.answers.notify_all();
+            let State { files, rng, .. } = &mut *state;
+            let left = files
+                .iter()
+                .map(|(name, file)| (name.clone(), file.after_cut(rng)));
+            (left.collect(), SmallRng::from_rng(rng))
+        };
+        drop(corpse);
+        self.unmount();
+        Self::with_files(files, rng).expect("it could be mounted before")
+    }
+
+    /// The next so many syncs fail with `EIO`.
+    pub fn fail_syncs(&self, count: usize) {
+        self.shared.lock().syncs_to_fail = count;
+    }
+
+    /// How many syncs are still to fail.
+    pub fn syncs_to_fail(&self) -> usize {
+        self.shared.lock().syncs_to_fail
+    }
+
+    /// Whether bytes of a file are written that a cut could take back.
+    pub fn has_unsynced_bytes(&self, name: &str) -> bool {
+        self.shared.lock().files[name].has_unsynced_bytes()
+    }
+
+    /// What was done to a file since this was asked for the last time.
+    pub fn take_events(&self, name: &str) -> Vec<Event> {
+        let mut state = self.shared.lock();
+        let file = state.files.get_mut(name);
+        file.expect("it is there").take_events()
+    }
+
+    /// What who reads a file sees.
+    pub fn read(&self, name: &str) -> Vec<u8> {
+        self.shared.lock().files[name].live.clone()
+    }
+
+    /// Ends it whoever still has it: the rings of a dead process have it for a moment
+    /// longer than that lives, and every mount namespace made meanwhile has a copy.
+    fn unmount(&mut self) {
+        let Some(session) = self.session.take() else {
+            return;
+        };
+        // Even where it says that the mount is busy, it has cut the connection.
+        if unmount(self.folder.path(), UnmountFlags::FORCE).is_err() {
+            let _ = unmount(self.folder.path(), UnmountFlags::DETACH);
+        }
+        let ended = session.join();
+        assert!(thread::panicking() || ended.is_ok(), "{ended:?}");
+    }
+}
+
+impl Drop for FrailFs {
+    fn drop(&mut self) {
+        // A request that waits would keep it mounted.
+        if let Ok(mut state) = self.shared.state.lock() {
+            state.power = Power::Off;
+        }
+        self.shared.answers.notify_all();
+        self.unmount();
+    }
+}
+
+/// What the kernel asks.
+struct Mounted(Arc<Shared>);
+
+fn name_of(name: &OsStr) -> Result<&str, Errno> {
+    name.to_str().ok_or(Errno::EILSEQ)
+}
+
+/// Answers with what `$body` is `Ok` of, or with its error.
+macro_rules! answer {
+    ($reply:ident, $body:expr, $value:pat => $ok:expr) => {
+        match (|| -> Result<_, Errno> { $body })() {
+            Ok($value) => $ok,
+            Err(error) => $reply.error(error),
+        }
+    };
+}
+
+impl Filesystem for Mounted {
+    fn lookup(&self, _: &Request, _: INodeNo, name: &OsStr, reply: ReplyEntry) {
+        answer!(reply, {
+            let mut state = self.0.enter()?;
+            let inode = state.inode_of(name_of(name)?).ok_or(Errno::ENOENT)?;
+            state.attr(inode)
+        }, attr => reply.entry(&FORGET, &attr, Generation(0)));
+    }
+
+    fn getattr(&self, _: &Request, inode: INodeNo, _: Option<FileHandle>, reply: ReplyAttr) {
+        answer!(reply, self.0.enter()?.attr(inode), attr => reply.attr(&FORGET, &attr));
+    }
+
+    fn setattr(
+        &self,
+        _: &Request,
+        inode: INodeNo,
+        _mode: Option<u32>,
+        _uid: Option<u32>,
+        _gid: Option<u32>,
+        size: Option<u64>,
+        _atime: Option<TimeOrNow>,
+        _mtime: Option<TimeOrNow>,
+        _ctime: Option<std::time::SystemTime>,
+        _: Option<FileHandle>,
+        _crtime: Option<std::time::SystemTime>,
+        _chgtime: Option<std::time::SystemTime>,
+        _bkuptime: Option<std::time::SystemTime>,
+        _flags: Option<fuser::BsdFileFlags>,
+        reply: ReplyAttr,
+    ) {
+        answer!(reply, {
+            let mut state = self.0.enter()?;
+            if let Some(size) = size {
+                state.file(inode)?.set_len(size);
+            }
+            state.attr(inode)
+        }, attr => reply.attr(&FORGET, &attr));
+    }
+
+    fn read(
+        &self,
+        _: &Request,
+        inode: INodeNo,
+        _: FileHandle,
+        offset: u64,
+        size: u32,
+        _: OpenFlags,
+        _: Option<LockOwner>,
+        reply: ReplyData,
+    ) {
+        answer!(reply, {
+            let mut state = self.0.enter()?;
+            let bytes = &state.file(inode)?.live;
+            let start = (offset as usize).min(bytes.len());
+            let end = (start + size as usize).min(bytes.len());
+            Ok(bytes[start..end].to_vec())
+        }, bytes => reply.data(&bytes));
+    }
+
+    fn write(
+        &self,
+        _: &Request,
+        inode: INodeNo,
+        _: FileHandle,
+        offset: u64,
+        data: &[u8],
+        _: WriteFlags,
+        _: OpenFlags,
+        _: Option<LockOwner>,
+        reply: ReplyWrite,
+    ) {
+        answer!(reply, {
+            self.0.enter()?.file(inode)?.write(offset, data);
+            Ok(data.len() as u32)
+        }, len => reply.written(len));
+    }
+
+    fn fallocate(
+        &self,
+        _: &Request,
+        inode: INodeNo,
+        _: FileHandle,
+        offset: u64,
+        length: u64,
+        mode: i32,
+        reply: ReplyEmpty,
+    ) {
+        answer!(reply, {
+            let mut state = self.0.enter()?;
+            let file = state.file(inode)?;
+            let end = offset + length;
+            let keeps_size = mode & libc::FALLOC_FL_KEEP_SIZE != 0;
+            if mode & (libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_ZERO_RANGE) != 0 {
+                file.zero(offset, length);
+            }
+            if !keeps_size && end > file.live.len() as u64 {
+                file.set_len(end);
+            }
+            Ok(())
+        }, () => reply.ok());
+    }
+
+    fn fsync(&self, _: &Request, inode: INodeNo, _: FileHandle, _: bool, reply: ReplyEmpty) {
+        answer!(reply, {
+            let mut state = self.0.enter()?;
+            if let Some(left) = state.syncs_to_fail.checked_sub(1) {
+                state.syncs_to_fail = left;
+                let mut rng = SmallRng::from_rng(&mut state.rng);
+                state.file(inode)?.fail_sync(&mut rng);
+                return Err(Errno::EIO);
+            }
+            state.file(inode)?.sync();
+            Ok(())
+        }, () => reply.ok());
+    }
+
+    fn fsyncdir(&self, _: &Request, _: INodeNo, _: FileHandle, _: bool, reply: ReplyEmpty) {
+        reply.ok();
+    }
+
+    fn create(
+        &self,
+        _: &Request,
+        _: INodeNo,
+        name: &OsStr,
+        _mode: u32,
+        _umask: u32,
+        _flags: i32,
+        reply: ReplyCreate,
+    ) {
+        answer!(reply, {
+            let mut state = self.0.enter()?;
+            let inode = state.create(name_of(name)?);
+            state.attr(inode)
+        }, attr => {
+            reply.created(&FORGET, &attr, Generation(0), FileHandle(0), FopenFlags::empty());
+        });
+    }
+
+    fn unlink(&self, _: &Request, _: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+        answer!(reply, {
+            let mut state = self.0.enter()?;
+            let name = name_of(name)?;
+            let inode = state.inode_of(name).ok_or(Errno::ENOENT)?;
+            state.nodes[(inode.0 - FIRST) as usize].removed = true;
+            state.files.remove(name);
+            Ok(())
+        }, () => reply.ok());
+    }
+
+    fn readdir(
+        &self,
+        _: &Request,
+        _: INodeNo,
+        _: FileHandle,
+        offset: u64,
+        mut reply: ReplyDirectory,
+    ) {
+        answer!(reply, {
+            let state = self.0.enter()?;
+            for (index, node) in state.nodes.iter().enumerate().skip(offset as usize) {
+                let index = index as u64;
+                let inode = INodeNo(FIRST + index);
+                if !node.removed && reply.add(inode, index + 1, FileType::RegularFile, &node.name) {
+                    break;
+                }
+            }
+            Ok(())
+        }, () => reply.ok());
+    }
+}
