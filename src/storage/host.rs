@@ -106,7 +106,7 @@ impl HostDisk {
     }
 
     /// From now on it is said in the log if a file is deleted, replaced, moved or cut
-    /// short while it is used. Ends with the last use of the files.
+    /// short while it is used, a few seconds later. Ends with the last use of the files.
     ///
     /// # Errors
     /// When there can be no more threads.

@@ -10,7 +10,7 @@ use crate::common::backend::Backend;
 use crate::{MIB, Rig};
 
 /// Time for several looks at the files.
-const A_WHILE: Duration = Duration::from_secs(3);
+const A_WHILE: Duration = Duration::from_secs(12);
 
 const BLOCK: usize = 64 << 10;
 

@@ -1,9 +1,9 @@
 //! Files that go while they are served: deleted, replaced, moved, or cut short.
 //!
 //! Nothing tells a process that holds a file open that others can no longer reach
-//! it: the guest would write into nothing for days. So a thread looks once a second
-//! and says it in the log, once of each file. It is a thread of its own because a
-//! look at a file of a server that has gone can take for ever.
+//! it: the guest would write into nothing for days. So a thread looks now and then and
+//! says it in the log, once of each file. It is a thread of its own because a look at
+//! a file of a server that has gone can take for ever.
 
 use std::io;
 use std::sync::{Arc, Weak};
@@ -16,8 +16,12 @@ use rustix::io::Errno;
 use super::file::SharedFile;
 use crate::storage::filesystem::{stat_now, stat_path_now};
 
-/// Between two looks.
-const INTERVAL: Duration = Duration::from_secs(1);
+/// Between two looks: soon enough for a person, and next to nothing for an idle
+/// process.
+const INTERVAL: Duration = Duration::from_secs(5);
+
+/// Until the second look at a file that was found short.
+const DOUBT: Duration = Duration::from_millis(500);
 
 /// How a file is out of reach for everybody else.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -71,6 +75,10 @@ impl Watched {
             say(&file, gone);
         }
         true
+    }
+
+    fn is_cut(&self) -> bool {
+        self.file.upgrade().is_some_and(|file| file.is_cut())
     }
 
     fn gone(&self, file: &SharedFile) -> Option<Gone> {
@@ -137,8 +145,8 @@ fn say(file: &SharedFile, gone: Gone) {
     }
 }
 
-/// Starts the thread. It ends by itself, at most a second after the last of the
-/// files has been closed.
+/// Starts the thread. It ends by itself at the first look after the files have been
+/// closed.
 ///
 /// # Errors
 /// When there can be no more threads.
@@ -146,7 +154,8 @@ pub(super) fn start(files: &[Arc<SharedFile>]) -> io::Result<()> {
     let mut watched: Vec<_> = files.iter().map(Watched::new).collect();
     thread::Builder::new().name("watch".into()).spawn(move || {
         while !watched.is_empty() {
-            thread::sleep(INTERVAL);
+            let in_doubt = watched.iter().any(|file| file.looked_cut && !file.is_cut());
+            thread::sleep(if in_doubt { DOUBT } else { INTERVAL });
             watched.retain_mut(Watched::look);
         }
     })?;
