@@ -47,6 +47,7 @@ ci_tools="
 shellcheck shellcheck
 mkfs.xfs xfsprogs
 debootstrap debootstrap
+ip iproute2
 "
 
 say() { echo "install-tools.sh: $*"; }

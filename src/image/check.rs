@@ -318,7 +318,8 @@ fn find_leaks<F: ImageFile>(
         for cluster in first..after {
             let inner = whole_blocks(geometry, HostCluster(cluster));
             let takes_space = data.start < inner.end && inner.start < data.end;
-            if takes_space && !used.contains(HostCluster(cluster)) {
+            let is_unused = takes_space && !used.contains(HostCluster(cluster));
+            if is_unused && !is_hidden_hole(delta, HostCluster(cluster))? {
                 push(cluster..cluster + 1);
             }
         }
@@ -331,6 +332,18 @@ fn find_leaks<F: ImageFile>(
         push(end.0..file_end);
     }
     Ok(leaks)
+}
+
+/// Whether a cluster is taken for a hole that the file system does not tell: where it
+/// tells none, all that reads as zeros is, since a hole cannot be told from a leak.
+fn is_hidden_hole<F: ImageFile>(delta: &Delta<F>, cluster: HostCluster) -> Result<bool> {
+    if delta.file().tells_holes() {
+        return Ok(false);
+    }
+    let geometry = delta.geometry();
+    let mut bytes = vec![0; geometry.cluster.bytes() as usize];
+    delta.read(&mut bytes, geometry.host_offset(cluster))?;
+    Ok(bytes.iter().all(|byte| *byte == 0))
 }
 
 /// The part of a cluster that shares no block of the host's file system with its

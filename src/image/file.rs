@@ -1,16 +1,18 @@
 //! One file that off-line work reads and changes: the seam where tests cut the
 //! power and count the steps.
 
+use std::cell::Cell;
 use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::os::unix::fs::{FileExt, FileTypeExt};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{FallocateFlags, SeekFrom};
+use rustix::fs::{FallocateFlags, OFlags, SeekFrom};
 use rustix::io::Errno;
 
 use super::fault;
+use crate::storage::{Aio, Cache, Disk, FileId, HostDisk, HostFile, HostOptions, filesystem};
 
 /// A file with blocking access. Changes may reach the disk in any order, or not
 /// at all, until [`Self::sync`] says that they have.
@@ -61,19 +63,68 @@ pub trait ImageFile {
     /// # Errors
     /// Any of `lseek(2)`.
     fn next_data(&self, offset: u64) -> io::Result<Option<Range<u64>>>;
+
+    /// Whether the file system says where holes are. If not, all of the file may
+    /// look like data to [`Self::next_data`].
+    fn tells_holes(&self) -> bool {
+        true
+    }
 }
 
 /// A file of the host.
+///
+/// Where other hosts may change the file too, it is read and written around the page
+/// cache: on some of these file systems (Ceph's FUSE client, for one) the cache
+/// does not learn of what was written around it, not even by the same host, and a
+/// full image looked empty. Everywhere else the cache is right and faster.
 #[derive(Debug)]
 pub struct HostImage {
     file: File,
     path: PathBuf,
+    direct: Option<HostDisk>,
+    /// `SEEK_DATA` was refused.
+    hides_holes: Cell<bool>,
 }
+
+/// The file of [`HostImage::direct`].
+const ONLY: FileId = FileId(0);
 
 impl HostImage {
     /// `path` is for messages.
     pub fn new(file: File, path: PathBuf) -> Self {
-        Self { file, path }
+        let is_shared = filesystem::may_be_shared(&file);
+        let image = Self {
+            hides_holes: Cell::new(is_shared),
+            file,
+            path,
+            direct: None,
+        };
+        if is_shared {
+            image.around_the_cache()
+        } else {
+            image
+        }
+    }
+
+    /// The same file, read and written directly; as before where it cannot be opened
+    /// so.
+    fn around_the_cache(self) -> Self {
+        let writable =
+            rustix::fs::fcntl_getfl(&self.file).is_ok_and(|flags| flags.contains(OFlags::RDWR));
+        let open = |file| {
+            let file = HostFile {
+                file,
+                path: self.path.clone(),
+                writable,
+            };
+            let options = HostOptions {
+                cache: Cache::None,
+                aio: Aio::Psync,
+            };
+            HostDisk::new(vec![file], options)
+        };
+        let direct = self.file.try_clone().and_then(open).ok();
+        Self { direct, ..self }
     }
 
     /// The file itself.
@@ -88,25 +139,33 @@ impl ImageFile for HostImage {
     }
 
     fn file_len(&self) -> io::Result<u64> {
-        let metadata = self.file.metadata()?;
-        if metadata.file_type().is_block_device() {
+        if self.file.metadata()?.file_type().is_block_device() {
             return Ok(rustix::fs::seek(&self.file, SeekFrom::End(0))?);
         }
-        Ok(metadata.len())
+        filesystem::len_now(&self.file)
     }
 
     fn read_exact_at(&self, bytes: &mut [u8], offset: u64) -> io::Result<()> {
-        self.file.read_exact_at(bytes, offset)
+        match &self.direct {
+            Some(disk) => disk.read_exact_at(ONLY, bytes, offset),
+            None => self.file.read_exact_at(bytes, offset),
+        }
     }
 
     fn write_all_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
         fault::point();
-        self.file.write_all_at(bytes, offset)
+        match &self.direct {
+            Some(disk) => disk.write_all_at(ONLY, bytes, offset),
+            None => self.file.write_all_at(bytes, offset),
+        }
     }
 
     fn set_len(&self, len: u64) -> io::Result<()> {
         fault::point();
-        self.file.set_len(len)
+        match &self.direct {
+            Some(disk) => disk.set_len(ONLY, len),
+            None => self.file.set_len(len),
+        }
     }
 
     fn punch(&self, range: Range<u64>) -> io::Result<()> {
@@ -116,7 +175,7 @@ impl ImageFile for HostImage {
         fault::point();
         let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
         match rustix::fs::fallocate(&self.file, flags, range.start, range.end - range.start) {
-            Err(Errno::OPNOTSUPP) => write_zeros(&self.file, range),
+            Err(Errno::OPNOTSUPP) => write_zeros(self, range),
             result => Ok(result?),
         }
     }
@@ -131,8 +190,8 @@ impl ImageFile for HostImage {
             Ok(start) => start,
             // Beyond the last data, or beyond the end.
             Err(Errno::NXIO) => return Ok(None),
-            // Neither block devices nor all file systems tell holes.
-            Err(Errno::INVAL | Errno::OPNOTSUPP) => {
+            Err(errno) if refuses_seek(errno) => {
+                self.hides_holes.set(true);
                 let end = self.file_len()?;
                 return Ok((offset < end).then_some(offset..end));
             }
@@ -145,15 +204,28 @@ impl ImageFile for HostImage {
             Err(errno) => Err(errno.into()),
         }
     }
+
+    fn tells_holes(&self) -> bool {
+        !self.hides_holes.get()
+    }
 }
 
-fn write_zeros(file: &File, range: Range<u64>) -> io::Result<()> {
+/// Whether this is what those answer that know no `SEEK_DATA`: GlusterFS with shards
+/// `EOPNOTSUPP`, block devices and others `EINVAL`.
+fn refuses_seek(errno: Errno) -> bool {
+    matches!(errno, Errno::OPNOTSUPP | Errno::INVAL)
+}
+
+fn write_zeros(image: &HostImage, range: Range<u64>) -> io::Result<()> {
     static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
     let mut offset = range.start;
     while offset < range.end {
         let len = (range.end - offset).min(ZEROS.len() as u64);
-        file.write_all_at(&ZEROS[..len as usize], offset)?;
+        image.write_all_at(&ZEROS[..len as usize], offset)?;
         offset += len;
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,11 +1,13 @@
 //! Folders: opening what is in them without being led out, and putting new files
 //! under their names in one step.
 
-use std::ffi::{OsStr, OsString};
+use std::ffi::{CStr, OsStr, OsString};
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Component, Path, PathBuf};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use rustix::fs::{AtFlags, FileType, Mode, OFlags, RenameFlags};
 use rustix::io::Errno;
@@ -14,6 +16,7 @@ use super::error::{ImageError, IoContext, Result};
 use super::fault;
 use super::file::HostImage;
 use super::ownership::{Ownership, PRIVATE};
+use crate::storage::filesystem;
 
 /// What is made under a passing name first begins with this.
 pub(super) const TEMPORARY_PREFIX: &str = ".ploop-img-";
@@ -140,7 +143,7 @@ impl Folder {
         let (fd, passing) = match rustix::fs::openat(&self.file, ".", flags, mode) {
             Ok(fd) => (fd, None),
             // Not every file system has files without a name.
-            Err(Errno::OPNOTSUPP | Errno::ISDIR | Errno::NOENT) => {
+            Err(Errno::OPNOTSUPP | Errno::INVAL | Errno::ISDIR | Errno::NOENT) => {
                 let name = temporary_name();
                 let flags = OFlags::CREATE | OFlags::EXCL | OFlags::RDWR | OFlags::CLOEXEC;
                 let fd = rustix::fs::openat(&self.file, &name, flags, mode);
@@ -275,7 +278,7 @@ impl NewFile<'_> {
         fault::point();
         let folder = &self.folder.file;
         let named = match &self.passing {
-            Some(passing) => rename_new(folder, passing, &self.name),
+            Some(passing) => rename_new(folder, passing, &self.name, rename_new_file),
             None => {
                 let same = format!("/proc/self/fd/{}", file.as_raw_fd());
                 let flags = AtFlags::SYMLINK_FOLLOW;
@@ -324,7 +327,7 @@ impl NewFolder<'_> {
         self.inside.sync()?;
         if let Some(passing) = &self.name {
             fault::point();
-            match rename_new(&self.parent.file, passing, name) {
+            match rename_new(&self.parent.file, passing, name, rename_new_folder) {
                 Err(Errno::EXIST | Errno::NOTEMPTY) => return Err(ImageError::Exists(path)),
                 renamed => renamed.context(&path, "create")?,
             }
@@ -344,15 +347,52 @@ impl Drop for NewFolder<'_> {
     }
 }
 
-/// Renames without replacing anything.
-fn rename_new(folder: &File, from: &str, to: &OsStr) -> rustix::io::Result<()> {
-    rustix::fs::renameat_with(folder, from, folder, to, RenameFlags::NOREPLACE)
+/// Renames without replacing anything. `otherwise` does that where the file system has
+/// no rename of that kind.
+fn rename_new(
+    folder: &File,
+    from: &str,
+    to: &OsStr,
+    otherwise: fn(&File, &str, &OsStr) -> rustix::io::Result<()>,
+) -> rustix::io::Result<()> {
+    match rustix::fs::renameat_with(folder, from, folder, to, RenameFlags::NOREPLACE) {
+        Err(Errno::INVAL | Errno::NOSYS | Errno::OPNOTSUPP) => otherwise(folder, from, to),
+        renamed => renamed,
+    }
+}
+
+/// A file gets its name as a second one, which replaces nothing either. A crash in
+/// between leaves it both.
+fn rename_new_file(folder: &File, from: &str, to: &OsStr) -> rustix::io::Result<()> {
+    rustix::fs::linkat(folder, from, folder, to, AtFlags::empty())?;
+    fault::point();
+    rustix::fs::unlinkat(folder, from, AtFlags::empty())
+}
+
+/// A folder takes the place of an empty one that was made for that, which replaces
+/// nothing either. A crash in between leaves the empty one.
+fn rename_new_folder(folder: &File, from: &str, to: &OsStr) -> rustix::io::Result<()> {
+    rustix::fs::mkdirat(folder, to, Mode::from_raw_mode(0o755))?;
+    fault::point();
+    let renamed = rustix::fs::renameat(folder, from, folder, to);
+    if renamed.is_err() {
+        let _ = rustix::fs::unlinkat(folder, to, AtFlags::REMOVEDIR);
+    }
+    renamed
 }
 
 fn temporary_name() -> String {
     let id = uuid::Uuid::new_v4();
     format!("{TEMPORARY_PREFIX}{}", id.simple())
 }
+
+/// How long a name may lead to a file that is no longer there. A client of a network
+/// file system keeps names for a second or so; what other hosts do to them meanwhile
+/// it does not see.
+const STALE_NAME_PATIENCE: Duration = Duration::from_secs(3);
+
+/// The pause between two tries.
+const STALE_NAME_PAUSE: Duration = Duration::from_millis(50);
 
 /// Opens what must be a regular file. What it is is looked at first, without
 /// opening it: a FIFO would wait, a device could do anything.
@@ -363,20 +403,26 @@ pub(super) fn open_regular(
     writable: bool,
     path: &Path,
 ) -> Result<File> {
+    let name = name.as_cow_c_str().context(path, "open")?;
+    let start = Instant::now();
+    loop {
+        let there = look_up(&folder, &name, extra, path)?;
+        match open_again(there.as_fd(), writable) {
+            Err(errno) if is_stale(errno) && start.elapsed() < STALE_NAME_PATIENCE => {
+                thread::sleep(STALE_NAME_PAUSE);
+            }
+            opened => return opened.context(path, "open"),
+        }
+    }
+}
+
+/// What is there under a name, if it is a regular file.
+fn look_up(folder: impl AsFd, name: &CStr, extra: OFlags, path: &Path) -> Result<OwnedFd> {
     let look = OFlags::PATH | OFlags::CLOEXEC | extra;
     let there = rustix::fs::openat(folder, name, look, Mode::empty()).context(path, "open")?;
     let stat = rustix::fs::fstat(&there).context(path, "look at")?;
     let kind = match FileType::from_raw_mode(stat.st_mode) {
-        FileType::RegularFile => {
-            let access = if writable {
-                OFlags::RDWR
-            } else {
-                OFlags::RDONLY
-            };
-            let same = format!("/proc/self/fd/{}", there.as_raw_fd());
-            let fd = rustix::fs::open(same, access | OFlags::CLOEXEC, Mode::empty());
-            return Ok(File::from(fd.context(path, "open")?));
-        }
+        FileType::RegularFile => return Ok(there),
         FileType::Symlink => "a symbolic link",
         FileType::Directory => "a folder",
         FileType::Fifo => "a FIFO",
@@ -391,3 +437,27 @@ pub(super) fn open_regular(
         expected: "an image file",
     })
 }
+
+/// Opens what was looked up. `ESTALE` if it has lost its name meanwhile.
+fn open_again(there: BorrowedFd<'_>, writable: bool) -> rustix::io::Result<File> {
+    let access = if writable {
+        OFlags::RDWR
+    } else {
+        OFlags::RDONLY
+    };
+    let same = format!("/proc/self/fd/{}", there.as_raw_fd());
+    let fd = rustix::fs::open(same, access | OFlags::CLOEXEC, Mode::empty())?;
+    match filesystem::stat_now(&fd) {
+        Ok(stat) if stat.stx_nlink == 0 => Err(Errno::STALE),
+        Err(error) if Errno::from_io_error(&error).is_some_and(is_stale) => Err(Errno::STALE),
+        _ => Ok(File::from(fd)),
+    }
+}
+
+/// What is said of a file that was there when it was looked up.
+fn is_stale(errno: Errno) -> bool {
+    matches!(errno, Errno::STALE | Errno::NOENT)
+}
+
+#[cfg(test)]
+mod tests;

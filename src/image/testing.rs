@@ -51,6 +51,17 @@ pub struct MemImage {
     medium: Medium,
     index: usize,
     path: PathBuf,
+    hides_holes: bool,
+}
+
+impl MemImage {
+    /// The file on a file system that calls all of it data.
+    pub fn without_holes(self) -> Self {
+        Self {
+            hides_holes: true,
+            ..self
+        }
+    }
 }
 
 impl Medium {
@@ -63,6 +74,7 @@ impl Medium {
             medium: self.clone(),
             index: state.current.len() - 1,
             path: name.into(),
+            hides_holes: false,
         }
     }
 
@@ -202,6 +214,10 @@ impl ImageFile for MemImage {
     fn next_data(&self, offset: u64) -> io::Result<Option<Range<u64>>> {
         let state = self.medium.0.borrow();
         let file = &state.current[self.index];
+        if self.hides_holes {
+            let end = file.len() as u64;
+            return Ok((offset < end).then_some(offset..end));
+        }
         let block_is_data = |block: u64| {
             let start = (block * BLOCK) as usize;
             let end = (start + BLOCK as usize).min(file.len());
@@ -214,6 +230,10 @@ impl ImageFile for MemImage {
         let end = (first..blocks).find(|block| !block_is_data(*block));
         let end = (end.unwrap_or(blocks) * BLOCK).min(file.len() as u64);
         Ok(Some((first * BLOCK).max(offset)..end))
+    }
+
+    fn tells_holes(&self) -> bool {
+        !self.hides_holes
     }
 }
 

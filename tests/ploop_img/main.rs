@@ -20,3 +20,4 @@ mod progress;
 mod resize;
 mod sizes;
 mod snapshot;
+mod two_mounts;

@@ -171,6 +171,17 @@ fn a_hole_between_clusters_is_no_leak() {
     assert_eq!((report.corruptions, report.leaks), (0, 0), "{report:?}");
 }
 
+#[test]
+fn where_holes_cannot_be_told_zeros_are_no_leak_and_data_is() {
+    let mut bytes = image(&header(Version::V2, 6), &[At(3), At(0)], 4);
+    bytes[2 * CLUSTER..3 * CLUSTER].fill(0);
+    let file = Medium::default().file("image", bytes).without_holes();
+    let mut delta = Delta::load(file).unwrap();
+    let report = check_delta(&mut delta, None).unwrap();
+    assert_eq!((report.corruptions, report.leaks), (0, 1), "{report:?}");
+    assert_eq!(report.messages, ["host cluster 3 is used by nothing"]);
+}
+
 /// An image whose format extension is in cluster 1 of the data area, with a
 /// dirty bitmap whose bits are in cluster 2.
 fn with_extension() -> Vec<u8> {

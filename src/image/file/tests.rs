@@ -1,0 +1,90 @@
+use std::fs;
+
+use proptest::prelude::*;
+
+use super::*;
+
+fn image(path: &Path) -> HostImage {
+    let file = File::options().read(true).write(true).open(path);
+    HostImage::new(file.expect("open"), path.to_owned())
+}
+
+/// On a file system where direct I/O has demands.
+fn folder() -> tempfile::TempDir {
+    let target = Path::new(env!("CARGO_MANIFEST_DIR")).join("target");
+    tempfile::tempdir_in(target).expect("a folder")
+}
+
+#[test]
+fn who_does_not_know_holes_has_data_everywhere() {
+    for refusal in [Errno::OPNOTSUPP, Errno::INVAL] {
+        assert!(refuses_seek(refusal));
+    }
+    for other in [Errno::NXIO, Errno::IO, Errno::BADF] {
+        assert!(!refuses_seek(other));
+    }
+    // The kernel's own files refuse to look for data.
+    let map = File::open("/proc/self/maps").expect("open");
+    let image = HostImage::new(map, "/proc/self/maps".into());
+    assert_eq!(image.next_data(0).expect("no error"), None);
+    assert!(!image.tells_holes());
+}
+
+#[test]
+fn what_goes_around_the_cache_is_in_no_cache() {
+    let folder = folder();
+    let path = folder.path().join("image");
+    fs::write(&path, [1; 10_000]).expect("write");
+    let direct = image(&path).around_the_cache();
+    assert!(direct.direct.is_some());
+    let mut read = [0; 3];
+    direct.read_exact_at(&mut read, 9_997).expect("read");
+    assert_eq!(read, [1; 3]);
+    assert!(direct.read_exact_at(&mut read, 9_998).is_err());
+    // The files of a snapshot are only read.
+    let file = File::open(&path).expect("open");
+    let lower = HostImage::new(file, path).around_the_cache();
+    lower.read_exact_at(&mut read, 0).expect("read");
+    assert_eq!(read, [1; 3]);
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig {
+        cases: 32,
+        failure_persistence: None,
+        ..ProptestConfig::default()
+    })]
+
+    #[test]
+    fn both_ways_do_the_same(
+        len in 0..20_000_usize,
+        changes in prop::collection::vec((0..20_000_u64, 0..9_000_usize, 0..4_u8), 1..8),
+    ) {
+        let folder = folder();
+        let paths = ["cached", "direct"].map(|name| folder.path().join(name));
+        for path in &paths {
+            fs::write(path, vec![1; len]).expect("write");
+        }
+        let images = [image(&paths[0]), image(&paths[1]).around_the_cache()];
+        for (step, &(offset, len, what)) in changes.iter().enumerate() {
+            let byte = step as u8 + 2;
+            let results = images.each_ref().map(|image| {
+                let mut read = vec![0; len];
+                match what {
+                    0 => image.set_len(offset).expect("set the length"),
+                    1 => image.write_all_at(&vec![byte; len], offset).expect("write"),
+                    2 => {
+                        let end = image.file_len().expect("length");
+                        let end = end.min(offset + len as u64);
+                        image.punch(offset.min(end)..end).expect("punch");
+                    }
+                    _ => return image.read_exact_at(&mut read, offset).is_ok().then_some(read),
+                }
+                None
+            });
+            prop_assert_eq!(&results[0], &results[1]);
+            let content = paths.each_ref().map(|path| fs::read(path).expect("read"));
+            prop_assert!(content[0] == content[1]);
+        }
+    }
+}
