@@ -108,6 +108,11 @@ impl Allocator {
         self.stable_end.fetch_max(end, Ordering::Release);
     }
 
+    /// The file's length is not known to be stable beyond this cluster.
+    pub fn doubt_length(&self, from: HostCluster) {
+        self.stable_end.fetch_min(from.0, Ordering::AcqRel);
+    }
+
     /// Whether the length of the file that covers the cluster is stable, so that
     /// it may be mapped on disk (I8).
     pub fn is_length_stable(&self, cluster: HostCluster) -> bool {

@@ -320,11 +320,13 @@ impl<D: Disk> Engine<D> {
     /// A stable write has failed. Until it is known why, no sync counts: it may have
     /// been told that all is well after something was lost.
     pub(super) fn begin_doubt(&self) {
+        self.note_doubt(true);
         self.doubts.fetch_add(1, Ordering::AcqRel);
     }
 
     /// It is known why; if it was the sync, [`Self::set_sync_failed`] was called before.
     pub(super) fn end_doubt(&self) {
+        self.note_doubt(false);
         self.doubts.fetch_sub(1, Ordering::AcqRel);
         self.md.post(MdMessage::DoubtEnded);
     }
@@ -542,6 +544,17 @@ impl<D: Disk> Engine<D> {
     #[cfg(test)]
     pub(crate) fn is_mapped_here(&self, cluster: GuestCluster) -> bool {
         matches!(self.bat.get(cluster).place(), Place::In(file, _) if file == self.top())
+    }
+
+    /// What is mapped in the top delta, in memory.
+    #[cfg(all(test, not(ploop_loom)))]
+    pub(crate) fn mapped_here(&self) -> Vec<(u32, HostCluster)> {
+        let entries = (0..).zip(self.bat.iter());
+        let mapped = entries.filter_map(|(cluster, entry)| match entry.place() {
+            Place::In(file, host) if file == self.top() => Some((cluster, host)),
+            _ => None,
+        });
+        mapped.collect()
     }
 
     /// The simulated power is gone.

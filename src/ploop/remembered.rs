@@ -39,6 +39,9 @@ const AT_OPENING: usize = 6;
 const AT_FLAGS: usize = 7;
 /// Of whoever uses the engine: see [`super::Engine::set_note`].
 const AT_NOTE: usize = 8;
+/// Stable writes that have failed, of which it is not known yet whether it was the
+/// write or the sync.
+const AT_DOUBTS: usize = 9;
 /// The first entry.
 const AT_FIRST: usize = 512;
 
@@ -187,8 +190,17 @@ impl Remembered {
         self.raise(SYNC_FAILED);
     }
 
+    /// Whether a sync has failed, for all that is known.
     pub fn has_sync_failed(&self) -> bool {
-        self.get(AT_FLAGS) & SYNC_FAILED != 0
+        self.get(AT_FLAGS) & SYNC_FAILED != 0 || self.get(AT_DOUBTS) != 0
+    }
+
+    /// A stable write has failed; or, after a doubt, it is known what that was.
+    pub fn doubt(&self, more: bool) {
+        if let Some(word) = self.words.word(AT_DOUBTS) {
+            let step = if more { 1 } else { u64::MAX };
+            word.fetch_add(step, Ordering::AcqRel);
+        }
     }
 
     /// The disk has everything, and nothing changes any more.

@@ -45,12 +45,18 @@ pub(crate) enum Sabotage {
     ChangeBeforeMark,
     /// I12: the closed mark is written before everything else is stable.
     MarkBeforeSync,
+    /// I13: a change of the map dies with the process.
+    ForgetChange,
+    /// I13: that a sync has failed dies with the process.
+    ForgetFailureAtDeath,
+    /// I13: what only the memory maps counts as leaked when it is taken over.
+    ReuseTakenOver,
 }
 
 #[cfg(test)]
 impl Sabotage {
     /// Every one.
-    pub(crate) const ALL: [Self; 18] = [
+    pub(crate) const ALL: [Self; 21] = [
         Self::ReuseBeforeRemoval,
         Self::PunchUnderOldIo,
         Self::ReuseUnpunched,
@@ -69,6 +75,9 @@ impl Sabotage {
         Self::WritePageTwice,
         Self::ChangeBeforeMark,
         Self::MarkBeforeSync,
+        Self::ForgetChange,
+        Self::ForgetFailureAtDeath,
+        Self::ReuseTakenOver,
     ];
 }
 

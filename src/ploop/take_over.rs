@@ -23,6 +23,7 @@ use super::control::Control;
 use super::engine::{Engine, MdMessage};
 use super::entry::{Entry, Place};
 use super::remembered::{Identity, Remembered};
+use super::sabotage::{self, Sabotage};
 use crate::format::{ClusterSet, GuestCluster, HostCluster};
 use crate::storage::{Disk, FileId, SharedWords};
 
@@ -86,6 +87,8 @@ struct Adoption {
     freed: Vec<(GuestCluster, HostCluster)>,
     /// Clusters that neither maps.
     leaked: Vec<Extent>,
+    /// The cluster after the last one that the disk maps.
+    mapped_end: HostCluster,
 }
 
 impl<D: Disk> Engine<D> {
@@ -196,15 +199,26 @@ impl<D: Disk> Engine<D> {
     /// The entry of a cluster has changed, which has to outlive the process before
     /// anybody who relies on it is told of an end (I13).
     pub(super) fn note_change(&self, cluster: GuestCluster, entry: Entry) {
-        if let Some(remembered) = &*self.remembered.load() {
+        if let Some(remembered) = &*self.remembered.load()
+            && !sabotage::is(Sabotage::ForgetChange)
+        {
             remembered.note(cluster, entry);
         }
     }
 
     /// A sync has failed, likewise.
     pub(super) fn note_failed_sync(&self) {
-        if let Some(remembered) = &*self.remembered.load() {
+        if let Some(remembered) = &*self.remembered.load()
+            && !sabotage::is(Sabotage::ForgetFailureAtDeath)
+        {
             remembered.set_sync_failed();
+        }
+    }
+
+    /// A stable write has failed, perhaps in its sync, or it is known what has failed.
+    pub(super) fn note_doubt(&self, is_open: bool) {
+        if let Some(remembered) = &*self.remembered.load() {
+            remembered.doubt(is_open);
         }
     }
 
@@ -248,8 +262,12 @@ impl<D: Disk> Engine<D> {
     }
 
     /// Takes over from a process that was killed, or has closed the image, and goes on
-    /// remembering in the same memory. Blocks for a sync. To be called before any
-    /// request. Nothing but `words` is used, or changed, if it fails; another attempt,
+    /// remembering in the same memory. To be called before any request.
+    ///
+    /// Nobody knows any more which copies, and which part of the file's length, that
+    /// process had made stable before it would have mapped them on disk (I6, I8). All of
+    /// it is: the in-use mark was synced when the image was opened, after its end.
+    /// Nothing but `words` is used, or changed, if it fails; another attempt,
     /// or [`Self::begin`], may follow.
     ///
     /// # Errors
@@ -278,11 +296,9 @@ impl<D: Disk> Engine<D> {
         }
         let adoption = self.adopt(&found)?;
         if found.has_sync_failed() {
-            self.set_sync_failed("a sync of the process that served the image before");
-        } else if let Err(error) = self.sync_taken_over() {
-            // Found out later than it happened, perhaps.
+            // Also what was only in doubt.
             found.set_sync_failed();
-            self.set_sync_failed(&format!("the sync of what was taken over ({error})"));
+            self.set_sync_failed("a sync of the process that served the image before");
         }
         log::info!(
             "took over from a process that was killed: {} changes of the map that were not on \
@@ -293,15 +309,6 @@ impl<D: Disk> Engine<D> {
         *beginning = Beginning::Begun(opening);
         self.apply(adoption);
         Ok(())
-    }
-
-    /// The data of copies, and the length of the file, have to be stable before they are
-    /// mapped on disk (I6, I8), and nobody knows any more which are.
-    fn sync_taken_over(&self) -> io::Result<()> {
-        if self.is_read_only() {
-            return Ok(());
-        }
-        self.disk.sync(self.top())
     }
 
     /// The process that left the memory had flushed everything: there is nothing in it.
@@ -370,9 +377,11 @@ impl<D: Disk> Engine<D> {
                 what: "has lost a cluster that another one has before the disk knows",
             });
         }
+        let mapped_end = on_disk.end().max(first);
         let mut used = on_disk;
         for (_, entry) in &changed {
-            if let Some(host) = in_file(*entry, top) {
+            let host = in_file(*entry, top);
+            if let Some(host) = host.filter(|_| !sabotage::is(Sabotage::ReuseTakenOver)) {
                 used.insert(host);
             }
         }
@@ -381,6 +390,7 @@ impl<D: Disk> Engine<D> {
             end: gap.end.0,
         });
         Ok(Adoption {
+            mapped_end,
             leaked: leaked.collect(),
             changed,
             freed,
@@ -401,6 +411,10 @@ impl<D: Disk> Engine<D> {
     /// Before any other thread looks.
     fn apply(&self, adoption: Adoption) {
         let failed = self.has_sync_failed();
+        if failed {
+            // What the disk maps, the file has for sure (I8).
+            self.alloc.doubt_length(adoption.mapped_end);
+        }
         let may_be_copy = self.levels.len() > 1;
         let mut pages = BTreeSet::new();
         for (cluster, entry) in adoption.changed {

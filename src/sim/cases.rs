@@ -49,10 +49,14 @@ pub enum Case {
     ExtensionKept,
     /// I12: the power went and the format extension was not valid any more.
     ExtensionDropped,
+    /// I13: the process was killed while the guest lived on.
+    Killed,
+    /// I13: what it left changed the map that the disk had.
+    TakenOver,
 }
 
 impl Case {
-    const ALL: [(Self, &'static str); 16] = [
+    const ALL: [(Self, &'static str); 18] = [
         (Self::Moved, "I1  cluster passed to another guest cluster"),
         (Self::Reused, "I2  freed cluster mapped again"),
         (Self::Flush, "I3  flush with something to flush"),
@@ -72,6 +76,8 @@ impl Case {
         (Self::Marking, "I12 cut while opening or closing"),
         (Self::ExtensionKept, "I12 cut that left a format extension"),
         (Self::ExtensionDropped, "I12 cut after one was dropped"),
+        (Self::Killed, "I13 process killed under a living guest"),
+        (Self::TakenOver, "I13 map taken over from a killed process"),
     ];
 }
 

@@ -173,7 +173,8 @@ struct Pending {
 }
 
 const NOT_COMPLETED: u64 = u64::MAX;
-const BLOCK_ORDER_LIMIT: usize = 32 * 1024;
+/// Different sectors that are kept before [`SimDisk::tidy`] has something to do.
+const CONTENTS_MAX: usize = 32 * 1024;
 
 impl SimDisk {
     /// So many files, all empty.
@@ -246,6 +247,19 @@ impl SimDisk {
         !self.state().ios[io].ready.is_empty()
     }
 
+    /// Forgets contents that no file has any more. To be called while everything is
+    /// stable; copies of files cannot be compared with afterwards.
+    pub fn tidy(&self) {
+        let mut guard = self.state();
+        let state = &mut *guard;
+        if state.contents.len() > CONTENTS_MAX {
+            let old = std::mem::replace(&mut state.contents, Contents::new());
+            for file in &mut state.files {
+                file.repack(&old, &mut state.contents);
+            }
+        }
+    }
+
     /// Whether there is anything for [`Self::step`] to do.
     pub fn is_busy(&self) -> bool {
         !self.state().pending.is_empty()
@@ -289,6 +303,17 @@ impl SimDisk {
     /// [`Self::restart`].
     pub fn kill(&self) {
         self.state().kill();
+    }
+
+    /// Whether a sync has failed and nobody has heard of it: what a process that is
+    /// killed now should have told cannot be known by the next one.
+    pub fn has_unheard_failure(&self) -> bool {
+        let state = self.state();
+        let is_sync = |op: &Op| matches!(op, Op::Sync { .. } | Op::Write { dsync: true, .. });
+        let mut ready = state.ios.iter().flat_map(|io| &io.ready);
+        let mut pending = state.pending.iter();
+        ready.any(|end| end.result.is_err() && is_sync(&end.op))
+            || pending.any(|one| matches!(one.effect, Some(Err(_))) && is_sync(&one.op))
     }
 
     /// Another process opens the disk, on which everything is as the last one has
@@ -952,6 +977,8 @@ impl State {
     fn kill(&mut self) {
         self.note(|| "the process is killed".to_owned());
         self.changes_left = None;
+        // Nobody would hear of it: see `has_unheard_failure`.
+        self.medium.faults.sync = 0.0;
         while !self.pending.is_empty() {
             let index = self.rng.random_range(0..self.pending.len());
             let mut pending = self.pending.swap_remove(index);
@@ -1017,12 +1044,6 @@ impl State {
         self.ios.clear();
         self.completed.clear();
         self.metadata_writes.clear();
-        if self.contents.len() > BLOCK_ORDER_LIMIT {
-            let old = std::mem::replace(&mut self.contents, Contents::new());
-            for file in &mut self.files {
-                file.repack(&old, &mut self.contents);
-            }
-        }
         let per_block = self.medium.block as usize / SECTOR;
         self.used_blocks = 0;
         for (file, allocated) in self.files.iter().zip(&mut self.allocated) {

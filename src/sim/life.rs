@@ -11,6 +11,7 @@ use rand::{Rng, SeedableRng};
 
 use super::cases::{Case, Cases};
 use super::checker::{self, Image};
+use super::death::Heritage;
 use super::disk::{Faults, SimDisk};
 use super::file::SimFile;
 use super::model::Model;
@@ -127,6 +128,7 @@ impl Life {
 
     fn generation(&mut self) -> Result<(), Failure> {
         let world = &mut self.world;
+        world.disk.tidy();
         let profile = Profile::random(&mut world.rng, world.scenario.cluster);
         world.disk.note(|| format!("{profile:?}"));
         let top = world.scenario.top();
@@ -185,7 +187,8 @@ impl Life {
                 medium.faults.sync = 0.1;
             });
         }
-        let opened = match Engine::open(world.disk.clone(), &chain, options) {
+        options.awaits_take_over = profile.deaths.is_some();
+        let opened = match Engine::open(world.disk.clone(), &chain, options.clone()) {
             Ok(opened) => opened,
             Err(error) if world.disk.is_powered() && !is_faulty => {
                 return Err(format!("the image is not opened: {}", say(&error)));
@@ -198,9 +201,22 @@ impl Life {
                 return Ok(None);
             }
         };
+        let heritage = profile
+            .deaths
+            .map(|_| Heritage::new(&opened.engine, &options));
         let mut session = Session::new(opened, world, profile, policy);
         set_trouble(world, profile);
-        let result = session.run(world, profile).and_then(|()| {
+        let mut result = session.run(world, profile);
+        for _ in 0..profile.deaths.unwrap_or(0) {
+            if let Some(heritage) = &heritage
+                && result.is_ok()
+                && world.disk.is_powered()
+            {
+                session = heritage.pass_on(session, world, profile, policy)?;
+                result = session.run(world, profile);
+            }
+        }
+        let result = result.and_then(|()| {
             if world.disk.is_powered() && world.rng.random_ratio(1, 4) {
                 close(&mut session, world).map(Some)
             } else {

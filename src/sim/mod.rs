@@ -9,10 +9,12 @@
 //!   and the faults chosen by the seed;
 //! - [`pattern`]: guest data from which each sector can be told again;
 //! - [`model`]: what each sector of the guest's disk may read;
+//! - [`death`]: the process alone is gone, and the guest goes on with another one;
 //! - [`checker`]: reads an image without a line of the code under test.
 
 mod cases;
 mod checker;
+mod death;
 pub(crate) mod disk;
 mod file;
 mod life;

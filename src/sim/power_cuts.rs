@@ -123,6 +123,8 @@ fn power_cuts_single_image() {
         Case::Grown,
         Case::HeldBack,
         Case::Marking,
+        Case::Killed,
+        Case::TakenOver,
     ] {
         assert!(record.cases.get(case) > 0, "never happened: {case:?}");
     }

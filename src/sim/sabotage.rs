@@ -25,11 +25,12 @@ fn notice(which: Sabotage) -> Option<(u64, String)> {
 }
 
 /// Those that are noticed soon: for a debug build that nobody asked for more.
-const QUICK: [Sabotage; 4] = [
+const QUICK: [Sabotage; 5] = [
     Sabotage::FlushWithoutBat,
     Sabotage::ReuseUnpunched,
     Sabotage::FailedWriteUnmaps,
     Sabotage::MapBeyondLength,
+    Sabotage::ForgetChange,
 ];
 
 #[test]

@@ -512,6 +512,9 @@ pub struct Profile {
     pub is_lazy: bool,
     /// The image is opened for reading only.
     pub read_only: bool,
+    /// How often the process may be killed while the guest goes on; `None`: nothing
+    /// outlives it.
+    pub deaths: Option<u32>,
     /// Actions until the end.
     pub actions_left: u32,
 }
@@ -553,6 +556,7 @@ impl Profile {
             is_tight,
             is_lazy: rng.random(),
             read_only: rng.random_ratio(1, 24),
+            deaths: rng.random_ratio(1, 3).then(|| rng.random_range(0..3)),
             actions_left: *[60, 200, 200, 600].choose(rng).unwrap(),
         }
     }

@@ -9,7 +9,7 @@ use rand::Rng;
 use rand::rngs::SmallRng;
 use rand::seq::IndexedRandom;
 use rustix::io::Errno;
-use smallvec::smallvec;
+use smallvec::{SmallVec, smallvec};
 
 use super::cases::{Case, Cases};
 use super::disk::{Faults, SimDisk};
@@ -24,6 +24,7 @@ use crate::ploop::{
     Command, Done, Engine, EngineError, MdWriter, OnEnospc, Opened, Queue, Request, Runner,
     SectorRange,
 };
+use crate::storage::Segments;
 
 /// Turns until what should have ended counts as hanging.
 const PATIENCE: u32 = 40_000;
@@ -54,20 +55,63 @@ impl World {
     }
 }
 
-enum Kind {
+pub(super) enum Kind {
     Read { read: Read, first: u64 },
     Change { id: ChangeId, mode: Option<u32> },
     Flush { flush: Flush, has_work: bool },
 }
 
-struct InFlight {
-    queue: usize,
-    kind: Kind,
-    memory: Option<Memory>,
+/// A request under way.
+pub(super) struct InFlight {
+    pub queue: usize,
+    pub kind: Kind,
+    pub ask: Ask,
+    pub memory: Option<Memory>,
     /// It came in this suspension.
-    held: Option<u32>,
+    pub held: Option<u32>,
     /// It came after a sync was known to have failed.
-    after_failed_sync: bool,
+    pub after_failed_sync: bool,
+}
+
+/// What a request asks for: it may have to be asked again, of another process.
+#[derive(Clone, Debug)]
+pub(super) enum Ask {
+    Read {
+        start: Sector,
+    },
+    Write {
+        start: Sector,
+    },
+    Flush,
+    Discard {
+        ranges: SmallVec<[SectorRange; 1]>,
+    },
+    WriteZeroes {
+        ranges: SmallVec<[SectorRange; 1]>,
+        unmap: bool,
+    },
+}
+
+impl Ask {
+    pub fn command(&self, memory: Option<&Memory>, rng: &mut SmallRng) -> Command {
+        let mut data = || {
+            let piece = random_piece(rng);
+            memory.map_or_else(Segments::new, |memory| memory.segments(piece))
+        };
+        match self.clone() {
+            Self::Read { start } => Command::Read {
+                start,
+                data: data(),
+            },
+            Self::Write { start } => Command::Write {
+                start,
+                data: data(),
+            },
+            Self::Flush => Command::Flush,
+            Self::Discard { ranges } => Command::Discard { ranges },
+            Self::WriteZeroes { ranges, unmap } => Command::WriteZeroes { ranges, unmap },
+        }
+    }
 }
 
 /// When an actor wants to be polled, beside when it is woken.
@@ -78,7 +122,7 @@ struct Alarm {
 }
 
 /// Of the write cache, as far as the clients know.
-enum WriteThrough {
+pub(super) enum WriteThrough {
     Off,
     Turning {
         outcome: Outcome,
@@ -113,19 +157,19 @@ impl Suspension {
 /// See the module's text.
 pub struct Session {
     fuse: Fuse,
-    requests: BTreeMap<u64, InFlight>,
-    next_tag: u64,
-    engine: Arc<Engine<SimDisk>>,
-    queues: Vec<Queue<SimDisk>>,
+    pub(super) requests: BTreeMap<u64, InFlight>,
+    pub(super) next_tag: u64,
+    pub(super) engine: Arc<Engine<SimDisk>>,
+    pub(super) queues: Vec<Queue<SimDisk>>,
     runners: Vec<Runner<SimDisk>>,
     md: MdWriter<SimDisk>,
     now: Duration,
-    write_through: WriteThrough,
-    times_on: u32,
+    pub(super) write_through: WriteThrough,
+    pub(super) times_on: u32,
     suspension: Suspension,
-    times_suspended: u32,
-    trouble: Trouble,
-    sync_failed: bool,
+    pub(super) times_suspended: u32,
+    pub(super) trouble: Trouble,
+    pub(super) sync_failed: bool,
     is_lazy: bool,
     /// Of runners, the metadata thread, and queues, in this order.
     alarms: Vec<Alarm>,
@@ -149,7 +193,7 @@ impl Drop for Fuse {
 
 /// For what requests may fail.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Trouble {
+pub(super) struct Trouble {
     /// The host fails.
     faults: bool,
     /// The host is full, and writes need not wait or were told not to.
@@ -274,33 +318,57 @@ impl Session {
 
     fn push(&mut self, world: &mut World, max: u64, action: Action) {
         let queue = world.rng.random_range(0..self.queues.len());
-        let (kind, memory, command) = match action {
-            Action::Read => self.new_read(world, max),
+        let (kind, memory, ask) = match action {
+            Action::Read => {
+                let range = self.choose_range(world, max);
+                self.new_read(world, &range)
+            }
             Action::Write => self.new_write(world, max),
             Action::Flush => {
                 let kind = Kind::Flush {
                     flush: world.model.begin_flush(),
                     has_work: world.disk.is_unsynced(),
                 };
-                (kind, None, Command::Flush)
+                (kind, None, Ask::Flush)
             }
             discard => self.new_zeroing(world, max, discard == Action::Discard),
         };
+        self.give(world, queue, (kind, memory, ask));
+    }
+
+    /// A new request goes to a queue.
+    pub(super) fn give(
+        &mut self,
+        world: &mut World,
+        queue: usize,
+        (kind, memory, ask): (Kind, Option<Memory>, Ask),
+    ) {
         let tag = self.next_tag;
         self.next_tag += 1;
-        world
-            .disk
-            .note(|| format!("vq{queue} takes {tag}: {}", describe(&command)));
         self.requests.insert(
             tag,
             InFlight {
                 queue,
                 kind,
+                ask,
                 memory,
                 held: self.suspension.number(),
                 after_failed_sync: self.sync_failed,
             },
         );
+        self.ask(world, tag);
+    }
+
+    /// The engine gets a request.
+    pub(super) fn ask(&mut self, world: &mut World, tag: u64) {
+        let Some(request) = self.requests.get(&tag) else {
+            return;
+        };
+        let queue = request.queue;
+        let command = request.ask.command(request.memory.as_ref(), &mut world.rng);
+        world
+            .disk
+            .note(|| format!("vq{queue} takes {tag}: {}", describe(&command)));
         self.queues[queue].push(Request { tag, command });
         if world.rng.random_bool(0.7) {
             self.queues[queue].submit();
@@ -321,19 +389,20 @@ impl Session {
         start..(start + count).min(island.end)
     }
 
-    fn new_read(&mut self, world: &mut World, max: u64) -> (Kind, Option<Memory>, Command) {
-        let range = self.choose_range(world, max);
+    pub(super) fn new_read(
+        &mut self,
+        world: &mut World,
+        range: &std::ops::Range<u64>,
+    ) -> (Kind, Option<Memory>, Ask) {
         let len = (range.end - range.start) as usize * SECTOR;
-        let memory = Memory::new(vec![0xa5; len]);
-        let command = Command::Read {
+        let ask = Ask::Read {
             start: Sector(range.start),
-            data: memory.segments(random_piece(&mut world.rng)),
         };
         let kind = Kind::Read {
-            read: world.model.begin_read(world.index(&range)),
+            read: world.model.begin_read(world.index(range)),
             first: range.start,
         };
-        (kind, Some(memory), command)
+        (kind, Some(Memory::new(vec![0xa5; len])), ask)
     }
 
     fn new_change(&self, world: &mut World) -> (ChangeId, Kind) {
@@ -345,7 +414,7 @@ impl Session {
         (id, Kind::Change { id, mode })
     }
 
-    fn new_write(&mut self, world: &mut World, max: u64) -> (Kind, Option<Memory>, Command) {
+    fn new_write(&mut self, world: &mut World, max: u64) -> (Kind, Option<Memory>, Ask) {
         let range = self.choose_range(world, max);
         let value = if world.rng.random_ratio(1, 12) {
             Value::ZEROS
@@ -355,14 +424,13 @@ impl Session {
         let mut bytes = vec![0; (range.end - range.start) as usize * SECTOR];
         pattern::fill(&mut bytes, value, range.start);
         let memory = Memory::new(bytes);
-        let command = Command::Write {
+        let ask = Ask::Write {
             start: Sector(range.start),
-            data: memory.segments(random_piece(&mut world.rng)),
         };
         let (id, kind) = self.new_change(world);
         let index = world.index(&range);
         world.model.touch(id, index, value, true);
-        (kind, Some(memory), command)
+        (kind, Some(memory), ask)
     }
 
     fn new_zeroing(
@@ -370,7 +438,7 @@ impl Session {
         world: &mut World,
         max: u64,
         discard: bool,
-    ) -> (Kind, Option<Memory>, Command) {
+    ) -> (Kind, Option<Memory>, Ask) {
         let (id, kind) = self.new_change(world);
         let mut ranges = smallvec![];
         for _ in 0..*[1, 1, 3].choose(&mut world.rng).unwrap() {
@@ -382,12 +450,12 @@ impl Session {
             self.touch_zeroed(world, id, &range, discard);
         }
         let unmap = world.rng.random();
-        let command = if discard {
-            Command::Discard { ranges }
+        let ask = if discard {
+            Ask::Discard { ranges }
         } else {
-            Command::WriteZeroes { ranges, unmap }
+            Ask::WriteZeroes { ranges, unmap }
         };
-        (kind, None, command)
+        (kind, None, ask)
     }
 
     /// A discard makes zeros for sure only of whole clusters that become holes.
@@ -597,7 +665,7 @@ impl Session {
     // --- ends ---
 
     /// Every actor and the host get a turn until `is_over`, or the power goes.
-    fn turn_until(
+    pub(super) fn turn_until(
         &mut self,
         world: &mut World,
         what: &str,
@@ -696,15 +764,16 @@ impl Session {
         })
     }
 
-    /// The power is gone: lets go of everything, and of the guest's memory last.
-    pub fn abandon(mut self) {
+    /// The power is gone, or the process: lets go of everything. What is given back is
+    /// the guest's: its requests, whose memory must go last.
+    pub fn abandon(mut self) -> BTreeMap<u64, InFlight> {
         self.engine.abandon();
         self.queues.clear();
         drop(self.md);
         self.runners.clear();
         drop(self.fuse);
         drop(self.engine);
-        self.requests.clear();
+        self.requests
     }
 }
 
