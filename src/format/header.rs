@@ -173,6 +173,8 @@ pub struct Header {
     /// where it is part of the disk size.
     disk_size_high: u32,
     flags: u32,
+    /// What the file says is impossible, and [`Geometry::data_start`] computed anew.
+    first_block_is_wrong: bool,
     /// The in-use mark.
     pub in_use: InUse,
     /// Where the format extension is; zero: none.
@@ -251,6 +253,7 @@ impl Header {
             cylinders: cylinders(disk_size),
             first_block_sectors: u32::try_from(data_start / SECTOR_SIZE).ok()?,
             disk_size_high: 0,
+            first_block_is_wrong: false,
             flags: FLAG_EMPTY,
             in_use: InUse::Closed,
             extension: Sector(0),
@@ -339,6 +342,19 @@ impl Header {
     /// # Errors
     /// The first thing that is wrong, from the start of the header.
     pub fn parse(bytes: &[u8; Self::LEN]) -> Result<Self, HeaderError> {
+        Self::parse_with(bytes, Allow::Nothing)
+    }
+
+    /// As [`Self::parse`], but a first block offset that cannot be is computed anew,
+    /// as QEMU does: the least that it could be. See [`Self::first_block_is_wrong`].
+    ///
+    /// # Errors
+    /// The first other thing that is wrong.
+    pub fn parse_for_repair(bytes: &[u8; Self::LEN]) -> Result<Self, HeaderError> {
+        Self::parse_with(bytes, Allow::WrongFirstBlock)
+    }
+
+    fn parse_with(bytes: &[u8; Self::LEN], allow: Allow) -> Result<Self, HeaderError> {
         let version = match bytes.first_chunk::<16>() {
             Some(SIGNATURE_V1) => Version::V1,
             Some(SIGNATURE_V2) => Version::V2,
@@ -379,7 +395,25 @@ impl Header {
             other => return Err(HeaderError::InUse(other)),
         };
         let first_block_sectors = word(48);
-        let data_start = data_start(version, cluster, entries, first_block_sectors)?;
+        let data_start = match data_start(version, cluster, entries, first_block_sectors) {
+            Err(_) if allow == Allow::WrongFirstBlock => None,
+            data_start => Some(data_start?),
+        };
+        let (first_block_is_wrong, data_start) = match data_start {
+            Some(data_start) => (false, data_start),
+            None => (true, least_data_start(version, cluster, entries)),
+        };
+        let first_block_sectors = match first_block_is_wrong {
+            false => first_block_sectors,
+            true => u32::try_from(data_start / SECTOR_SIZE)
+                .map_err(|_| HeaderError::DiskSize(disk_size.0))?,
+        };
+        // Nobody takes it for a conversion unless the image is in use.
+        let is_open = matches!(in_use, InUse::Open | InUse::OpenByOthers);
+        let flags = match is_open {
+            true => word(52),
+            false => word(52) & !FLAG_CONVERTING,
+        };
         Ok(Self {
             geometry: Geometry {
                 version,
@@ -395,7 +429,8 @@ impl Header {
                 Version::V1 => word(40),
                 Version::V2 => 0,
             },
-            flags: word(52),
+            flags,
+            first_block_is_wrong,
             in_use,
             extension: Sector(long(56)),
         })
@@ -443,6 +478,61 @@ impl Header {
     /// Where everything is.
     pub fn geometry(&self) -> &Geometry {
         &self.geometry
+    }
+
+    /// That the first block offset does not lie behind the end of a file of `file_len`
+    /// bytes that holds the BAT, unless that ends before any data could.
+    ///
+    /// # Errors
+    /// [`HeaderError::FirstBlock`].
+    pub fn check_file_len(&self, file_len: u64) -> Result<(), HeaderError> {
+        match self.is_first_block_behind(file_len) {
+            false => Ok(()),
+            true => Err(HeaderError::FirstBlock {
+                sectors: self.first_block_sectors,
+                why: "behind the end of the file",
+            }),
+        }
+    }
+
+    fn is_first_block_behind(&self, file_len: u64) -> bool {
+        let g = &self.geometry;
+        g.metadata_len() <= file_len
+            && g.data_start > file_len
+            && g.data_start > least_data_start(g.version, g.cluster, g.entries)
+    }
+
+    /// Whether what the file said of the first block offset was replaced.
+    pub fn first_block_is_wrong(&self) -> bool {
+        self.first_block_is_wrong
+    }
+
+    /// The first block offset is right now, or will be with the next write.
+    pub fn accept_first_block(&mut self) {
+        self.first_block_is_wrong = false;
+    }
+
+    /// Computes a first block offset anew that cannot be, in a file of `file_len` bytes
+    /// with these BAT entries: the least one, on the grid that the entries of version 1
+    /// are on.
+    pub fn repair_first_block(&mut self, file_len: u64, bat: &[u32]) {
+        let g = &self.geometry;
+        if !self.first_block_is_wrong && !self.is_first_block_behind(file_len) {
+            return;
+        }
+        let least = least_data_start(g.version, g.cluster, g.entries) / SECTOR_SIZE;
+        let behind_bat = |value: &u64| *value >= least;
+        let first = bat.iter().map(|value| u64::from(*value)).find(behind_bat);
+        let sectors = match (g.version, first) {
+            (Version::V1, Some(first)) => least + (first - least) % g.cluster.sectors(),
+            _ => least,
+        };
+        // Below an entry, or below the data area that an image of this size has.
+        if let Ok(first_block_sectors) = u32::try_from(sectors) {
+            self.first_block_sectors = first_block_sectors;
+            self.geometry.data_start = sectors * SECTOR_SIZE;
+            self.first_block_is_wrong = true;
+        }
     }
 
     /// Says that the disk may hold data: clears the "empty" flag.
@@ -511,6 +601,22 @@ fn entries_for(disk_size: Sector, cluster: ClusterSize, version: Version) -> Res
     }
     // Not more than `ENTRIES_MAX`: they map no more than the limit.
     Ok(cluster.count_for(disk_size.bytes()) as u32)
+}
+
+/// What a parser lets pass.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Allow {
+    Nothing,
+    WrongFirstBlock,
+}
+
+/// Where data starts at the earliest: behind the BAT, at a cluster in version 2.
+fn least_data_start(version: Version, cluster: ClusterSize, entries: u32) -> u64 {
+    let bat_end = Header::LEN as u64 + 4 * u64::from(entries);
+    match version {
+        Version::V1 => bat_end.next_multiple_of(SECTOR_SIZE),
+        Version::V2 => bat_end.next_multiple_of(cluster.bytes()),
+    }
 }
 
 fn data_start(

@@ -147,7 +147,7 @@ pub fn check(
 
 fn check_level(level: Level, file: &HostFile, repair: Option<Repair>) -> Result<CheckReport> {
     match level {
-        Level::Ploop => check_image(&mut Delta::load(image_of(file)?)?, repair),
+        Level::Ploop => check_image(&mut Delta::load_for_repair(image_of(file)?)?, repair),
         Level::Plain { .. } => check_plain(file),
     }
 }
@@ -170,7 +170,15 @@ fn check_image(delta: &mut Delta<HostImage>, repair: Option<Repair>) -> Result<C
     if was_converting {
         report.messages.push(format!("{text}; it is undone"));
         report.corruptions_fixed += 1;
-    } else if version::has_copy(delta.path())? {
+    } else if version::has_idx(delta.path())? {
+        report.messages.push(format!(
+            "{}{} is a copy of the BAT that another tool makes before it changes the version of \
+             the format; it is of no use any more, and left alone",
+            delta.path().display(),
+            version::IDX_SUFFIX
+        ));
+    }
+    if !was_converting && version::has_copy(delta.path())? {
         report.leak(
             1,
             "the copy of a BAT that is of no more use lies beside the image",
@@ -200,7 +208,8 @@ pub(super) fn check_delta<F: ImageFile>(
     let before = examine(delta)?;
     let found = before.report(delta);
     let Some(repair) = repair.filter(|repair| match repair {
-        Repair::Leaks => found.leaks > 0,
+        // Where data starts, and so what is leaked, is nothing but a guess then.
+        Repair::Leaks => found.leaks > 0 && !delta.header().first_block_is_wrong(),
         Repair::All => found.leaks > 0 || found.corruptions > 0,
     }) else {
         return Ok(found);
@@ -372,6 +381,12 @@ impl Findings {
         if matches!(delta.header().in_use, InUse::Open | InUse::OpenByOthers) {
             report.corruption("the image was not closed cleanly");
             report.unclosed = 1;
+        }
+        if delta.header().first_block_is_wrong() {
+            report.corruption(format!(
+                "the first block offset is impossible; by the BAT it is {} sectors",
+                geometry.data_start / SECTOR_SIZE
+            ));
         }
         if let Some(why) = &self.bad_extension {
             report.corruption(why);

@@ -8,7 +8,7 @@ use zerocopy::FromZeros;
 use super::error::{ImageError, IoContext, Result};
 use super::file::ImageFile;
 use crate::format::{
-    BatScan, Geometry, GuestCluster, Header, HostCluster, InUse, SECTOR_SIZE, scan_bat,
+    BatScan, Geometry, GuestCluster, Header, HeaderError, HostCluster, InUse, SECTOR_SIZE, scan_bat,
 };
 
 /// Bytes of BAT that are read at once.
@@ -21,6 +21,8 @@ pub struct Delta<F> {
     file: F,
     header: Header,
     bat: Vec<u32>,
+    /// A valid format extension was there when the change began.
+    had_extension: bool,
 }
 
 impl<F: ImageFile> Delta<F> {
@@ -41,7 +43,38 @@ impl<F: ImageFile> Delta<F> {
             });
         }
         let bat = read_bat(&file, header.geometry().entries)?;
-        Ok(Self { file, header, bat })
+        Ok(Self {
+            file,
+            header,
+            bat,
+            had_extension: false,
+        })
+    }
+
+    /// As [`Self::load`], but a first block offset that cannot be is computed anew; a
+    /// repair writes it.
+    ///
+    /// # Errors
+    /// As [`Self::load`].
+    pub fn load_for_repair(file: F) -> Result<Self> {
+        let mut header = read_header_for_repair(&file)?;
+        let needed = header.geometry().metadata_len();
+        let len = file.file_len().context(file.path(), "get the length")?;
+        if len < needed {
+            return Err(ImageError::CutOff {
+                path: file.path().to_owned(),
+                len,
+                needed,
+            });
+        }
+        let bat = read_bat(&file, header.geometry().entries)?;
+        header.repair_first_block(len, &bat);
+        Ok(Self {
+            file,
+            header,
+            bat,
+            had_extension: false,
+        })
     }
 
     /// The file.
@@ -140,6 +173,8 @@ impl<F: ImageFile> Delta<F> {
     /// # Errors
     /// Any of `pwrite(2)` and `fdatasync(2)`.
     pub fn begin(&mut self) -> Result<()> {
+        self.had_extension =
+            self.header.in_use == InUse::ClosedWithExtension && self.header.extension.0 != 0;
         if self.header.in_use != InUse::Open {
             self.header.in_use = InUse::Open;
             self.write_header()?;
@@ -157,7 +192,15 @@ impl<F: ImageFile> Delta<F> {
         if mark == InUse::Closed {
             // The mark says that it is not valid; nothing may find it later.
             self.header.extension.0 = 0;
+            if self.had_extension {
+                log::info!(
+                    "{}: its dirty bitmaps were dropped, as they do not know of this change: the \
+                     next backup has to be a full one",
+                    self.path().display()
+                );
+            }
         }
+        self.had_extension = false;
         self.header.in_use = mark;
         self.write_header()?;
         self.sync()
@@ -172,6 +215,11 @@ impl<F: ImageFile> Delta<F> {
     /// Says, in memory, that the disk may hold data.
     pub(super) fn clear_empty(&mut self) {
         self.header.clear_empty();
+    }
+
+    /// What was computed anew goes to the file with the header.
+    pub(super) fn accept_first_block(&mut self) {
+        self.header.accept_first_block();
     }
 
     /// Changes the in-use mark in memory.
@@ -294,6 +342,20 @@ impl<F: ImageFile> Delta<F> {
 /// # Errors
 /// No ploop image, one with a wrong header, or an I/O error.
 pub fn read_header(file: &impl ImageFile) -> Result<Header> {
+    let (bytes, len) = read_header_bytes(file)?;
+    let header = Header::parse(&bytes);
+    let header = header.and_then(|header| header.check_file_len(len).map(|()| header));
+    header.map_err(|source| header_error(file, source))
+}
+
+/// As [`read_header`], but the first block offset may be wrong.
+pub(super) fn read_header_for_repair(file: &impl ImageFile) -> Result<Header> {
+    let (bytes, _) = read_header_bytes(file)?;
+    Header::parse_for_repair(&bytes).map_err(|source| header_error(file, source))
+}
+
+/// The bytes of the header, and the length of the file.
+fn read_header_bytes(file: &impl ImageFile) -> Result<([u8; Header::LEN], u64)> {
     let path = file.path();
     let mut bytes = [0; Header::LEN];
     let len = file.file_len().context(path, "get the length")?;
@@ -306,10 +368,15 @@ pub fn read_header(file: &impl ImageFile) -> Result<Header> {
     }
     file.read_exact_at(&mut bytes, 0)
         .context(path, "read the header")?;
-    Header::parse(&bytes).map_err(|source| ImageError::Header {
-        path: path.to_owned(),
-        source,
-    })
+    Ok((bytes, len))
+}
+
+fn header_error(file: &impl ImageFile, source: HeaderError) -> ImageError {
+    let path = file.path().to_owned();
+    match source {
+        HeaderError::FirstBlock { .. } => ImageError::FirstBlock { path, source },
+        source => ImageError::Header { path, source },
+    }
 }
 
 /// Reads all entries. The system provides memory only for those that are not zero:

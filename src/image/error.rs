@@ -91,6 +91,14 @@ pub enum ImageError {
         /// What.
         source: HeaderError,
     },
+    /// The header says that data starts where it cannot.
+    #[error("{}: {source}; 'ploop-img check --repair all' computes it anew", path.display())]
+    FirstBlock {
+        /// Of the image file.
+        path: PathBuf,
+        /// What.
+        source: HeaderError,
+    },
     /// A disk that the image would not hold.
     #[error("{}: {source}{remedy}", path.display())]
     TooLarge {

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use rustix::fs::OFlags;
 
 use super::bundle::{Bundle, Location};
-use super::delta::read_header;
+use super::delta::{read_header, read_header_for_repair};
 use super::error::{ImageError, IoContext, Result};
 use super::file::HostImage;
 use super::folder::open_regular;
@@ -75,6 +75,13 @@ impl OpenMode {
     pub(super) const fn to_check(mut self) -> Self {
         self.to_check = true;
         self
+    }
+
+    fn read_header(self, file: &HostFile) -> Result<Header> {
+        match self.to_check {
+            true => read_header_for_repair(&image_of(file)?),
+            false => read_header(&image_of(file)?),
+        }
     }
 
     /// Without locks, whoever uses the image; for reading only, and what is read
@@ -155,7 +162,7 @@ fn open_bare(path: PathBuf, mode: OpenMode) -> Result<OpenImage> {
         writable,
     };
     let locks = lock(&file, mode)?.into_iter().collect();
-    if let Err(error) = read_header(&image_of(&file)?) {
+    if let Err(error) = mode.read_header(&file) {
         return Err(refine_error(&file, error));
     }
     Ok(OpenImage {
@@ -378,7 +385,7 @@ fn check_expandable(
             why,
         })
     };
-    let header = read_header(&image_of(file)?)?;
+    let header = mode.read_header(file)?;
     let geometry = header.geometry();
     if geometry.cluster != cluster {
         return misfit("its cluster size is not that of the descriptor");

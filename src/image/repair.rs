@@ -12,7 +12,7 @@ use super::delta::Delta;
 use super::error::{ImageError, Result};
 use super::file::ImageFile;
 use crate::format::{
-    BatProblem, Geometry, GuestCluster, HostCluster, InUse, SECTOR_SIZE, scan_bat_with,
+    BatProblem, Geometry, GuestCluster, HostCluster, InUse, SECTOR_SIZE, Version, scan_bat_with,
 };
 
 /// Repairs what `what` says of what was `found`; says in `done` what it did about
@@ -31,6 +31,12 @@ pub(super) fn repair<F: ImageFile>(
         (Repair::All, InUse::ClosedWithExtension) if found.is_sound() => found_as,
         (Repair::All, _) => InUse::Closed,
     };
+    if delta.header().first_block_is_wrong() {
+        delta.accept_first_block();
+        // With the mark, in one sector, whatever the mark was.
+        delta.set_mark(InUse::Open);
+        delta.write_header()?;
+    }
     delta.begin()?;
     if what == Repair::All {
         repair_entries(delta, done)?;
@@ -102,6 +108,31 @@ fn repair_entries<F: ImageFile>(delta: &mut Delta<F>, done: &mut Vec<String>) ->
     delta.sync()
 }
 
+/// Where an entry leads by itself, in bytes of the file.
+fn stated_offset(geometry: &Geometry, value: u32) -> u64 {
+    let unit = match geometry.version {
+        Version::V1 => SECTOR_SIZE,
+        Version::V2 => geometry.cluster.bytes(),
+    };
+    u64::from(value) * unit
+}
+
+fn is_behind_bat(geometry: &Geometry, file_len: u64, value: u32) -> bool {
+    (geometry.metadata_len()..file_len).contains(&stated_offset(geometry, value))
+}
+
+/// Gives up a valid format extension, and the space of its clusters, before a change
+/// that it does not survive.
+pub(super) fn drop_extension<F: ImageFile>(delta: &mut Delta<F>) -> Result<()> {
+    if delta.header().in_use != InUse::ClosedWithExtension {
+        return Ok(());
+    }
+    delta.begin()?;
+    let findings = examine_as(delta, InUse::Closed)?;
+    free_leaks(delta, &findings)?;
+    delta.finish(InUse::Closed)
+}
+
 impl Plan {
     fn add(&mut self, geometry: &Geometry, file_len: u64, problem: BatProblem) {
         match problem {
@@ -111,6 +142,11 @@ impl Plan {
             // Other tools read such an entry as what it says, so there may be data.
             BatProblem::OffGrid { guest, value } if u64::from(value) * SECTOR_SIZE < file_len => {
                 self.copies.push((guest, u64::from(value) * SECTOR_SIZE));
+            }
+            // So does QEMU with one that lies behind the BAT, where the first block
+            // offset says that there is no data yet.
+            BatProblem::InMetadata { guest, value } if is_behind_bat(geometry, file_len, value) => {
+                self.copies.push((guest, stated_offset(geometry, value)));
             }
             BatProblem::OffGrid { guest, .. }
             | BatProblem::InMetadata { guest, .. }

@@ -3,7 +3,8 @@
 //! Every entry of the BAT changes its meaning, and an entry alone does not tell
 //! which it has. So a copy of header and BAT is put beside the image first, and
 //! stays until the change is done; meanwhile a flag in the header keeps everybody
-//! away. A change that was cut off is undone from the copy.
+//! away. A change that was cut off is undone from the copy. So is one of the official
+//! tool, whose copy has another name and no checksum.
 
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
@@ -19,11 +20,14 @@ use super::file::{HostImage, ImageFile};
 use super::folder::Folder;
 use super::open::{Access, OpenMode, image_of, open};
 use super::ownership::Ownership;
+use super::repair::drop_extension;
 use crate::format::{GuestCluster, Header, HeaderError, HostCluster, InUse, Version};
 use crate::ploop::Level;
 
 /// The name of the copy is that of the image with this appended.
 pub(super) const COPY_SUFFIX: &str = ".old-bat";
+/// The official tool's copy has the name of the image with this appended.
+pub(super) const IDX_SUFFIX: &str = ".idx";
 const CHECKSUM_LEN: usize = 16;
 
 /// Changes all images of the disk at `path` to `version`.
@@ -71,6 +75,15 @@ pub(super) fn has_copy(image: &Path) -> Result<bool> {
     folder.contains(Path::new(&copy_name(name)))
 }
 
+/// Whether the official tool's copy lies beside an image.
+///
+/// # Errors
+/// Any I/O error.
+pub(super) fn has_idx(image: &Path) -> Result<bool> {
+    let (folder, name) = Folder::of(image)?;
+    folder.contains(Path::new(&with_suffix(name, IDX_SUFFIX)))
+}
+
 /// Removes the copy beside an image, if there is one.
 ///
 /// # Errors
@@ -90,7 +103,13 @@ pub(super) fn remove_copy(image: &Path) -> Result<()> {
 /// The copy is not there or not of this image; any I/O error.
 pub(super) fn undo_change(delta: &mut Delta<HostImage>) -> Result<()> {
     let (folder, name) = Folder::of(delta.path())?;
+    let idx = with_suffix(name, IDX_SUFFIX);
     let copy = copy_name(name);
+    let is_ours = folder.contains(Path::new(&copy))?;
+    if !is_ours && folder.contains(Path::new(&idx))? {
+        undo_official(delta, &read_copy(&folder, Path::new(&idx))?)?;
+        return folder.remove(Path::new(&idx));
+    }
     let content = match folder.contains(Path::new(&copy))? {
         true => read_copy(&folder, Path::new(&copy))?,
         false => Vec::new(),
@@ -100,8 +119,12 @@ pub(super) fn undo_change(delta: &mut Delta<HostImage>) -> Result<()> {
 }
 
 fn copy_name(image: &OsStr) -> OsString {
+    with_suffix(image, COPY_SUFFIX)
+}
+
+fn with_suffix(image: &OsStr, suffix: &str) -> OsString {
     let mut name = image.to_owned();
-    name.push(COPY_SUFFIX);
+    name.push(suffix);
     name
 }
 
@@ -164,6 +187,7 @@ pub(super) fn change<F: ImageFile>(
     version: Version,
     keep_copy: impl FnOnce(&[u8]) -> Result<()>,
 ) -> Result<()> {
+    drop_extension(delta)?;
     let (new_header, new_entries) = converted(delta, version)?;
     keep_copy(&copy_of(delta))?;
 
@@ -197,6 +221,46 @@ pub(super) fn undo<F: ImageFile>(delta: &mut Delta<F>, copy: &[u8]) -> Result<()
         ),
     })?;
     replace_all(delta, header, entries)
+}
+
+/// Undoes a change of the official tool, whose copy is header and BAT as they were,
+/// in whole clusters and without a checksum. That it belongs to this image shows in
+/// the entries: each is still the old one, or what that becomes.
+pub(super) fn undo_official<F: ImageFile>(delta: &mut Delta<F>, idx: &[u8]) -> Result<()> {
+    let (header, entries) = parse_idx(delta, idx).ok_or_else(|| ImageError::Unsupported {
+        path: delta.path().to_owned(),
+        why: format!(
+            "the copy of its BAT, which another tool has put beside the image (the same name with \
+             {IDX_SUFFIX}), is damaged or of another image; without it nobody knows what the \
+             entries mean"
+        ),
+    })?;
+    replace_all(delta, header, entries)
+}
+
+fn parse_idx<F: ImageFile>(delta: &Delta<F>, idx: &[u8]) -> Option<(Header, Vec<u32>)> {
+    let (start, rest) = idx.split_first_chunk::<{ Header::LEN }>()?;
+    let header = Header::parse(start).ok()?;
+    let (old, now) = (header.geometry(), delta.geometry());
+    let is_same = old.cluster == now.cluster
+        && old.entries == now.entries
+        && old.disk_size == now.disk_size
+        && old.data_start == now.data_start;
+    let words = rest.get(..4 * old.entries as usize)?.chunks_exact(4);
+    let entries: Vec<_> = words
+        .map(|word| u32::from_le_bytes([word[0], word[1], word[2], word[3]]))
+        .collect();
+    let other = match old.version {
+        Version::V1 => Version::V2,
+        Version::V2 => Version::V1,
+    };
+    let becomes = header.in_version(other).ok()?;
+    let is_from = |(entry, now): (&u32, &u32)| {
+        let host = old.host_cluster(*entry).filter(|_| *entry != 0);
+        now == entry || host.is_some_and(|host| *now == becomes.geometry().bat_value(host))
+    };
+    let is_of_image = is_same && entries.iter().zip(delta.bat()).all(is_from);
+    is_of_image.then_some((header, entries))
 }
 
 fn parse_copy<F: ImageFile>(delta: &Delta<F>, copy: &[u8]) -> Option<(Header, Vec<u32>)> {

@@ -17,6 +17,7 @@ mod like_qemu_img;
 mod other_tools;
 mod ownership;
 mod progress;
+mod repairs;
 mod resize;
 mod sizes;
 mod snapshot;

@@ -9,13 +9,13 @@ use rustix::fs::FileType;
 use super::{CheckReport, Repair, check_level};
 use crate::format::{Descriptor, Guid, Header, ImageKind};
 use crate::image::bundle::{Bundle, Location};
-use crate::image::delta::read_header;
+use crate::image::delta::read_header_for_repair;
 use crate::image::error::Result;
 use crate::image::folder::TEMPORARY_PREFIX;
 use crate::image::open::{OpenImage, OpenMode, image_of, lock, open_level};
 use crate::image::progress::Progress;
 use crate::image::snapshot::finish_merge;
-use crate::image::version::COPY_SUFFIX;
+use crate::image::version::{COPY_SUFFIX, IDX_SUFFIX};
 use crate::ploop::Level;
 
 /// Checks the images that only other snapshots than the top's own use.
@@ -94,7 +94,9 @@ fn check_disk_size(
     ) else {
         return Ok(());
     };
-    let disk_size = read_header(&image_of(file)?)?.geometry().disk_size;
+    let disk_size = read_header_for_repair(&image_of(file)?)?
+        .geometry()
+        .disk_size;
     let mut descriptor = bundle.descriptor().clone();
     if descriptor.disk_size == disk_size {
         return Ok(());
@@ -143,8 +145,12 @@ fn check_strays(bundle: &Bundle, repair: Option<Repair>, report: &mut CheckRepor
 }
 
 fn is_copy_of(name: &OsStr, image: &OsStr) -> bool {
-    let name = name.as_encoded_bytes().strip_suffix(COPY_SUFFIX.as_bytes());
-    name == Some(image.as_encoded_bytes())
+    let of_image = name
+        .as_encoded_bytes()
+        .strip_prefix(image.as_encoded_bytes());
+    [COPY_SUFFIX, IDX_SUFFIX]
+        .map(|suffix| Some(suffix.as_bytes()))
+        .contains(&of_image)
 }
 
 /// A passing name, or one of a delta: `root.hds.{GUID}`.

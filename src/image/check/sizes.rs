@@ -69,7 +69,7 @@ fn load_levels(image: &OpenImage) -> Result<Vec<LoadedLevel>> {
     let levels = levels.zip(image.guids());
     let levels = levels.filter(|((level, _), _)| **level == Level::Ploop);
     levels
-        .map(|((_, file), guid)| Ok((guid, Delta::load(image_of(file)?)?)))
+        .map(|((_, file), guid)| Ok((guid, Delta::load_for_repair(image_of(file)?)?)))
         .collect()
 }
 

@@ -128,7 +128,9 @@ fn what_is_not_sound_is_not_grown() {
     open[44..48].copy_from_slice(&0x746F_6E59u32.to_le_bytes());
     let doubled = image(&header(Version::V2, OLD), &[At(0), At(0)], 1);
     let mut converting = sample(Version::V2);
+    // By itself the flag means nothing.
     converting[52] |= 2;
+    converting[44] = 1;
     for bytes in [open, doubled, converting] {
         let medium = Medium::default();
         let mut delta = Delta::load(medium.file("image", bytes.clone())).unwrap();
@@ -169,7 +171,7 @@ fn relative_and_absolute_sizes() {
     assert_eq!(ok(NewSize::Exactly(Sector(101))), Sector(128));
     assert_eq!(ok(NewSize::GrowBy(Sector(64))), Sector(192));
     assert_eq!(ok(NewSize::GrowBy(Sector(u64::MAX))), Sector(u64::MAX));
-    assert_eq!(ok(NewSize::ShrinkBy(Sector(99))), Sector(1));
+    assert_eq!(ok(NewSize::ShrinkBy(Sector(99))), Sector(64));
     assert!(apply(NewSize::ShrinkBy(Sector(100))).is_err());
 }
 

@@ -12,6 +12,7 @@ use crate::image::error::{ImageError, IoContext, Result};
 use crate::image::file::ImageFile;
 use crate::image::open::image_of;
 use crate::image::progress::{Progress, check_cancelled};
+use crate::image::repair::drop_extension;
 use crate::image::resize::grow;
 use crate::image::size::refuse_growth;
 
@@ -208,6 +209,7 @@ fn merge_into_ploop<F: ImageFile>(
     is_base: bool,
     progress: &dyn Progress,
 ) -> Result<()> {
+    drop_extension(lower)?;
     lower.begin()?;
     let geometry = *lower.geometry();
     let file_end = geometry.host_clusters_below(lower.file_len()?);
