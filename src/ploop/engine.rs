@@ -355,6 +355,7 @@ impl<D: Disk> Engine<D> {
     /// come to marking its page dirty.
     pub(super) fn rely_on(&self, cluster: GuestCluster) -> Entry {
         let entry = self.bat.get(cluster);
+        preempt::point("looked up");
         if entry.is_unmarked() {
             self.note_change(cluster, entry);
             self.mark_dirty(cluster);

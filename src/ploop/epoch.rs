@@ -69,6 +69,7 @@ impl Epochs {
             epochs: self.clone(),
             slot,
             live: VecDeque::with_capacity(8),
+            look_ups: Vec::with_capacity(4),
         })
     }
 
@@ -108,6 +109,8 @@ pub struct Participant {
     slot: usize,
     /// The epochs with something in flight, oldest first, with how much.
     live: VecDeque<(u64, usize)>,
+    /// Of the look-ups under way, the innermost last.
+    look_ups: Vec<u64>,
 }
 
 /// A promise that the epoch is published. Give it back to [`Participant::leave`]
@@ -131,6 +134,31 @@ impl Participant {
                 self.shared().oldest.store(epoch, Ordering::Release);
                 fence(Ordering::SeqCst);
             }
+        }
+        Epoch(epoch)
+    }
+
+    /// Look-ups begin; the I/O that follows from them begins with [`Self::begin_io`].
+    pub fn begin_look_up(&mut self) -> Epoch {
+        let epoch = self.enter();
+        self.look_ups.push(epoch.0);
+        epoch
+    }
+
+    /// They are over, and so is what they led to, but for I/O.
+    pub fn end_look_up(&mut self, epoch: Epoch) {
+        self.look_ups.pop();
+        self.leave(epoch);
+    }
+
+    /// I/O begins. It belongs to the epoch of the look-up that it follows from: by now
+    /// there may be another, and what was found may have been changed in between.
+    pub fn begin_io(&mut self) -> Epoch {
+        let Some(&epoch) = self.look_ups.last() else {
+            return self.enter();
+        };
+        if let Some((_, count)) = self.live.iter_mut().find(|(e, _)| *e == epoch) {
+            *count += 1;
         }
         Epoch(epoch)
     }
@@ -216,6 +244,19 @@ mod tests {
         assert!(epochs.all_reached(third_epoch));
         a.leave(third);
         assert!(epochs.all_reached(epochs.advance()));
+    }
+
+    #[test]
+    fn io_belongs_to_the_epoch_of_its_look_up() {
+        let epochs = Arc::new(Epochs::new(1));
+        let mut a = epochs.join().unwrap();
+        let look_up = a.begin_look_up();
+        let removal = epochs.advance();
+        let io = a.begin_io();
+        a.end_look_up(look_up);
+        assert!(!epochs.all_reached(removal));
+        a.leave(io);
+        assert!(epochs.all_reached(removal));
     }
 
     #[test]

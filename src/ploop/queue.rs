@@ -116,14 +116,14 @@ impl<D: Disk> Queue<D> {
     /// Starts a request: splits it, looks it up, queues its I/O on this thread's
     /// ring or dispatches it. [`Self::submit`] starts what was queued.
     pub fn push(&mut self, request: Request) {
-        let epoch = self.participant.enter();
+        let epoch = self.participant.begin_look_up();
         // Looked at inside the epoch: whoever suspends waits for it.
         if self.engine.is_suspended() {
             self.held.push_back(request);
         } else {
             self.start(request);
         }
-        self.participant.leave(epoch);
+        self.participant.end_look_up(epoch);
     }
 
     /// Starts everything queued, with one system call.
@@ -135,9 +135,9 @@ impl<D: Disk> Queue<D> {
     /// I/O where an end makes that necessary; starts it, too.
     pub fn poll(&mut self, done: &mut Vec<Done>) {
         self.inbox.waker().disarm();
-        let epoch = self.participant.enter();
+        let epoch = self.participant.begin_look_up();
         self.look();
-        self.participant.leave(epoch);
+        self.participant.end_look_up(epoch);
         done.append(&mut self.finished);
     }
 
@@ -457,7 +457,7 @@ impl<D: Disk> Queue<D> {
     /// Queues an operation on this thread's ring.
     fn local(&mut self, key: usize, op: Op, target: Option<(GuestCluster, u32)>) {
         self.active[key].parts += 1;
-        let epoch = self.participant.enter();
+        let epoch = self.participant.begin_io();
         let tag = self.ops.insert(LocalOp {
             request: key,
             epoch,

@@ -181,7 +181,7 @@ impl<D: Disk> Runner<D> {
     }
 
     fn run(&mut self, pio: Pio) {
-        let epoch = self.participant.enter();
+        let epoch = self.participant.begin_look_up();
         let cluster = pio.work.cluster(self.engine.geometry());
         if let Some(busy) = self.busy.get_mut(&cluster) {
             busy.waiting.push_back(pio);
@@ -191,7 +191,7 @@ impl<D: Disk> Runner<D> {
                 Work::Zero { .. } => self.zero(pio),
             }
         }
-        self.participant.leave(epoch);
+        self.participant.end_look_up(epoch);
     }
 
     fn complete(&self, pio: Pio, result: Result<(), EngineError>) {
@@ -213,7 +213,7 @@ impl<D: Disk> Runner<D> {
     }
 
     fn queue(&mut self, op: RunnerOp, io: Op) {
-        let epoch = self.participant.enter();
+        let epoch = self.participant.begin_io();
         let tag = self.ops.insert((epoch, op)) as u64;
         if !self.backlog.is_empty() {
             self.backlog.push_back((tag, io));

@@ -17,6 +17,7 @@ mod failed_pages;
 mod lost_copy;
 mod plain;
 mod queues;
+mod reuse;
 mod space;
 mod take_over;
 mod writeback;
