@@ -12,8 +12,13 @@ use std::time::Duration;
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{ArgGroup, Parser, ValueEnum};
 use log::LevelFilter;
+use nix::unistd::Group;
 
-use crate::device::{DEFAULT_POLL, MAX_QUEUE_SIZE, MAX_QUEUES, MIN_QUEUE_SIZE, Queues, Serial};
+use super::logging::LogFormat;
+use super::socket::SocketAccess;
+use crate::device::{
+    DEFAULT_POLL, LogicalBlock, MAX_QUEUE_SIZE, MAX_QUEUES, MIN_QUEUE_SIZE, Queues, Serial,
+};
 use crate::format::Guid;
 use crate::ploop::{self, OnEnospc};
 use crate::storage::{Aio, Cache, HostOptions};
@@ -60,6 +65,17 @@ pub struct Args {
     #[arg(long, value_name = "PATH")]
     pub socket_path: Option<PathBuf>,
 
+    /// Who may connect to the socket of --socket-path: its permission bits, in octal.
+    /// They are in force when the socket appears. A front-end must be able to write.
+    /// [default: 777 less the umask]
+    #[arg(long, value_name = "MODE", conflicts_with = "fd", value_parser = socket_mode)]
+    pub socket_mode: Option<u32>,
+
+    /// The group of the socket of --socket-path, as a name or a number: the one that
+    /// the virtual machines run with, for example.
+    #[arg(long, value_name = "GROUP", conflicts_with = "fd", value_parser = group_id)]
+    pub socket_group: Option<u32>,
+
     /// Accept front-ends on this inherited descriptor, a listening socket.
     #[arg(long, value_name = "N", value_parser = |text: &str| number(text, 0..=RawFd::MAX))]
     pub fd: Option<RawFd>,
@@ -91,6 +107,11 @@ pub struct Args {
     /// The guest chooses; QEMU's `queue-size` says what.
     #[arg(long, value_name = "N", default_value_t = MAX_QUEUE_SIZE, value_parser = queue_size)]
     pub queue_size: u16,
+
+    /// The disk's sector size as the guest sees it, in bytes. What was partitioned with
+    /// one size is not found with the other.
+    #[arg(long, value_name = "BYTES", default_value = "512", value_parser = logical_block())]
+    pub logical_block_size: LogicalBlock,
 
     /// How many threads make new mappings (first writes, discards, copies), 1 to
     /// 64. Reads and overwrites do not need them.
@@ -137,6 +158,11 @@ pub struct Args {
     /// [default: what RUST_LOG says, else info]
     #[arg(long, value_name = "LEVEL", value_parser = log_level())]
     pub log_level: Option<LevelFilter>,
+
+    /// What a line on standard error looks like. Where nobody reads them, lines are
+    /// lost, and nothing waits.
+    #[arg(long, value_name = "FORMAT", value_enum, default_value_t = LogFormat::Auto)]
+    pub log_format: LogFormat,
 }
 
 /// [`Cache`], as the command line has it.
@@ -192,6 +218,35 @@ fn queue_size(text: &str) -> Result<u16, String> {
         })
 }
 
+fn logical_block() -> impl TypedValueParser<Value = LogicalBlock> {
+    PossibleValuesParser::new(["512", "4096"]).map(|size| match size.as_str() {
+        "4096" => LogicalBlock::Bytes4096,
+        _ => LogicalBlock::Bytes512,
+    })
+}
+
+fn socket_mode(text: &str) -> Result<u32, String> {
+    let digits = text.bytes().all(|digit| digit.is_ascii_digit());
+    let mode = u32::from_str_radix(text, 8).ok();
+    mode.filter(|&mode| digits && mode <= 0o777)
+        .ok_or_else(|| "octal numbers up to 777 are possible, such as 660".to_owned())
+}
+
+/// The number of a group that is given by number or name.
+fn group_id(text: &str) -> Result<u32, String> {
+    if let Ok(id) = text.parse() {
+        // The highest one means "no change" to chown(2).
+        return Some(id)
+            .filter(|&id| id != u32::MAX)
+            .ok_or_else(|| format!("numbers of groups up to {} are possible", u32::MAX - 1));
+    }
+    match Group::from_name(text) {
+        Ok(Some(group)) => Ok(group.gid.as_raw()),
+        Ok(None) => Err("there is no such group on this host".to_owned()),
+        Err(error) => Err(format!("the group cannot be looked up: {error}")),
+    }
+}
+
 /// Whether the capabilities are asked for; then nothing else on the command line
 /// counts, not even what is wrong with it.
 pub fn asks_for_capabilities<S: AsRef<OsStr>>(args: impl IntoIterator<Item = S>) -> bool {
@@ -204,6 +259,14 @@ impl Args {
     /// which others may depend.
     pub fn is_read_only(&self) -> bool {
         self.read_only || self.snapshot.is_some()
+    }
+
+    /// Who may connect to the socket.
+    pub fn socket_access(&self) -> SocketAccess {
+        SocketAccess {
+            mode: self.socket_mode,
+            group: self.socket_group,
+        }
     }
 
     /// The engine's part.
@@ -311,6 +374,14 @@ mod tests {
             ("--writeback-delay=1s", "0 to 60000"),
             ("--poll-us=1001", "0 to 1000"),
             ("--fd=-1", "0 to 2147483647"),
+            ("--socket-mode=668", "octal numbers up to 777"),
+            ("--socket-mode=1777", "octal numbers up to 777"),
+            ("--socket-mode=+660", "octal numbers up to 777"),
+            ("--socket-mode=rw", "octal numbers up to 777"),
+            ("--socket-group=no such", "no such group"),
+            ("--socket-group=4294967295", "up to 4294967294"),
+            ("--logical-block-size=1024", "512, 4096"),
+            ("--log-format=loud", "auto, text, journal, json"),
             ("--log-level=loud", "off, error, warn, info, debug, trace"),
         ] {
             let message = parse(&[arg]).unwrap_err();
@@ -318,6 +389,26 @@ mod tests {
             assert!(message.contains(value), "{message}");
             assert!(message.contains(allowed), "{message}");
         }
+    }
+
+    #[test]
+    fn the_group_of_the_socket_is_a_name_or_a_number() {
+        let access = |args: &[&str]| parse(args).unwrap().socket_access();
+        assert_eq!(access(&[]), SocketAccess::BY_UMASK);
+        let expected = SocketAccess {
+            mode: Some(0o660),
+            group: Some(0),
+        };
+        assert_eq!(
+            access(&["--socket-mode=0660", "--socket-group=0"]),
+            expected
+        );
+        assert_eq!(
+            access(&["--socket-mode=660", "--socket-group=root"]),
+            expected
+        );
+        let inherited = ["x", "--blk-file=f", "--fd=3", "--socket-mode=660"];
+        assert!(Args::try_parse_from(inherited).is_err());
     }
 
     #[test]

@@ -5,26 +5,32 @@
 //! is in an image.
 
 pub mod args;
+mod logging;
 mod main_loop;
 mod signals;
 mod socket;
 
 use std::io;
 use std::os::fd::RawFd;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use thiserror::Error;
 
 pub use args::Args;
+pub use logging::{LogFormat, Logging};
 pub use main_loop::run as serve_until_signal;
 pub use signals::Signals;
-pub use socket::{ServerSocket, SocketError};
+pub use socket::{ServerSocket, SocketAccess, SocketError};
 
-use crate::device::{BlockDevice, Queues, QueuesError};
+use crate::device::{BlockDevice, LogicalBlockError, Queues, QueuesError};
+use crate::format::Sector;
 use crate::image::{self, Access, ImageError, OpenMode};
 use crate::ploop::{Engine, EngineError, OpenError, Running};
 use crate::storage::{HostDisk, ease_limits};
+
+/// The length of rings that QEMU's vhost-user-blk has unless told otherwise.
+const QEMU_QUEUE_SIZE: u16 = 128;
 
 /// Why the daemon ends with a failure.
 #[derive(Debug, Error)]
@@ -44,11 +50,14 @@ pub enum Error {
     #[error("the I/O cannot be set up")]
     Setup(#[source] io::Error),
     /// There is nothing to listen on.
-    #[error("there is no socket")]
+    #[error(transparent)]
     Socket(#[from] SocketError),
     /// The queues cannot be as asked for.
     #[error(transparent)]
     Queues(#[from] QueuesError),
+    /// The disk has no whole number of blocks.
+    #[error(transparent)]
+    LogicalBlock(#[from] LogicalBlockError),
     /// The main loop has failed.
     #[error("the main loop has failed")]
     MainLoop(#[from] event_manager::Error),
@@ -98,17 +107,52 @@ fn serve(
 ) -> Result<ServerSocket, Error> {
     let queues = Queues::new(args.num_queues, args.queue_size)?;
     let engine = Arc::clone(running.engine());
-    let device =
-        BlockDevice::new(engine, args.serial_number(), queues).with_poll(args.longest_poll());
+    let device = BlockDevice::new(engine, args.serial_number(), queues)
+        .with_poll(args.longest_poll())
+        .with_logical_block(args.logical_block_size)?;
+    warn_of_small_rings(args.queue_size);
     let socket = open_socket(args)?;
-    log::info!("{}: ready for a front-end", args.blk_file.display());
+    log::info!("{}", ready(args, running.engine().disk_size()));
     main_loop::run(Arc::new(device), &socket, signals)?;
     Ok(socket)
 }
 
+/// QEMU's guest makes its rings as QEMU says, not as this program would accept them.
+fn warn_of_small_rings(queue_size: u16) {
+    if queue_size < QEMU_QUEUE_SIZE {
+        log::warn!(
+            "--queue-size {queue_size} is below QEMU's {QEMU_QUEUE_SIZE}: a guest hangs when it \
+             boots unless the device has queue-size={queue_size} too"
+        );
+    }
+}
+
+/// What is served, to whom, and by what.
+fn ready(args: &Args, size: Sector) -> String {
+    let socket = match (&args.socket_path, args.fd) {
+        (None, Some(fd)) => format!("descriptor {fd}"),
+        (path, _) => path
+            .as_deref()
+            .unwrap_or(Path::new(""))
+            .display()
+            .to_string(),
+    };
+    format!(
+        "ready: {} listens on {socket} and serves {}, {} bytes, {}",
+        concat!("vhost-user-ploop ", env!("CARGO_PKG_VERSION")),
+        args.blk_file.display(),
+        size.bytes(),
+        if args.is_read_only() {
+            "read-only"
+        } else {
+            "read-write"
+        },
+    )
+}
+
 fn open_socket(args: &Args) -> Result<ServerSocket, SocketError> {
     match (&args.socket_path, args.fd) {
-        (Some(path), _) => ServerSocket::bind(path),
+        (Some(path), _) => ServerSocket::bind(path, args.socket_access()),
         // SAFETY: who started this program gave it the descriptor; nothing here
         // has heard of it before.
         (None, fd) => unsafe { ServerSocket::from_inherited(fd.unwrap_or(NO_DESCRIPTOR)) },

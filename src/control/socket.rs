@@ -6,22 +6,28 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 
+use rustix::fs::{AtFlags, Gid, Mode, OFlags, chmodat, chownat, linkat, unlinkat};
 use rustix::io::{Errno, FdFlags, fcntl_setfd};
 use rustix::net::sockopt::{socket_acceptconn, socket_domain, socket_type};
-use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
+use rustix::net::{
+    AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, connect, listen, socket_with,
+};
 use thiserror::Error;
+
+/// Front-ends that may wait to be accepted, as many as the library's sockets have.
+const BACKLOG: i32 = 128;
 
 /// Why there is no socket to listen on.
 #[derive(Debug, Error)]
 pub enum SocketError {
     /// Somebody else listens there.
-    #[error("{}: another process listens on this socket", .0.display())]
+    #[error("cannot listen on {}: another process listens there", .0.display())]
     InUse(PathBuf),
     /// It is not for us to remove.
-    #[error("{}: this exists and is not a socket", .0.display())]
+    #[error("cannot listen on {}: this exists and is not a socket", .0.display())]
     NotASocket(PathBuf),
-    /// Any of `socket(2)`, `bind(2)`, `unlink(2)`.
-    #[error("{}: the socket cannot be made", path.display())]
+    /// Any of `socket(2)`, `bind(2)`, `chown(2)`, `link(2)`, `unlink(2)`.
+    #[error("cannot listen on {}", path.display())]
     Make {
         /// Where.
         path: PathBuf,
@@ -44,6 +50,23 @@ pub enum SocketError {
     NotListening(RawFd),
 }
 
+/// Who may connect to a socket that is made at a path.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct SocketAccess {
+    /// The permission bits, or those that the umask leaves.
+    pub mode: Option<u32>,
+    /// The group, or this process's own.
+    pub group: Option<u32>,
+}
+
+impl SocketAccess {
+    /// As any other file that this process makes.
+    pub const BY_UMASK: Self = Self {
+        mode: None,
+        group: None,
+    };
+}
+
 /// A socket to accept front-ends on. One that was made at a path is removed when
 /// this is dropped.
 #[derive(Debug)]
@@ -57,17 +80,23 @@ impl ServerSocket {
     /// Makes a socket at `path`. One that a dead process has left there is
     /// replaced; one that somebody listens on, or another kind of file, is not.
     ///
+    /// Connecting takes the permission to write, as `access` says.
+    ///
     /// # Errors
     /// See [`SocketError`].
-    pub fn bind(path: &Path) -> Result<Self, SocketError> {
+    pub fn bind(path: &Path, access: SocketAccess) -> Result<Self, SocketError> {
         let failed = |source| SocketError::Make {
             path: path.to_owned(),
             source,
         };
-        let listener = match UnixListener::bind(path) {
-            Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
+        let make = || match access {
+            SocketAccess::BY_UMASK => UnixListener::bind(path),
+            _ => bind_with(path, access),
+        };
+        let listener = match make() {
+            Err(error) if is_taken(&error) => {
                 remove_stale(path)?;
-                UnixListener::bind(path)
+                make()
             }
             result => result,
         };
@@ -127,6 +156,68 @@ impl ServerSocket {
 impl AsRawFd for ServerSocket {
     fn as_raw_fd(&self) -> RawFd {
         self.listener.as_raw_fd()
+    }
+}
+
+/// Whether there is a file already, as `bind(2)` and `link(2)` say it.
+fn is_taken(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::AddrInUse | io::ErrorKind::AlreadyExists
+    )
+}
+
+/// Makes a listening socket that appears at `path` with its mode and group in force:
+/// it gets them under a private name, before it listens.
+fn bind_with(path: &Path, access: SocketAccess) -> io::Result<UnixListener> {
+    let folder = match path.parent() {
+        Some(parent) if parent != Path::new("") => parent,
+        _ => Path::new("."),
+    };
+    let name = path
+        .file_name()
+        .ok_or_else(|| io::Error::from(Errno::INVAL))?;
+    let folder = rustix::fs::open(
+        folder,
+        OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC,
+        Mode::empty(),
+    )?;
+    let private = PrivateName::new(&folder);
+    // An address has room for some 100 bytes, which the path may need for itself.
+    let address = format!("/proc/self/fd/{}/{}", folder.as_raw_fd(), private.name);
+    let flags = SocketFlags::CLOEXEC;
+    let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+    bind(&socket, &SocketAddrUnix::new(address)?)?;
+    if let Some(group) = access.group {
+        let group = Some(Gid::from_raw(group));
+        chownat(&folder, &private.name, None, group, AtFlags::empty())?;
+    }
+    if let Some(mode) = access.mode {
+        let mode = Mode::from_raw_mode(mode);
+        chmodat(&folder, &private.name, mode, AtFlags::empty())?;
+    }
+    listen(&socket, BACKLOG)?;
+    linkat(&folder, &private.name, &folder, name, AtFlags::empty())?;
+    Ok(UnixListener::from(socket))
+}
+
+/// A name in a folder for what is not ready to be seen. Removed on drop.
+struct PrivateName<'a> {
+    folder: &'a OwnedFd,
+    name: String,
+}
+
+impl<'a> PrivateName<'a> {
+    fn new(folder: &'a OwnedFd) -> Self {
+        let name = format!(".{}", uuid::Uuid::new_v4());
+        Self { folder, name }
+    }
+}
+
+impl Drop for PrivateName<'_> {
+    fn drop(&mut self) {
+        // It need not have been made.
+        let _ = unlinkat(self.folder, &self.name, AtFlags::empty());
     }
 }
 
@@ -203,7 +294,7 @@ mod tests {
         let (_folder, path) = folder();
         drop(UnixListener::bind(&path).unwrap());
         assert!(path.exists());
-        let socket = ServerSocket::bind(&path).unwrap();
+        let socket = ServerSocket::bind(&path, SocketAccess::BY_UMASK).unwrap();
         UnixStream::connect(&path).unwrap();
         drop(socket);
         assert!(!path.exists());
@@ -213,7 +304,7 @@ mod tests {
     fn a_live_socket_stays() {
         let (_folder, path) = folder();
         let other = UnixListener::bind(&path).unwrap();
-        let error = ServerSocket::bind(&path).unwrap_err();
+        let error = ServerSocket::bind(&path, SocketAccess::BY_UMASK).unwrap_err();
         assert!(matches!(error, SocketError::InUse(_)), "{error}");
         drop(other);
         assert!(path.exists());
@@ -223,7 +314,7 @@ mod tests {
     fn other_files_stay() {
         let (_folder, path) = folder();
         std::fs::write(&path, "precious").unwrap();
-        let error = ServerSocket::bind(&path).unwrap_err();
+        let error = ServerSocket::bind(&path, SocketAccess::BY_UMASK).unwrap_err();
         assert!(matches!(error, SocketError::NotASocket(_)), "{error}");
         assert_eq!(std::fs::read(&path).unwrap(), b"precious");
     }
@@ -231,11 +322,68 @@ mod tests {
     #[test]
     fn a_socket_that_replaced_ours_stays() {
         let (_folder, path) = folder();
-        let socket = ServerSocket::bind(&path).unwrap();
+        let socket = ServerSocket::bind(&path, SocketAccess::BY_UMASK).unwrap();
         std::fs::remove_file(&path).unwrap();
         let _other = UnixListener::bind(&path).unwrap();
         drop(socket);
         UnixStream::connect(&path).unwrap();
+    }
+
+    #[test]
+    fn mode_and_group_are_in_force_when_the_socket_appears() {
+        let folder = TempDir::new().unwrap();
+        // As long as an address can be.
+        let name = "s".repeat(107 - folder.path().as_os_str().len() - 1);
+        let path = folder.path().join(name);
+        let own_group = rustix::process::getegid().as_raw();
+        let group = if rustix::process::geteuid().is_root() {
+            own_group + 1
+        } else {
+            own_group
+        };
+        let access = SocketAccess {
+            mode: Some(0o620),
+            group: Some(group),
+        };
+        for _ in 0..2 {
+            let socket = ServerSocket::bind(&path, access).unwrap();
+            let metadata = std::fs::metadata(&path).unwrap();
+            assert_eq!(metadata.mode() & 0o7777, 0o620);
+            assert_eq!(metadata.gid(), group);
+            assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1);
+            UnixStream::connect(&path).unwrap();
+            let error = ServerSocket::bind(&path, access).unwrap_err();
+            assert!(matches!(error, SocketError::InUse(_)), "{error}");
+            // As if the process had died.
+            std::mem::forget(socket._made);
+            drop(socket.listener);
+        }
+        assert!(path.exists());
+    }
+
+    #[test]
+    fn whoever_sees_the_socket_can_use_it_at_once() {
+        let (_folder, path) = folder();
+        let access = SocketAccess {
+            mode: Some(0o600),
+            group: None,
+        };
+        for _ in 0..20 {
+            let watcher = std::thread::spawn({
+                let path = path.clone();
+                move || loop {
+                    if let Ok(metadata) = std::fs::symlink_metadata(&path) {
+                        let connected = UnixStream::connect(&path).map(drop);
+                        return (metadata.mode() & 0o7777, connected);
+                    }
+                }
+            });
+            let socket = ServerSocket::bind(&path, access).unwrap();
+            let (mode, connected) = watcher.join().unwrap();
+            assert_eq!(mode, 0o600);
+            connected.unwrap();
+            drop(socket);
+        }
     }
 
     #[test]

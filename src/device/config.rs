@@ -14,10 +14,6 @@ use vhost::vhost_user::message::{VhostUserProtocolFeatures, VhostUserVirtioFeatu
 
 use crate::format::{SECTOR_SIZE, Sector};
 
-/// The logical block in bytes. A larger one would hide the partition table of a
-/// disk that was partitioned with 512.
-const BLOCK_SIZE: u32 = SECTOR_SIZE as u32;
-
 /// Most data segments of a request: what fits a ring of 128 with header and
 /// status, the ring that QEMU makes unless told otherwise.
 const MAX_SEGMENTS: u16 = 126;
@@ -43,6 +39,8 @@ pub(super) const CONFIG_LEN: usize = 60;
 pub(super) struct ConfigSpace {
     /// Capacity.
     pub disk_size: Sector,
+    /// The smallest unit that the driver is to use, in bytes.
+    pub logical_block: u32,
     pub num_queues: u16,
     /// Largest ring.
     pub queue_size: u16,
@@ -67,24 +65,30 @@ impl ConfigSpace {
     }
 
     fn encode(&self) -> [u8; CONFIG_LEN] {
-        let host_blocks = (self.host_block / BLOCK_SIZE).max(1);
+        let block = self.logical_block;
+        let physical = self.host_block.max(block);
+        let per_physical = physical / block;
         let seg_max = MAX_SEGMENTS.min(self.queue_size.saturating_sub(FRAME_DESCRIPTORS));
         let mut out = Fields::default();
         out.put(self.disk_size.0.to_le_bytes()); // capacity
         out.put(0_u32.to_le_bytes()); // size_max
         out.put(u32::from(seg_max).to_le_bytes());
         out.put([0; 4]); // geometry
-        out.put(BLOCK_SIZE.to_le_bytes());
-        out.put([host_blocks.ilog2() as u8, 0]); // physical_block_exp, alignment_offset
-        out.put(u16::try_from(host_blocks).unwrap_or(u16::MAX).to_le_bytes()); // min_io_size
-        out.put((self.cluster / BLOCK_SIZE).to_le_bytes()); // opt_io_size
+        out.put(block.to_le_bytes()); // blk_size
+        out.put([per_physical.ilog2() as u8, 0]); // physical_block_exp, alignment_offset
+        out.put(
+            u16::try_from(per_physical)
+                .unwrap_or(u16::MAX)
+                .to_le_bytes(),
+        ); // min_io_size
+        out.put((self.cluster / block).to_le_bytes()); // opt_io_size
         out.put([u8::from(self.writeback), 0]); // writeback, unused0
         out.put(self.num_queues.to_le_bytes());
         out.put(MAX_RANGE_SECTORS.to_le_bytes()); // max_discard_sectors
         out.put(MAX_RANGES.to_le_bytes()); // max_discard_seg
         // The host's block and not the cluster: a guest skips extents that are
         // smaller, and space comes back in host blocks.
-        out.put(host_blocks.to_le_bytes()); // discard_sector_alignment
+        out.put((physical / SECTOR_SIZE as u32).to_le_bytes()); // discard_sector_alignment
         out.put(MAX_RANGE_SECTORS.to_le_bytes()); // max_write_zeroes_sectors
         out.put(MAX_RANGES.to_le_bytes()); // max_write_zeroes_seg
         out.put([1, 0, 0, 0]); // write_zeroes_may_unmap, unused1
@@ -156,6 +160,7 @@ mod tests {
 
     const SPACE: ConfigSpace = ConfigSpace {
         disk_size: Sector(0x1234_5678),
+        logical_block: 512,
         num_queues: 4,
         queue_size: 1024,
         host_block: 4096,
@@ -181,6 +186,28 @@ mod tests {
         assert_eq!(u32_at(48), MAX_RANGE_SECTORS);
         assert_eq!(u32_at(52), MAX_RANGES);
         assert_eq!(bytes[56], 1);
+    }
+
+    #[test]
+    fn only_some_fields_count_in_logical_blocks() {
+        let space = ConfigSpace {
+            logical_block: 4096,
+            ..SPACE
+        };
+        let bytes = space.read(0, CONFIG_LEN as u32);
+        let u32_at = |at: usize| u32::from_le_bytes(bytes[at..at + 4].try_into().unwrap());
+        assert_eq!(bytes[..8], 0x1234_5678_u64.to_le_bytes(), "capacity");
+        assert_eq!(u32_at(20), 4096);
+        assert_eq!(bytes[24..26], [0, 0], "a physical block is a logical one");
+        assert_eq!(bytes[26..28], 1_u16.to_le_bytes(), "min_io_size");
+        assert_eq!(u32_at(28), 256, "opt_io_size");
+        assert_eq!(u32_at(44), 8, "discard_sector_alignment");
+        let small = ConfigSpace {
+            host_block: 512,
+            ..space
+        };
+        assert_eq!(small.read(44, 4), 8_u32.to_le_bytes());
+        assert_eq!(small.read(24, 2), [0, 0]);
     }
 
     #[test]

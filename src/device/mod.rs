@@ -117,6 +117,39 @@ impl FromStr for Serial {
     }
 }
 
+/// The smallest unit in which drivers are to read and write. Requests in sectors of
+/// 512 bytes are served all the same.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum LogicalBlock {
+    /// What every driver and firmware can use.
+    #[default]
+    Bytes512,
+    /// As a disk of the kind "4K native" has it.
+    Bytes4096,
+}
+
+impl LogicalBlock {
+    /// Its length.
+    pub fn bytes(self) -> u32 {
+        match self {
+            Self::Bytes512 => 512,
+            Self::Bytes4096 => 4096,
+        }
+    }
+}
+
+/// A disk that does not end with a logical block.
+#[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
+#[error(
+    "the disk has {disk_bytes} bytes, which is not a multiple of the logical block size, {}: \
+     serve it with 512, or make it larger",
+    block.bytes()
+)]
+pub struct LogicalBlockError {
+    disk_bytes: u64,
+    block: LogicalBlock,
+}
+
 /// How long a queue thread that has nothing under way looks for work before it
 /// sleeps, at most; measured in `docs/performance.md`.
 pub const DEFAULT_POLL: Duration = Duration::from_micros(50);
@@ -163,6 +196,7 @@ pub struct BlockDevice<D: Disk> {
     engine: Arc<Engine<D>>,
     serial: Serial,
     queues: Queues,
+    logical_block: LogicalBlock,
     longest_poll: Duration,
     /// Of the host, as far as this process may use them.
     cpus: usize,
@@ -181,6 +215,7 @@ impl<D: Disk> BlockDevice<D> {
             engine,
             serial,
             queues,
+            logical_block: LogicalBlock::default(),
             longest_poll: DEFAULT_POLL,
             cpus: thread::available_parallelism().map_or(1, NonZeroUsize::get),
             open_queues: AtomicUsize::new(0),
@@ -195,6 +230,19 @@ impl<D: Disk> BlockDevice<D> {
     pub fn with_poll(mut self, longest: Duration) -> Self {
         self.longest_poll = longest;
         self
+    }
+
+    /// Tells drivers to use blocks of this size, in place of 512 bytes.
+    ///
+    /// # Errors
+    /// The disk does not end with such a block.
+    pub fn with_logical_block(mut self, block: LogicalBlock) -> Result<Self, LogicalBlockError> {
+        let disk_bytes = self.engine.disk_size().bytes();
+        if !disk_bytes.is_multiple_of(u64::from(block.bytes())) {
+            return Err(LogicalBlockError { disk_bytes, block });
+        }
+        self.logical_block = block;
+        Ok(self)
     }
 
     fn longest_poll(&self) -> Duration {
@@ -251,6 +299,7 @@ impl<D: Disk> BlockDevice<D> {
     fn config_space(&self, writeback: bool) -> ConfigSpace {
         ConfigSpace {
             disk_size: self.engine.disk_size(),
+            logical_block: self.logical_block.bytes(),
             num_queues: self.num_queues(),
             queue_size: self.queue_size(),
             host_block: self.engine.zero_granularity(),

@@ -5,7 +5,9 @@ mod common;
 #[path = "../common/front_end.rs"]
 mod front_end;
 mod huge;
+mod log;
 mod nonsense;
+mod options;
 
 use std::{
     fs::{self, Permissions},
@@ -92,6 +94,14 @@ fn start_front_end(socket: &Path) -> FrontEnd {
     front_end.negotiate(u64::MAX);
     front_end.start_rings();
     front_end
+}
+
+fn wait_for(what: &str, mut has_come: impl FnMut() -> bool) {
+    let start = Instant::now();
+    while !has_come() {
+        assert!(start.elapsed() < PATIENCE, "waited in vain for {what}");
+        thread::sleep(Duration::from_millis(10));
+    }
 }
 
 fn expect_service(front_end: &mut FrontEnd) {
