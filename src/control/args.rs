@@ -207,14 +207,20 @@ fn number<T: FromStr + PartialOrd + Display>(
     allowed: RangeInclusive<T>,
 ) -> Result<T, String> {
     let number = text.parse().ok().filter(|number| allowed.contains(number));
-    number.ok_or_else(|| format!("{} to {} are possible", allowed.start(), allowed.end()))
+    number.ok_or_else(|| {
+        format!(
+            "it must be a number from {} to {}",
+            allowed.start(),
+            allowed.end()
+        )
+    })
 }
 
 fn queue_size(text: &str) -> Result<u16, String> {
     let size = text.parse().ok();
     size.filter(|&size| Queues::new(1, size).is_ok())
         .ok_or_else(|| {
-            format!("powers of two from {MIN_QUEUE_SIZE} to {MAX_QUEUE_SIZE} are possible")
+            format!("it must be a power of two from {MIN_QUEUE_SIZE} to {MAX_QUEUE_SIZE}")
         })
 }
 
@@ -229,7 +235,7 @@ fn socket_mode(text: &str) -> Result<u32, String> {
     let digits = text.bytes().all(|digit| digit.is_ascii_digit());
     let mode = u32::from_str_radix(text, 8).ok();
     mode.filter(|&mode| digits && mode <= 0o777)
-        .ok_or_else(|| "octal numbers up to 777 are possible, such as 660".to_owned())
+        .ok_or_else(|| "it must be an octal number up to 777, such as 660".to_owned())
 }
 
 /// The number of a group that is given by number or name.
@@ -238,12 +244,12 @@ fn group_id(text: &str) -> Result<u32, String> {
         // The highest one means "no change" to chown(2).
         return Some(id)
             .filter(|&id| id != u32::MAX)
-            .ok_or_else(|| format!("numbers of groups up to {} are possible", u32::MAX - 1));
+            .ok_or_else(|| format!("the number of a group is at most {}", u32::MAX - 1));
     }
     match Group::from_name(text) {
         Ok(Some(group)) => Ok(group.gid.as_raw()),
-        Ok(None) => Err("there is no such group on this host".to_owned()),
-        Err(error) => Err(format!("the group cannot be looked up: {error}")),
+        Ok(None) => Err("this host has no such group".to_owned()),
+        Err(error) => Err(format!("cannot look up the group: {error}")),
     }
 }
 
@@ -360,10 +366,10 @@ mod tests {
             ("--num-queues=0", "1 to 64"),
             ("--num-queues=65", "1 to 64"),
             ("--num-queues=many", "1 to 64"),
-            ("--queue-size=100", "powers of two from 4 to 1024"),
-            ("--queue-size=2048", "powers of two from 4 to 1024"),
-            ("--queue-size=99999", "powers of two from 4 to 1024"),
-            ("--queue-size=1k", "powers of two from 4 to 1024"),
+            ("--queue-size=100", "a power of two from 4 to 1024"),
+            ("--queue-size=2048", "a power of two from 4 to 1024"),
+            ("--queue-size=99999", "a power of two from 4 to 1024"),
+            ("--queue-size=1k", "a power of two from 4 to 1024"),
             ("--runners=0", "1 to 64"),
             ("--runners=-1", "1 to 64"),
             ("--cache=magic", "none, writeback"),
@@ -374,12 +380,12 @@ mod tests {
             ("--writeback-delay=1s", "0 to 60000"),
             ("--poll-us=1001", "0 to 1000"),
             ("--fd=-1", "0 to 2147483647"),
-            ("--socket-mode=668", "octal numbers up to 777"),
-            ("--socket-mode=1777", "octal numbers up to 777"),
-            ("--socket-mode=+660", "octal numbers up to 777"),
-            ("--socket-mode=rw", "octal numbers up to 777"),
-            ("--socket-group=no such", "no such group"),
-            ("--socket-group=4294967295", "up to 4294967294"),
+            ("--socket-mode=668", "an octal number up to 777"),
+            ("--socket-mode=1777", "an octal number up to 777"),
+            ("--socket-mode=+660", "an octal number up to 777"),
+            ("--socket-mode=rw", "an octal number up to 777"),
+            ("--socket-group=no such", "has no such group"),
+            ("--socket-group=4294967295", "at most 4294967294"),
             ("--logical-block-size=1024", "512, 4096"),
             ("--log-format=loud", "auto, text, journal, json"),
             ("--log-level=loud", "off, error, warn, info, debug, trace"),

@@ -36,10 +36,10 @@ const QEMU_QUEUE_SIZE: u16 = 128;
 #[derive(Debug, Error)]
 pub enum Error {
     /// The image is not there, not an image, or in use.
-    #[error("the image cannot be opened")]
+    #[error("cannot open the image")]
     Image(#[from] ImageError),
     /// The image cannot be served.
-    #[error("{} cannot be served", path.display())]
+    #[error("cannot serve {}", path.display())]
     Engine {
         /// As given.
         path: PathBuf,
@@ -47,7 +47,7 @@ pub enum Error {
         source: OpenError,
     },
     /// Threads, rings or descriptors could not be made.
-    #[error("the I/O cannot be set up")]
+    #[error("cannot set up I/O")]
     Setup(#[source] io::Error),
     /// There is nothing to listen on.
     #[error(transparent)]
@@ -59,10 +59,10 @@ pub enum Error {
     #[error(transparent)]
     LogicalBlock(#[from] LogicalBlockError),
     /// The main loop has failed.
-    #[error("the main loop has failed")]
+    #[error("the main loop failed")]
     MainLoop(#[from] event_manager::Error),
     /// Not everything could be made stable at the end.
-    #[error("the image was not closed cleanly; it is checked when it is opened next")]
+    #[error("the image was not closed cleanly; it will be checked when it is next opened")]
     Close(#[source] EngineError),
 }
 
@@ -121,8 +121,8 @@ fn serve(
 fn warn_of_small_rings(queue_size: u16) {
     if queue_size < QEMU_QUEUE_SIZE {
         log::warn!(
-            "--queue-size {queue_size} is below QEMU's {QEMU_QUEUE_SIZE}: a guest hangs when it \
-             boots unless the device has queue-size={queue_size} too"
+            "--queue-size {queue_size} is smaller than QEMU's default of {QEMU_QUEUE_SIZE}: a guest \
+             hangs at boot unless its device has queue-size={queue_size} too"
         );
     }
 }

@@ -24,7 +24,7 @@ pub enum SocketError {
     #[error("cannot listen on {}: another process listens there", .0.display())]
     InUse(PathBuf),
     /// It is not for us to remove.
-    #[error("cannot listen on {}: this exists and is not a socket", .0.display())]
+    #[error("cannot listen on {}: the path exists and is not a socket", .0.display())]
     NotASocket(PathBuf),
     /// Any of `socket(2)`, `bind(2)`, `chown(2)`, `link(2)`, `unlink(2)`.
     #[error("cannot listen on {}", path.display())]
@@ -46,7 +46,9 @@ pub enum SocketError {
     #[error("descriptor {0} is not a stream socket of the Unix domain")]
     WrongKind(RawFd),
     /// A connected one, most likely.
-    #[error("descriptor {0} is a socket, but not a listening one; connections are accepted here")]
+    #[error(
+        "descriptor {0} is a socket, but not a listening one; pass the listening socket, not a connection"
+    )]
     NotListening(RawFd),
 }
 
@@ -272,7 +274,7 @@ impl Drop for MadeFile {
         if self.is_still_there()
             && let Err(error) = std::fs::remove_file(&self.path)
         {
-            log::warn!("{}: cannot be removed: {error}", self.path.display());
+            log::warn!("cannot remove {}: {error}", self.path.display());
         }
     }
 }

@@ -165,12 +165,12 @@ pub struct Queues {
 #[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
 pub enum QueuesError {
     /// None or too many.
-    #[error("{0} queues are not possible; 1 to {MAX_QUEUES} are")]
+    #[error("the number of queues must be from 1 to {MAX_QUEUES}, not {0}")]
     Number(u16),
     /// Not a power of two, too small or too large.
     #[error(
-        "a queue size of {0} is not possible; powers of two from {MIN_QUEUE_SIZE} to \
-         {MAX_QUEUE_SIZE} are"
+        "the queue size must be a power of two from {MIN_QUEUE_SIZE} to {MAX_QUEUE_SIZE}, \
+         not {0}"
     )]
     Size(u16),
 }

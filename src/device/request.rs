@@ -54,21 +54,21 @@ impl Status {
 /// What is wrong with a request.
 #[derive(Clone, Debug, Error, PartialEq, Eq)]
 pub(super) enum RequestError {
-    #[error("the descriptor chain loops, leaves its table or has more than 4 GiB")]
+    #[error("the descriptor chain loops, leaves its table or holds more than 4 GiB")]
     BrokenChain,
-    #[error("a descriptor to be read follows one to be written")]
+    #[error("a readable descriptor follows a writable one")]
     OutOfOrder,
-    #[error("{len} bytes at guest address {addr:#x} are not guest memory")]
+    #[error("{len} bytes at guest address {addr:#x} lie outside the guest's memory")]
     OutsideMemory { addr: u64, len: u32 },
-    #[error("there is no byte to write the status to")]
+    #[error("the descriptor chain has no room for the status byte")]
     NoStatus,
-    #[error("{0} bytes to be read are too few for a request header")]
+    #[error("the request header is too short: {0} bytes")]
     NoHeader(usize),
-    #[error("request type {0:#x} is not known")]
+    #[error("unknown request type {0:#x}")]
     UnknownType(u32),
-    #[error("{0} bytes of data, not one or more whole sectors")]
+    #[error("the data length, {0} bytes, is not a whole number of sectors")]
     DataLength(usize),
-    #[error("sectors {start} + {count} lie beyond the end of the disk at {disk_size}")]
+    #[error("{count} sectors at sector {start} reach past the end of the disk at {disk_size}")]
     PastEnd {
         start: u64,
         count: u64,
@@ -76,11 +76,11 @@ pub(super) enum RequestError {
     },
     #[error("the disk is read-only")]
     ReadOnly,
-    #[error("{0} bytes of ranges, not one to the allowed number of whole ranges")]
+    #[error("{0} bytes are no list of whole ranges, or the list is too long")]
     RangesLength(usize),
-    #[error("a range of {0} sectors, more than allowed")]
+    #[error("a range of {0} sectors is longer than allowed")]
     RangeLength(u32),
-    #[error("flags {0:#x} are not known for this request type")]
+    #[error("unknown flags {0:#x} for this request type")]
     UnknownFlags(u32),
 }
 

@@ -412,9 +412,9 @@ impl Findings {
 
 fn leak_message(leak: &Range<HostCluster>) -> String {
     match leak.end.0 - leak.start.0 {
-        1 => format!("host cluster {} is used by nothing", leak.start),
+        1 => format!("host cluster {} is not used", leak.start),
         _ => format!(
-            "host clusters {} to {} are used by nothing",
+            "host clusters {} to {} are not used",
             leak.start,
             leak.end.0 - 1
         ),

@@ -35,7 +35,7 @@ pub enum ImageError {
         expected: &'static str,
     },
     /// A folder without a descriptor.
-    #[error("{}: is a folder without a DiskDescriptor.xml, so no ploop disk", .0.display())]
+    #[error("{}: is a folder without a DiskDescriptor.xml, so it is not a ploop disk", .0.display())]
     NoDescriptor(PathBuf),
     /// Somebody else uses the image.
     #[error("{}: {source}; stop it first", path.display())]
@@ -200,7 +200,7 @@ pub enum ImageError {
         first: String,
     },
     /// Something is there already where something new shall be made.
-    #[error("{}: exists already; remove it first, or choose another name", .0.display())]
+    #[error("{}: already exists; remove it first, or choose another name", .0.display())]
     Exists(PathBuf),
     /// The snapshot tree does not allow it.
     #[error("{}: {source}", path.display())]
@@ -211,7 +211,7 @@ pub enum ImageError {
         source: EditError,
     },
     /// No snapshot of that name.
-    #[error("{}: there is no snapshot {guid}; 'ploop-img snapshot list' shows those that are", path.display())]
+    #[error("{}: there is no snapshot {guid}; 'ploop-img snapshot list' lists the snapshots", path.display())]
     NoSnapshot {
         /// Of the bundle.
         path: PathBuf,

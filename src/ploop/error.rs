@@ -18,7 +18,7 @@ pub enum EngineError {
     #[error("no space left on the host file system")]
     NoSpace,
     /// The request lies outside the disk, or runs past its end.
-    #[error("{count} sectors at sector {start} are not on the disk")]
+    #[error("{count} sectors at sector {start} reach past the end of the disk")]
     PastEnd {
         /// First sector.
         start: u64,

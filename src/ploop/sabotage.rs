@@ -5,7 +5,7 @@
 //! notice it. Outside tests [`is`] is `false` at compile time.
 
 /// What the engine shall do wrong. The invariants are those of
-/// `docs/architecture.md`.
+/// `docs/durability.md`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Sabotage {
     /// I1, I2(a): a freed cluster is used again before the BAT on disk has lost it.

@@ -140,16 +140,16 @@ fn choose_ring(files: &[Arc<SharedFile>], aio: Aio) -> io::Result<bool> {
                 .iter()
                 .all(|file| file.is_served_best_by_plain_calls())
             {
-                log::debug!("I/O by plain system calls: the files lie in memory");
+                log::debug!("using plain system calls: the files are in memory");
                 return Ok(false);
             }
             match uring::try_out() {
                 Ok(()) => {
-                    log::debug!("I/O by io_uring");
+                    log::debug!("using io_uring");
                     Ok(true)
                 }
                 Err(error) => {
-                    log::info!("I/O by plain system calls: no io_uring here ({error})");
+                    log::info!("io_uring is not available ({error}); using plain system calls");
                     Ok(false)
                 }
             }

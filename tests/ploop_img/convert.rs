@@ -142,7 +142,7 @@ fn what_is_there_stays() {
     fs::write(path("a.raw"), [1; 4096]).unwrap();
     fs::write(path("b.raw"), "precious").unwrap();
     let error = ploop_img(["convert", &path("a.raw"), &path("b.raw")]).fails();
-    assert!(error.contains("exists already"), "{error}");
+    assert!(error.contains("already exists"), "{error}");
     assert_eq!(fs::read(path("b.raw")).unwrap(), b"precious");
     ploop_img(["convert", &path("a.raw"), &path("a.raw")]).fails();
 }

@@ -71,7 +71,7 @@ fn what_exists_is_not_overwritten() {
     std::os::unix::fs::symlink("nowhere", path("link.hds")).unwrap();
     for name in ["file.hds", "folder", "folder.hds", "link.hds"] {
         let error = ploop_img(["create", path(name).to_str().unwrap(), "1M"]).fails();
-        assert!(error.contains("exists already"), "{error}");
+        assert!(error.contains("already exists"), "{error}");
     }
     assert_eq!(fs::read(path("file.hds")).unwrap(), b"precious");
     assert_eq!(

@@ -437,7 +437,9 @@ fn parse_version(text: &str) -> Result<Version, String> {
     match text {
         "1" => Ok(Version::V1),
         "2" => Ok(Version::V2),
-        _ => Err(format!("'{text}' is no version of the format: give 1 or 2")),
+        _ => Err(format!(
+            "'{text}' is not a version of the format: give 1 or 2"
+        )),
     }
 }
 

@@ -12,8 +12,8 @@ use vhost_user_ploop::image::NewSize;
 /// In words, naming the value.
 pub fn parse_bytes(text: &str) -> Result<u64, String> {
     let help = "a number of bytes, or one with a suffix of k, M, G, T, P or E, as in 10G";
-    let wrong = || format!("'{text}' is no size: give {help}");
-    let too_large = || format!("'{text}' is too large: sizes end at 8E");
+    let wrong = || format!("'{text}' is not a size: give {help}");
+    let too_large = || format!("'{text}' is too large: the largest size is just below 8E");
     if let Some(digits) = text.strip_prefix("0x").or(text.strip_prefix("0X")) {
         let is_number = !digits.is_empty() && digits.bytes().all(|b| b.is_ascii_hexdigit());
         let bytes = u64::from_str_radix(digits, 16).map_err(|_| too_large());
@@ -73,7 +73,7 @@ pub fn parse_disk_size(text: &str) -> Result<Sector, String> {
 fn parse_sectors(text: &str) -> Result<Sector, String> {
     let bytes = parse_bytes(text)?;
     if bytes > i64::MAX as u64 {
-        return Err(format!("'{text}' is too large: disks end below 8E"));
+        return Err(format!("'{text}' is too large: a disk is smaller than 8E"));
     }
     Ok(Sector(bytes.div_ceil(SECTOR_SIZE)))
 }
@@ -99,8 +99,9 @@ pub fn parse_new_size(text: &str) -> Result<NewSize, String> {
 /// # Errors
 /// As [`parse_bytes`], and for what is no power of two in the range.
 pub fn parse_cluster_size(text: &str) -> Result<ClusterSize, String> {
-    ClusterSize::from_bytes(parse_bytes(text)?)
-        .ok_or_else(|| format!("'{text}' is no cluster size: give a power of two from 32k to 64M"))
+    ClusterSize::from_bytes(parse_bytes(text)?).ok_or_else(|| {
+        format!("'{text}' is not a cluster size: give a power of two from 32k to 64M")
+    })
 }
 
 /// As `qemu-img info` shows sizes: three significant digits and a binary unit.

@@ -130,7 +130,7 @@ fn check_strays(bundle: &Bundle, repair: Option<Repair>, report: &mut CheckRepor
             continue;
         }
         if is_ours(&name) {
-            report.leak(1, format!("{} is no part of the disk", path.display()));
+            report.leak(1, format!("{} is not part of the disk", path.display()));
             if repair.is_some() {
                 folder.remove(&path)?;
                 report.leaks -= 1;

@@ -494,7 +494,7 @@ fn is_refusal_of_direct(error: &io::Error) -> bool {
 
 fn warn_buffered(path: &Path, error: &io::Error) {
     let path = path.display();
-    log::warn!("{path}: no direct I/O here ({error}), using the page cache");
+    log::warn!("{path}: direct I/O does not work here ({error}); using the page cache");
 }
 
 /// A direct description and its alignment, or the error that says that there is
