@@ -240,8 +240,9 @@ fn an_image_that_was_not_closed_is_checked_and_served() {
     // A socket that is there before the daemon says nothing about it.
     fs::remove_file(&rig.socket).unwrap();
     let backend = rig.serve(&[]);
-    let log = backend.log();
-    assert!(log.contains("not closed cleanly"), "{log}");
+    wait_for("the warning", || {
+        backend.log().contains("not closed cleanly")
+    });
     expect_service(&mut start_front_end(backend.socket()));
     backend.stop();
     ploop_img(["check", arg]).ok();
