@@ -280,6 +280,7 @@ impl Args {
         let mut options = ploop::Options::default();
         options.read_only = self.is_read_only();
         options.runners = self.runners as usize;
+        options.awaits_take_over = true;
         options.max_queues = usize::from(self.num_queues);
         // Most requests are one operation; what is more waits in the engine.
         options.queue_depth = u32::from(self.queue_size);

@@ -9,6 +9,8 @@
 //! - `memory_table`: the guest's memory as the front-end shares it;
 //! - `ring`: a ring as it is set up, started and stopped;
 //! - `write_cache`: what the driver believes of its write cache;
+//! - `continuity`: how a guest outlives this process;
+//! - `inflight`: which requests were taken and not answered, in memory that does;
 //! - `queue_thread`: the thread of a ring that runs;
 //! - `mailbox`: what it is told by the thread of the messages;
 //! - `worker`: its loop between ring and engine;
@@ -26,7 +28,9 @@
 
 mod config;
 mod connection;
+mod continuity;
 mod event;
+mod inflight;
 mod mailbox;
 mod memory;
 mod memory_table;

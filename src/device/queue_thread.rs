@@ -10,11 +10,25 @@ use smallvec::SmallVec;
 use vhost_user_backend::{VringMutex, VringT};
 
 use super::BlockDevice;
+use super::inflight::{InFlightQueue, Recovery};
 use super::mailbox::{Mail, Mailbox, Parked};
 use super::memory::{Memory, QueueMemory, SharedMemory};
 use super::requests::Requests;
 use super::worker::{Events, Next, Worker};
 use crate::storage::Disk;
+
+/// What a queue thread starts with.
+pub(super) struct Start<'a, D: Disk> {
+    pub index: usize,
+    pub device: &'a Arc<BlockDevice<D>>,
+    pub memory: &'a Arc<SharedMemory>,
+    pub vring: VringMutex<Memory>,
+    pub events: Events,
+    /// Where it notes what is in flight.
+    pub in_flight: Option<InFlightQueue>,
+    /// What a process that is gone has left to it.
+    pub recovery: Recovery,
+}
 
 /// Seen from the thread that serves the front-end's messages. To be ended by
 /// [`Self::join`].
@@ -24,19 +38,22 @@ pub(super) struct QueueThread {
 }
 
 impl QueueThread {
-    /// Starts to serve the ring. The thread keeps `vring` locked until it ends: nobody
+    /// Starts to serve the ring. The thread keeps the ring locked until it ends: nobody
     /// else has anything to do with a ring that runs.
     ///
     /// # Errors
     /// Any of [`Engine::queue`](crate::ploop::Engine::queue), and when there can be no
     /// more threads.
-    pub fn start<D: Disk>(
-        index: usize,
-        device: &Arc<BlockDevice<D>>,
-        memory: &Arc<SharedMemory>,
-        vring: VringMutex<Memory>,
-        events: Events,
-    ) -> io::Result<Self> {
+    pub fn start<D: Disk>(start: Start<'_, D>) -> io::Result<Self> {
+        let Start {
+            index,
+            device,
+            memory,
+            vring,
+            events,
+            in_flight,
+            recovery,
+        } = start;
         let engine = device.engine().queue()?;
         let mailbox = Arc::new(Mailbox::new(engine.waker()));
         let worker = Worker::new(
@@ -45,10 +62,11 @@ impl QueueThread {
             events,
             QueueMemory::new(Arc::clone(memory)),
             Requests::new(index, Arc::clone(device), engine),
+            in_flight,
         );
         let thread = thread::Builder::new()
             .name(format!("vq{index}"))
-            .spawn(move || run(worker, &vring))?;
+            .spawn(move || run(worker, &vring, &recovery))?;
         Ok(Self { mailbox, thread })
     }
 
@@ -69,9 +87,12 @@ impl QueueThread {
     }
 }
 
-fn run<D: Disk>(mut worker: Worker<D>, vring: &VringMutex<Memory>) {
+fn run<D: Disk>(mut worker: Worker<D>, vring: &VringMutex<Memory>, recovery: &Recovery) {
     let mut state = vring.get_mut();
     let ring = state.get_queue_mut();
+    if recovery.is_old {
+        worker.resume(ring, &recovery.heads);
+    }
     while worker.serve(ring) == Next::Sleep {
         sleep(&worker);
     }

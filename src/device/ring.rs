@@ -7,15 +7,20 @@
 
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use thiserror::Error;
 use vhost_user_backend::{VringMutex, VringT};
 use virtio_queue::{Error as QueueError, Queue, QueueT};
+use vm_memory::GuestAddressSpace;
 
+use super::continuity::{Continuity, ContinuityError};
 use super::event::Event;
+use super::inflight::{InFlightQueue, Recovery};
 use super::mailbox::{Mail, Parked};
 use super::memory::{Memory, SharedMemory};
-use super::queue_thread::QueueThread;
+use super::queue_thread::{QueueThread, Start};
+use super::ratelimit::guest_log;
 use super::worker::Events;
 use super::{BlockDevice, MIN_QUEUE_SIZE};
 use crate::storage::Disk;
@@ -37,6 +42,10 @@ pub(super) enum RingError {
     OutsideMemory(QueueError),
     #[error("its thread cannot be started: {0}")]
     Thread(io::Error),
+    #[error("its {size} descriptors are more than the in-flight region has entries for")]
+    Region { size: u16 },
+    #[error(transparent)]
+    Continuity(#[from] ContinuityError),
 }
 
 /// What all rings of a connection share.
@@ -45,6 +54,9 @@ pub(super) struct Surroundings<'a, D: Disk> {
     pub memory: &'a Arc<SharedMemory>,
     /// Whether EVENT_IDX was negotiated.
     pub event_idx: bool,
+    /// Whether the driver has used any ring before it starts now.
+    pub is_under_way: bool,
+    pub continuity: &'a mut Continuity<D>,
 }
 
 /// See the module's text.
@@ -82,6 +94,11 @@ impl Ring {
     /// Whether requests are being served.
     pub fn is_running(&self) -> bool {
         self.thread.is_some()
+    }
+
+    /// Whether the driver has used it before it starts next.
+    pub fn is_under_way(&self) -> bool {
+        !self.is_running() && self.vring.queue_next_avail() != 0
     }
 
     /// Sets the number of descriptors.
@@ -123,7 +140,7 @@ impl Ring {
     pub fn set_kick<D: Disk>(
         &mut self,
         kick: Event,
-        surroundings: &Surroundings<'_, D>,
+        surroundings: &mut Surroundings<'_, D>,
     ) -> Result<(), RingError> {
         let kick = Arc::new(kick);
         self.kick = Some(Arc::clone(&kick));
@@ -151,7 +168,10 @@ impl Ring {
         }
     }
 
-    pub fn enable<D: Disk>(&mut self, surroundings: &Surroundings<'_, D>) -> Result<(), RingError> {
+    pub fn enable<D: Disk>(
+        &mut self,
+        surroundings: &mut Surroundings<'_, D>,
+    ) -> Result<(), RingError> {
         self.enabled = true;
         self.run_if_possible(surroundings)
     }
@@ -195,7 +215,7 @@ impl Ring {
 
     fn run_if_possible<D: Disk>(
         &mut self,
-        surroundings: &Surroundings<'_, D>,
+        surroundings: &mut Surroundings<'_, D>,
     ) -> Result<(), RingError> {
         let (Some(kick), true, None) = (&self.kick, self.enabled, &self.thread) else {
             return Ok(());
@@ -203,20 +223,58 @@ impl Ring {
         let used = self.vring.queue_used_idx();
         let used = used.map_err(RingError::OutsideMemory)?;
         self.renew_queue(used, surroundings.event_idx);
+        surroundings.continuity.admit(surroundings.is_under_way)?;
+        let (in_flight, recovery) = self.recover(used, surroundings)?;
         let events = Events {
             kick: Arc::clone(kick),
             call: self.call.clone(),
             error: self.error.clone(),
         };
-        let thread = QueueThread::start(
-            self.index,
-            surroundings.device,
-            surroundings.memory,
-            self.vring.clone(),
+        let thread = QueueThread::start(Start {
+            index: self.index,
+            device: surroundings.device,
+            memory: surroundings.memory,
+            vring: self.vring.clone(),
             events,
-        );
+            in_flight,
+            recovery,
+        });
         self.thread = Some(thread.map_err(RingError::Thread)?);
         Ok(())
+    }
+
+    /// Finds out what another process has left, and where to go on.
+    fn recover<D: Disk>(
+        &self,
+        used: u16,
+        surroundings: &Surroundings<'_, D>,
+    ) -> Result<(Option<InFlightQueue>, Recovery), RingError> {
+        let Some(mut in_flight) = surroundings.continuity.queue(self.index) else {
+            return Ok((None, Recovery::default()));
+        };
+        let mut state = self.vring.get_mut();
+        let queue = state.get_queue_mut();
+        let size = queue.size();
+        if size > in_flight.entries() {
+            return Err(RingError::Region { size });
+        }
+        let map = surroundings.memory.atomic().memory().into_inner();
+        let avail = queue.avail_idx(&*map, Ordering::Acquire);
+        let avail = avail.map_err(RingError::OutsideMemory)?.0;
+        let recovery = in_flight.recover(size, used, avail);
+        if recovery.is_stale {
+            guest_log!(
+                surroundings.device.host_limit(),
+                Warn,
+                "queue {}: the in-flight region does not fit the ring and is not used: requests \
+                 that were under way may never be answered",
+                self.index
+            );
+        } else if recovery.is_old {
+            // Whatever the front-end believes, see `InFlightQueue`.
+            queue.set_next_avail(used.wrapping_add(recovery.heads.len() as u16));
+        }
+        Ok((Some(in_flight), recovery))
     }
 
     /// A ring starts with nothing to signal. The library's queue counts the used

@@ -24,6 +24,7 @@ use virtio_queue::Error as QueueError;
 
 use super::BlockDevice;
 use super::config::{self, WRITEBACK_OFFSET};
+use super::continuity::{Continuity, ContinuityError};
 use super::event::{Event, EventError};
 use super::mailbox::Parked;
 use super::memory_table::{MAX_REGIONS, MemoryError, MemoryTable};
@@ -45,6 +46,8 @@ pub(super) enum Refusal {
     NoKick(usize),
     #[error(transparent)]
     Memory(#[from] MemoryError),
+    #[error(transparent)]
+    Continuity(#[from] ContinuityError),
     #[error("features {0:#x} were not offered")]
     Features(u64),
     #[error("{len} bytes at {offset} of the configuration space cannot be written")]
@@ -70,6 +73,7 @@ pub(super) struct Session<D: Disk> {
     is_owned: bool,
     acked_features: u64,
     write_cache: WriteCache,
+    continuity: Continuity<D>,
     /// Of the last message, if it was not obeyed.
     refusal: Option<Refusal>,
 }
@@ -89,6 +93,7 @@ impl<D: Disk> Session<D> {
             is_owned: false,
             acked_features: 0,
             write_cache: WriteCache::new(),
+            continuity: Continuity::new(Arc::clone(&device)),
             refusal: None,
             device,
         };
@@ -103,7 +108,9 @@ impl<D: Disk> Session<D> {
 
     /// Answers all that is in flight and stops all rings.
     pub fn close(&mut self, parked: Parked) {
-        self.halt_all(parked);
+        // The front-end has kept them, and the next process gets them again.
+        let is_kept = self.continuity.is_kept();
+        self.halt_all(if is_kept { Parked::Drop } else { parked });
     }
 
     /// All at once: the drains overlap.
@@ -118,6 +125,7 @@ impl<D: Disk> Session<D> {
 
     /// Puts the engine in the mode that the driver has negotiated.
     fn apply_cache_mode(&self) {
+        self.note_cache_mode();
         let write_through = self.write_cache.is_write_through();
         if let Err(error) = self.device.engine().set_write_through(write_through) {
             // The engine remembers the failure and fails every write that would
@@ -127,6 +135,20 @@ impl<D: Disk> Session<D> {
                 Error,
                 "the write cache could not be flushed: {error}"
             );
+        }
+    }
+
+    fn note_cache_mode(&self) {
+        if let Some(is_on) = self.write_cache.known() {
+            self.continuity.note_mode(is_on);
+        }
+    }
+
+    /// After a ring has stopped: the front-end may give up its region without a word
+    /// when none runs any more.
+    fn ring_stopped(&self) {
+        if self.continuity.is_kept() && !self.rings.iter().any(Ring::is_running) {
+            self.continuity.settle();
         }
     }
 
@@ -142,16 +164,18 @@ impl<D: Disk> Session<D> {
     fn with_ring<T>(
         &mut self,
         index: u32,
-        change: impl FnOnce(&mut Ring, &Surroundings<'_, D>) -> Result<T, RingError>,
+        change: impl FnOnce(&mut Ring, &mut Surroundings<'_, D>) -> Result<T, RingError>,
     ) -> Result<T, Refusal> {
-        let surroundings = Surroundings {
+        let mut surroundings = Surroundings {
             device: &self.device,
             memory: self.memory.shared(),
             event_idx: self.acked_features & (1 << VIRTIO_RING_F_EVENT_IDX) != 0,
+            is_under_way: self.rings.iter().any(Ring::is_under_way),
+            continuity: &mut self.continuity,
         };
         let number = index as usize;
         let ring = self.rings.get_mut(number).ok_or(Refusal::NoQueue(index))?;
-        change(ring, &surroundings).map_err(|why| Refusal::Ring { index: number, why })
+        change(ring, &mut surroundings).map_err(|why| Refusal::Ring { index: number, why })
     }
 
     fn event(index: u8, file: Option<File>) -> Result<Option<Event>, Refusal> {
@@ -173,7 +197,9 @@ impl<D: Disk> Session<D> {
     fn start_ring(&mut self, index: u8, kick: Option<File>) -> Result<(), Refusal> {
         let kick = Self::event(index, kick)?;
         let kick = kick.ok_or(Refusal::NoKick(index.into()))?;
-        self.with_ring(index.into(), |ring, around| ring.set_kick(kick, around))
+        self.with_ring(index.into(), |ring, around| ring.set_kick(kick, around))?;
+        self.note_cache_mode();
+        Ok(())
     }
 
     fn enable_ring(&mut self, index: u32, enable: bool) -> Result<(), Refusal> {
@@ -183,7 +209,13 @@ impl<D: Disk> Session<D> {
             }
             ring.disable();
             Ok(())
-        })
+        })?;
+        if enable {
+            self.note_cache_mode();
+        } else {
+            self.ring_stopped();
+        }
+        Ok(())
     }
 
     fn set_ring_addresses(
@@ -227,6 +259,23 @@ impl<D: Disk> Session<D> {
         }
         self.acked_features = 0;
         self.write_cache.reset();
+        self.continuity.forget();
+    }
+
+    fn check_stopped(&self) -> Result<(), Refusal> {
+        if self.rings.iter().any(Ring::is_running) {
+            return Err(ContinuityError::Running.into());
+        }
+        Ok(())
+    }
+
+    fn take_region(&mut self, region: &VhostUserInflight, file: File) -> Result<(), Refusal> {
+        self.check_stopped()?;
+        if let Some(cache_is_on) = self.continuity.take(region, file)? {
+            self.write_cache.remembered(cache_is_on);
+            self.apply_cache_mode();
+        }
+        Ok(())
     }
 
     fn not_offered<T>(&mut self, what: &'static str) -> VhostResult<T> {
@@ -308,6 +357,7 @@ impl<D: Disk> VhostUserBackendReqHandlerMut for Session<D> {
     fn get_vring_base(&mut self, index: u32) -> VhostResult<VhostUserVringState> {
         let result = self.with_ring(index, |ring, _| Ok(ring.stop()));
         let base = self.settle(result)?;
+        self.ring_stopped();
         Ok(VhostUserVringState::new(index, u32::from(base)))
     }
 
@@ -396,13 +446,16 @@ impl<D: Disk> VhostUserBackendReqHandlerMut for Session<D> {
 
     fn get_inflight_fd(
         &mut self,
-        _inflight: &VhostUserInflight,
+        inflight: &VhostUserInflight,
     ) -> VhostResult<(VhostUserInflight, File)> {
-        self.not_offered("an in-flight region")
+        let result = self.check_stopped();
+        let result = result.and_then(|()| Ok(self.continuity.make(inflight)?));
+        self.settle(result)
     }
 
-    fn set_inflight_fd(&mut self, _inflight: &VhostUserInflight, _file: File) -> VhostResult<()> {
-        self.not_offered("an in-flight region")
+    fn set_inflight_fd(&mut self, inflight: &VhostUserInflight, file: File) -> VhostResult<()> {
+        let result = self.take_region(inflight, file);
+        self.settle(result)
     }
 
     fn get_max_mem_slots(&mut self) -> VhostResult<u64> {

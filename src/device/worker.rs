@@ -11,12 +11,15 @@ use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
 
 use smallvec::SmallVec;
+use thiserror::Error;
 use virtio_bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
-use virtio_queue::{Queue, QueueOwnedT, QueueT};
-use vm_memory::{Bytes, GuestAddress};
+use virtio_queue::{Error as QueueError, Queue, QueueOwnedT, QueueT};
+use vm_memory::mmap::MmapRegionError;
+use vm_memory::{Bytes, GuestAddress, GuestRegionCollectionError, GuestRegionMmap, MmapRegion};
 
 use super::BlockDevice;
 use super::event::Event;
+use super::inflight::InFlightQueue;
 use super::mailbox::{Mail, Mailbox};
 use super::memory::{GuestMap, QueueMemory};
 use super::ratelimit::guest_log;
@@ -79,6 +82,11 @@ pub(super) struct Worker<D: Disk> {
     events: Events,
     memory: QueueMemory,
     requests: Requests<D>,
+    /// Where it is noted what is in flight, for a process after this one.
+    in_flight: Option<InFlightQueue>,
+    /// Requests that another process had taken are under way. One may have been done
+    /// before, and must not be done again after a newer one: nothing is taken until then.
+    is_resuming: bool,
     spin: Spin,
 }
 
@@ -89,6 +97,7 @@ impl<D: Disk> Worker<D> {
         events: Events,
         memory: QueueMemory,
         requests: Requests<D>,
+        in_flight: Option<InFlightQueue>,
     ) -> Self {
         Self {
             index: requests.queue_index(),
@@ -96,6 +105,8 @@ impl<D: Disk> Worker<D> {
             events,
             memory,
             requests,
+            in_flight,
+            is_resuming: false,
             spin: Spin::new(device.longest_poll()),
             device,
         }
@@ -109,6 +120,33 @@ impl<D: Disk> Worker<D> {
     /// See [`Events::kick`].
     pub fn kick(&self) -> &Event {
         &self.events.kick
+    }
+
+    /// Starts again what another process had taken from the ring and not answered.
+    pub fn resume(&mut self, ring: &Queue, heads: &[u16]) {
+        self.is_resuming = true;
+        if let Err(error) = self.take_again(ring, heads) {
+            self.complain(format_args!("requests cannot be taken again: {error}"));
+            self.tell_of_error();
+        }
+        // The one who died may have answered and not told.
+        self.signal();
+    }
+
+    fn take_again(&mut self, ring: &Queue, heads: &[u16]) -> Result<(), ReplayError> {
+        self.memory.refresh();
+        let limits = self.device.limits();
+        let (map, mut replay) = replay_ring(ring, self.memory.map(), heads)?;
+        for chain in replay.iter(&map)? {
+            let head = chain.head_index();
+            // SAFETY: the regions of the map are those of the newest one, which is held
+            // until the engine has completed the request, and then gone from it.
+            match unsafe { request::parse(chain, &map, &limits) } {
+                Ok(request) => self.requests.accept(head, request, &self.memory),
+                Err(rejected) => self.requests.reject(head, rejected, &map),
+            }
+        }
+        Ok(())
     }
 
     /// Works until there is nothing to do at the moment.
@@ -176,6 +214,12 @@ impl<D: Disk> Worker<D> {
     /// Takes what the driver has made available and hands it to the engine.
     fn take(&mut self, ring: &mut Queue) -> Taken {
         self.memory.refresh();
+        if self.is_resuming {
+            if self.requests.in_flight() > 0 {
+                return Taken::Full;
+            }
+            self.is_resuming = false;
+        }
         let limits = self.device.limits();
         let ring_size = ring.size();
         let map = self.memory.map();
@@ -214,6 +258,9 @@ impl<D: Disk> Worker<D> {
                 self.complain(format_args!("there is no descriptor {head}"));
                 continue;
             }
+            if let Some(in_flight) = &mut self.in_flight {
+                in_flight.take(head);
+            }
             // SAFETY: the map is held until the engine has completed the request,
             // and then gone from it.
             match unsafe { request::parse(chain, map, &limits) } {
@@ -250,7 +297,13 @@ impl<D: Disk> Worker<D> {
         let map = self.memory.map();
         let mut result = Ok(());
         for Used { head, len } in self.requests.take_used() {
+            let Some(in_flight) = &mut self.in_flight else {
+                result = result.and(ring.add_used(map, head, len));
+                continue;
+            };
+            in_flight.begin_answer(head);
             result = result.and(ring.add_used(map, head, len));
+            in_flight.end_answer(head, ring.next_used());
         }
         if wants_signal(ring, map) {
             self.signal();
@@ -289,6 +342,45 @@ impl<D: Disk> Worker<D> {
             self.index
         );
     }
+}
+
+/// Why requests cannot be taken again.
+#[derive(Debug, Error)]
+enum ReplayError {
+    #[error("there is no memory for it: {0}")]
+    Memory(MmapRegionError),
+    #[error("there is no address for it: {0}")]
+    Address(GuestRegionCollectionError),
+    #[error("{0}")]
+    Ring(#[from] QueueError),
+}
+
+/// Where the guest has no memory.
+const REPLAY_ADDRESS: GuestAddress = GuestAddress(1 << 62);
+
+/// A ring with the same descriptors in which just these heads are available. Only the
+/// guest's own ring knows its available heads, and it may have used their places again.
+fn replay_ring(
+    ring: &Queue,
+    map: &GuestMap,
+    heads: &[u16],
+) -> Result<(GuestMap, Queue), ReplayError> {
+    let count = heads.len() as u16;
+    let words = [0, count].into_iter().chain(heads.iter().copied());
+    let bytes: Vec<u8> = words.flat_map(u16::to_le_bytes).collect();
+    // As long as an available ring of that size.
+    let len = 2 * usize::from(ring.size()) + 6;
+    let region = MmapRegion::new(len).map_err(ReplayError::Memory)?;
+    let region = GuestRegionMmap::new(region, REPLAY_ADDRESS).ok_or(QueueError::AddressOverflow)?;
+    let map = map
+        .insert_region(Arc::new(region))
+        .map_err(ReplayError::Address)?;
+    map.write_slice(&bytes, REPLAY_ADDRESS)
+        .map_err(QueueError::GuestMemory)?;
+    let mut state = ring.state();
+    state.avail_ring = REPLAY_ADDRESS.0;
+    state.next_avail = 0;
+    Ok((map, Queue::try_from(state)?))
 }
 
 /// Whether the driver wants to hear of what was put into the used ring.

@@ -10,8 +10,9 @@ use virtio_bindings::virtio_blk::{VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_FLUSH};
 /// From what the field `writeback` has its value.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Source {
-    /// From an earlier driver, or from nothing. The next look at the field finds the
-    /// default.
+    /// From nothing: another process or connection may know of a driver's mode.
+    Unknown,
+    /// From before a reset. The next look at the field finds the default.
     Past,
     /// The driver was told the default.
     Told,
@@ -32,9 +33,19 @@ impl WriteCache {
     pub fn new() -> Self {
         Self {
             is_on: false,
-            source: Source::Past,
+            source: Source::Unknown,
             acked_features: 0,
         }
+    }
+
+    /// What is to outlive the connection, if anything is known.
+    pub fn known(&self) -> Option<bool> {
+        (self.source != Source::Unknown).then_some(self.is_on)
+    }
+
+    /// A driver that goes on has this mode.
+    pub fn remembered(&mut self, is_on: bool) {
+        self.write(is_on);
     }
 
     /// The driver has acknowledged these features.
@@ -47,7 +58,7 @@ impl WriteCache {
 
     /// The driver is told what the field holds.
     pub fn read(&mut self) -> bool {
-        if self.source == Source::Past {
+        if matches!(self.source, Source::Unknown | Source::Past) {
             self.source = Source::Told;
             self.is_on = self.default();
         }
@@ -67,7 +78,9 @@ impl WriteCache {
 
     /// The device is reset.
     pub fn reset(&mut self) {
-        self.source = Source::Past;
+        if self.source != Source::Unknown {
+            self.source = Source::Past;
+        }
         self.acked_features = 0;
     }
 

@@ -2,6 +2,7 @@
 
 #[path = "../common/mod.rs"]
 mod common;
+mod death;
 #[path = "../common/front_end.rs"]
 mod front_end;
 mod huge;

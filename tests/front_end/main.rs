@@ -9,7 +9,7 @@ mod rig;
 use std::{
     fs,
     os::fd::{AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd},
-    os::unix::fs::MetadataExt,
+    os::unix::fs::{FileExt, MetadataExt},
     sync::mpsc,
     thread,
     time::{Duration, Instant},
@@ -19,7 +19,7 @@ use front_end::*;
 use rig::*;
 use vhost::VhostBackend;
 use vhost::vhost_user::VhostUserFrontend;
-use vhost::vhost_user::message::VhostUserConfigFlags;
+use vhost::vhost_user::message::{VhostUserConfigFlags, VhostUserInflight};
 use vhost_user_ploop::device::Parked;
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH,
@@ -1022,4 +1022,87 @@ fn memory_that_others_control_is_refused() {
     region.mmap_handle = zero.as_raw_fd();
     front_end.vhost.add_mem_region(&region).unwrap_err();
     assert!(connection.has_ended_within(PATIENCE));
+}
+
+/// A region for rings of this test, set.
+fn with_region(front_end: &mut FrontEnd) -> (VhostUserInflight, fs::File) {
+    let asked = VhostUserInflight {
+        num_queues: QUEUES,
+        queue_size: RING_SIZE,
+        ..VhostUserInflight::default()
+    };
+    let (made, file) = front_end.vhost.get_inflight_fd(&asked).unwrap();
+    let fd = file.as_raw_fd();
+    front_end.vhost.set_inflight_fd(&made, fd).unwrap();
+    (made, file)
+}
+
+/// Notes in the region that queue 0 has taken these heads, in this order.
+fn note_taken(file: &fs::File, heads: &[u16]) {
+    for (&head, count) in heads.iter().zip(1_u64..) {
+        let entry = 16 + 16 * u64::from(head);
+        file.write_all_at(&count.to_ne_bytes(), entry + 8).unwrap();
+        file.write_all_at(&[1], entry).unwrap();
+    }
+}
+
+#[test]
+fn what_another_process_had_taken_is_done_before_anything_new() {
+    let rig = Rig::new();
+    let (mut front_end, _connection) = rig.connect();
+    front_end.negotiate(u64::MAX);
+    front_end.get_config(0, 60);
+    let (_, file) = with_region(&mut front_end);
+    front_end.start_rings();
+    expect_service(&mut front_end, 0);
+    let base = front_end.vhost.get_vring_base(0).unwrap() as u16;
+    // Four writes to one sector, of which three were taken, and in another order.
+    for (index, byte) in [1, 2, 3, 4].into_iter().enumerate() {
+        front_end.fill(DATA + 512 * index as u64, &[byte; 512]);
+    }
+    let ring = &mut front_end.rings[0];
+    let heads: Vec<_> = (0..4)
+        .map(|index| ring.request(VIRTIO_BLK_T_OUT, 9, &[readable(DATA + 512 * index, 512)]))
+        .collect();
+    note_taken(&file, &[heads[1], heads[0], heads[2]]);
+    // Whatever the front-end says of the index: QEMU means the used one.
+    restart_ring(&mut front_end, 0, base);
+    let ring = &mut front_end.rings[0];
+    let mut used: Vec<_> = (0..4).map(|_| ring.wait_used().0).collect();
+    assert_eq!(used.pop(), Some(heads[3]), "the new one is the last");
+    used.sort_unstable();
+    let mut expected = heads[..3].to_vec();
+    expected.sort_unstable();
+    assert_eq!(used, expected);
+    thread::sleep(A_WHILE);
+    assert_eq!(ring.take_used(), None);
+    for queue in 0..4 {
+        expect_service(&mut front_end, queue);
+    }
+    let target = [writable(DATA, 512)];
+    let ring = &mut front_end.rings[0];
+    assert_eq!(ring.run(VIRTIO_BLK_T_IN, 9, &target), (OK, 513));
+    assert_eq!(front_end.bytes(DATA, 512), [4; 512]);
+}
+
+#[test]
+fn regions_that_were_not_made_here_are_refused() {
+    let rig = Rig::new();
+    for case in 0..4 {
+        let (mut front_end, connection) = rig.connect();
+        front_end.negotiate(u64::MAX);
+        let (mut made, file) = with_region(&mut front_end);
+        let other = tempfile::tempfile().unwrap();
+        other.set_len(made.mmap_size).unwrap();
+        let mut fd = file.as_raw_fd();
+        match case {
+            0 => fd = other.as_raw_fd(),
+            1 => made.mmap_offset = 4096,
+            2 => made.num_queues = QUEUES + 1,
+            _ => made.queue_size = u16::MAX,
+        }
+        // The message has no answer of its own.
+        let _ = front_end.vhost.set_inflight_fd(&made, fd);
+        assert!(connection.has_ended_within(PATIENCE), "{case}");
+    }
 }

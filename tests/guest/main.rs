@@ -5,6 +5,7 @@
 
 #[path = "../common/mod.rs"]
 mod common;
+mod deaths;
 mod properties;
 mod qemu;
 mod queues;

@@ -1,0 +1,236 @@
+//! How a guest outlives this process: what the front-end keeps for us in the memory of
+//! its in-flight region, and what may be served when it comes back.
+//!
+//! The region is the standard part, see [`super::inflight`], and behind it a part of our
+//! own, in which the engine remembers what only this process knows, and a word for the
+//! cache mode that the driver believes in. The front-end does not look at that part and
+//! gives it back with the rest.
+
+use std::fs::File;
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use rustix::fs::{MemfdFlags, SealFlags};
+use thiserror::Error;
+use vhost::vhost_user::message::VhostUserInflight;
+
+use super::inflight::{InFlightQueue, Layout};
+use super::ratelimit::guest_log;
+use super::{BlockDevice, MAX_QUEUE_SIZE};
+use crate::ploop::TakeOverError;
+use crate::storage::{Disk, SharedWords};
+
+/// Of the word for the cache mode: that it is one, and that the cache is on.
+const NOTE_MODE: u64 = 1;
+const NOTE_ON: u64 = 2;
+
+/// Why a guest cannot go on.
+#[derive(Debug, Error)]
+pub(super) enum ContinuityError {
+    #[error("an in-flight region of {queues} queues with {entries} entries is not possible")]
+    Layout { queues: u16, entries: u16 },
+    #[error("the in-flight region cannot be made: {0}")]
+    Make(io::Error),
+    #[error("the in-flight region that came is not one that was made here: {0}")]
+    Foreign(io::Error),
+    #[error("the in-flight region cannot change while a ring runs")]
+    Running,
+    #[error(
+        "the guest was served by a process that was killed, and what that process knew is lost \
+         ({0}): the guest would read other data than it was told is written. Reset it"
+    )]
+    Lost(TakeOverError),
+    #[error(
+        "the guest was served by a process that was killed, and its front-end has kept no \
+         in-flight region: it may have been told of writes that are lost. Reset it"
+    )]
+    NotKept,
+}
+
+/// A region that the front-end has set.
+struct Region {
+    standard: Arc<SharedWords>,
+    layout: Layout,
+    own: State,
+}
+
+/// Of our own part of a region.
+enum State {
+    /// Nothing is in it yet.
+    Fresh(Option<SharedWords>),
+    /// The engine keeps in it what has to outlive us.
+    Used,
+    /// What came back in it is of no use.
+    Unusable(Option<SharedWords>, Option<TakeOverError>),
+}
+
+/// See the module's text.
+pub(super) struct Continuity<D: Disk> {
+    device: Arc<BlockDevice<D>>,
+    region: Option<Region>,
+}
+
+impl<D: Disk> Continuity<D> {
+    /// Without a region.
+    pub fn new(device: Arc<BlockDevice<D>>) -> Self {
+        Self {
+            device,
+            region: None,
+        }
+    }
+
+    /// Makes a region for the front-end to keep. The one before is not needed any more.
+    pub fn make(
+        &mut self,
+        asked: &VhostUserInflight,
+    ) -> Result<(VhostUserInflight, File), ContinuityError> {
+        let (queues, entries) = (asked.num_queues, asked.queue_size);
+        let layout = self.layout(queues, entries)?;
+        self.forget();
+        let len = SharedWords::aligned(layout.len()) + self.device.engine().remembered_len();
+        let file = make_file(len).map_err(ContinuityError::Make)?;
+        let made = VhostUserInflight {
+            mmap_size: len,
+            mmap_offset: 0,
+            num_queues: queues,
+            queue_size: entries,
+        };
+        Ok((made, file))
+    }
+
+    /// Takes a region that was made here, perhaps by a process that is gone.
+    pub fn take(
+        &mut self,
+        given: &VhostUserInflight,
+        file: File,
+    ) -> Result<Option<bool>, ContinuityError> {
+        let layout = self.layout(given.num_queues, given.queue_size)?;
+        if given.mmap_offset != 0 {
+            let why = io::Error::new(io::ErrorKind::InvalidInput, "it begins elsewhere");
+            return Err(ContinuityError::Foreign(why));
+        }
+        let file = Arc::new(file);
+        let map = |offset, words| {
+            SharedWords::map(Arc::clone(&file), offset, words).map_err(ContinuityError::Foreign)
+        };
+        let standard = Arc::new(map(0, layout.words())?);
+        let own_words = self.device.engine().remembered_len() as usize / size_of::<u64>();
+        let own = map(SharedWords::aligned(layout.len()), own_words)?;
+        let is_fresh = own
+            .word(0)
+            .is_none_or(|word| word.load(Ordering::Relaxed) == 0);
+        let again = own.map_again().map_err(ContinuityError::Foreign)?;
+        let own = if is_fresh {
+            State::Fresh(Some(own))
+        } else {
+            match self.device.engine().take_over(own) {
+                Ok(()) => State::Used,
+                Err(error) => State::Unusable(Some(again), Some(error)),
+            }
+        };
+        let mode = matches!(own, State::Used)
+            .then(|| self.noted_mode())
+            .flatten();
+        self.region = Some(Region {
+            standard,
+            layout,
+            own,
+        });
+        Ok(mode)
+    }
+
+    fn layout(&self, queues: u16, entries: u16) -> Result<Layout, ContinuityError> {
+        if queues == 0
+            || queues > self.device.num_queues()
+            || entries == 0
+            || entries > MAX_QUEUE_SIZE
+        {
+            return Err(ContinuityError::Layout { queues, entries });
+        }
+        Ok(Layout { queues, entries })
+    }
+
+    /// The part of one queue.
+    pub fn queue(&self, index: usize) -> Option<InFlightQueue> {
+        let region = self.region.as_ref()?;
+        InFlightQueue::new(Arc::clone(&region.standard), region.layout, index)
+    }
+
+    /// To be asked before a ring starts; `is_under_way` says whether its driver has used
+    /// it before. From then on the engine is in service.
+    pub fn admit(&mut self, is_under_way: bool) -> Result<(), ContinuityError> {
+        let engine = self.device.engine();
+        match self.region.as_mut().map(|region| &mut region.own) {
+            Some(State::Used) => return Ok(()),
+            Some(State::Unusable(_, error)) if is_under_way => {
+                return Err(error
+                    .take()
+                    .map_or(ContinuityError::NotKept, ContinuityError::Lost));
+            }
+            None | Some(State::Fresh(_)) if is_under_way && engine.awaits_take_over() => {
+                return Err(ContinuityError::NotKept);
+            }
+            Some(State::Fresh(words) | State::Unusable(words, _)) => {
+                let remembered = words.take().map(|words| engine.remember_in(words));
+                if let Some(Err(error)) = remembered {
+                    return Err(ContinuityError::Make(error));
+                }
+            }
+            None => {
+                engine.begin();
+                return Ok(());
+            }
+        }
+        if let Some(region) = &mut self.region {
+            region.own = State::Used;
+        }
+        Ok(())
+    }
+
+    /// What the driver believes of its cache.
+    pub fn note_mode(&self, cache_is_on: bool) {
+        let on = if cache_is_on { NOTE_ON } else { 0 };
+        self.device.engine().set_note(NOTE_MODE | on);
+    }
+
+    fn noted_mode(&self) -> Option<bool> {
+        let note = self.device.engine().note()?;
+        (note & NOTE_MODE != 0).then_some(note & NOTE_ON != 0)
+    }
+
+    /// Whether there is a region that the front-end keeps.
+    pub fn is_kept(&self) -> bool {
+        self.region.is_some()
+    }
+
+    /// No ring runs any more, and the region may be gone without a word: makes stable
+    /// what it remembers.
+    pub fn settle(&self) {
+        if let Err(error) = self.device.engine().settle() {
+            guest_log!(
+                self.device.host_limit(),
+                Error,
+                "what completed could not be made stable: {error}"
+            );
+        }
+    }
+
+    /// The device is reset, or another region is asked for: the front-end has given this
+    /// one up.
+    pub fn forget(&mut self) {
+        if self.region.take().is_some() {
+            self.settle();
+            self.device.engine().forget();
+        }
+    }
+}
+
+fn make_file(len: u64) -> io::Result<File> {
+    let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+    let file = File::from(rustix::fs::memfd_create("ploop-in-flight", flags)?);
+    file.set_len(len)?;
+    let seals = SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL;
+    rustix::fs::fcntl_add_seals(&file, seals)?;
+    Ok(file)
+}

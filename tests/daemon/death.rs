@@ -1,0 +1,180 @@
+//! The daemon is killed under a front-end that lives on and keeps its in-flight region.
+
+use std::fs::File;
+use std::os::fd::AsRawFd;
+use std::thread;
+use std::time::Instant;
+
+use vhost::VhostBackend;
+use vhost::vhost_user::message::VhostUserInflight;
+use vhost::vhost_user::{Frontend, VhostUserFrontend};
+use virtio_bindings::virtio_blk::{VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT};
+
+use crate::common::backend::Backend;
+use crate::front_end::*;
+use crate::{OK, Rig};
+
+/// Sectors of a cluster.
+const CLUSTER: u64 = 2048;
+
+/// A region and its description.
+type Region = (VhostUserInflight, File);
+
+fn ask_for_region(front_end: &mut FrontEnd) -> Region {
+    let asked = VhostUserInflight {
+        num_queues: QUEUES,
+        queue_size: 128,
+        ..VhostUserInflight::default()
+    };
+    front_end.vhost.get_inflight_fd(&asked).unwrap()
+}
+
+fn set_region(front_end: &mut FrontEnd, region: &Region) -> vhost::Result<()> {
+    let fd = region.1.as_raw_fd();
+    front_end.vhost.set_inflight_fd(&region.0, fd)
+}
+
+/// A driver and its front-end, from the beginning, with a region.
+fn begin(backend: &Backend) -> (FrontEnd, Region) {
+    let mut front_end = FrontEnd::connect(backend.socket());
+    front_end.negotiate(u64::MAX);
+    front_end.get_config(0, 60);
+    let region = ask_for_region(&mut front_end);
+    set_region(&mut front_end, &region).unwrap();
+    front_end.start_rings();
+    (front_end, region)
+}
+
+/// The driver goes on, with another connection.
+fn reconnect(front_end: &mut FrontEnd, backend: &Backend, region: Option<&Region>) {
+    front_end.vhost = Frontend::connect(backend.socket(), QUEUES.into()).unwrap();
+    front_end.negotiate(u64::MAX);
+    if let Some(region) = region {
+        set_region(front_end, region).unwrap();
+    }
+}
+
+fn write(front_end: &mut FrontEnd, sector: u64, byte: u8) {
+    front_end.fill(DATA, &[byte; 512]);
+    let source = [readable(DATA, 512)];
+    let answer = front_end.rings[0].run(VIRTIO_BLK_T_OUT, sector, &source);
+    assert_eq!(answer, (OK, 1));
+}
+
+fn expect(front_end: &mut FrontEnd, sector: u64, byte: u8) {
+    front_end.fill(DATA, &[0xee; 512]);
+    let target = [writable(DATA, 512)];
+    let answer = front_end.rings[0].run(VIRTIO_BLK_T_IN, sector, &target);
+    assert_eq!(answer, (OK, 513));
+    assert!(front_end.bytes(DATA, 512) == [byte; 512], "sector {sector}");
+}
+
+fn discard(front_end: &mut FrontEnd, sector: u64) {
+    let range = [
+        &sector.to_le_bytes()[..],
+        &(CLUSTER as u32).to_le_bytes(),
+        &[0; 4],
+    ]
+    .concat();
+    front_end.fill(DATA, &range);
+    let answer = front_end.rings[0].run(VIRTIO_BLK_T_DISCARD, 0, &[readable(DATA, 16)]);
+    assert_eq!(answer, (OK, 1));
+}
+
+const NEVER: &[&str] = &["--writeback-delay=60000"];
+
+#[test]
+fn what_was_completed_survives_a_kill() {
+    let rig = Rig::new();
+    let mut backend = rig.serve(NEVER);
+    let (mut front_end, region) = begin(&backend);
+    write(&mut front_end, 0, 1);
+    for round in 0..4_u8 {
+        let first = u64::from(round) * 3 * CLUSTER;
+        write(&mut front_end, first + CLUSTER, 10 + round);
+        write(&mut front_end, first + 2 * CLUSTER, 20 + round);
+        discard(&mut front_end, first + 2 * CLUSTER);
+        backend.kill();
+        backend = rig.serve(NEVER);
+        reconnect(&mut front_end, &backend, Some(&region));
+        front_end.start_rings();
+        expect(&mut front_end, 0, 1);
+        expect(&mut front_end, first + CLUSTER, 10 + round);
+        expect(&mut front_end, first + 2 * CLUSTER, 0);
+        assert!(backend.log().contains("took over"), "{}", backend.log());
+    }
+    drop(front_end);
+    backend.stop();
+    crate::ploop_img(["check", rig.image.to_str().unwrap()]).ok();
+}
+
+#[test]
+fn a_guest_goes_on_after_a_clean_end() {
+    let rig = Rig::new();
+    let mut backend = rig.serve(NEVER);
+    let (mut front_end, region) = begin(&backend);
+    for round in 0..3 {
+        write(&mut front_end, round * CLUSTER, 3);
+        backend.stop();
+        backend = rig.serve(NEVER);
+        reconnect(&mut front_end, &backend, Some(&region));
+        front_end.start_rings();
+        expect(&mut front_end, round * CLUSTER, 3);
+    }
+    // The same process, another connection.
+    write(&mut front_end, 9 * CLUSTER, 4);
+    drop(front_end.vhost.get_features());
+    reconnect(&mut front_end, &backend, Some(&region));
+    front_end.start_rings();
+    expect(&mut front_end, 9 * CLUSTER, 4);
+    backend.stop();
+}
+
+#[test]
+fn a_guest_whose_region_is_gone_is_refused_and_one_that_begins_anew_is_not() {
+    let rig = Rig::new();
+    let backend = rig.serve(NEVER);
+    let (mut front_end, _region) = begin(&backend);
+    write(&mut front_end, 0, 1);
+    backend.kill();
+    let backend = rig.serve(NEVER);
+    reconnect(&mut front_end, &backend, None);
+    let base = front_end.rings[0].avail_idx();
+    front_end.start_ring_at(0, base);
+    front_end.vhost.set_vring_enable(0, true).unwrap_err();
+    // A region without what the process before knew is as good as none.
+    reconnect(&mut front_end, &backend, None);
+    let other = ask_for_region(&mut front_end);
+    set_region(&mut front_end, &other).unwrap();
+    front_end.start_ring_at(0, base);
+    front_end.vhost.set_vring_enable(0, true).unwrap_err();
+    // The answer comes before the line.
+    let start = Instant::now();
+    while backend.log().matches("no in-flight region").count() < 2 {
+        assert!(start.elapsed() < PATIENCE, "{}", backend.log());
+        thread::sleep(A_WHILE);
+    }
+    let (mut front_end, _region) = begin(&backend);
+    write(&mut front_end, 0, 2);
+    expect(&mut front_end, 0, 2);
+    drop(front_end);
+    backend.stop();
+}
+
+#[test]
+fn a_cache_that_is_off_stays_off_over_a_kill() {
+    let rig = Rig::new();
+    let mut backend = rig.serve(NEVER);
+    let (mut front_end, region) = begin(&backend);
+    for mode in [0, 1, 0] {
+        front_end.set_config(32, &[mode]);
+        backend.kill();
+        backend = rig.serve(NEVER);
+        reconnect(&mut front_end, &backend, Some(&region));
+        assert_eq!(front_end.get_config(32, 1), [mode]);
+        front_end.start_rings();
+        write(&mut front_end, 0, 1);
+    }
+    drop(front_end);
+    backend.stop();
+}
