@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::os::fd::AsRawFd;
 use std::thread;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use vhost::VhostBackend;
 use vhost::vhost_user::message::VhostUserInflight;
@@ -47,7 +47,15 @@ fn begin(backend: &Backend) -> (FrontEnd, Region) {
 
 /// The driver goes on, with another connection.
 fn reconnect(front_end: &mut FrontEnd, backend: &Backend, region: Option<&Region>) {
-    front_end.vhost = Frontend::connect(backend.socket(), QUEUES.into()).unwrap();
+    // The socket of a process that was killed is there until the next one has replaced it.
+    let start = Instant::now();
+    front_end.vhost = loop {
+        match Frontend::connect(backend.socket(), QUEUES.into()) {
+            Ok(vhost) => break vhost,
+            Err(error) => assert!(start.elapsed() < PATIENCE, "{error}: {}", backend.log()),
+        }
+        thread::sleep(Duration::from_millis(5));
+    };
     front_end.negotiate(u64::MAX);
     if let Some(region) = region {
         set_region(front_end, region).unwrap();
