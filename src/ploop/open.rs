@@ -183,6 +183,11 @@ fn start<D: Disk>(
     if !awaits_take_over {
         engine.begin();
     }
+    // Another process may have died before it synced what it wrote, and its guest may
+    // go on with this one. Opening an image with a mark syncs that, opening others not.
+    if !engine.has_bat() && !engine.is_read_only() {
+        engine.uncover();
+    }
     let runners = (0..engine.runners.len())
         .map(|index| Runner::new(engine.clone(), index))
         .collect::<io::Result<_>>()?;

@@ -174,3 +174,15 @@ fn only_the_base_may_be_plain() {
     let refused = Engine::open(disk, &chain, options()).err();
     assert!(matches!(refused, Some(OpenError::Misfit { level: 1, .. })));
 }
+
+#[test]
+fn the_first_flush_covers_what_a_process_before_has_written() {
+    let disk = file(Medium::default(), SIZE);
+    let mut rig = open(&disk);
+    rig.write(0, &[7; 512]).unwrap();
+    drop(rig);
+    assert!(disk.is_unsynced());
+    let mut rig = open(&disk);
+    rig.flush().unwrap();
+    assert!(!disk.is_unsynced());
+}
