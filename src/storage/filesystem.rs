@@ -98,3 +98,19 @@ pub fn stat_path_now(path: &std::path::Path) -> io::Result<Statx> {
 pub fn len_now(file: impl AsFd) -> io::Result<u64> {
     Ok(stat_now(file)?.stx_size)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+
+    use super::*;
+
+    #[test]
+    fn file_systems_are_told_from_each_other() {
+        let memory = rustix::fs::memfd_create("test", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+        assert_eq!(magic_of(&memory), Some(magic::TMPFS));
+        assert!(is_in_memory(&memory) && !is_fuse(&memory) && !may_be_shared(&memory));
+        let kernels_own = File::open("/proc/version").unwrap();
+        assert!(!is_in_memory(&kernels_own) && !is_fuse(&kernels_own));
+    }
+}

@@ -230,3 +230,116 @@ impl Buffer {
         self.len() == 0
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Three pieces of one buffer, which outlives them.
+    fn pieces(memory: &mut [u8]) -> Segments {
+        let start = memory.as_mut_ptr();
+        let mut segments = Segments::new();
+        for (at, len) in [(0, 3), (4, 5), (10, 6)] {
+            // SAFETY: inside `memory`, which is not looked at while the pieces live.
+            unsafe { segments.push(start.wrapping_add(at), len) };
+        }
+        segments
+    }
+
+    fn lengths(segments: &Segments) -> Vec<usize> {
+        segments.as_slice().iter().map(Segment::len).collect()
+    }
+
+    fn bytes(segments: &Segments) -> Vec<u8> {
+        let mut bytes = vec![0; segments.len()];
+        segments.copy_to(0, &mut bytes);
+        bytes
+    }
+
+    fn counting() -> [u8; 16] {
+        std::array::from_fn(|at| at as u8)
+    }
+
+    const ALL: [u8; 14] = [0, 1, 2, 4, 5, 6, 7, 8, 10, 11, 12, 13, 14, 15];
+
+    #[test]
+    fn the_front_and_the_rest_are_the_whole_wherever_it_is_cut() {
+        for cut in 0..=16 {
+            let mut memory = counting();
+            let mut rest = pieces(&mut memory);
+            let front = rest.take_front(cut);
+            let cut = cut.min(14);
+            assert_eq!((front.len(), rest.len()), (cut, 14 - cut));
+            assert_eq!(lengths(&front).iter().sum::<usize>(), cut);
+            assert_eq!(lengths(&rest).iter().sum::<usize>(), 14 - cut);
+            assert_eq!(bytes(&front), ALL[..cut]);
+            assert_eq!(bytes(&rest), ALL[cut..]);
+        }
+    }
+
+    #[test]
+    fn a_list_from_the_middle_has_what_is_behind() {
+        let mut memory = counting();
+        let segments = pieces(&mut memory);
+        for skip in 0..=16 {
+            let list = segments.list_from(skip);
+            let len: usize = list.iter().map(Segment::len).sum();
+            assert_eq!(len, 14 - skip.min(14));
+            assert!(list.iter().all(|segment| !segment.is_empty()));
+        }
+        let starts = segments.list_from(4);
+        assert_eq!(
+            starts[0].as_ptr(),
+            segments.as_slice()[1].as_ptr().wrapping_add(1)
+        );
+    }
+
+    #[test]
+    fn bytes_are_copied_from_and_to_the_middle() {
+        let mut memory = counting();
+        let segments = pieces(&mut memory);
+        let mut three = [0; 3];
+        segments.copy_to(2, &mut three);
+        assert_eq!(three, [2, 4, 5]);
+        segments.copy_from(7, &[70, 71, 72]);
+        assert_eq!(bytes(&segments)[6..11], [7, 70, 71, 72, 12]);
+        segments.fill_zero();
+        assert_eq!(bytes(&segments), [0; 14]);
+        drop(segments);
+        assert_eq!((memory[3], memory[9]), (3, 9), "between the pieces");
+    }
+
+    #[test]
+    fn one_byte_anywhere_makes_it_not_zero() {
+        const LEN: usize = 3 * 4096 + 100;
+        let mut memory = vec![0; LEN];
+        for place in [
+            0,
+            1,
+            63,
+            64,
+            65,
+            4095,
+            4096,
+            4159,
+            4160,
+            4161,
+            8256,
+            LEN - 1,
+        ] {
+            memory[place] = 1;
+            let mut segments = Segments::new();
+            // SAFETY: the memory outlives the segments and is not looked at meanwhile.
+            unsafe { segments.push(memory.as_mut_ptr(), LEN) };
+            assert!(!segments.is_zero(), "at {place}");
+            drop(segments);
+            memory[place] = 0;
+        }
+        for len in [0, 1, 64, 65, 4160, 4161, LEN] {
+            let mut segments = Segments::new();
+            // SAFETY: the same.
+            unsafe { segments.push(memory.as_mut_ptr(), len) };
+            assert!(segments.is_zero(), "{len} bytes");
+        }
+    }
+}

@@ -254,3 +254,14 @@ proptest! {
         prop_assert_eq!(geometry.host_clusters_below(geometry.host_offset(host)), u64::from(host.0));
     }
 }
+
+#[test]
+fn a_disk_that_may_hold_data_is_not_said_to_be_empty() {
+    let mut header = Header::new(Sector(2048), ClusterSize::DEFAULT).unwrap();
+    let flags = |header: &Header| header.to_bytes()[52];
+    header.set_converting();
+    let before = flags(&header);
+    header.clear_empty();
+    assert_eq!(flags(&header), before - 1);
+    assert!(header.is_converting());
+}

@@ -41,6 +41,13 @@ impl Alignment {
         offset: 1,
     };
 
+    /// `None` if transfers cannot be like that. Zeros say that there are no direct ones.
+    fn usable(memory: u32, offset: u32) -> Option<Self> {
+        let usable =
+            memory.is_power_of_two() && memory <= BUFFER_ALIGNMENT && offset.is_power_of_two();
+        usable.then_some(Self { memory, offset })
+    }
+
     /// `value` rounded down to where a transfer may start.
     pub(super) fn floor(self, value: u64) -> u64 {
         value - self.beyond(value)
@@ -365,14 +372,7 @@ impl SharedFile {
 
     /// The unit in bytes, a power of two, in which space is given back.
     pub(super) fn block_size(&self) -> io::Result<u32> {
-        // Network file systems report their transfer size here, or anything.
-        const MAX: u64 = 64 << 10;
-        const USUAL: u32 = 4096;
-        let reported = rustix::fs::fstatvfs(&self.file)?.f_frsize;
-        Ok(u32::try_from(reported)
-            .ok()
-            .filter(|&size| size.is_power_of_two() && u64::from(size) <= MAX && size >= 512)
-            .unwrap_or(USUAL))
+        Ok(believable_block(rustix::fs::fstatvfs(&self.file)?.f_frsize))
     }
 
     /// Whether io_uring would send each transfer to a kernel worker thread,
@@ -554,6 +554,16 @@ fn set_direct(fd: BorrowedFd<'_>, on: bool) -> io::Result<()> {
     Ok(())
 }
 
+/// The block size that a file system reports in bytes, if it can be one.
+fn believable_block(reported: u64) -> u32 {
+    // Network file systems report their transfer size here, or anything.
+    const MAX: u32 = 64 << 10;
+    const USUAL: u32 = 4096;
+    let size = u32::try_from(reported).unwrap_or(0);
+    let is_believable = size.is_power_of_two() && (512..=MAX).contains(&size);
+    if is_believable { size } else { USUAL }
+}
+
 /// What the file system says that direct I/O demands; where it does not say,
 /// what is found by trying.
 fn alignment_of(file: &File) -> io::Result<Alignment> {
@@ -564,12 +574,7 @@ fn alignment_of(file: &File) -> io::Result<Alignment> {
         && stat.stx_mask & libc::STATX_DIOALIGN != 0
     {
         let (memory, offset) = (stat.stx_dio_mem_align, stat.stx_dio_offset_align);
-        let usable =
-            memory.is_power_of_two() && memory <= BUFFER_ALIGNMENT && offset.is_power_of_two();
-        // Zero says that there is no direct I/O.
-        return usable
-            .then_some(Alignment { memory, offset })
-            .ok_or_else(refused);
+        return Alignment::usable(memory, offset).ok_or_else(refused);
     }
     if filesystem::is_in_memory(file) {
         return Ok(Alignment::NONE);
@@ -606,5 +611,75 @@ fn try_read(file: &File, alignment: Alignment) -> io::Result<()> {
     match file.read_at(&mut bytes[memory..], offset as u64) {
         Err(error) if is_refusal_of_direct(&error) => Err(error),
         _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_block_size_that_can_be_one_is_believed() {
+        for size in [512, 1024, 4096, 65536] {
+            assert_eq!(u64::from(believable_block(size)), size);
+        }
+        for size in [
+            0,
+            1,
+            256,
+            513,
+            4097,
+            131_072,
+            1 << 20,
+            (1 << 32) + 4096,
+            u64::MAX,
+        ] {
+            assert_eq!(believable_block(size), 4096, "{size}");
+        }
+    }
+
+    #[test]
+    fn direct_io_needs_an_alignment_that_our_memory_has() {
+        for (memory, offset) in [(1, 1), (4, 512), (512, 512), (4096, 65536)] {
+            assert_eq!(
+                Alignment::usable(memory, offset),
+                Some(Alignment { memory, offset })
+            );
+        }
+        for (memory, offset) in [
+            (0, 0),
+            (0, 512),
+            (512, 0),
+            (8192, 512),
+            (3, 512),
+            (512, 600),
+        ] {
+            assert_eq!(Alignment::usable(memory, offset), None);
+        }
+    }
+
+    #[test]
+    fn transfers_start_and_end_where_they_may() {
+        let alignment = Alignment {
+            memory: 4,
+            offset: 512,
+        };
+        for (value, floor, ceil) in [(0, 0, 0), (1, 0, 512), (511, 0, 512), (512, 512, 512)] {
+            assert_eq!(alignment.floor(value), floor);
+            assert_eq!(alignment.ceil(value), ceil);
+            assert_eq!(alignment.beyond(value), value - floor);
+            assert_eq!(alignment.fits(value), floor == ceil);
+        }
+        assert!(alignment.fits_memory(4, 512) && alignment.fits_memory(8, 1024));
+        assert!(!alignment.fits_memory(2, 512) && !alignment.fits_memory(4, 8));
+    }
+
+    #[test]
+    fn what_is_asked_of_fallocate_keeps_the_length_but_where_it_allocates() {
+        let (punch, keep) = (libc::FALLOC_FL_PUNCH_HOLE, libc::FALLOC_FL_KEEP_SIZE);
+        assert_eq!(Fallocation::Punch.mode(), punch + keep);
+        let zero = libc::FALLOC_FL_ZERO_RANGE;
+        assert_eq!(Fallocation::ZeroRange.mode(), zero + keep);
+        assert_eq!(Fallocation::Allocate.mode(), 0);
     }
 }
