@@ -124,6 +124,7 @@ fn power_cuts_single_image() {
         Case::HeldBack,
         Case::Marking,
         Case::Killed,
+        Case::ExtensionDropped,
         Case::TakenOver,
     ] {
         assert!(record.cases.get(case) > 0, "never happened: {case:?}");
