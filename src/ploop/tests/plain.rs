@@ -178,11 +178,11 @@ fn only_the_base_may_be_plain() {
 #[test]
 fn the_first_flush_covers_what_a_process_before_has_written() {
     let disk = file(Medium::default(), SIZE);
-    let mut rig = open(&disk);
+    let rig = open(&disk);
     rig.write(0, &[7; 512]).unwrap();
     drop(rig);
     assert!(disk.is_unsynced());
-    let mut rig = open(&disk);
+    let rig = open(&disk);
     rig.flush().unwrap();
     assert!(!disk.is_unsynced());
 }
