@@ -19,7 +19,7 @@ use crate::format::{SECTOR_SIZE, Sector};
 const MAX_SEGMENTS: u16 = 126;
 
 /// Descriptors of a request that are not data: header and status.
-const FRAME_DESCRIPTORS: u16 = 2;
+pub(super) const FRAME_DESCRIPTORS: u16 = 2;
 
 /// Most ranges of a discard or write-zeroes.
 pub(super) const MAX_RANGES: u32 = 64;
@@ -52,6 +52,12 @@ pub(super) struct ConfigSpace {
     pub writeback: bool,
 }
 
+/// Most data segments of a request on a device whose largest ring has `queue_size`
+/// descriptors.
+pub(super) fn seg_max(queue_size: u16) -> u16 {
+    MAX_SEGMENTS.min(queue_size.saturating_sub(FRAME_DESCRIPTORS))
+}
+
 impl ConfigSpace {
     /// Exactly `size` bytes from `offset`; what lies beyond the fields that this
     /// device has reads as zeros, as fields of absent features do.
@@ -68,7 +74,7 @@ impl ConfigSpace {
         let block = self.logical_block;
         let physical = self.host_block.max(block);
         let per_physical = physical / block;
-        let seg_max = MAX_SEGMENTS.min(self.queue_size.saturating_sub(FRAME_DESCRIPTORS));
+        let seg_max = seg_max(self.queue_size);
         let mut out = Fields::default();
         out.put(self.disk_size.0.to_le_bytes()); // capacity
         out.put(0_u32.to_le_bytes()); // size_max

@@ -39,6 +39,7 @@ mod ratelimit;
 mod request;
 mod requests;
 mod ring;
+mod ring_size;
 mod session;
 mod spin;
 mod worker;

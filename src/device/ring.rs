@@ -11,6 +11,7 @@ use std::sync::atomic::Ordering;
 
 use thiserror::Error;
 use vhost_user_backend::{VringMutex, VringT};
+use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use virtio_queue::{Error as QueueError, Queue, QueueT};
 use vm_memory::GuestAddressSpace;
 
@@ -21,8 +22,9 @@ use super::mailbox::{Mail, Parked};
 use super::memory::{Memory, SharedMemory};
 use super::queue_thread::{QueueThread, Start};
 use super::ratelimit::guest_log;
+use super::ring_size::RingSizes;
 use super::worker::Events;
-use super::{BlockDevice, MIN_QUEUE_SIZE};
+use super::{BlockDevice, MIN_QUEUE_SIZE, config};
 use crate::storage::Disk;
 
 /// What a ring cannot be or do.
@@ -52,11 +54,27 @@ pub(super) enum RingError {
 pub(super) struct Surroundings<'a, D: Disk> {
     pub device: &'a Arc<BlockDevice<D>>,
     pub memory: &'a Arc<SharedMemory>,
-    /// Whether EVENT_IDX was negotiated.
-    pub event_idx: bool,
+    /// What the driver has accepted.
+    pub acked_features: u64,
+    pub ring_sizes: &'a RingSizes,
     /// Whether the driver has used any ring before it starts now.
     pub is_under_way: bool,
     pub continuity: &'a mut Continuity<D>,
+}
+
+impl<D: Disk> Surroundings<'_, D> {
+    fn has_event_idx(&self) -> bool {
+        self.acked_features & (1 << VIRTIO_RING_F_EVENT_IDX) != 0
+    }
+
+    /// A ring of so many descriptors has started.
+    fn look_at_size(&self, size: u16) {
+        let seg_max = config::seg_max(self.device.queue_size());
+        let warning = self.ring_sizes.started(size, self.acked_features, seg_max);
+        if let Some(warning) = warning {
+            guest_log!(self.device.host_limit(), Warn, "{warning}");
+        }
+    }
 }
 
 /// See the module's text.
@@ -222,7 +240,7 @@ impl Ring {
         };
         let used = self.vring.queue_used_idx();
         let used = used.map_err(RingError::OutsideMemory)?;
-        self.renew_queue(used, surroundings.event_idx);
+        self.renew_queue(used, surroundings.has_event_idx());
         surroundings.continuity.admit(surroundings.is_under_way)?;
         let (in_flight, recovery) = self.recover(used, surroundings)?;
         let events = Events {
@@ -240,6 +258,7 @@ impl Ring {
             recovery,
         });
         self.thread = Some(thread.map_err(RingError::Thread)?);
+        surroundings.look_at_size(self.vring.get_ref().get_queue().size());
         Ok(())
     }
 

@@ -19,7 +19,6 @@ use vhost::vhost_user::message::{
 use vhost::vhost_user::{
     Error as VhostError, GpuBackend, Result as VhostResult, VhostUserBackendReqHandlerMut,
 };
-use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use virtio_queue::Error as QueueError;
 
 use super::BlockDevice;
@@ -30,6 +29,7 @@ use super::mailbox::Parked;
 use super::memory_table::{MAX_REGIONS, MemoryError, MemoryTable};
 use super::ratelimit::guest_log;
 use super::ring::{Ring, RingError, Surroundings};
+use super::ring_size::RingSizes;
 use super::write_cache::WriteCache;
 use crate::storage::Disk;
 
@@ -74,6 +74,7 @@ pub(super) struct Session<D: Disk> {
     acked_features: u64,
     write_cache: WriteCache,
     continuity: Continuity<D>,
+    ring_sizes: RingSizes,
     /// Of the last message, if it was not obeyed.
     refusal: Option<Refusal>,
 }
@@ -94,6 +95,7 @@ impl<D: Disk> Session<D> {
             acked_features: 0,
             write_cache: WriteCache::new(),
             continuity: Continuity::new(Arc::clone(&device)),
+            ring_sizes: RingSizes::default(),
             refusal: None,
             device,
         };
@@ -169,7 +171,8 @@ impl<D: Disk> Session<D> {
         let mut surroundings = Surroundings {
             device: &self.device,
             memory: self.memory.shared(),
-            event_idx: self.acked_features & (1 << VIRTIO_RING_F_EVENT_IDX) != 0,
+            acked_features: self.acked_features,
+            ring_sizes: &self.ring_sizes,
             is_under_way: self.rings.iter().any(Ring::is_under_way),
             continuity: &mut self.continuity,
         };

@@ -132,7 +132,7 @@ impl Folder {
     }
 
     /// A new, empty file that gets the name `name` with [`NewFile::publish`]. It is
-    /// for its maker alone, unless it is given another [`Ownership`].
+    /// for its maker alone, unless it is given another ownership.
     ///
     /// # Errors
     /// Any of `open(2)`.

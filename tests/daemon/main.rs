@@ -33,6 +33,7 @@ use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_RO, VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT,
     VIRTIO_BLK_T_WRITE_ZEROES,
 };
+use virtio_bindings::virtio_ring::VIRTIO_RING_F_INDIRECT_DESC;
 
 const OK: u8 = 0;
 const IOERR: u8 = 1;
@@ -525,6 +526,27 @@ fn threads_have_names() {
         assert!(tasks.iter().any(|task| task == name), "{name}: {tasks:?}");
     }
     assert!(!tasks.iter().any(|task| task == "vq4"), "{tasks:?}");
+}
+
+#[test]
+fn a_ring_too_small_for_the_longest_request_is_said_once() {
+    let rig = Rig::new();
+    let text = "no room for the longest request";
+    for (features, times) in [(u64::MAX, 0), (!(1 << VIRTIO_RING_F_INDIRECT_DESC), 1)] {
+        let backend = rig.serve(&[]);
+        let mut front_end = FrontEnd::connect(backend.socket());
+        front_end.negotiate(features);
+        front_end.start_rings();
+        for queue in 0..usize::from(QUEUES) {
+            let flush = front_end.rings[queue].run(VIRTIO_BLK_T_FLUSH, 0, &[]);
+            assert_eq!(flush, (OK, 1));
+        }
+        let log = backend.log();
+        assert_eq!(log.matches(text).count(), times, "{log}");
+        drop(front_end);
+        backend.stop();
+        fs::remove_file(rig.socket.with_extension("log")).unwrap();
+    }
 }
 
 #[test]

@@ -11,7 +11,7 @@ use std::path::Path;
 /// Who holds the lock that is in the way.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Holder {
-    /// As far as it is known; see [`Self::identify`].
+    /// As far as it is known.
     pub pid: Option<i32>,
     /// The byte that is locked.
     pub(super) byte: i64,
