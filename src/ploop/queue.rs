@@ -485,12 +485,14 @@ impl<D: Disk> Queue<D> {
     /// of the two has failed. If it was the write, that concerns nobody else. A sync
     /// that fails may have lost what others have written, and its error is reported
     /// once only: no later sync would tell (I7). So the write is tried alone, and if
-    /// that succeeds, it was the sync. Its epoch stays, as does its cluster.
+    /// that succeeds, it was the sync. Its epoch stays, as does its cluster. A full
+    /// host is no exception: one that finds the space for a write late (NFS, thin
+    /// volumes) says so in the sync.
     fn doubt(&mut self, completion: Completion) -> Option<Completion> {
         match completion {
             Completion {
                 tag,
-                result: Err(errno),
+                result: Err(_),
                 op:
                     Op::Write {
                         file,
@@ -498,7 +500,7 @@ impl<D: Disk> Queue<D> {
                         buffer,
                         dsync: true,
                     },
-            } if !matches!(errno, Errno::NOSPC | Errno::DQUOT) => {
+            } => {
                 self.ops[tag as usize].doubted = true;
                 self.engine.begin_doubt();
                 let write = Op::Write {

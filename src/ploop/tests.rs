@@ -360,6 +360,22 @@ fn a_stable_write_whose_sync_fails_fails_all_that_would_be_stable() {
 }
 
 #[test]
+fn a_stable_write_whose_sync_finds_no_space_fails_all_that_would_be_stable() {
+    let rig = Rig::new(4 * CLUSTER);
+    assert!(rig.engine.begin_write_through(true).is_some());
+    rig.write(0, &[5; 512]).unwrap();
+    rig.disk
+        .change_medium(|medium| medium.faults.full_stable_write = 1.0);
+    assert_eq!(rig.write(0, &[6; 512]), Err(EngineError::SyncFailed));
+    assert!(!rig.engine.is_in_doubt());
+    rig.disk
+        .change_medium(|medium| medium.faults.full_stable_write = 0.0);
+    assert_eq!(rig.write(512, &[7; 512]), Err(EngineError::SyncFailed));
+    assert_eq!(rig.flush(), Err(EngineError::SyncFailed));
+    assert_eq!(rig.read(512, 512), [7; 512]);
+}
+
+#[test]
 fn a_stable_write_that_fails_by_itself_concerns_nobody_else() {
     let rig = Rig::new(4 * CLUSTER);
     assert!(rig.engine.begin_write_through(true).is_some());

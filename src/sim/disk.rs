@@ -40,6 +40,8 @@ pub struct Faults {
     pub sync: f64,
     /// `EIO` for the sync of a stable write.
     pub stable_write: f64,
+    /// `ENOSPC` for the sync of a stable write.
+    pub full_stable_write: f64,
 }
 
 /// What a simulated disk is like.
@@ -646,13 +648,13 @@ impl State {
         } = &pending.op
         {
             let file = *file;
-            if result.is_ok() && (self.stable_write_fails() || self.sync_fails()) {
-                result = Err(Errno::IO);
-                self.lose(file, id, pending.io);
-            } else if result.is_ok() {
-                self.file(file).sync(|op| op == id);
-            } else {
+            if result.is_err() {
                 self.file(file).fail_sync(|op| op == id, |_| false);
+            } else if let Some(errno) = self.stable_write_error() {
+                result = Err(errno);
+                self.lose(file, id, pending.io);
+            } else {
+                self.file(file).sync(|op| op == id);
             }
         }
         // What a failed one has done is synced with the rest.
@@ -940,11 +942,20 @@ impl State {
         fails
     }
 
-    /// Whether the sync of a stable write fails alone.
-    fn stable_write_fails(&mut self) -> bool {
-        let fails = self.fails(self.medium.faults.stable_write);
-        self.failures += u64::from(fails);
-        fails
+    /// What the sync of a stable write fails with, alone or as any sync.
+    fn stable_write_error(&mut self) -> Option<Errno> {
+        let faults = self.medium.faults;
+        let alone = [
+            (faults.stable_write, Errno::IO),
+            (faults.full_stable_write, Errno::NOSPC),
+        ];
+        for (probability, errno) in alone {
+            if self.fails(probability) {
+                self.failures += 1;
+                return Some(errno);
+            }
+        }
+        self.sync_fails().then_some(Errno::IO)
     }
 
     /// The sync of a stable write has failed, and what was written before it by

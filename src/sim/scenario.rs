@@ -544,7 +544,7 @@ impl Profile {
             actions.extend([(Space, 1), (GiveUp, 1)]);
         }
         let faults = random_faults(rng);
-        if faults.stable_write > 0.0 {
+        if faults.stable_write + faults.full_stable_write > 0.0 {
             actions.extend([(WriteThrough, 1), (Write, 8)]);
         }
         let sectors = cluster / SECTOR as u64;
@@ -586,6 +586,7 @@ fn random_faults(rng: &mut SmallRng) -> Faults {
         &mut faults.allocate,
         &mut faults.sync,
         &mut faults.stable_write,
+        &mut faults.full_stable_write,
     ];
     for fault in all {
         if rng.random_ratio(1, 3) {

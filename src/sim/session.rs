@@ -200,6 +200,9 @@ pub(super) struct Trouble {
     space: bool,
     /// The host is full, and has no space for the mapping either.
     space_for_metadata: bool,
+    /// The host is full. A write in write-through to what was punched needs space; if it
+    /// finds some when it is tried again, that looks like a failed sync.
+    space_in_doubt: bool,
     read_only: bool,
 }
 
@@ -208,6 +211,7 @@ impl Trouble {
         match error {
             EngineError::NoSpace => self.space,
             EngineError::Metadata(Errno::NOSPC) if self.space_for_metadata => true,
+            EngineError::SyncFailed if self.space_in_doubt => true,
             EngineError::Io(_) | EngineError::Metadata(_) | EngineError::SyncFailed => self.faults,
             EngineError::ReadOnly => self.read_only,
             _ => false,
@@ -252,6 +256,7 @@ impl Session {
                 faults: profile.faults != Faults::default(),
                 space: profile.is_tight && policy == OnEnospc::Report,
                 space_for_metadata: profile.is_tight && world.scenario.medium.copies_on_write,
+                space_in_doubt: profile.is_tight,
                 read_only: profile.read_only,
             },
             sync_failed: false,

@@ -382,6 +382,7 @@ fn faults_come_as_often_as_asked_for() {
         allocate: 1.0,
         sync: 1.0,
         stable_write: 0.0,
+        full_stable_write: 0.0,
     };
     let disk = disk(
         Medium {

@@ -58,6 +58,24 @@ fn an_overwrite_that_needs_space_waits_and_holds_nobody_up() {
 }
 
 #[test]
+fn a_stable_overwrite_that_needs_space_waits_and_is_no_failed_sync() {
+    let rig = copying_on_write();
+    assert!(rig.engine.begin_write_through(true).is_some());
+    rig.write(0, &[1; 4096]).unwrap();
+    rig.fill_up();
+    let waiting = rig.push_write_to(0, 0, &[2; 4096]);
+    rig.turn_for(SOON);
+    assert!(!rig.has_ended(waiting));
+    assert!(!rig.engine.is_in_doubt());
+    rig.flush().unwrap();
+    rig.make_room();
+    assert_eq!(rig.result(waiting), Ok(()));
+    rig.flush().unwrap();
+    let rig = rig.cut();
+    assert!(rig.read(0, 4096) == [2; 4096]);
+}
+
+#[test]
 fn a_flush_fails_while_there_is_no_space_for_the_mapping() {
     let rig = copying_on_write();
     rig.write(0, &[1; 512]).unwrap();
