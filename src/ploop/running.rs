@@ -2,9 +2,10 @@
 
 use std::os::fd::{AsFd, BorrowedFd, RawFd};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
-use std::{io, sync::atomic::AtomicBool, sync::atomic::Ordering};
+use std::{io, process};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
@@ -18,7 +19,7 @@ use super::runner::Runner;
 use crate::storage::{Disk, Io};
 
 /// An open disk whose threads run. Make [`Queue`](super::Queue)s of its engine,
-/// drop them, then [`Self::close`] it.
+/// drop them, then [`Self::close`] it. A panic in one of the threads ends the process.
 pub struct Running<D: Disk> {
     engine: Arc<Engine<D>>,
     stopped: Arc<AtomicBool>,
@@ -95,7 +96,25 @@ impl<D: Disk> Drop for Running<D> {
     }
 }
 
-fn run_md<D: Disk>(mut md: MdWriter<D>) {
+/// While it lives, a panic of this thread ends the process: others wait for what only
+/// this thread does, and would wait for ever. The image survives that as it survives a
+/// power cut.
+struct Indispensable;
+
+impl Drop for Indispensable {
+    fn drop(&mut self) {
+        if thread::panicking() {
+            let thread = thread::current();
+            let name = thread.name().unwrap_or("a thread of the engine");
+            log::error!("{name} has panicked, nothing goes on without it: the process ends");
+            process::abort();
+        }
+    }
+}
+
+pub(super) fn run_md<D: Disk>(mut md: MdWriter<D>) {
+    // Dropped before `md`, which would wait for its I/O.
+    let _indispensable = Indispensable;
     let start = Instant::now();
     while !md.is_closed() {
         let at_most = md.poll(start.elapsed());
@@ -105,7 +124,9 @@ fn run_md<D: Disk>(mut md: MdWriter<D>) {
     }
 }
 
-fn run_runner<D: Disk>(mut runner: Runner<D>, stopped: &AtomicBool) {
+pub(super) fn run_runner<D: Disk>(mut runner: Runner<D>, stopped: &AtomicBool) {
+    // Dropped before `runner`, which would wait for its I/O.
+    let _indispensable = Indispensable;
     let start = Instant::now();
     loop {
         let at_most = runner.poll(start.elapsed());

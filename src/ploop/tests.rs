@@ -20,6 +20,7 @@ mod queues;
 mod reuse;
 mod space;
 mod take_over;
+mod threads;
 mod writeback;
 
 const CLUSTER: u64 = 32 << 10;
