@@ -92,19 +92,6 @@ fn a_life_follows_from_its_seed() {
     }
 }
 
-/// Kept for as long as their seeds mean the same.
-#[test]
-fn lives_that_went_wrong_once_go_well() {
-    // Clusters on their way back, whose sync had to wait because a page had failed:
-    // nothing woke the metadata thread when that time was over.
-    const FORGOTTEN_ALARM: u64 = 20_392_350;
-    for seed in [FORGOTTEN_ALARM] {
-        if let Err(failure) = life::live(seed, false, false) {
-            panic!("{failure}");
-        }
-    }
-}
-
 #[test]
 fn power_cuts_single_image() {
     let record = run_and_report("single images", false);

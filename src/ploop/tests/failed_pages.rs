@@ -95,3 +95,34 @@ fn what_was_made_good_does_not_keep_the_image_from_being_closed() {
     assert_eq!(rig.disk.read_live(FileId(0), 44, 4), [0; 4]);
     assert_ne!(rig.entry_on_disk(), [0; 4]);
 }
+
+/// A page that failed was written at once, by a flush. Then older I/O ends, and clusters
+/// on their way back need a sync, which waits until pages may be tried again.
+#[test]
+fn clusters_whose_sync_waits_for_the_time_of_a_retry_are_not_forgotten() {
+    let rig = Rig::with_failed_page().and_a_queue();
+    assert_eq!(rig.flush(), FAILED);
+    // Then clusters are few, and there will be no more of them.
+    rig.write(CLUSTER, &vec![5; 13 * CLUSTER as usize]).unwrap();
+    rig.flush().unwrap();
+    let data = rig.segments(&[0; 512]);
+    let start = Sector(0);
+    let older = rig.push_to(1, Command::Read { start, data });
+    let others_turn = |rig: &Rig| {
+        rig.poll_queue(0);
+        rig.poll_runners();
+        rig.poll_md();
+        rig.step_disk();
+    };
+    let ranges = smallvec![range(0, CLUSTER)];
+    for command in [Command::Discard { ranges }, Command::Flush] {
+        let tag = rig.push(command);
+        assert_eq!(rig.result_by(tag, others_turn), Ok(()));
+    }
+    assert_eq!(rig.result(older), Ok(()));
+    // Until the hole is punched.
+    rig.turns(20);
+    assert!(!rig.disk.is_busy());
+    let after = rig.md.borrow_mut().poll(rig.now.get());
+    assert!(after.is_some(), "nothing would wake the metadata thread");
+}
