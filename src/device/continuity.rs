@@ -160,6 +160,7 @@ impl<D: Disk> Continuity<D> {
     /// To be asked before a ring starts; `is_under_way` says whether its driver has used
     /// it before. From then on the engine is in service.
     pub fn admit(&mut self, is_under_way: bool) -> Result<(), ContinuityError> {
+        let is_under_way = is_under_way || self.has_been_served();
         let engine = self.device.engine();
         match self.region.as_mut().map(|region| &mut region.own) {
             Some(State::Used) => return Ok(()),
@@ -188,8 +189,29 @@ impl<D: Disk> Continuity<D> {
         Ok(())
     }
 
+    /// Whether somebody has served a ring with the region before, whatever the front-end
+    /// says of its index.
+    fn has_been_served(&self) -> bool {
+        let queues = self
+            .region
+            .as_ref()
+            .map_or(0, |region| region.layout.queues);
+        let mut queues = (0..usize::from(queues)).filter_map(|index| self.queue(index));
+        queues.any(|queue| queue.is_old())
+    }
+
     /// What the driver believes of its cache.
     pub fn note_mode(&self, cache_is_on: bool) {
+        // The memory that the engine has may be another front-end's.
+        if !matches!(
+            &self.region,
+            Some(Region {
+                own: State::Used,
+                ..
+            })
+        ) {
+            return;
+        }
         let on = if cache_is_on { NOTE_ON } else { 0 };
         self.device.engine().set_note(NOTE_MODE | on);
     }
@@ -219,9 +241,11 @@ impl<D: Disk> Continuity<D> {
     /// The device is reset, or another region is asked for: the front-end has given this
     /// one up.
     pub fn forget(&mut self) {
-        if self.region.take().is_some() {
+        // Also the region of a connection before this one.
+        let engine = self.device.engine();
+        if self.region.take().is_some() || engine.note().is_some() {
             self.settle();
-            self.device.engine().forget();
+            engine.forget();
         }
     }
 }

@@ -88,6 +88,12 @@ impl InFlightQueue {
         is_there.then_some(queue)
     }
 
+    /// Whether a process has served the ring with this region.
+    pub fn is_old(&self) -> bool {
+        let [version, ..] = self.header();
+        version == VERSION
+    }
+
     /// How many descriptors its ring may have.
     pub fn entries(&self) -> u16 {
         self.entries
@@ -171,6 +177,8 @@ impl InFlightQueue {
             compiler_fence(Ordering::SeqCst);
             let (_, next) = self.entry(head);
             self.set_entry(head, true, next);
+            // Before anything is done for it, and before the next one is taken.
+            compiler_fence(Ordering::SeqCst);
         }
     }
 

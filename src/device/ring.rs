@@ -46,6 +46,8 @@ pub(super) enum RingError {
     Thread(io::Error),
     #[error("its {size} descriptors are more than the in-flight region has entries for")]
     Region { size: u16 },
+    #[error("the in-flight region has no part for it")]
+    NoPart,
     #[error(transparent)]
     Continuity(#[from] ContinuityError),
 }
@@ -241,8 +243,12 @@ impl Ring {
         let used = self.vring.queue_used_idx();
         let used = used.map_err(RingError::OutsideMemory)?;
         self.renew_queue(used, surroundings.has_event_idx());
-        surroundings.continuity.admit(surroundings.is_under_way)?;
+        // Whatever the front-end says of the index.
+        let is_under_way = surroundings.is_under_way || used != 0;
+        surroundings.continuity.admit(is_under_way)?;
         let (in_flight, recovery) = self.recover(used, surroundings)?;
+        // Before it has a thread, which keeps the ring to itself.
+        surroundings.look_at_size(self.vring.get_ref().get_queue().size());
         let events = Events {
             kick: Arc::clone(kick),
             call: self.call.clone(),
@@ -258,7 +264,6 @@ impl Ring {
             recovery,
         });
         self.thread = Some(thread.map_err(RingError::Thread)?);
-        surroundings.look_at_size(self.vring.get_ref().get_queue().size());
         Ok(())
     }
 
@@ -269,6 +274,9 @@ impl Ring {
         surroundings: &Surroundings<'_, D>,
     ) -> Result<(Option<InFlightQueue>, Recovery), RingError> {
         let Some(mut in_flight) = surroundings.continuity.queue(self.index) else {
+            if surroundings.continuity.is_kept() {
+                return Err(RingError::NoPart);
+            }
             return Ok((None, Recovery::default()));
         };
         let mut state = self.vring.get_mut();

@@ -88,7 +88,7 @@ impl<D: Disk> Session<D> {
         let memory = MemoryTable::new();
         let make = |index| Ring::new(index, device.queue_size(), memory.shared().atomic());
         let rings = (0..usize::from(device.num_queues())).map(make);
-        let session = Self {
+        Ok(Self {
             rings: rings.collect::<Result<_, _>>()?,
             memory,
             is_owned: false,
@@ -98,9 +98,7 @@ impl<D: Disk> Session<D> {
             ring_sizes: RingSizes::default(),
             refusal: None,
             device,
-        };
-        session.apply_cache_mode();
-        Ok(session)
+        })
     }
 
     /// Why the last message was not obeyed.
@@ -125,6 +123,14 @@ impl<D: Disk> Session<D> {
         }
     }
 
+    /// The driver may have another mode now. While no ring runs it is not needed, and to
+    /// turn the cache off takes a flush.
+    fn cache_mode_changed(&self) {
+        if self.rings.iter().any(Ring::is_running) {
+            self.apply_cache_mode();
+        }
+    }
+
     /// Puts the engine in the mode that the driver has negotiated.
     fn apply_cache_mode(&self) {
         self.note_cache_mode();
@@ -146,7 +152,7 @@ impl<D: Disk> Session<D> {
         }
     }
 
-    /// After a ring has stopped: the front-end may give up its region without a word
+    /// After a ring that ran has stopped: the front-end may give up its region without a word
     /// when none runs any more.
     fn ring_stopped(&self) {
         if self.continuity.is_kept() && !self.rings.iter().any(Ring::is_running) {
@@ -200,12 +206,17 @@ impl<D: Disk> Session<D> {
     fn start_ring(&mut self, index: u8, kick: Option<File>) -> Result<(), Refusal> {
         let kick = Self::event(index, kick)?;
         let kick = kick.ok_or(Refusal::NoKick(index.into()))?;
+        self.apply_cache_mode();
         self.with_ring(index.into(), |ring, around| ring.set_kick(kick, around))?;
         self.note_cache_mode();
         Ok(())
     }
 
     fn enable_ring(&mut self, index: u32, enable: bool) -> Result<(), Refusal> {
+        let has_run = self.rings.iter().any(Ring::is_running);
+        if enable {
+            self.apply_cache_mode();
+        }
         self.with_ring(index, |ring, around| {
             if enable {
                 return ring.enable(around);
@@ -215,7 +226,7 @@ impl<D: Disk> Session<D> {
         })?;
         if enable {
             self.note_cache_mode();
-        } else {
+        } else if has_run {
             self.ring_stopped();
         }
         Ok(())
@@ -239,7 +250,7 @@ impl<D: Disk> Session<D> {
         }
         self.acked_features = features;
         self.write_cache.negotiated(features);
-        self.apply_cache_mode();
+        self.cache_mode_changed();
         // Without this there is no message to enable them.
         if features & VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits() == 0 {
             for index in 0..self.rings.len() {
@@ -276,7 +287,6 @@ impl<D: Disk> Session<D> {
         self.check_stopped()?;
         if let Some(cache_is_on) = self.continuity.take(region, file)? {
             self.write_cache.remembered(cache_is_on);
-            self.apply_cache_mode();
         }
         Ok(())
     }
@@ -358,9 +368,12 @@ impl<D: Disk> VhostUserBackendReqHandlerMut for Session<D> {
     }
 
     fn get_vring_base(&mut self, index: u32) -> VhostResult<VhostUserVringState> {
+        let has_run = self.rings.iter().any(Ring::is_running);
         let result = self.with_ring(index, |ring, _| Ok(ring.stop()));
         let base = self.settle(result)?;
-        self.ring_stopped();
+        if has_run {
+            self.ring_stopped();
+        }
         Ok(VhostUserVringState::new(index, u32::from(base)))
     }
 
@@ -416,7 +429,7 @@ impl<D: Disk> VhostUserBackendReqHandlerMut for Session<D> {
         let asked = offset..offset.saturating_add(size);
         let writeback = if asked.contains(&WRITEBACK_OFFSET) {
             let told = self.write_cache.read();
-            self.apply_cache_mode();
+            self.cache_mode_changed();
             told
         } else {
             self.write_cache.peek()
@@ -435,7 +448,7 @@ impl<D: Disk> VhostUserBackendReqHandlerMut for Session<D> {
             return Err(self.refuse(Refusal::ReadOnlyField { offset, len }));
         };
         self.write_cache.write(*writeback != 0);
-        self.apply_cache_mode();
+        self.cache_mode_changed();
         Ok(())
     }
 

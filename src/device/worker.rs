@@ -139,11 +139,14 @@ impl<D: Disk> Worker<D> {
         let (map, mut replay) = replay_ring(ring, self.memory.map(), heads)?;
         for chain in replay.iter(&map)? {
             let head = chain.head_index();
-            // SAFETY: the regions of the map are those of the newest one, which is held
-            // until the engine has completed the request, and then gone from it.
-            match unsafe { request::parse(chain, &map, &limits) } {
+            // Not the map with the ring of our own in it: a request that points there
+            // must not reach it.
+            let map = self.memory.map();
+            // SAFETY: the map is held until the engine has completed the request, and
+            // then gone from it.
+            match unsafe { request::parse(chain, map, &limits) } {
                 Ok(request) => self.requests.accept(head, request, &self.memory),
-                Err(rejected) => self.requests.reject(head, rejected, &map),
+                Err(rejected) => self.requests.reject(head, rejected, map),
             }
         }
         Ok(())
@@ -170,9 +173,13 @@ impl<D: Disk> Worker<D> {
                     std::hint::spin_loop();
                 }
                 Taken::Nothing if must_find_some => {
+                    must_find_some = false;
                     self.complain("the available ring cannot be read");
                     self.tell_of_error();
-                    return Next::Sleep;
+                    // Only like this do mail and completions wake the thread.
+                    if self.requests.may_sleep() && !self.mailbox.has_mail() {
+                        return Next::Sleep;
+                    }
                 }
                 Taken::Nothing if self.ask_for_kicks(ring) => must_find_some = true,
                 _ if !self.requests.may_sleep() || self.mailbox.has_mail() => {}

@@ -315,6 +315,8 @@ impl<D: Disk> Engine<D> {
         if !self.sync_failed.swap(true, Ordering::AcqRel) {
             log::error!("{what} has failed; flushes fail until the image is opened again");
         }
+        // Memory that was given to us in between was not told.
+        self.note_failed_sync();
     }
 
     /// A stable write has failed. Until it is known why, no sync counts: it may have
@@ -507,6 +509,9 @@ impl<D: Disk> Engine<D> {
     /// The same without blocking. If there has to be a flush, its end will be told
     /// in the result.
     pub(crate) fn begin_write_through(&self, on: bool) -> Option<Outcome> {
+        if on == self.is_write_through() {
+            return None;
+        }
         if on && !self.options.read_only {
             // First: who sees the new mode knows that its barrier is not over.
             self.barriers.fetch_add(1, Ordering::AcqRel);

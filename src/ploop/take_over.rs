@@ -140,6 +140,15 @@ impl<D: Disk> Engine<D> {
             .unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Begins, or gives the opening another name: memory that was given to us before
+    /// gets old from now on, and must not be taken over.
+    fn rename(&self, beginning: &mut Beginning) -> Option<u64> {
+        if let Beginning::Begun(opening) = beginning {
+            *opening = self.name_opening();
+        }
+        self.begin_at(beginning)
+    }
+
     /// Gives the present opening of the image a name, if that can be kept. A read-only
     /// one changes nothing that could be taken over.
     fn name_opening(&self) -> Option<u64> {
@@ -175,9 +184,8 @@ impl<D: Disk> Engine<D> {
     /// # Errors
     /// When the memory is too small, or cannot be cleared.
     pub fn remember_in(&self, words: SharedWords) -> io::Result<()> {
-        let opening = self.begin_at(&mut self.beginning());
         // Without a name nobody can take it over.
-        let opening = opening.unwrap_or(NO_OPENING);
+        let opening = self.rename(&mut self.beginning()).unwrap_or(NO_OPENING);
         let remembered = Remembered::new(words, &self.identity(), opening)?;
         self.remember(Arc::new(remembered));
         Ok(())
@@ -305,6 +313,10 @@ impl<D: Disk> Engine<D> {
              the disk",
             adoption.changed.len()
         );
+        if self.has_sync_failed() {
+            // One that has failed before this.
+            found.set_sync_failed();
+        }
         self.remembered.store(Some(Arc::new(found)));
         *beginning = Beginning::Begun(opening);
         self.apply(adoption);
@@ -317,7 +329,7 @@ impl<D: Disk> Engine<D> {
         found: Remembered,
         beginning: &mut Beginning,
     ) -> Result<(), TakeOverError> {
-        let opening = self.begin_at(beginning).unwrap_or(NO_OPENING);
+        let opening = self.rename(beginning).unwrap_or(NO_OPENING);
         found.renew(opening).map_err(|source| TakeOverError::Io {
             what: "clear the memory that came back",
             source,

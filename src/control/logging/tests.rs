@@ -82,6 +82,9 @@ fn nobody_waits_for_a_reader_for_ever() {
     thread::scope(|scope| {
         queue.push("first".to_owned());
         scope.spawn(|| queue.write_next(&mut Stuck(stuck), |_| unreachable!()));
+        while !queue.lock().is_writing {
+            thread::yield_now();
+        }
         for number in 0..10 * MAX_LINES {
             queue.push(number.to_string());
         }
