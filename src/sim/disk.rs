@@ -990,6 +990,8 @@ impl State {
         self.changes_left = None;
         // Nobody would hear of it: see `has_unheard_failure`.
         self.medium.faults.sync = 0.0;
+        self.medium.faults.stable_write = 0.0;
+        self.medium.faults.full_stable_write = 0.0;
         while !self.pending.is_empty() {
             let index = self.rng.random_range(0..self.pending.len());
             let mut pending = self.pending.swap_remove(index);
