@@ -176,11 +176,15 @@ fn is_listened_on(socket: &Path) -> bool {
     /// `__SO_ACCEPTCON`, as the kernel prints it.
     const LISTENS: &str = "00010000";
     let sockets = fs::read_to_string("/proc/net/unix").expect("the kernel lists its sockets");
+    // It may have been made under another name, through a descriptor of its folder, and
+    // be moved into its place when it listens.
     let is_it = |line: &str| {
         let fields: Vec<_> = line.split_ascii_whitespace().collect();
-        fields.get(3) == Some(&LISTENS) && fields.get(7).map(Path::new) == Some(socket)
+        let path = fields.get(7).map(Path::new);
+        let is_here = path.is_some_and(|path| path == socket || path.starts_with("/proc/self/fd"));
+        fields.get(3) == Some(&LISTENS) && is_here
     };
-    sockets.lines().any(is_it)
+    socket.exists() && sockets.lines().any(is_it)
 }
 
 /// A daemon that has been killed. Dropped, it is waited for.

@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::os::fd::AsRawFd;
+use std::os::unix::net::UnixStream;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -47,6 +48,9 @@ fn begin(backend: &Backend) -> (FrontEnd, Region) {
 
 /// The driver goes on, with another connection.
 fn reconnect(front_end: &mut FrontEnd, backend: &Backend, region: Option<&Region>) {
+    // Hangs up first: while one is being served, others are turned away.
+    let (nowhere, _) = UnixStream::pair().unwrap();
+    front_end.vhost = Frontend::from_stream(nowhere, QUEUES.into());
     // The socket of a process that was killed is there until the next one has replaced it.
     let start = Instant::now();
     front_end.vhost = loop {
