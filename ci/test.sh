@@ -63,6 +63,24 @@ stage_models() {
         cargo test --locked --target-dir target/models --lib loom_models
 }
 
+# Not among those that run by default: it takes long, and not every survivor has met a
+# test yet. Mutants of the lines that are new: since this branch has left main, or on main those
+# of the last commits.
+stage_mutants() {
+    local head base
+    head=$(git rev-parse HEAD)
+    base=$(git merge-base HEAD origin/main 2> /dev/null || echo "$head")
+    if [ "$base" = "$head" ]; then
+        base=$(git rev-list --first-parent --max-count=6 HEAD | tail -n 1)
+    fi
+    if [ "$base" = "$head" ]; then
+        echo "ci/test.sh: no commit to compare with: fetch some more history" >&2
+        return 1
+    fi
+    git log --oneline "$base..HEAD"
+    ci/mutants.sh --diff "$base"
+}
+
 stage_release() {
     cargo build --release --locked --bins
 }
