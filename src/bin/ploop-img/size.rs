@@ -209,9 +209,9 @@ mod tests {
         assert_eq!(parse_new_size("-1000"), Ok(NewSize::ShrinkBy(Sector(1))));
         for (text, what) in [
             ("0", "above 0"),
-            ("-x", "no size"),
-            ("++1k", "no size"),
-            ("+-1k", "no size"),
+            ("-x", "not a size"),
+            ("++1k", "not a size"),
+            ("+-1k", "not a size"),
             ("+8E", "too large"),
         ] {
             let error = parse_new_size(text).unwrap_err();
