@@ -16,7 +16,7 @@ export CARGO_TERM_COLOR=${CARGO_TERM_COLOR:-never}
 export PLOOP_REQUIRE_PEERS=1
 
 # One function a stage. To add one, write it and put its name in the list.
-stages=(tools format lint scripts guest tests gluster models power_cuts release demo chroots bench)
+stages=(tools format lint scripts guest tests models power_cuts release demo chroots bench)
 
 stage_tools() {
     qemu/install-tools.sh ci
@@ -47,7 +47,8 @@ stage_tests() {
     cargo test --locked --workspace
 }
 
-# Storage, images and kills on a network file system that lacks what ext4 has.
+# Storage, images and kills on a network file system that lacks what ext4 has. Not among
+# the stages that run by default: it takes long.
 stage_gluster() {
     ci/gluster.sh
 }
