@@ -134,6 +134,27 @@ impl Remembered {
         Ok(remembered)
     }
 
+    /// Whether memory is of ours, and the process that left it had flushed everything,
+    /// whatever the image was like then.
+    pub fn is_settled_in(words: &SharedWords) -> bool {
+        let get = |index| {
+            words
+                .word(index)
+                .map_or(0, |word| word.load(Ordering::Acquire))
+        };
+        get(AT_MAGIC) == MAGIC
+            && get(AT_VERSION) == VERSION
+            && get(AT_FLAGS) == SETTLED
+            && get(AT_DOUBTS) == 0
+    }
+
+    /// The note of such memory.
+    pub fn note_in(words: &SharedWords) -> u64 {
+        words
+            .word(AT_NOTE)
+            .map_or(0, |word| word.load(Ordering::Acquire))
+    }
+
     /// Whether it is this memory.
     pub fn is_in(&self, words: &SharedWords) -> bool {
         self.words.is_same(words)

@@ -287,7 +287,20 @@ impl<D: Disk> Engine<D> {
             // This very process was never gone.
             return Ok(());
         }
-        let found = Remembered::found(words, &self.identity())?;
+        let found = match words.map_again() {
+            Ok(again) => match Remembered::found(words, &self.identity()) {
+                Err(TakeOverError::OtherImage) if Remembered::is_settled_in(&again) => {
+                    return self.take_over_changed(again);
+                }
+                found => found?,
+            },
+            Err(source) => {
+                return Err(TakeOverError::Io {
+                    what: "map the memory that came back",
+                    source,
+                });
+            }
+        };
         let is_unneeded = self.is_read_only() && found.opening() == NO_OPENING;
         let mut beginning = self.beginning();
         if found.is_settled() || is_unneeded {
@@ -320,6 +333,19 @@ impl<D: Disk> Engine<D> {
         self.remembered.store(Some(Arc::new(found)));
         *beginning = Beginning::Begun(opening);
         self.apply(adoption);
+        Ok(())
+    }
+
+    /// The process that left the memory had flushed everything, and the image was given
+    /// another shape since, by a snapshot say.
+    fn take_over_changed(&self, words: SharedWords) -> Result<(), TakeOverError> {
+        let note = Remembered::note_in(&words);
+        self.remember_in(words)
+            .map_err(|source| TakeOverError::Io {
+                what: "go on with the memory that came back",
+                source,
+            })?;
+        self.set_note(note);
         Ok(())
     }
 

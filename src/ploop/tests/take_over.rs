@@ -399,3 +399,20 @@ fn a_stable_write_in_doubt_counts_as_a_failed_sync() {
     let mortal = mortal.die_and_rise();
     assert_eq!(mortal.rig.flush(), Err(EngineError::SyncFailed));
 }
+
+#[test]
+fn a_clean_end_is_one_though_the_image_has_another_shape_since() {
+    use std::sync::atomic::Ordering::Relaxed;
+    const LEVELS: usize = 5;
+    let mortal = Mortal::single();
+    mortal.rig.write(0, &[7; SECTOR]).unwrap();
+    mortal.rig.engine.set_note(5);
+    mortal.rig.control(Control::Close).unwrap();
+    let (rig, memory) = mortal.die();
+    // As if it had had two.
+    memory.word(LEVELS).unwrap().store(2, Relaxed);
+    rig.engine.take_over(again(&memory)).unwrap();
+    assert_eq!(rig.engine.note(), Some(5));
+    assert_eq!(rig.read(0, SECTOR), [7; SECTOR]);
+    assert_eq!(memory.word(LEVELS).unwrap().load(Relaxed), 1);
+}
