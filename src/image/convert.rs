@@ -89,7 +89,7 @@ impl Conversion {
                 Err(ImageError::Exists(_)) if target_format == DiskFormat::Raw => {
                     return Err(unsupported(
                         path,
-                        "exists already; remove it first, choose another name, or write into it \
+                        "already exists; remove it first, choose another name, or write into it \
                          with -n",
                     ));
                 }

@@ -443,7 +443,7 @@ fn block_devices_are_read_and_written() {
     };
     let error = ploop_img(["convert", "-O", "raw", &files.path("a.hds"), &device.0]).fails();
     assert!(
-        error.contains("exists already") && error.contains("-n"),
+        error.contains("already exists") && error.contains("-n"),
         "{error}"
     );
     ploop_img(["convert", "-n", &files.path("a.hds"), &device.0]).ok();
