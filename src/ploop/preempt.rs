@@ -5,6 +5,11 @@
 //! be seen. So each thread says where it is ([`point`]), and a test can have others go
 //! on there. Outside tests this is nothing.
 
+#![cfg_attr(
+    ploop_loom,
+    allow(unused_imports, dead_code, reason = "the models have no hooks")
+)]
+
 #[cfg(test)]
 pub(crate) use hooks::{Hook, once};
 
