@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # Measures vhost-user-ploop against qemu-storage-daemon and the plain file.
 #
-# usage: ci/bench.sh [--short | --targets | --all | --cost] [OPTION...]   (default: --targets)
+# usage: ci/bench.sh [--short | --targets | --all | --cost | --stalls] [OPTION...]   (default: --targets)
 #
 #   --short    two minutes: shows that everything runs, judges nothing
 #   --targets  twenty minutes: what has a target, with PASS or BELOW
 #   --all      two hours: everything
 #   --cost     five minutes: instructions and system calls per I/O
+#   --stalls   five minutes: how long a guest waits when another process serves
 #
 # Installs what is missing (qemu/install-tools.sh) and builds in release mode.
 # --help shows the other options: --document docs/performance.md renews the figures
@@ -23,7 +24,7 @@ cd "$repo"
 . qemu/tools.sh
 
 case " $* " in
-    *" --short "* | *" --targets "* | *" --all "* | *" --cost "* | *" --help "* | *" -h "*) ;;
+    *" --short "* | *" --targets "* | *" --all "* | *" --cost "* | *" --stalls "* | *" --help "* | *" -h "*) ;;
     *) set -- --targets "$@" ;;
 esac
 

@@ -2,11 +2,12 @@
 # Guests of other machines, under emulation: arm64 whose pages have 16 KiB, and s390x,
 # whose bytes go the other way round. Each writes, flushes, discards and reads back a
 # disk of the back-end's; a second boot on a new back-end finds it again, and ploop-img
-# and, by way of a raw copy, this script compare what is in the image.
+# and, by way of a raw copy, this script compare what is in the image. And pseries, whose
+# firmware (SLOF) has to load GRUB from the disk.
 #
-# usage: ci/foreign.sh [arm64|s390x]...      (default: both; some minutes each)
+# usage: ci/foreign.sh [arm64|s390x|pseries]...      (default: all; some minutes each)
 #
-# Downloads 60 to 170 MB on the first run. Kernels and busybox are Debian's for those
+# Downloads 60 to 250 MB on the first run. Kernels, busybox and GRUB are Debian's for those
 # machines, fetched by an apt that has nothing to do with the system's and unpacked
 # under target/foreign. QEMU is used as installed, or else comes from there too, with
 # all the libraries it needs. Nothing is installed.
@@ -30,7 +31,7 @@ kernel_of() {
     case $1 in
         arm64) echo linux-image-arm64-16k ;;
         s390x) echo linux-image-s390x ;;
-        *) die "no such machine: '$1'; arm64 or s390x" ;;
+        *) die "no such machine: '$1'; arm64, s390x or pseries" ;;
     esac
 }
 suites=(trixie bookworm)
@@ -79,7 +80,7 @@ fetch_guest() {
     die "cannot get a kernel for $arch from $mirror"
 }
 
-# Unpacks QEMU with all its libraries into $foreign/qemu.
+# Unpacks QEMU, and what makes images of GRUB, with all their libraries into $foreign/qemu.
 fetch_qemu() {
     local suite=${suites[0]} package
     [ ! -e "$foreign/qemu/complete" ] || return 0
@@ -87,7 +88,8 @@ fetch_qemu() {
     mkdir -p "$foreign/qemu"
     say "QEMU of $suite"
     { private_apt amd64 "$suite" update &&
-        private_apt amd64 "$suite" install -y --download-only qemu-system-arm qemu-system-s390x; } \
+        private_apt amd64 "$suite" install -y --download-only qemu-system-arm qemu-system-s390x \
+            qemu-system-ppc grub-common; } \
         >"$foreign/qemu.log" 2>&1 || { tail -n 20 "$foreign/qemu.log" >&2; die "cannot get QEMU"; }
     for package in "$foreign/apt/amd64-$suite"/cache/archives/*.deb; do
         dpkg -x "$package" "$foreign/qemu"
@@ -96,17 +98,33 @@ fetch_qemu() {
     touch "$foreign/qemu/complete"
 }
 
-# Runs QEMU's program $1: the system's, or the unpacked one with its own C library.
-qemu() {
+# Runs an unpacked program with its own C library.
+unpacked() {
     local program=$1 libraries=$foreign/qemu/usr/lib/x86_64-linux-gnu
     shift
-    if command -v "$program" >/dev/null; then
-        exec "$program" "$@"
+    QEMU_MODULE_DIR=$libraries/qemu exec "$foreign/qemu/usr/lib64/ld-linux-x86-64.so.2" \
+        --library-path "$libraries" "$foreign/qemu/usr/bin/$program" "$@"
+}
+
+# Runs QEMU's program $1: the system's, or the unpacked one.
+qemu() {
+    if command -v "$1" >/dev/null; then
+        exec "$@"
     fi
-    export QEMU_MODULE_DIR=$libraries/qemu
-    exec "$foreign/qemu/usr/lib64/ld-linux-x86-64.so.2" --library-path "$libraries" \
-        "$foreign/qemu/usr/bin/$program" -L "$foreign/qemu/usr/share/qemu" \
-        -L "$foreign/qemu/usr/share/seabios" "$@"
+    unpacked "$@" -L "$foreign/qemu/usr/share/qemu" -L "$foreign/qemu/usr/share/seabios" \
+        -L "$foreign/qemu/usr/share/slof"
+}
+
+# Makes sure of QEMU for machine $1.
+need_qemu() {
+    local program
+    case $1 in
+        arm64) program=qemu-system-aarch64 ;;
+        s390x) program=qemu-system-s390x ;;
+        # GRUB is needed as well.
+        pseries) program=none ;;
+    esac
+    command -v "$program" >/dev/null || fetch_qemu
 }
 
 # What the guest does; its words come out of the console.
@@ -182,6 +200,7 @@ build_initrd() {
 boot() {
     local arch=$1 phase=$2 program
     local -a machine
+    local -a system=(-append "quiet panic=-1 phase=$phase")
     case $arch in
         arm64)
             program=qemu-system-aarch64
@@ -191,16 +210,24 @@ boot() {
             program=qemu-system-s390x
             machine=(-machine "s390-ccw-virtio,memory-backend=mem")
             ;;
+        pseries)
+            program=qemu-system-ppc64
+            machine=(-machine "pseries,memory-backend=mem")
+            ;;
     esac
+    if [ "$arch" = pseries ]; then
+        system=()
+    else
+        system+=(-kernel "$(echo "$foreign/$arch"/root/boot/vmlinuz-*)" -initrd "$foreign/$arch/initrd.cpio")
+    fi
     "$target/debug/vhost-user-ploop" --socket-path="$work/socket" --blk-file="$work/disk" \
         --serial=foreign >>"$work/log" 2>&1 &
     daemon=$!
     for _ in $(seq 100); do [ ! -S "$work/socket" ] || break; sleep 0.1; done
     (qemu "$program" -accel tcg -smp 2 -m 512M "${machine[@]}" \
         -object memory-backend-memfd,id=mem,size=512M,share=on \
-        -chardev socket,id=disk,path="$work/socket" -device vhost-user-blk-pci,chardev=disk \
-        -kernel "$(echo "$foreign/$arch"/root/boot/vmlinuz-*)" -initrd "$foreign/$arch/initrd.cpio" \
-        -append "quiet panic=-1 phase=$phase" -nographic -nodefaults -serial stdio -no-reboot) \
+        -chardev socket,id=disk,path="$work/socket" -device vhost-user-blk-pci,chardev=disk,bootindex=0 \
+        "${system[@]}" -nographic -nodefaults -serial stdio -no-reboot) \
         </dev/null >"$work/console" 2>&1 &
     guest=$!
     (sleep "$patience"; kill "$guest") 2>/dev/null &
@@ -209,7 +236,7 @@ boot() {
     kill "$timer" 2>/dev/null || true
     kill "$daemon"
     wait "$daemon" || { cat "$work/log" >&2; die "$arch: the back-end failed"; }
-    grep -q '^guest: done' "$work/console" ||
+    tr -d '\r' <"$work/console" | grep -q '^guest: done' ||
         { tail -n 40 "$work/console" "$work/log" >&2; die "$arch: the guest did not finish"; }
 }
 
@@ -225,9 +252,7 @@ raw_sum() { dd if="$work/raw" bs=1M skip="$1" count="$2" status=none | sha256sum
 test_machine() {
     local arch=$1 part page zeros
     fetch_guest "$arch"
-    if ! { command -v qemu-system-aarch64 && command -v qemu-system-s390x; } >/dev/null; then
-        fetch_qemu
-    fi
+    need_qemu "$arch"
     build_initrd "$arch"
     work=$(mktemp -d "$foreign/run.XXXXXX")
     "$target/debug/ploop-img" create "$work/disk" 64M
@@ -263,8 +288,50 @@ test_machine() {
     say "$arch: written, flushed, discarded, found again: good"
 }
 
+# Unpacks GRUB for Open Firmware into $foreign/pseries.
+fetch_grub() {
+    local suite log=$foreign/pseries/apt.log
+    [ ! -e "$foreign/pseries/complete" ] || return 0
+    rm -rf "$foreign/pseries"
+    mkdir -p "$foreign/pseries/root"
+    for suite in "${suites[@]}"; do
+        { private_apt ppc64el "$suite" update &&
+            (cd "$foreign/pseries" && private_apt ppc64el "$suite" download grub-ieee1275-bin); } \
+            >>"$log" 2>&1 || continue
+        say "pseries: GRUB of $suite"
+        dpkg -x "$foreign"/pseries/*.deb "$foreign/pseries/root"
+        touch "$foreign/pseries/complete"
+        return 0
+    done
+    tail -n 20 "$log" >&2
+    die "cannot get GRUB"
+}
+
+# SLOF marks its reads as barriers, which no other driver does.
+test_pseries() {
+    local arch=pseries
+    fetch_grub
+    need_qemu pseries
+    work=$(mktemp -d "$foreign/run.XXXXXX")
+    printf 'echo\necho "guest: done"\nhalt\n' >"$work/grub.cfg"
+    (unpacked grub-mkimage -O powerpc-ieee1275 -d "$foreign/pseries/root/usr/lib/grub/powerpc-ieee1275" \
+        -c "$work/grub.cfg" -p / -o "$work/grub" echo halt)
+    truncate -s 64M "$work/raw"
+    # A partition that firmware loads as it is ("PReP"): type 0x41, 16384 sectors from 2048 on.
+    printf '\x80\0\0\0\x41\0\0\0\0\x08\0\0\0\x40\0\0' |
+        dd of="$work/raw" bs=1 seek=446 conv=notrunc status=none
+    printf '\x55\xaa' | dd of="$work/raw" bs=1 seek=510 conv=notrunc status=none
+    dd if="$work/grub" of="$work/raw" bs=512 seek=2048 conv=notrunc status=none
+    "$target/debug/ploop-img" convert "$work/raw" "$work/disk"
+    boot pseries none
+    rm -rf "$work"
+    say "pseries: the firmware has loaded GRUB: good"
+}
+
 [ -f "$keyring" ] || die "$keyring is missing: install debian-archive-keyring"
-[ $# -gt 0 ] || set -- arm64 s390x
-for arch in "$@"; do kernel_of "$arch" >/dev/null; done
+[ $# -gt 0 ] || set -- arm64 s390x pseries
+for arch in "$@"; do [ "$arch" = pseries ] || kernel_of "$arch" >/dev/null; done
 cargo build --locked --bins
-for arch in "$@"; do test_machine "$arch"; done
+for arch in "$@"; do
+    if [ "$arch" = pseries ]; then test_pseries; else test_machine "$arch"; fi
+done

@@ -3,7 +3,8 @@
 # if by two hosts. All of it lives in private mount, network and process namespaces
 # and is gone when this ends.
 #
-# usage: ci/gluster.sh                              the tests, without and with shards
+# usage: ci/gluster.sh [default|shards]             the tests, on a volume of this kind or
+#                                                   on one of each
 #        ci/gluster.sh default|shards COMMAND...    a command of yours beside a volume
 #
 # COMMAND finds the two mounts in $BED/m1, whose client sits behind a network link of
@@ -29,6 +30,16 @@ programs=$target/gluster
 
 say() { echo "ci/gluster.sh: $*"; }
 die() { say "$*" >&2; exit 1; }
+
+# Runs the tests on volumes of these kinds.
+test_on() {
+    local kind
+    cargo test --locked --no-run --lib --test ploop_img --test blkio
+    for kind in "$@"; do
+        say "the tests on a volume of this kind: $kind"
+        enter "$kind" "$PWD/ci/gluster.sh" run-tests
+    done
+}
 
 # The tests that the volumes have to pass; to be run beside one of them.
 run_tests() {
@@ -190,16 +201,9 @@ inside() {
 }
 
 case ${1:-} in
-    '')
-        cargo test --locked --no-run --lib --test ploop_img --test blkio
-        for kind in default shards; do
-            say "the tests on a volume of this kind: $kind"
-            enter $kind "$PWD/ci/gluster.sh" run-tests
-        done
-        ;;
+    '') test_on default shards ;;
     default | shards)
-        [ $# -gt 1 ] || die "which command?"
-        enter "$@"
+        if [ $# -gt 1 ]; then enter "$@"; else test_on "$1"; fi
         ;;
     inside) inside "${@:2}" ;;
     run-tests) run_tests ;;

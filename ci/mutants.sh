@@ -28,7 +28,7 @@ readonly work=${MUTANTS_WORK:-target/mutants}
 readonly tools=target/tools
 readonly long_targets=(--lib --bins --test=ploop_img --test=chains --test=front_end --test=daemon --test=blkio)
 # Not worth its time here: it judges engines that are wrong by themselves.
-readonly not_this=(--skip=power_cuts_notice_every_sabotage)
+readonly not_this=(--skip=power_cuts_notice_every_broken_rule)
 
 # The exit code that says so.
 readonly some_survived=3
@@ -104,7 +104,7 @@ judge_one_by_one() {
         only+=(--re "^$(sed 's/[][(){}.*+?^$|\\]/\\&/g' <<< "$name")\$")
     done
     PLOOP_SIM_CUTS=100 "$tools/bin/cargo-mutants" mutants --output "$work" "${only[@]}" \
-        -- --lib -- --skip power_cuts_notice_every_sabotage
+        -- --lib -- --skip power_cuts_notice_every_broken_rule
 }
 
 main "$@"

@@ -4,9 +4,9 @@
 # usage: ci/sim.sh [CUTS] [SEED]      (default: 1000000 cuts, another seed each time)
 #
 # Prints the seed, the cuts and how often each invariant was put to the test. Two
-# runs of so many cuts each: single images, and images and chains. A failure
-# prints the seed of the life that failed and all that led to it; that seed with
-# one cut shows it again.
+# runs of so many cuts each, made or only imagined (docs/durability.md): single images,
+# and images and chains. A failure prints the seed of the life that failed and all that
+# led to it; that seed with one cut shows it again.
 set -Eeuo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

@@ -50,11 +50,18 @@ fn initramfs(folder: &Path) -> PathBuf {
 
 impl Guest {
     /// Boots the guest in `folder` with the disk that is served on `socket`. It runs
-    /// `script`, as `qemu/guest/init` says. Its files go to `dir`.
+    /// `script`, as `qemu/guest/init` says. Its files go to `dir`. What `chardev` says,
+    /// after a comma, is for QEMU's end of the socket.
     ///
     /// # Errors
     /// QEMU or cpio cannot be started, or a file operation.
-    pub fn boot(folder: &Path, dir: &Path, socket: &Path, script: &str) -> Result<Self> {
+    pub fn boot(
+        folder: &Path,
+        dir: &Path,
+        socket: &Path,
+        chardev: &str,
+        script: &str,
+    ) -> Result<Self> {
         let initramfs = with_script(folder, dir, script)?;
         let console = dir.join("console");
         let output = File::create(&console).context("creating the guest's console")?;
@@ -72,7 +79,7 @@ impl Guest {
             // An emulated timer may seem dead while the machine is busy.
             .args(["-append", "console=ttyS0 quiet panic=-1 no_timer_check"])
             .arg("-chardev")
-            .arg(format!("socket,id=disk,path={}", socket.display()))
+            .arg(format!("socket,id=disk,path={}{chardev}", socket.display()))
             .args(["-device", "vhost-user-blk-pci,chardev=disk"])
             .stdin(Stdio::piped())
             .stderr(output.try_clone()?)
@@ -103,14 +110,19 @@ impl Guest {
         Ok(())
     }
 
-    /// Lets the script go on after `meet_host`, and waits until it has ended well.
+    /// Lets the script go on after `meet_host`.
+    ///
+    /// # Errors
+    /// QEMU is gone.
+    pub fn go_on(&mut self) -> Result<()> {
+        self.stdin.write_all(b"\n").context("talking to the guest")
+    }
+
+    /// Waits until the script has ended well. Returns all that was said on the console.
     ///
     /// # Errors
     /// The script fails, or QEMU, or it takes too long; with what it said last.
-    pub fn finish(mut self) -> Result<()> {
-        self.stdin
-            .write_all(b"\n")
-            .context("talking to the guest")?;
+    pub fn finish(mut self) -> Result<String> {
         let start = Instant::now();
         let status = loop {
             if let Some(status) = self.child.try_wait()? {
@@ -127,13 +139,16 @@ impl Guest {
             "the guest failed (QEMU's {status})\n{}",
             self.last_words()
         );
-        Ok(())
+        self.said()
     }
 
     fn has_said(&self, line: &str) -> Result<bool> {
+        Ok(self.said()?.lines().any(|it| it.trim_end() == line))
+    }
+
+    fn said(&self) -> Result<String> {
         let console = fs::read(&self.console).context("reading the guest's console")?;
-        let console = String::from_utf8_lossy(&console);
-        Ok(console.lines().any(|it| it.trim_end() == line))
+        Ok(String::from_utf8_lossy(&console).into_owned())
     }
 
     fn last_words(&self) -> String {

@@ -148,12 +148,15 @@ fn with_guest(
         ensure!(socket.exists(), "there is no socket");
         Ok(())
     })?;
-    let mut guest = Guest::boot(&setting.guest, dir.path(), &socket, SCRIPT)?;
+    let mut guest = Guest::boot(&setting.guest, dir.path(), &socket, "", SCRIPT)?;
     guest
         .wait_at("idle")
         .map_err(|error| server.explain(error))?;
     let seen = watch(setting, &server, time)?;
-    guest.finish().map_err(|error| server.explain(error))?;
+    guest
+        .go_on()
+        .and_then(|()| guest.finish())
+        .map_err(|error| server.explain(error))?;
     server.stop()?;
     Ok(seen)
 }

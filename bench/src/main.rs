@@ -20,6 +20,7 @@ mod scenario;
 mod scratch;
 mod server;
 mod session;
+mod stall;
 mod station;
 mod stats;
 mod stock;
@@ -63,6 +64,10 @@ struct Arguments {
     /// the servers, in about five minutes.
     #[arg(long, group = "mode")]
     cost: bool,
+    /// Kill the server under a guest, hand its disk to another, 20 times each, and
+    /// say how long the guest's requests wait, in about five minutes. Needs QEMU 10.
+    #[arg(long, group = "mode")]
+    stalls: bool,
     /// Print the names of the scenarios of the mode, and measure nothing.
     #[arg(long)]
     list: bool,
@@ -126,6 +131,7 @@ enum Mode {
     Targets,
     All,
     Cost,
+    Stalls,
 }
 
 impl Mode {
@@ -135,6 +141,7 @@ impl Mode {
             Self::Targets => "targets",
             Self::All => "all",
             Self::Cost => "cost",
+            Self::Stalls => "stalls",
         }
     }
 
@@ -148,30 +155,34 @@ impl Mode {
             Self::Targets => scenario::targets(with(FULL)),
             Self::All => scenario::all(with(FULL)),
             Self::Cost => scenario::paths(),
+            Self::Stalls => Vec::new(),
         }
     }
 
     fn run_time(self) -> Duration {
         match self {
             Self::Short => Duration::from_millis(200),
-            Self::Targets | Self::All | Self::Cost => Duration::from_secs(1),
+            Self::Targets | Self::All | Self::Cost | Self::Stalls => Duration::from_secs(1),
         }
     }
 
     fn opening_rounds(self) -> u32 {
         match self {
             Self::Short => 2,
-            Self::Targets | Self::All | Self::Cost => 20,
+            Self::Targets | Self::All | Self::Cost | Self::Stalls => 20,
         }
     }
 
     fn idle_time(self) -> Duration {
         match self {
             Self::Short => Duration::from_secs(1),
-            Self::Targets | Self::All | Self::Cost => Duration::from_secs(10),
+            Self::Targets | Self::All | Self::Cost | Self::Stalls => Duration::from_secs(10),
         }
     }
 }
+
+/// How often another process begins to serve a guest, unless `--rounds` says.
+const STALL_ROUNDS: u32 = 20;
 
 fn main() -> ExitCode {
     match bench(&Arguments::parse()) {
@@ -190,9 +201,17 @@ fn bench(arguments: &Arguments) -> Result<()> {
         Mode::Cost
     } else if arguments.targets {
         Mode::Targets
+    } else if arguments.stalls {
+        Mode::Stalls
     } else {
         Mode::Short
     };
+    if mode == Mode::Stalls {
+        let setting = setting(arguments, mode)?;
+        let rounds = arguments.rounds.unwrap_or(STALL_ROUNDS);
+        print!("{}", stall::table(&stall::measure(&setting, rounds)?));
+        return Ok(());
+    }
     let todo = todo(arguments, mode);
     if arguments.list {
         list(&todo);

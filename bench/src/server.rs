@@ -131,7 +131,11 @@ impl Server {
         Ok(Ending::Crash)
     }
 
-    fn wait(&mut self) -> Result<ExitStatus> {
+    /// Waits until it has ended.
+    ///
+    /// # Errors
+    /// It does not, for half a minute.
+    pub fn wait(&mut self) -> Result<ExitStatus> {
         let start = Instant::now();
         while start.elapsed() < PATIENCE {
             if let Some(status) = self.child.try_wait()? {
@@ -140,7 +144,7 @@ impl Server {
             thread::sleep(Duration::from_millis(1));
         }
         bail!(
-            "{} ignores SIGTERM for {PATIENCE:?}\n{}",
+            "{} does not end for {PATIENCE:?}\n{}",
             self.label,
             self.last_words()
         )

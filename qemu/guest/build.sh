@@ -59,24 +59,24 @@ unpack_kernel() {
     fi
 }
 
-# Copies the drivers into the initramfs, numbered in the order of loading.
+# Copies these drivers into folder $2, numbered in the order of loading.
 # What the kernel has built in needs no file.
 add_modules() {
-    local kernel=$1 root=$2 version number=10 kind path name
+    local kernel=$1 into=$2 version number=10 kind path name
+    shift 2
     version=$(basename "$(echo "$kernel"/lib/modules/*)")
-    depmod -b "$kernel" "$version"
-    mkdir -p "$root/modules"
+    mkdir -p "$into"
     while read -r kind path _; do
         [ "$kind" = insmod ] || continue
         name=$(basename "$path")
         case $name in
-            *.ko) cp "$path" "$root/modules/$number-$name" ;;
-            *.ko.xz) xz -dc "$path" >"$root/modules/$number-${name%.xz}" ;;
-            *.ko.zst) zstd -qdc "$path" >"$root/modules/$number-${name%.zst}" ;;
+            *.ko) cp "$path" "$into/$number-$name" ;;
+            *.ko.xz) xz -dc "$path" >"$into/$number-${name%.xz}" ;;
+            *.ko.zst) zstd -qdc "$path" >"$into/$number-${name%.zst}" ;;
             *) die "do not know how to unpack $path" ;;
         esac
         number=$((number + 1))
-    done < <(for module in virtio_pci virtio_blk ext4; do
+    done < <(for module in "$@"; do
         modprobe -d "$kernel" -S "$version" --show-depends "$module" || kill $$
     done | awk '!seen[$2]++')
 }
@@ -120,7 +120,10 @@ main() {
     # shellcheck disable=SC2064  # the name is wanted as it is now
     trap "rm -rf '$work'" EXIT
     unpack_kernel "$work"
-    add_modules "$work/kernel" "$work/root"
+    depmod -b "$work/kernel" "$(basename "$(echo "$work"/kernel/lib/modules/*)")"
+    add_modules "$work/kernel" "$work/root/modules" virtio_pci virtio_blk ext4
+    # For scripts that ask for them, see init.
+    add_modules "$work/kernel" "$work/root/modules/replay" dm_log_writes xfs
     pack_initramfs "$work/root" "$out/initrd.cpio.new"
     cp "$work"/kernel/boot/vmlinuz-* "$out/vmlinuz"
     mv "$out/initrd.cpio.new" "$out/initrd.cpio"

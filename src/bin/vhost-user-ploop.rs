@@ -5,7 +5,7 @@ use std::error::Error;
 use std::process::ExitCode;
 
 use clap::Parser;
-use vhost_user_ploop::control::{self, Args, Logging, args};
+use vhost_user_ploop::control::{self, Args, Logging, Sandbox, args};
 use vhost_user_ploop::printable::{PrintableLines, is_obeyed};
 
 fn main() -> ExitCode {
@@ -17,6 +17,13 @@ fn main() -> ExitCode {
         Ok(args) => args,
         Err(error) => return refuse(&error),
     };
+    let sandbox = match Sandbox::begin(args.sandbox_options()) {
+        Ok(sandbox) => sandbox,
+        Err(error) => {
+            eprintln!("vhost-user-ploop: {}", chain_of_causes(&error));
+            return ExitCode::FAILURE;
+        }
+    };
     let logging = match Logging::start(args.log_level, args.log_format) {
         Ok(logging) => logging,
         Err(error) => {
@@ -25,7 +32,7 @@ fn main() -> ExitCode {
         }
     };
     logging.abort_on_panic();
-    let status = match control::run(&args) {
+    let status = match control::run(&args, &sandbox) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             logging.say_failure(&chain_of_causes(&error));

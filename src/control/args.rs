@@ -12,12 +12,14 @@ use std::time::Duration;
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{ArgGroup, Parser, ValueEnum};
 use log::LevelFilter;
-use nix::unistd::Group;
+use nix::unistd::{Group, Uid, User};
 
 use super::logging::LogFormat;
+use super::sandbox::{RunAs, SandboxOptions, SeccompMode};
 use super::socket::SocketAccess;
 use crate::device::{
     DEFAULT_POLL, LogicalBlock, MAX_QUEUE_SIZE, MAX_QUEUES, MIN_QUEUE_SIZE, Queues, Serial,
+    ThrottleLimits,
 };
 use crate::format::Guid;
 use crate::ploop::{self, OnEnospc};
@@ -56,7 +58,7 @@ survives a power cut.";
 /// Serves a ploop disk image to a virtual machine, as a vhost-user-blk back-end.
 #[derive(Clone, Debug, Parser)]
 #[command(name = "vhost-user-ploop", version, after_help = AFTER_HELP)]
-#[command(group(ArgGroup::new("socket").required(true).args(["socket_path", "fd"])))]
+#[command(group(ArgGroup::new("socket").required(true).args(["socket_path", "fd", "take_over"])))]
 pub struct Args {
     /// Make the socket here and accept front-ends on it, one after the other.
     ///
@@ -68,17 +70,47 @@ pub struct Args {
     /// Who may connect to the socket of --socket-path: its permission bits, in octal.
     /// They are in force when the socket appears. A front-end must be able to write.
     /// [default: 777 less the umask]
-    #[arg(long, value_name = "MODE", conflicts_with = "fd", value_parser = socket_mode)]
+    #[arg(long, value_name = "MODE", conflicts_with_all = ["fd", "take_over"],
+          value_parser = socket_mode)]
     pub socket_mode: Option<u32>,
 
     /// The group of the socket of --socket-path, as a name or a number: the one that
     /// the virtual machines run with, for example.
-    #[arg(long, value_name = "GROUP", conflicts_with = "fd", value_parser = group_id)]
+    #[arg(long, value_name = "GROUP", conflicts_with_all = ["fd", "take_over"],
+          value_parser = group_id)]
     pub socket_group: Option<u32>,
 
     /// Accept front-ends on this inherited descriptor, a listening socket.
     #[arg(long, value_name = "N", value_parser = |text: &str| number(text, 0..=RawFd::MAX))]
     pub fd: Option<RawFd>,
+
+    /// Listen here for a process that is to go on in this one's place: see --take-over.
+    /// Only this user and root can connect.
+    #[arg(long, value_name = "PATH", conflicts_with = "take_over")]
+    pub upgrade_socket: Option<PathBuf>,
+
+    /// Go on in the place of the process whose --upgrade-socket this is, with its
+    /// sockets and its front-end, which notices nothing. That process ends when this
+    /// one serves; if this one cannot, it goes on itself. The image and what a guest
+    /// sees of it must be the same.
+    #[arg(long, value_name = "PATH")]
+    pub take_over: Option<PathBuf>,
+
+    /// Listen here for programs that ask, watch and steer the disk while it is served,
+    /// in QMP, the protocol of QEMU's monitor; `none`: nowhere.
+    /// [default: where ploop-img looks, if the host has a run-time folder for it]
+    #[arg(long, value_name = "PATH", conflicts_with = "take_over")]
+    pub control: Option<PathBuf>,
+
+    /// Who may connect to the socket of --control: its permission bits, in octal. Whoever
+    /// may can end the program. [default: 600]
+    #[arg(long, value_name = "MODE", requires = "control", value_parser = socket_mode)]
+    pub control_mode: Option<u32>,
+
+    /// The group of the socket of --control, as a name or a number. The default mode
+    /// leaves it out.
+    #[arg(long, value_name = "GROUP", requires = "control", value_parser = group_id)]
+    pub control_group: Option<u32>,
 
     /// Print what this program can do, as JSON, and exit. Nothing else counts then.
     #[arg(long)]
@@ -154,6 +186,33 @@ pub struct Args {
     #[arg(long, value_name = "WHAT", value_enum, default_value_t = EnospcPolicy::Stop)]
     pub on_enospc: EnospcPolicy,
 
+    /// Limits on what guests may do, as `iops=500,bps=104857600`: operations and bytes a
+    /// second, of reads alone with `_rd`, of writes with `_wr`; in a burst with `_max`, of
+    /// so many seconds with `_max_length`. --control can change them.
+    #[arg(long, value_name = "LIMITS", value_parser = |text: &str| text.parse::<ThrottleLimits>())]
+    pub throttle: Option<ThrottleLimits>,
+
+    /// What happens when this program asks the kernel for something that it never
+    /// does by itself, as one may that a guest has taken over.
+    #[arg(long, value_name = "WHAT", value_enum, default_value_t = SeccompMode::Kill)]
+    pub seccomp: SeccompMode,
+
+    /// Whether the program keeps its hands, once the image is open, off all files but
+    /// the image and the socket, gives up its capabilities, and hides from other
+    /// processes of the same user.
+    #[arg(long, value_name = "WHETHER", value_enum, default_value_t = SandboxMode::Auto)]
+    pub sandbox: SandboxMode,
+
+    /// Become this user, a name or a number, once the image is open. The user must be
+    /// able to make the socket in its folder. [default: whoever starts the program]
+    #[arg(long, value_name = "USER", value_parser = user_id)]
+    pub user: Option<UserId>,
+
+    /// Become a member of this group, a name or a number, and of no other, once the
+    /// image is open. [default: with --user, that user's]
+    #[arg(long, value_name = "GROUP", value_parser = group_id)]
+    pub group: Option<u32>,
+
     /// How much to say on standard error.
     /// [default: what RUST_LOG says, else info]
     #[arg(long, value_name = "LEVEL", value_parser = log_level())]
@@ -193,6 +252,24 @@ pub enum EnospcPolicy {
     Stop,
     /// They fail.
     Report,
+}
+
+/// How far the program restricts itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum SandboxMode {
+    /// As far as the kernel lets it.
+    Auto,
+    /// Not at all.
+    None,
+}
+
+/// A user as the command line names him.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct UserId {
+    /// His number.
+    pub user: u32,
+    /// The number of his group, if he is known here.
+    pub group: Option<u32>,
 }
 
 fn log_level() -> impl TypedValueParser<Value = LevelFilter> {
@@ -253,6 +330,27 @@ fn group_id(text: &str) -> Result<u32, String> {
     }
 }
 
+/// The number of a user that is given by number or name, and of his group.
+fn user_id(text: &str) -> Result<UserId, String> {
+    let number = text.parse().ok();
+    if number == Some(u32::MAX) {
+        return Err(format!("the number of a user is at most {}", u32::MAX - 1));
+    }
+    let found = match number {
+        Some(number) => User::from_uid(Uid::from_raw(number)),
+        None => User::from_name(text),
+    };
+    match (found, number) {
+        (Ok(Some(user)), _) => Ok(UserId {
+            user: user.uid.as_raw(),
+            group: Some(user.gid.as_raw()),
+        }),
+        (_, Some(user)) => Ok(UserId { user, group: None }),
+        (Ok(None), None) => Err("this host has no such user".to_owned()),
+        (Err(error), None) => Err(format!("cannot look up the user: {error}")),
+    }
+}
+
 /// Whether the capabilities are asked for; then nothing else on the command line
 /// counts, not even what is wrong with it.
 pub fn asks_for_capabilities<S: AsRef<OsStr>>(args: impl IntoIterator<Item = S>) -> bool {
@@ -267,11 +365,46 @@ impl Args {
         self.read_only || self.snapshot.is_some()
     }
 
+    /// Where processes connect that are to take over, now or later.
+    pub fn upgrades(&self) -> Option<&Path> {
+        self.upgrade_socket.as_deref().or(self.take_over.as_deref())
+    }
+
+    /// Whether another process may take over one day.
+    pub fn can_be_upgraded(&self) -> bool {
+        self.upgrades().is_some()
+    }
+
     /// Who may connect to the socket.
     pub fn socket_access(&self) -> SocketAccess {
         SocketAccess {
             mode: self.socket_mode,
             group: self.socket_group,
+        }
+    }
+
+    /// Who may connect to the control socket.
+    pub fn control_access(&self) -> SocketAccess {
+        SocketAccess {
+            mode: self.control_mode.or(SocketAccess::PRIVATE.mode),
+            group: self.control_group,
+        }
+    }
+
+    /// Whether a socket is for another group than this process's own.
+    pub fn gives_sockets_away(&self) -> bool {
+        self.socket_group.is_some() || self.control_group.is_some()
+    }
+
+    /// What the process gives up.
+    pub fn sandbox_options(&self) -> SandboxOptions {
+        SandboxOptions {
+            seccomp: self.seccomp,
+            confines: self.sandbox == SandboxMode::Auto,
+            run_as: RunAs {
+                user: self.user.map(|user| user.user),
+                group: self.group.or(self.user.and_then(|user| user.group)),
+            },
         }
     }
 
@@ -385,6 +518,10 @@ mod tests {
             ("--socket-mode=1777", "an octal number up to 777"),
             ("--socket-mode=+660", "an octal number up to 777"),
             ("--socket-mode=rw", "an octal number up to 777"),
+            ("--control-mode=668", "an octal number up to 777"),
+            ("--throttle=fast", "no limit"),
+            ("--throttle=iops=many", "no number"),
+            ("--throttle=iops_max=5", "require corresponding"),
             ("--socket-group=no such", "has no such group"),
             ("--socket-group=4294967295", "at most 4294967294"),
             ("--logical-block-size=1024", "512, 4096"),

@@ -2,9 +2,12 @@
 //!
 //! A thread of its own writes them. What reads standard error may be slow, or have
 //! stopped reading: then lines wait in a queue, and when that is full they are lost
-//! and counted, while the disk goes on being served.
+//! and counted, while the disk goes on being served. And no part of the program, nor of
+//! its libraries, has more than so many lines in a while.
 //!
 //! Knows what a line looks like and where it goes. Must not know what is worth one.
+
+mod limit;
 
 use std::backtrace::{Backtrace, BacktraceStatus};
 use std::collections::VecDeque;
@@ -24,7 +27,9 @@ use jiff::Timestamp;
 use log::{Level, LevelFilter, Log, Metadata, Record};
 use serde::Serialize;
 
+use self::limit::Limit;
 use crate::printable::{Printable, is_obeyed};
+use crate::threads::{self, Role};
 
 /// Lines that may wait to be written. With [`MAX_MESSAGE_LEN`] this bounds the memory
 /// that they take: 4 MiB, or six times that if JSON has to escape all of it.
@@ -62,10 +67,11 @@ impl Logging {
     pub fn start(level: Option<LevelFilter>, format: LogFormat) -> io::Result<Self> {
         let logger = Arc::new(Logger {
             filter: filter(level),
+            limit: Limit::default(),
             format: format.resolved(),
             queue: Queue::default(),
         });
-        thread::Builder::new().name("log".to_owned()).spawn({
+        threads::start(Role::Log, "log", {
             let logger = Arc::clone(&logger);
             move || logger.write_forever(&mut io::stderr())
         })?;
@@ -114,6 +120,7 @@ fn filter(level: Option<LevelFilter>) -> Filter {
 #[derive(Debug)]
 struct Logger {
     filter: Filter,
+    limit: Limit,
     format: LogFormat,
     queue: Queue,
 }
@@ -149,9 +156,19 @@ impl Log for Logger {
     }
 
     fn log(&self, record: &Record<'_>) {
-        if self.filter.matches(record) {
+        if !self.filter.matches(record) {
+            return;
+        }
+        let (level, target) = (record.level(), record.target());
+        if let Some(left_out) = self.limit.admit(level, target) {
+            if left_out > 0 {
+                let text =
+                    format!("{left_out} lines of {target} were left out: too many at a time");
+                self.queue
+                    .push(self.format.line(Level::Warn, module_path!(), &text));
+            }
             let message = record.args().to_string();
-            let line = self.format.line(record.level(), record.target(), &message);
+            let line = self.format.line(level, target, &message);
             self.queue.push(line);
         }
     }

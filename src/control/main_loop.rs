@@ -1,5 +1,5 @@
-//! The main thread: waits for front-ends, for their end, and for the signal to
-//! end the program. Never blocks on a front-end.
+//! The main thread: waits for front-ends, for their end, for what control clients have to
+//! say, and for the signal to end the program. Never blocks on any of them.
 //!
 //! One front-end is served at a time, since two guests on one disk would destroy
 //! it. While one is, whoever else connects is turned away at once: a program that waits
@@ -10,18 +10,31 @@
 //! a descriptor for a while.
 
 use std::collections::VecDeque;
+use std::io;
+use std::num::NonZeroI32;
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
+use std::sync::mpsc::{Receiver, sync_channel};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
+use super::Doors;
+use super::deadline;
+use super::qmp::{Event, Monitor, Wish};
+use super::served::Served;
 use super::signals::Signals;
 use super::socket::ServerSocket;
+use super::upgrade::{Step, Successor};
 use crate::device::{BlockDevice, Connection, Parked, has_spoken};
-use crate::storage::Disk;
+use crate::notices::{IoError, Notice, Notices};
+use crate::peer::Peer;
+use crate::ploop::EngineError;
+use crate::storage::{Disk, HostDisk};
+use crate::threads::{self, Role};
 
 /// How long to wait after a front-end could not be accepted: what was missing,
 /// descriptors or threads, is not there again at once.
@@ -42,25 +55,90 @@ mod event {
     pub const FRONT_END: u32 = 1;
     pub const CONNECTION_ENDED: u32 = 2;
     pub const SPOKEN: u32 = 3;
+    pub const UPGRADE: u32 = 4;
+    pub const SUCCESSOR: u32 = 5;
+    pub const CONTROL: u32 = 6;
+    pub const CLIENT: u32 = 7;
+    pub const NOTICE: u32 = 8;
+    pub const SYNCED: u32 = 9;
 }
 
-/// Serves `device` to one front-end after the other until a signal comes. When it
-/// returns, nothing is in flight.
+/// Where the disk is asked and told of: its clients stay when one loop follows another.
+pub(super) struct Desk {
+    monitor: Monitor,
+    notices: Arc<Notices>,
+}
+
+impl Desk {
+    /// Without clients; tells them of `notices`.
+    pub fn new(notices: Arc<Notices>) -> Self {
+        let monitor = Monitor::new(event::CLIENT);
+        Self { monitor, notices }
+    }
+}
+
+/// Front-ends that one loop leaves to the next one, in this process or another.
+#[derive(Default)]
+pub(super) struct Carried {
+    /// The one that is being served.
+    pub connection: Option<Connection>,
+    /// Have connected and said nothing yet.
+    pub waiting: Vec<UnixStream>,
+}
+
+/// Room for the descriptors that a loop begins with, for when it must not fail to. To be
+/// dropped just before.
+pub(super) struct Room {
+    _descriptors: [EventFd; 4],
+}
+
+impl Room {
+    /// Keeps it free.
+    ///
+    /// # Errors
+    /// If there is none.
+    pub fn keep() -> io::Result<Self> {
+        let one = || EventFd::new(EFD_CLOEXEC);
+        Ok(Self {
+            _descriptors: [one()?, one()?, one()?, one()?],
+        })
+    }
+}
+
+/// Why a loop has ended.
+pub(super) enum Left {
+    /// A signal has come, and nothing is in flight.
+    Signalled,
+    /// Another process takes over.
+    For(Successor, Carried),
+}
+
+/// Serves the disk to one front-end after the other until a signal comes, or a process
+/// that takes over.
 ///
 /// # Errors
 /// Any of `epoll_create(2)`, `epoll_ctl(2)`, `epoll_wait(2)`.
-pub fn run<D: Disk>(
-    device: Arc<BlockDevice<D>>,
-    socket: &ServerSocket,
+pub(super) fn run(
+    served: &Served,
+    doors: &Doors,
     signals: &Signals,
-) -> Result<(), event_manager::Error> {
+    carried: Carried,
+    desk: &mut Desk,
+) -> Result<Left, event_manager::Error> {
     let mut manager = EventManager::new()?;
+    let until = Instant::now() + SILENCE;
+    let waiting = carried.waiting.into_iter();
     let id = manager.add_subscriber(MainLoop {
-        device,
-        socket,
+        served,
+        device: Arc::clone(served.device()),
+        doors,
         signals,
-        waiting: VecDeque::new(),
-        connection: None,
+        desk,
+        reserve: reserve(),
+        waiting: waiting.map(|socket| Waiting { socket, until }).collect(),
+        connection: carried.connection,
+        successor: None,
+        sync: None,
         outcome: None,
     });
     let mut waited = Ok(0);
@@ -70,13 +148,37 @@ pub fn run<D: Disk>(
         while let Some(socket) = manager.subscriber_mut(id)?.take_overdue() {
             manager.event_ops(id)?.remove(Events::empty(&socket))?;
         }
+        if let Some(successor) = manager.subscriber_mut(id)?.take_late_successor() {
+            manager.event_ops(id)?.remove(Events::empty(&successor))?;
+        }
+        for client in manager.subscriber_mut(id)?.desk.monitor.take_stalled() {
+            manager.event_ops(id)?.remove(Events::empty(&client))?;
+        }
     }
     let main_loop = manager.remove_subscriber(id)?;
+    if let (Ok(_), Some(Ok(Outcome::TakeOver)), Some(successor)) =
+        (&waited, &main_loop.outcome, main_loop.successor)
+    {
+        let waiting = main_loop.waiting.into_iter();
+        let carried = Carried {
+            connection: main_loop.connection,
+            waiting: waiting.map(|one| one.socket).collect(),
+        };
+        return Ok(Left::For(successor, carried));
+    }
     if let Some(connection) = main_loop.connection {
         connection.stop(Parked::Fail);
     }
     waited?;
-    main_loop.outcome.unwrap_or(Ok(()))
+    main_loop.outcome.transpose()?;
+    Ok(Left::Signalled)
+}
+
+/// What ends the loop.
+#[derive(Debug)]
+enum Outcome {
+    Signal,
+    TakeOver,
 }
 
 /// A front-end that has connected and is not served yet.
@@ -85,38 +187,118 @@ struct Waiting {
     until: Instant,
 }
 
-struct MainLoop<'a, D: Disk> {
-    device: Arc<BlockDevice<D>>,
-    socket: &'a ServerSocket,
+/// A sync of the image, beside everything else. It may take long.
+struct ImageSync {
+    is_over: Arc<EventFd>,
+    result: Receiver<Result<(), EngineError>>,
+}
+
+impl ImageSync {
+    fn start<D: Disk>(device: &Arc<BlockDevice<D>>) -> io::Result<Self> {
+        let is_over = Arc::new(EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?);
+        let (tell, result) = sync_channel(1);
+        threads::start(Role::Sync, "sync", {
+            let engine = Arc::clone(device.engine());
+            let is_over = Arc::clone(&is_over);
+            move || {
+                // Nobody may wait for it any more.
+                let _ = tell.send(engine.settle());
+                let _ = is_over.write(1);
+            }
+        })?;
+        Ok(Self { is_over, result })
+    }
+
+    fn result(self) -> Result<(), EngineError> {
+        self.result.recv().unwrap_or(Err(EngineError::Stopped))
+    }
+}
+
+struct MainLoop<'a> {
+    served: &'a Served,
+    device: Arc<BlockDevice<HostDisk>>,
+    doors: &'a Doors,
     signals: &'a Signals,
+    desk: &'a mut Desk,
+    /// A descriptor for a front-end that comes when there are no more.
+    reserve: Option<EventFd>,
     /// The oldest first.
     waiting: VecDeque<Waiting>,
     connection: Option<Connection>,
+    /// A process that prepares itself to take over, or waits for [`Self::sync`].
+    successor: Option<Successor>,
+    sync: Option<ImageSync>,
     /// Of the loop, when it is to end.
-    outcome: Option<Result<(), event_manager::Error>>,
+    outcome: Option<Result<Outcome, event_manager::Error>>,
 }
 
-impl<D: Disk> MainLoop<'_, D> {
+impl MainLoop<'_> {
     fn handle(&mut self, events: Events, ops: &mut EventOps) -> Result<(), event_manager::Error> {
         match events.data() {
             event::SIGNAL => {
-                log::info!("shutting down");
-                self.outcome = Some(Ok(()));
+                self.begin_end();
                 Ok(())
             }
             event::FRONT_END => self.accept(ops),
             event::SPOKEN => self.hear(events.fd(), ops),
             event::CONNECTION_ENDED => self.forget_connection(ops),
+            event::UPGRADE => self.accept_successor(ops),
+            event::SUCCESSOR => self.hear_successor(ops),
+            event::CONTROL => self.accept_client(ops),
+            event::CLIENT => self.serve_client(events.fd(), ops),
+            event::NOTICE => self.pass_on_notices(ops),
+            event::SYNCED => self.hear_of_sync(ops),
             _ => Ok(()),
         }
     }
 
+    /// The program is to end.
+    fn begin_end(&mut self) {
+        log::info!("shutting down");
+        deadline::set();
+        self.outcome = Some(Ok(Outcome::Signal));
+    }
+
+    /// A control client has come.
+    fn accept_client(&mut self, ops: &mut EventOps) -> Result<(), event_manager::Error> {
+        let Some(control) = &self.doors.control else {
+            return Ok(());
+        };
+        match control.listener().accept() {
+            Ok((socket, _)) => self.desk.monitor.admit(socket, self.served, ops),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(()),
+            Err(error) => {
+                log::error!("a control client cannot be accepted: {error}");
+                self.turn_next_away(control);
+                thread::sleep(RETRY_DELAY);
+                Ok(())
+            }
+        }
+    }
+
+    fn serve_client(&mut self, fd: RawFd, ops: &mut EventOps) -> Result<(), event_manager::Error> {
+        let wish = self.desk.monitor.serve(fd, self.served, ops)?;
+        if wish == Wish::Quit {
+            log::info!("a control client asks the program to end");
+            self.begin_end();
+        }
+        Ok(())
+    }
+
+    fn pass_on_notices(&mut self, ops: &mut EventOps) -> Result<(), event_manager::Error> {
+        let notices = self.desk.notices.take().into_iter();
+        notices
+            .map(event_of)
+            .try_for_each(|event| self.desk.monitor.tell(&event, ops))
+    }
+
     fn accept(&mut self, ops: &mut EventOps) -> Result<(), event_manager::Error> {
-        let socket = match self.socket.listener().accept() {
+        let socket = match self.doors.front_ends.listener().accept() {
             Ok((socket, _)) => socket,
-            Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => return Ok(()),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
             Err(error) => {
                 log::error!("a front-end cannot be accepted: {error}");
+                self.turn_next_away(&self.doors.front_ends);
                 thread::sleep(RETRY_DELAY);
                 return Ok(());
             }
@@ -130,14 +312,133 @@ impl<D: Disk> MainLoop<'_, D> {
         {
             ops.remove(Events::empty(&oldest))?;
         }
-        // Told once for each piece that comes: the first may be less than a message.
-        let events = EventSet::IN | EventSet::EDGE_TRIGGERED;
-        ops.add(Events::with_data(&socket, event::SPOKEN, events))?;
+        ops.add(spoken_events(&socket))?;
         self.waiting.push_back(Waiting {
             socket,
             until: Instant::now() + SILENCE,
         });
         Ok(())
+    }
+
+    /// A process has come that is to take over. One at a time.
+    fn accept_successor(&mut self, ops: &mut EventOps) -> Result<(), event_manager::Error> {
+        let Some(upgrades) = &self.doors.upgrades else {
+            return Ok(());
+        };
+        let socket = match upgrades.listener().accept() {
+            Ok((socket, _)) => socket,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
+            Err(error) => {
+                log::error!("a process that is to take over cannot be accepted: {error}");
+                self.turn_next_away(upgrades);
+                thread::sleep(RETRY_DELAY);
+                return Ok(());
+            }
+        };
+        if self.successor.is_some() {
+            log::warn!("a process is turned away: another one is about to take over");
+            return Ok(());
+        }
+        match Successor::of(socket, self.doors.user) {
+            Ok(successor) => {
+                log::info!("{} is about to take over", successor.peer());
+                ops.add(successor_events(&successor))?;
+                self.successor = Some(successor);
+            }
+            Err(error) => log::warn!("a process is turned away: {error}"),
+        }
+        Ok(())
+    }
+
+    fn hear_successor(&mut self, ops: &mut EventOps) -> Result<(), event_manager::Error> {
+        let Some(mut successor) = self.successor.take() else {
+            return Ok(());
+        };
+        let step = match &self.doors.terms {
+            Some(terms) => successor.hear(terms, self.doors),
+            None => Step::Ends,
+        };
+        match step {
+            Step::Waits => self.successor = Some(successor),
+            // Not in the midst of the end of the program.
+            Step::IsReady if self.outcome.is_none() => {
+                if self.begin_sync(&successor, ops)? {
+                    self.successor = Some(successor);
+                } else {
+                    ops.remove(successor_events(&successor))?;
+                }
+            }
+            Step::IsReady | Step::Ends => ops.remove(successor_events(&successor))?,
+        }
+        Ok(())
+    }
+
+    /// What is synced now need not be when the guest waits. `false` if the process was
+    /// refused instead.
+    fn begin_sync(
+        &mut self,
+        successor: &Successor,
+        ops: &mut EventOps,
+    ) -> Result<bool, event_manager::Error> {
+        if self.device.engine().awaits_take_over() {
+            // Closing the image would let that guest go on without what it was told is written.
+            successor.refuse(
+                "a guest of a process that was killed may come back for what is not in the image",
+            );
+            return Ok(false);
+        }
+        // Of a process that did not wait for it.
+        if let Some(old) = self.sync.take() {
+            ops.remove(synced_events(&old))?;
+        }
+        match ImageSync::start(&self.device) {
+            Ok(sync) => {
+                ops.add(synced_events(&sync))?;
+                self.sync = Some(sync);
+                Ok(true)
+            }
+            Err(error) => {
+                successor.refuse(&format!("the image cannot be synced: {error}"));
+                Ok(false)
+            }
+        }
+    }
+
+    fn hear_of_sync(&mut self, ops: &mut EventOps) -> Result<(), event_manager::Error> {
+        let Some(sync) = self.sync.take() else {
+            return Ok(());
+        };
+        ops.remove(synced_events(&sync))?;
+        match (&self.successor, sync.result()) {
+            (Some(_), Ok(())) if self.outcome.is_none() => {
+                self.outcome = Some(Ok(Outcome::TakeOver));
+            }
+            (Some(successor), Err(error)) => {
+                successor.refuse(&format!("the image cannot be synced: {error}"));
+                ops.remove(successor_events(successor))?;
+                self.successor = None;
+            }
+            _ => {}
+        }
+        Ok(())
+    }
+
+    /// One that has not been ready in time; to be hung up on.
+    fn take_late_successor(&mut self) -> Option<Successor> {
+        let successor = self
+            .successor
+            .take_if(|successor| successor.until() <= Instant::now() && self.outcome.is_none())?;
+        successor.is_late();
+        Some(successor)
+    }
+
+    /// For want of descriptors, most likely. Who is not accepted is not hung up on either,
+    /// and would wait for a first answer for ever.
+    fn turn_next_away(&mut self, door: &ServerSocket) {
+        drop(self.reserve.take());
+        // If somebody else was faster to take it, whoever has come is still there.
+        drop(door.listener().accept());
+        self.reserve = reserve();
     }
 
     /// Whether a front-end is being served that has not hung up.
@@ -182,10 +483,14 @@ impl<D: Disk> MainLoop<'_, D> {
         socket: UnixStream,
         ops: &mut EventOps,
     ) -> Result<(), event_manager::Error> {
+        let peer = Peer::of(&socket).ok();
         match Connection::start(Arc::clone(&self.device), socket) {
             Ok(connection) => {
                 ops.add(ended_events(&connection))?;
                 self.connection = Some(connection);
+                let pid = peer.and_then(|peer| peer.pid).map(NonZeroI32::get);
+                let event = Event::FrontEndConnected { pid };
+                self.desk.monitor.tell(&event, ops)?;
             }
             Err(error) => {
                 log::error!("a front-end cannot be served: {error}");
@@ -199,6 +504,7 @@ impl<D: Disk> MainLoop<'_, D> {
         if let Some(connection) = self.connection.take() {
             ops.remove(ended_events(&connection))?;
             connection.stop(Parked::Drop);
+            self.desk.monitor.tell(&Event::FrontEndGone, ops)?;
         }
         // Who has spoken meanwhile is not told of again.
         let fds: Vec<_> = self
@@ -211,7 +517,10 @@ impl<D: Disk> MainLoop<'_, D> {
 
     /// How long to wait for events, in the event manager's terms.
     fn time_left_ms(&self) -> i32 {
-        let Some(first) = self.waiting.iter().map(|one| one.until).min() else {
+        let front_ends = self.waiting.iter().map(|one| one.until);
+        let successor = self.successor.as_ref().map(Successor::until);
+        let clients = self.desk.monitor.deadline();
+        let Some(first) = front_ends.chain(successor).chain(clients).min() else {
             return -1;
         };
         let left = first.saturating_duration_since(Instant::now());
@@ -231,9 +540,64 @@ impl<D: Disk> MainLoop<'_, D> {
         Some(socket)
     }
 
-    fn front_end_events(&self) -> Events {
-        Events::with_data(self.socket, event::FRONT_END, EventSet::IN)
+    /// All that is waited for from the beginning.
+    fn first_events(&self) -> Vec<Events> {
+        let mut all = vec![
+            Events::with_data(self.signals, event::SIGNAL, EventSet::IN),
+            Events::with_data(&self.doors.front_ends, event::FRONT_END, EventSet::IN),
+        ];
+        let upgrades = self.doors.upgrades.as_ref();
+        all.extend(upgrades.map(|it| Events::with_data(it, event::UPGRADE, EventSet::IN)));
+        let control = self.doors.control.as_ref();
+        all.extend(control.map(|it| Events::with_data(it, event::CONTROL, EventSet::IN)));
+        all.extend(self.desk.monitor.first_events());
+        let notices = &*self.desk.notices;
+        all.push(Events::with_data(notices, event::NOTICE, EventSet::IN));
+        all.extend(self.connection.as_ref().map(ended_events));
+        let waiting = self.waiting.iter();
+        all.extend(waiting.map(|one| spoken_events(&one.socket)));
+        all
     }
+}
+
+/// As clients are told of it.
+fn event_of(notice: Notice) -> Event {
+    match notice {
+        Notice::HostFull { waits } => Event::HostFull { waits },
+        Notice::HostHasSpace => Event::HostHasSpace,
+        Notice::IoError(IoError {
+            is_read,
+            no_space,
+            reason,
+        }) => Event::IoError {
+            is_read,
+            no_space,
+            reason,
+        },
+        Notice::ImageVanished { path, how } => Event::ImageVanished {
+            file: path.to_string_lossy().into_owned(),
+            how,
+        },
+    }
+}
+
+/// Told once for each piece that comes: the first may be less than a message.
+fn spoken_events(socket: &UnixStream) -> Events {
+    let events = EventSet::IN | EventSet::EDGE_TRIGGERED;
+    Events::with_data(socket, event::SPOKEN, events)
+}
+
+fn successor_events(successor: &Successor) -> Events {
+    Events::with_data(successor, event::SUCCESSOR, EventSet::IN)
+}
+
+fn synced_events(sync: &ImageSync) -> Events {
+    Events::with_data(&*sync.is_over, event::SYNCED, EventSet::IN)
+}
+
+/// See [`MainLoop::reserve`]; `None` if there is none left.
+fn reserve() -> Option<EventFd> {
+    EventFd::new(EFD_CLOEXEC).ok()
 }
 
 fn ended_events(connection: &Connection) -> Events {
@@ -241,12 +605,10 @@ fn ended_events(connection: &Connection) -> Events {
     Events::with_data_raw(fd, event::CONNECTION_ENDED, EventSet::IN)
 }
 
-impl<D: Disk> MutEventSubscriber for MainLoop<'_, D> {
+impl MutEventSubscriber for MainLoop<'_> {
     fn init(&mut self, ops: &mut EventOps) {
-        let signals = Events::with_data(self.signals, event::SIGNAL, EventSet::IN);
-        let added = ops
-            .add(signals)
-            .and_then(|()| ops.add(self.front_end_events()));
+        let mut events = self.first_events().into_iter();
+        let added = events.try_for_each(|events| ops.add(events));
         if let Err(error) = added {
             self.outcome = Some(Err(error));
         }

@@ -1,33 +1,50 @@
-//! The daemon around the device: command line, socket, signals, main loop.
+//! The daemon around the device: command line, sockets, signals, main loop.
 //!
 //! Opens the floors below in order, serves, and closes them in reverse. Knows
 //! sockets' paths, descriptors and signals. Must not know virtio requests or what
 //! is in an image.
 
 pub mod args;
+mod asker;
+mod bound;
+mod deadline;
 mod logging;
 mod main_loop;
+mod place;
+pub mod qmp;
+mod sandbox;
+mod served;
 mod signals;
 mod socket;
+mod upgrade;
 
 use std::io;
+use std::num::NonZeroUsize;
 use std::os::fd::RawFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::thread;
 
 use thiserror::Error;
 
 pub use args::Args;
+pub use asker::{AskError, Asker};
 pub use logging::{LogFormat, Logging};
-pub use main_loop::run as serve_until_signal;
+pub use place::find as find_control_socket;
+pub use sandbox::{RunAs, Sandbox, SandboxError, SandboxOptions, SeccompMode};
 pub use signals::Signals;
 pub use socket::{ServerSocket, SocketAccess, SocketError};
+pub use upgrade::UpgradeError;
 
-use crate::device::{BlockDevice, LogicalBlockError, Queues, QueuesError};
+use crate::device::{ConnectionError, LimitsError, LogicalBlockError, QueuesError};
 use crate::format::Sector;
 use crate::image::{self, Access, ImageError, OpenMode};
-use crate::ploop::{Engine, EngineError, OpenError, Running};
-use crate::storage::{HostDisk, ease_limits};
+use crate::ploop::{EngineError, OpenError};
+use crate::storage::ease_limits;
+use crate::storage::lock::LockError;
+use main_loop::{Carried, Desk, Left};
+use served::Image;
+use upgrade::{Given, Taken, Terms, folder_of};
 
 /// The length of rings that QEMU's vhost-user-blk has unless told otherwise.
 const QEMU_QUEUE_SIZE: u16 = 128;
@@ -58,63 +75,229 @@ pub enum Error {
     /// The disk has no whole number of blocks.
     #[error(transparent)]
     LogicalBlock(#[from] LogicalBlockError),
+    /// Limits that cannot be.
+    #[error(transparent)]
+    Limits(#[from] LimitsError),
+    /// The process has more rights than it should.
+    #[error(transparent)]
+    Sandbox(#[from] SandboxError),
     /// The main loop has failed.
     #[error("the main loop failed")]
     MainLoop(#[from] event_manager::Error),
+    /// The front-end of another process cannot be served.
+    #[error(transparent)]
+    Connection(ConnectionError),
+    /// Nothing was taken over from another process, which goes on.
+    #[error("cannot take over")]
+    Upgrade(#[from] UpgradeError),
+    /// Another process uses the image that this one has served.
+    #[error("the image is in use")]
+    Lock(#[source] LockError),
     /// Not everything could be made stable at the end.
     #[error("the image was not closed cleanly; it will be checked when it is next opened")]
     Close(#[source] EngineError),
 }
 
-/// Serves what the command line names until SIGTERM or SIGINT, and closes it.
+/// Serves what the command line names until SIGTERM or SIGINT, and closes it; or until
+/// another process has taken over.
 ///
 /// # Errors
 /// See [`enum@Error`]. The image is closed as well as it can be before any is returned.
-pub fn run(args: &Args) -> Result<(), Error> {
+pub fn run(args: &Args, sandbox: &Sandbox) -> Result<(), Error> {
     let signals = Signals::catch().map_err(Error::Setup)?;
     ease_limits();
+    // Who is confined cannot see what a control group allows.
+    let cpus = thread::available_parallelism().map_or(1, NonZeroUsize::get);
     let access = if args.is_read_only() {
         Access::Read
     } else {
         Access::Serve
     };
-    let image = image::open(
-        &args.blk_file,
-        OpenMode::new(access).snapshot(args.snapshot),
-    )?;
-    let disk = HostDisk::new(image.files, args.host_options()).map_err(Error::Setup)?;
-    disk.watch_files().map_err(Error::Setup)?;
-    let opened = Engine::open(disk, &image.chain, args.engine_options());
-    let opened = opened.map_err(|source| Error::Engine {
-        path: args.blk_file.clone(),
-        source,
-    })?;
-    let running = Running::start(opened).map_err(Error::Setup)?;
-    let served = serve(args, &running, &signals);
+    let mode = OpenMode::new(access)
+        .snapshot(args.snapshot)
+        .share_locks(args.take_over.is_some());
+    let image = Image::new(image::open(&args.blk_file, mode)?).map_err(Error::Setup)?;
+    if let Some(limits) = args.throttle {
+        image.throttle().set(limits)?;
+    }
+    let taken = match &args.take_over {
+        Some(path) => upgrade::take_over(path, image, (args, cpus), sandbox, &signals)?,
+        None => begin(image, args, cpus, sandbox)?,
+    };
+    log::info!("{}", ready(args, taken.served.engine().disk_size()));
+    serve(taken, args, cpus, &signals)
+}
+
+/// Opens the image and makes the sockets.
+fn begin(mut image: Image, args: &Args, cpus: usize, sandbox: &Sandbox) -> Result<Taken, Error> {
+    let control = control_socket(args, &image);
+    let sockets = [
+        args.socket_path.as_deref(),
+        args.upgrades(),
+        control.as_ref().map(|control| control.path.as_path()),
+    ];
+    let folders: Vec<_> = sockets.into_iter().flatten().map(folder_of).collect();
+    sandbox.confine(image.files(), &folders, args.gives_sockets_away())?;
+    let terms = args
+        .can_be_upgraded()
+        .then(|| Terms::of(args, image.files()));
+    let terms = terms.transpose().map_err(Error::Setup)?;
+    let disk = image.disk(args)?;
+    let served = image.serve(disk, args, cpus)?;
+    let opened = open_doors(args, control).and_then(|mut doors| {
+        doors.terms = terms;
+        sandbox.settle()?;
+        Ok(doors)
+    });
+    match opened {
+        Ok(doors) => {
+            warn_of_small_rings(args.queue_size);
+            Ok(Taken {
+                image,
+                served,
+                doors,
+                carried: Carried::default(),
+                room: None,
+            })
+        }
+        Err(error) => {
+            // Before the locks go.
+            let closed = served.close();
+            drop(image);
+            closed.and(Err(error))
+        }
+    }
+}
+
+/// Serves until a signal comes or another process has taken over.
+fn serve(taken: Taken, args: &Args, cpus: usize, signals: &Signals) -> Result<(), Error> {
+    let Taken {
+        mut image,
+        mut served,
+        mut doors,
+        mut carried,
+        room,
+    } = taken;
+    let mut desk = Desk::new(Arc::clone(image.notices()));
+    drop(room);
+    let left = loop {
+        match main_loop::run(&served, &doors, signals, carried, &mut desk) {
+            Ok(Left::For(successor, left)) => {
+                let host = (args, cpus);
+                let given = upgrade::hand_over(
+                    &successor, served, left, &mut image, &mut doors, host, signals,
+                )?;
+                match given {
+                    Given::Away => return Ok(()),
+                    Given::Kept(kept, left) => (served, carried) = (kept, left),
+                }
+            }
+            Ok(Left::Signalled) => break Ok(()),
+            Err(error) => break Err(error),
+        }
+    };
     // Whatever happened: the image is closed, and only then its locks go.
-    let closed = running.close().map_err(Error::Close);
-    drop(image.locks);
-    // The socket goes last, so that who finds it gone finds the image free.
-    let _socket = served?;
+    let closed = served.close();
+    drop(image);
+    // Clients and sockets go last, so that who finds them gone finds the image free.
+    left?;
     closed
 }
 
-/// Serves until a signal comes. Gives the socket back, for its time to go.
-fn serve(
-    args: &Args,
-    running: &Running<HostDisk>,
-    signals: &Signals,
-) -> Result<ServerSocket, Error> {
-    let queues = Queues::new(args.num_queues, args.queue_size)?;
-    let engine = Arc::clone(running.engine());
-    let device = BlockDevice::new(engine, args.serial_number(), queues)
-        .with_poll(args.longest_poll())
-        .with_logical_block(args.logical_block_size)?;
-    warn_of_small_rings(args.queue_size);
-    let socket = open_socket(args)?;
-    log::info!("{}", ready(args, running.engine().disk_size()));
-    main_loop::run(Arc::new(device), &socket, signals)?;
-    Ok(socket)
+/// Where others come from.
+pub(crate) struct Doors {
+    front_ends: ServerSocket,
+    /// For processes that take over.
+    upgrades: Option<ServerSocket>,
+    /// For programs that ask, watch and steer.
+    control: Option<ServerSocket>,
+    /// What a process that takes over has to agree to. It is known before anybody is served:
+    /// nothing may fail any more when another process has given its place.
+    terms: Option<Terms>,
+    /// Who may take over, besides root. It cannot be asked for later.
+    user: u32,
+}
+
+impl Doors {
+    fn new(
+        front_ends: ServerSocket,
+        upgrades: Option<ServerSocket>,
+        control: Option<ServerSocket>,
+        user: u32,
+    ) -> Self {
+        Self {
+            front_ends,
+            upgrades,
+            control,
+            terms: None,
+            user,
+        }
+    }
+
+    /// Leaves the sockets' files to another process.
+    fn leave(&mut self) {
+        self.front_ends.leave();
+        let others = [&mut self.upgrades, &mut self.control];
+        others.into_iter().flatten().for_each(ServerSocket::leave);
+    }
+}
+
+/// Where control clients are to connect.
+struct ControlSocket {
+    path: PathBuf,
+    /// The disk is served in any case.
+    is_optional: bool,
+}
+
+/// As the command line says, or where others look for it.
+fn control_socket(args: &Args, image: &Image) -> Option<ControlSocket> {
+    match &args.control {
+        Some(path) if path.as_os_str() == NO_CONTROL => None,
+        Some(path) => Some(ControlSocket {
+            path: path.clone(),
+            is_optional: false,
+        }),
+        None => match place::make(image.files(), args.sandbox_options().run_as) {
+            Ok(path) => path.map(|path| ControlSocket {
+                path,
+                is_optional: true,
+            }),
+            Err(error) => {
+                log::warn!("there is no control socket in the run-time folder: {error}");
+                None
+            }
+        },
+    }
+}
+
+/// In the place of a path: none is wanted.
+const NO_CONTROL: &str = "none";
+
+fn bind_control(args: &Args, control: &ControlSocket) -> Result<Option<ServerSocket>, SocketError> {
+    match ServerSocket::bind(&control.path, args.control_access()) {
+        Ok(socket) => Ok(Some(socket)),
+        // Another one serves the same image for reading, most likely.
+        Err(error) if control.is_optional => {
+            log::warn!("there is no control socket: {error}");
+            Ok(None)
+        }
+        Err(error) => Err(error),
+    }
+}
+
+fn open_doors(args: &Args, control: Option<ControlSocket>) -> Result<Doors, Error> {
+    let upgrades = args.upgrade_socket.as_deref();
+    let upgrades = upgrades.map(|path| ServerSocket::bind(path, SocketAccess::PRIVATE));
+    let upgrades = upgrades.transpose()?;
+    let control = control.map(|control| bind_control(args, &control));
+    let control = control.transpose()?.flatten();
+    // Last: who sees it finds the others, too.
+    let front_ends = open_socket(args)?;
+    Ok(Doors::new(front_ends, upgrades, control, own_user()))
+}
+
+fn own_user() -> u32 {
+    rustix::process::geteuid().as_raw()
 }
 
 /// QEMU's guest makes its rings as QEMU says, not as this program would accept them.
@@ -129,9 +312,10 @@ fn warn_of_small_rings(queue_size: u16) {
 
 /// What is served, to whom, and by what.
 fn ready(args: &Args, size: Sector) -> String {
-    let socket = match (&args.socket_path, args.fd) {
-        (None, Some(fd)) => format!("descriptor {fd}"),
-        (path, _) => path
+    let socket = match (&args.socket_path, args.fd, &args.take_over) {
+        (None, Some(fd), _) => format!("descriptor {fd}"),
+        (None, None, Some(path)) => format!("the sockets of {}", path.display()),
+        (path, ..) => path
             .as_deref()
             .unwrap_or(Path::new(""))
             .display()

@@ -67,6 +67,12 @@ impl SocketAccess {
         mode: None,
         group: None,
     };
+
+    /// For its own user, and root.
+    pub const PRIVATE: Self = Self {
+        mode: Some(0o600),
+        group: None,
+    };
 }
 
 /// A socket to accept front-ends on. One that was made at a path is removed when
@@ -75,7 +81,7 @@ impl SocketAccess {
 pub struct ServerSocket {
     listener: UnixListener,
     /// Removed when it is dropped.
-    _made: Option<MadeFile>,
+    made: Option<MadeFile>,
 }
 
 impl ServerSocket {
@@ -106,7 +112,7 @@ impl ServerSocket {
         listener.set_nonblocking(true).map_err(failed)?;
         Ok(Self {
             listener,
-            _made: Some(MadeFile::at(path).map_err(failed)?),
+            made: Some(MadeFile::at(path).map_err(failed)?),
         })
     }
 
@@ -128,14 +134,7 @@ impl ServerSocket {
         // SAFETY: the caller says that it is ours, if it is open. If it is not,
         // the next call says so before anything is done with it.
         let borrowed = unsafe { BorrowedFd::borrow_raw(fd) };
-        let domain = socket_domain(borrowed).map_err(bad)?;
-        let kind = socket_type(borrowed).map_err(bad)?;
-        if domain != AddressFamily::UNIX || kind != SocketType::STREAM {
-            return Err(SocketError::WrongKind(fd));
-        }
-        if !socket_acceptconn(borrowed).map_err(bad)? {
-            return Err(SocketError::NotListening(fd));
-        }
+        check_listener(borrowed)?;
         fcntl_setfd(borrowed, FdFlags::CLOEXEC).map_err(bad)?;
         // SAFETY: it is open, and the caller says that it is ours.
         let owned = unsafe { OwnedFd::from_raw_fd(fd) };
@@ -145,8 +144,25 @@ impl ServerSocket {
             .map_err(|source| SocketError::BadDescriptor { fd, source })?;
         Ok(Self {
             listener,
-            _made: None,
+            made: None,
         })
+    }
+
+    /// One that another process has listened on. `made` is removed in the end.
+    pub(super) fn handed(listener: UnixListener, made: Option<MadeFile>) -> Self {
+        Self { listener, made }
+    }
+
+    /// Its file, if that is to be removed in the end and nobody else has done it.
+    pub(super) fn made(&self) -> Option<&MadeFile> {
+        self.made.as_ref().filter(|made| made.is_still_there())
+    }
+
+    /// Leaves its file to another process.
+    pub(super) fn leave(&mut self) {
+        if let Some(made) = self.made.take() {
+            std::mem::forget(made);
+        }
     }
 
     /// The socket. It does not block: another process may accept on it as well.
@@ -159,6 +175,24 @@ impl AsRawFd for ServerSocket {
     fn as_raw_fd(&self) -> RawFd {
         self.listener.as_raw_fd()
     }
+}
+
+/// That it is a socket of ours to accept on.
+pub(super) fn check_listener(socket: BorrowedFd<'_>) -> Result<(), SocketError> {
+    let fd = socket.as_raw_fd();
+    let bad = |error: Errno| SocketError::BadDescriptor {
+        fd,
+        source: error.into(),
+    };
+    let domain = socket_domain(socket).map_err(bad)?;
+    let kind = socket_type(socket).map_err(bad)?;
+    if domain != AddressFamily::UNIX || kind != SocketType::STREAM {
+        return Err(SocketError::WrongKind(fd));
+    }
+    if !socket_acceptconn(socket).map_err(bad)? {
+        return Err(SocketError::NotListening(fd));
+    }
+    Ok(())
 }
 
 /// Whether there is a file already, as `bind(2)` and `link(2)` say it.
@@ -247,7 +281,7 @@ fn remove_stale(path: &Path) -> Result<(), SocketError> {
 
 /// A file that this process made. It is removed on drop unless it was replaced.
 #[derive(Debug)]
-struct MadeFile {
+pub(super) struct MadeFile {
     path: PathBuf,
     device: u64,
     inode: u64,
@@ -257,15 +291,36 @@ impl MadeFile {
     fn at(path: &Path) -> io::Result<Self> {
         let metadata = std::fs::symlink_metadata(path)?;
         Ok(Self {
-            path: path.to_owned(),
+            // A process that takes over may be elsewhere.
+            path: std::path::absolute(path)?,
             device: metadata.dev(),
             inode: metadata.ino(),
         })
     }
 
+    /// One that another process has made.
+    pub fn known(path: PathBuf, device: u64, inode: u64) -> Self {
+        Self {
+            path,
+            device,
+            inode,
+        }
+    }
+
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Device and inode.
+    pub fn identity(&self) -> (u64, u64) {
+        (self.device, self.inode)
+    }
+
     fn is_still_there(&self) -> bool {
-        std::fs::symlink_metadata(&self.path)
-            .is_ok_and(|now| (now.dev(), now.ino()) == (self.device, self.inode))
+        // Another process may have named it.
+        std::fs::symlink_metadata(&self.path).is_ok_and(|now| {
+            now.file_type().is_socket() && (now.dev(), now.ino()) == (self.device, self.inode)
+        })
     }
 }
 
@@ -357,7 +412,7 @@ mod tests {
             let error = ServerSocket::bind(&path, access).unwrap_err();
             assert!(matches!(error, SocketError::InUse(_)), "{error}");
             // As if the process had died.
-            std::mem::forget(socket._made);
+            std::mem::forget(socket.made);
             drop(socket.listener);
         }
         assert!(path.exists());

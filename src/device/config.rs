@@ -27,6 +27,9 @@ pub(super) const MAX_RANGES: u32 = 64;
 /// Most sectors of such a range: 2 GiB.
 pub(super) const MAX_RANGE_SECTORS: u32 = 1 << 22;
 
+/// Offset of `capacity` in the configuration space.
+pub(super) const CAPACITY_OFFSET: u32 = 0;
+
 /// Offset of `writeback` in the configuration space, the only field that a driver
 /// may write.
 pub(super) const WRITEBACK_OFFSET: u32 = 32;
@@ -143,15 +146,12 @@ pub(super) fn features(read_only: bool) -> u64 {
     } else {
         &[VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_WRITE_ZEROES]
     };
-    bits.iter().chain(only).fold(
-        VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits(),
-        |all, bit| all | 1 << bit,
-    )
+    let of_vhost = VhostUserVirtioFeatures::PROTOCOL_FEATURES | VhostUserVirtioFeatures::LOG_ALL;
+    let all = bits.iter().chain(only);
+    all.fold(of_vhost.bits(), |all, bit| all | 1 << bit)
 }
 
 /// The protocol features that the device offers.
-///
-/// Not `LOG_SHMFD` yet, without which QEMU refuses to migrate.
 pub(super) fn protocol_features() -> VhostUserProtocolFeatures {
     VhostUserProtocolFeatures::MQ
         | VhostUserProtocolFeatures::REPLY_ACK
@@ -159,6 +159,8 @@ pub(super) fn protocol_features() -> VhostUserProtocolFeatures {
         | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
         | VhostUserProtocolFeatures::RESET_DEVICE
         | VhostUserProtocolFeatures::INFLIGHT_SHMFD
+        | VhostUserProtocolFeatures::BACKEND_REQ
+        | VhostUserProtocolFeatures::LOG_SHMFD
 }
 
 #[cfg(test)]

@@ -17,6 +17,7 @@ use vhost::vhost_user::message::VhostUserInflight;
 
 use super::inflight::{InFlightQueue, Layout};
 use super::ratelimit::guest_log;
+use super::suspended::KeptRegion;
 use super::{BlockDevice, MAX_QUEUE_SIZE};
 use crate::ploop::TakeOverError;
 use crate::storage::{Disk, SharedWords};
@@ -28,7 +29,7 @@ const NOTE_ON: u64 = 2;
 /// Why a guest cannot go on.
 #[derive(Debug, Error)]
 pub(super) enum ContinuityError {
-    #[error("an in-flight region of {queues} queues with {entries} entries is not possible")]
+    #[error("an in-flight region of {queues} queues with {entries} entries is not supported")]
     Layout { queues: u16, entries: u16 },
     #[error("the in-flight region cannot be made: {0}")]
     Make(io::Error),
@@ -50,6 +51,9 @@ pub(super) enum ContinuityError {
 
 /// A region that the front-end has set.
 struct Region {
+    /// As it was set.
+    given: VhostUserInflight,
+    file: Arc<File>,
     standard: Arc<SharedWords>,
     layout: Layout,
     own: State,
@@ -88,7 +92,8 @@ impl<D: Disk> Continuity<D> {
         let (queues, entries) = (asked.num_queues, asked.queue_size);
         let layout = self.layout(queues, entries)?;
         self.forget();
-        let len = SharedWords::aligned(layout.len()) + self.device.engine().remembered_len();
+        let (own_at, own_len) = self.own_part(layout);
+        let len = own_at + own_len;
         let file = make_file(len).map_err(ContinuityError::Make)?;
         let made = VhostUserInflight {
             mmap_size: len,
@@ -99,11 +104,13 @@ impl<D: Disk> Continuity<D> {
         Ok((made, file))
     }
 
-    /// Takes a region that was made here, perhaps by a process that is gone.
+    /// Takes a region that was made here, perhaps by a process that is gone. Of one that
+    /// `is_settled` it is known that it adds nothing to what the disk has.
     pub fn take(
         &mut self,
         given: &VhostUserInflight,
         file: File,
+        is_settled: bool,
     ) -> Result<Option<bool>, ContinuityError> {
         let layout = self.layout(given.num_queues, given.queue_size)?;
         if given.mmap_offset != 0 {
@@ -115,16 +122,24 @@ impl<D: Disk> Continuity<D> {
             SharedWords::map(Arc::clone(&file), offset, words).map_err(ContinuityError::Foreign)
         };
         let standard = Arc::new(map(0, layout.words())?);
-        let own_words = self.device.engine().remembered_len() as usize / size_of::<u64>();
-        let own = map(SharedWords::aligned(layout.len()), own_words)?;
-        let is_fresh = own
-            .word(0)
-            .is_none_or(|word| word.load(Ordering::Relaxed) == 0);
+        let (own_at, own_len) = self.own_part(layout);
+        // The disk may have grown since the region was made.
+        lengthen(&file, own_at + own_len).map_err(ContinuityError::Foreign)?;
+        let own = map(own_at, own_len as usize / size_of::<u64>())?;
+        let is_fresh = !is_settled
+            && own
+                .word(0)
+                .is_none_or(|word| word.load(Ordering::Relaxed) == 0);
         let again = own.map_again().map_err(ContinuityError::Foreign)?;
         let own = if is_fresh {
             State::Fresh(Some(own))
         } else {
-            match self.device.engine().take_over(own) {
+            let engine = self.device.engine();
+            let taken = match is_settled {
+                true => engine.take_back(own),
+                false => engine.take_over(own),
+            };
+            match taken {
                 Ok(()) => State::Used,
                 Err(error) => State::Unusable(Some(again), Some(error)),
             }
@@ -133,6 +148,8 @@ impl<D: Disk> Continuity<D> {
             .then(|| self.noted_mode())
             .flatten();
         self.region = Some(Region {
+            given: *given,
+            file,
             standard,
             layout,
             own,
@@ -149,6 +166,12 @@ impl<D: Disk> Continuity<D> {
             return Err(ContinuityError::Layout { queues, entries });
         }
         Ok(Layout { queues, entries })
+    }
+
+    /// Where in a region our own part begins, and its length, in bytes.
+    fn own_part(&self, layout: Layout) -> (u64, u64) {
+        let at = SharedWords::aligned(layout.len());
+        (at, self.device.engine().remembered_len())
     }
 
     /// The part of one queue.
@@ -226,6 +249,21 @@ impl<D: Disk> Continuity<D> {
         self.region.is_some()
     }
 
+    /// The region as it was set, with a copy of its descriptor.
+    ///
+    /// # Errors
+    /// Any of `fcntl(2)`.
+    pub fn export(&self) -> io::Result<Option<KeptRegion>> {
+        let export = |region: &Region| {
+            Ok(KeptRegion {
+                given: region.given,
+                file: region.file.try_clone()?,
+                is_used: matches!(region.own, State::Used),
+            })
+        };
+        self.region.as_ref().map(export).transpose()
+    }
+
     /// No ring runs any more, and the region may be gone without a word: makes stable
     /// what it remembers.
     pub fn settle(&self) {
@@ -254,7 +292,19 @@ fn make_file(len: u64) -> io::Result<File> {
     let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
     let file = File::from(rustix::fs::memfd_create("ploop-in-flight", flags)?);
     file.set_len(len)?;
-    let seals = SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL;
-    rustix::fs::fcntl_add_seals(&file, seals)?;
+    // It may become longer, see `lengthen`.
+    rustix::fs::fcntl_add_seals(&file, SealFlags::SHRINK | SealFlags::SEAL)?;
     Ok(file)
 }
+
+/// The front-end keeps the descriptor and what it knows of the length; it does not mind
+/// what comes behind.
+fn lengthen(file: &File, len: u64) -> io::Result<()> {
+    if file.metadata()?.len() < len {
+        file.set_len(len)?;
+    }
+    Ok(())
+}
+
+#[cfg(all(test, not(ploop_loom)))]
+mod tests;

@@ -2,7 +2,13 @@
 //!
 //! The front-end keeps a descriptor of the same event and of its flags: it can fill
 //! the counter, empty it, and make reads and writes block. None of that may stop
-//! the thread that uses it here.
+//! the thread that uses it here for good.
+//!
+//! A read never blocks, by `RWF_NOWAIT`. For writes there is no such thing: eventfds refuse
+//! the flag, and cannot be opened again for a description of our own. So a write can block
+//! if the front-end makes it do so after its event has come here, with its counter full.
+//! That stops the one queue until somebody waits for the end of its thread, who then
+//! unblocks it.
 
 use std::fs::File;
 use std::io::{self, IoSliceMut};
@@ -19,9 +25,9 @@ const EVENT_LINK: &str = "anon_inode:[eventfd]";
 /// A descriptor that is no [`Event`].
 #[derive(Debug, Error)]
 pub(super) enum EventError {
-    #[error("a descriptor for events is {0}, not an eventfd")]
+    #[error("the event descriptor is {0}, not an eventfd")]
     OtherKind(String),
-    #[error("what a descriptor for events is cannot be found out: {0}")]
+    #[error("cannot tell what the event descriptor is: {0}")]
     Unknown(io::Error),
 }
 
@@ -52,6 +58,14 @@ impl Event {
             fd: file.into(),
             may_block: !flags.contains(OFlags::NONBLOCK),
         })
+    }
+
+    /// Lets a write of another thread end that the counter's being full blocks. The driver
+    /// misses nothing: that write is a signal.
+    pub fn unblock(&self) {
+        if !self.is_ready(PollFlags::OUT) {
+            self.clear();
+        }
     }
 
     /// Sets the counter to zero. Never fails and never blocks: somebody else may
@@ -96,6 +110,8 @@ impl AsFd for Event {
 mod tests {
     use super::*;
     use rustix::event::{EventfdFlags, eventfd};
+    use std::sync::Arc;
+    use std::time::Duration;
 
     fn event(count: u32, flags: EventfdFlags) -> (Event, OwnedFd) {
         let theirs = eventfd(count, flags).unwrap();
@@ -132,6 +148,27 @@ mod tests {
             event.signal();
             assert_eq!(read(), 1);
         }
+    }
+
+    #[test]
+    fn a_write_that_blocks_can_be_ended() {
+        let (event, theirs) = event(0, EventfdFlags::NONBLOCK);
+        let event = Arc::new(event);
+        let full = u64::MAX - 1;
+        rustix::io::write(&theirs, &full.to_ne_bytes()).unwrap();
+        rustix::fs::fcntl_setfl(&theirs, OFlags::empty()).unwrap();
+        let signalling = std::thread::spawn({
+            let event = Arc::clone(&event);
+            move || event.signal()
+        });
+        std::thread::sleep(Duration::from_millis(50));
+        assert!(!signalling.is_finished(), "it does not block");
+        event.unblock();
+        signalling.join().unwrap();
+        assert!(event.is_ready(PollFlags::IN), "the driver is told");
+        // One that blocks nobody keeps what it has.
+        event.unblock();
+        assert!(event.is_ready(PollFlags::IN));
     }
 
     #[test]

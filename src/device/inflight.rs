@@ -99,6 +99,16 @@ impl InFlightQueue {
         self.entries
     }
 
+    /// Nothing of the ring is noted from now on: as if nobody had served it.
+    pub fn forget(&self) {
+        for index in 0..self.entries {
+            self.set_entry(index, false, 0);
+        }
+        if let Some(word) = self.words.word(self.first + 1) {
+            word.store(0, Ordering::Relaxed);
+        }
+    }
+
     /// Finds out what is left to be done of a ring of `size` descriptors whose indexes
     /// in guest memory are these, and notes that nothing else is. A ring cannot have
     /// more descriptors than there are entries.
@@ -182,6 +192,13 @@ impl InFlightQueue {
         }
     }
 
+    /// A request goes back into the ring as if it had not been taken.
+    pub fn give_back(&mut self, head: u16) {
+        let (_, next) = self.entry(head);
+        self.set_entry(head, false, next);
+        compiler_fence(Ordering::SeqCst);
+    }
+
     /// The used index is about to be advanced by this request.
     pub fn begin_answer(&mut self, head: u16) {
         self.set_entry(head, true, self.last_batch_head);
@@ -200,6 +217,13 @@ impl InFlightQueue {
         self.used_idx = used_idx;
         self.set_header();
         compiler_fence(Ordering::SeqCst);
+    }
+
+    /// The used index is now this, by an entry that no request was taken for.
+    pub fn note_used(&mut self, used_idx: u16) {
+        compiler_fence(Ordering::SeqCst);
+        self.used_idx = used_idx;
+        self.set_header();
     }
 
     fn word_of(&self, entry: u16, word: usize) -> Option<&AtomicU64> {

@@ -4,8 +4,10 @@
 //! nobody else changes them: it is asked to.
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
+use super::dirty_log::Marks;
 use super::event::Event;
 use crate::ploop::QueueWaker;
 
@@ -32,6 +34,9 @@ pub(super) enum Mail {
     Error(Option<Arc<Event>>),
     /// The table of guest memory has changed: let go of the old one.
     Memory,
+    /// What is written to guest memory is to be marked so from now on, to be confirmed by
+    /// [`Mailbox::confirm`].
+    Marks(Option<Marks>),
     /// Complete what is in flight and end.
     Stop(Parked),
 }
@@ -42,6 +47,16 @@ pub(super) struct Mailbox {
     pending: AtomicBool,
     mail: Mutex<Vec<Mail>>,
     waker: QueueWaker,
+    progress: Mutex<Progress>,
+    progressed: Condvar,
+}
+
+/// How far the reader has come.
+#[derive(Debug, Default)]
+struct Progress {
+    has_ended: bool,
+    /// How much mail it has confirmed.
+    confirmed: u64,
 }
 
 impl Mailbox {
@@ -51,6 +66,8 @@ impl Mailbox {
             pending: AtomicBool::new(false),
             mail: Mutex::default(),
             waker,
+            progress: Mutex::default(),
+            progressed: Condvar::new(),
         }
     }
 
@@ -71,6 +88,42 @@ impl Mailbox {
         let mut mail = self.lock();
         self.pending.store(false, Ordering::Relaxed);
         std::mem::take(&mut *mail)
+    }
+
+    /// Queue thread: nobody will take mail any more.
+    pub fn end(&self) {
+        self.progress().has_ended = true;
+        self.progressed.notify_all();
+    }
+
+    /// Queue thread: what one mail asks for has been done.
+    pub fn confirm(&self) {
+        self.progress().confirmed += 1;
+        self.progressed.notify_all();
+    }
+
+    /// Waits for the reader's end, so long at most. Returns whether it has ended.
+    pub fn has_ended_within(&self, time: Duration) -> bool {
+        self.comes_within(time, |progress| progress.has_ended)
+    }
+
+    /// Waits until the reader has confirmed so much mail or ended. Returns whether it has.
+    pub fn has_confirmed_within(&self, count: u64, time: Duration) -> bool {
+        self.comes_within(time, |progress| {
+            progress.has_ended || progress.confirmed >= count
+        })
+    }
+
+    fn comes_within(&self, time: Duration, has_come: impl Fn(&Progress) -> bool) -> bool {
+        let wait = |progress: &mut Progress| !has_come(progress);
+        let waited = self
+            .progressed
+            .wait_timeout_while(self.progress(), time, wait);
+        has_come(&waited.unwrap_or_else(PoisonError::into_inner).0)
+    }
+
+    fn progress(&self) -> MutexGuard<'_, Progress> {
+        self.progress.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn lock(&self) -> MutexGuard<'_, Vec<Mail>> {

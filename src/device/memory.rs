@@ -5,13 +5,77 @@
 //! shared reference per queue and table, not one per request.
 
 use std::cell::Cell;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError};
 
-use vm_memory::{GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap};
+use vm_memory::bitmap::BS;
+use vm_memory::{
+    FileOffset, GuestAddress, GuestAddressSpace, GuestMemoryAtomic, GuestMemoryError,
+    GuestMemoryRegion, GuestMemoryRegionBytes, GuestRegionCollection, GuestRegionMmap, GuestUsize,
+    MemoryRegionAddress, MmapRegion, VolatileSlice,
+};
+
+use super::vanishing::Watch;
 
 /// A table of guest memory. It is mapped as long as a reference to it is held.
-pub(super) type GuestMap = GuestMemoryMmap<()>;
+pub(super) type GuestMap = GuestRegionCollection<GuestRegion>;
+
+/// A region of guest memory, which may vanish.
+#[derive(Debug)]
+pub(super) struct GuestRegion {
+    /// Goes before the mapping.
+    _watch: Option<Watch>,
+    mapped: GuestRegionMmap<()>,
+}
+
+impl GuestRegion {
+    /// `None` if it leaves the address space.
+    pub fn new(mapped: MmapRegion, at: GuestAddress, watch: Option<Watch>) -> Option<Self> {
+        Some(Self {
+            _watch: watch,
+            mapped: GuestRegionMmap::new(mapped, at)?,
+        })
+    }
+}
+
+impl GuestMemoryRegion for GuestRegion {
+    type B = ();
+
+    fn len(&self) -> GuestUsize {
+        self.mapped.len()
+    }
+
+    fn start_addr(&self) -> GuestAddress {
+        self.mapped.start_addr()
+    }
+
+    fn bitmap(&self) -> BS<'_, ()> {}
+
+    fn get_host_address(&self, at: MemoryRegionAddress) -> Result<*mut u8, GuestMemoryError> {
+        self.mapped.get_host_address(at)
+    }
+
+    fn file_offset(&self) -> Option<&FileOffset> {
+        self.mapped.file_offset()
+    }
+
+    fn get_slice(
+        &self,
+        offset: MemoryRegionAddress,
+        count: usize,
+    ) -> Result<VolatileSlice<'_, BS<'_, ()>>, GuestMemoryError> {
+        self.mapped.get_slice(offset, count)
+    }
+}
+
+impl GuestMemoryRegionBytes for GuestRegion {}
+
+/// One region of anonymous memory.
+#[cfg(test)]
+pub(super) fn anonymous(at: GuestAddress, len: usize) -> GuestMap {
+    let mapped = MmapRegion::new(len).unwrap();
+    GuestMap::from_regions(vec![GuestRegion::new(mapped, at, None).unwrap()]).unwrap()
+}
 
 /// What the rings of the library want to know of it.
 pub(super) type Memory = GuestMemoryAtomic<GuestMap>;
@@ -22,6 +86,8 @@ pub(super) struct SharedMemory {
     atomic: Memory,
     /// Counts the tables, so that a queue sees cheaply that there is a new one.
     generation: AtomicU64,
+    /// A queue has said that it may not be shared at all.
+    is_doubted: AtomicBool,
 }
 
 impl SharedMemory {
@@ -30,6 +96,7 @@ impl SharedMemory {
         Self {
             atomic: GuestMemoryAtomic::new(GuestMap::new()),
             generation: AtomicU64::new(0),
+            is_doubted: AtomicBool::new(false),
         }
     }
 
@@ -89,6 +156,11 @@ impl QueueMemory {
         self.shared.generation.load(Ordering::Acquire) != self.newest.generation
     }
 
+    /// Says that it may not be shared at all; false if that was said before.
+    pub fn doubt(&self) -> bool {
+        !self.shared.is_doubted.swap(true, Ordering::Relaxed)
+    }
+
     /// Takes over a new table, if there is one.
     pub fn refresh(&mut self) {
         if !self.is_stale() {
@@ -107,6 +179,7 @@ impl QueueMemory {
     }
 
     /// The table of a hold.
+    #[cfg(test)]
     pub fn held(&self, hold: Hold) -> &GuestMap {
         if hold.0 == self.newest.generation {
             return &self.newest.map;
@@ -153,11 +226,10 @@ impl Held {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use vm_memory::{GuestAddress, GuestMemoryBackend};
+    use vm_memory::GuestMemoryBackend;
 
     fn replace(shared: &SharedMemory, len: usize) {
-        let map = GuestMap::from_ranges(&[(GuestAddress(0), len)]).unwrap();
-        shared.replace(map);
+        shared.replace(anonymous(GuestAddress(0), len));
     }
 
     #[test]

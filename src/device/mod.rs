@@ -5,7 +5,10 @@
 //! each virtqueue that runs has a thread of its own:
 //!
 //! - `connection`: the thread of the messages, from beginning to end;
+//! - `channel`: what the front-end is told without asking;
 //! - `session`: what each message does;
+//! - `suspended`: a connection on its way to another process;
+//! - `gate`: what threads wait at until all of them are there;
 //! - `memory_table`: the guest's memory as the front-end shares it;
 //! - `ring`: a ring as it is set up, started and stopped;
 //! - `write_cache`: what the driver believes of its write cache;
@@ -17,19 +20,31 @@
 //! - `request`: from a descriptor chain to a checked request and to its answer;
 //! - `requests`: those of one queue that are in flight;
 //! - `memory`: the guest's memory, replaceable under requests in flight;
+//! - `statistics`: what is counted of each queue;
+//! - `histogram`: how long requests took;
+//! - `throttle`: limits on what guests may do in a time;
+//! - `dirty_log`: marks on guest memory that was written, for a migration;
+//! - `vanishing`: guest memory that is there no more when it is touched;
 //! - `event`: the descriptors for kicks and signals;
 //! - `config`: feature bits, configuration space and limits;
-//! - `ratelimit`: all logging, since guests can provoke most of it.
+//! - `ratelimit`: all logging, since guests can provoke most of it;
+//! - `fuzzing`: what fuzz targets reach of it.
 //!
 //! Knows virtio and vhost-user. Must not know clusters, files or sockets' paths:
 //! it hands sectors and memory to the engine ([`crate::ploop`]) and hears how it
 //! went.
 #![deny(clippy::disallowed_macros)]
 
+mod channel;
 mod config;
 mod connection;
 mod continuity;
+mod dirty_log;
 mod event;
+#[cfg(fuzzing)]
+pub mod fuzzing;
+mod gate;
+mod histogram;
 mod inflight;
 mod mailbox;
 mod memory;
@@ -42,6 +57,12 @@ mod ring;
 mod ring_size;
 mod session;
 mod spin;
+mod statistics;
+mod stops;
+mod suspended;
+mod throttle;
+mod unshared;
+mod vanishing;
 mod worker;
 mod write_cache;
 
@@ -55,14 +76,20 @@ use std::time::Duration;
 
 use thiserror::Error;
 
-pub use connection::{Connection, ConnectionError, has_spoken};
+pub use connection::{Connection, ConnectionError, NotSuspended, Resumed, has_spoken};
+pub use histogram::Histogram;
 pub use mailbox::Parked;
+pub use statistics::{Bins, KindCounts, Latencies, LatencyBins, QueueReport, Statistics, Totals};
+pub use suspended::Suspended;
+pub use throttle::{Limit, Limits as ThrottleLimits, LimitsError, Throttle};
 
+use crate::notices::Notices;
 use crate::ploop::Engine;
 use crate::storage::Disk;
 use config::ConfigSpace;
 use ratelimit::RateLimit;
 use request::{ID_LEN, Limits};
+use stops::Stops;
 
 /// Most virtqueues. QEMU asks for one per vCPU, and serves few with more.
 pub const MAX_QUEUES: u16 = 64;
@@ -207,6 +234,11 @@ pub struct BlockDevice<D: Disk> {
     cpus: usize,
     /// Queues in use at present.
     open_queues: AtomicUsize,
+    stops: Stops,
+    statistics: Arc<Statistics>,
+    throttle: Arc<Throttle>,
+    /// Who is told of failed requests.
+    notices: Option<Arc<Notices>>,
     /// For log lines that a guest can provoke.
     guest_limit: RateLimit,
     /// For the others, so that a guest cannot drown them.
@@ -224,6 +256,10 @@ impl<D: Disk> BlockDevice<D> {
             longest_poll: DEFAULT_POLL,
             cpus: thread::available_parallelism().map_or(1, NonZeroUsize::get),
             open_queues: AtomicUsize::new(0),
+            stops: Stops::new(),
+            statistics: Arc::default(),
+            throttle: Arc::default(),
+            notices: None,
             guest_limit: RateLimit::new(),
             host_limit: RateLimit::new(),
         }
@@ -235,6 +271,45 @@ impl<D: Disk> BlockDevice<D> {
     pub fn with_poll(mut self, longest: Duration) -> Self {
         self.longest_poll = longest;
         self
+    }
+
+    /// Lets queue threads count on so many CPUs of the host, in place of what can be
+    /// found out when this is made.
+    #[must_use]
+    pub fn with_cpus(mut self, cpus: usize) -> Self {
+        self.cpus = cpus;
+        self
+    }
+
+    /// Goes on counting where another device of the same disk has left off.
+    #[must_use]
+    pub fn with_statistics(mut self, statistics: Arc<Statistics>) -> Self {
+        self.statistics = statistics;
+        self
+    }
+
+    /// Keeps guests within limits, which may change.
+    #[must_use]
+    pub fn with_throttle(mut self, throttle: Arc<Throttle>) -> Self {
+        self.throttle = throttle;
+        self
+    }
+
+    /// Tells `notices` of requests that have failed.
+    #[must_use]
+    pub fn with_notices(mut self, notices: Arc<Notices>) -> Self {
+        self.notices = Some(notices);
+        self
+    }
+
+    /// What guests may do.
+    pub fn throttle(&self) -> &Arc<Throttle> {
+        &self.throttle
+    }
+
+    /// What guests have done with the disk.
+    pub fn statistics(&self) -> &Statistics {
+        &self.statistics
     }
 
     /// Tells drivers to use blocks of this size, in place of 512 bytes.
@@ -262,13 +337,21 @@ impl<D: Disk> BlockDevice<D> {
         self.open_queues.fetch_sub(1, Ordering::Relaxed);
     }
 
+    fn open_queues(&self) -> usize {
+        self.open_queues.load(Ordering::Relaxed)
+    }
+
     /// Whether each queue in use has a CPU for its thread and one for its driver.
     /// Without, an early signal only makes the driver push the thread aside.
     fn has_cpus_to_spare(&self) -> bool {
-        2 * self.open_queues.load(Ordering::Relaxed) <= self.cpus
+        2 * self.open_queues() <= self.cpus
     }
 
-    fn engine(&self) -> &Arc<Engine<D>> {
+    fn stops(&self) -> &Stops {
+        &self.stops
+    }
+
+    pub(crate) fn engine(&self) -> &Arc<Engine<D>> {
         &self.engine
     }
 

@@ -68,6 +68,14 @@ macro_rules! guest_log {
 }
 pub(super) use guest_log;
 
+/// Logs what nobody sees who does not look for a fault. The logger bounds it.
+macro_rules! debug_log {
+    ($($arg:tt)+) => {
+        $crate::device::ratelimit::log_line(log::Level::Debug, 0, format_args!($($arg)+))
+    };
+}
+pub(super) use debug_log;
+
 /// The one place in the device that logs.
 #[expect(
     clippy::disallowed_macros,

@@ -13,6 +13,8 @@ use virtio_queue::DescriptorChain;
 use virtio_queue::desc::split::Descriptor;
 use vm_memory::{Address, Bytes, GuestAddress, GuestMemory, Permissions};
 
+use super::MAX_QUEUE_SIZE;
+use super::statistics::Kind;
 use crate::format::{SECTOR_SIZE, Sector};
 use crate::ploop::{Command, EngineError, SectorRange};
 use crate::storage::Segments;
@@ -27,6 +29,11 @@ const TYPE_BARRIER: u32 = 1 << 31;
 
 /// Bytes of `struct virtio_blk_discard_write_zeroes`: sector, count, flags.
 const RANGE_LEN: usize = 16;
+
+/// Most descriptors of a chain. A driver must not make one longer than the queue size
+/// (virtio 1.2, 2.7.5.3.1), but Linux does with a small ring and an indirect table, up
+/// to `seg_max` and two; so the size of the largest ring holds for all.
+pub(super) const MAX_CHAIN: usize = MAX_QUEUE_SIZE as usize;
 
 /// Bytes of the answer to `VIRTIO_BLK_T_GET_ID`.
 pub(super) const ID_LEN: usize = virtio_blk::VIRTIO_BLK_ID_BYTES as usize;
@@ -56,6 +63,10 @@ impl Status {
 pub(super) enum RequestError {
     #[error("the descriptor chain loops, leaves its table or holds more than 4 GiB")]
     BrokenChain,
+    #[error(
+        "the descriptor chain is longer than the longest ring: more than {MAX_CHAIN} descriptors"
+    )]
+    ChainTooLong,
     #[error("a readable descriptor follows a writable one")]
     OutOfOrder,
     #[error("{len} bytes at guest address {addr:#x} lie outside the guest's memory")]
@@ -76,7 +87,7 @@ pub(super) enum RequestError {
     },
     #[error("the disk is read-only")]
     ReadOnly,
-    #[error("{0} bytes are no list of whole ranges, or the list is too long")]
+    #[error("{0} bytes are not a whole number of ranges, or are too many")]
     RangesLength(usize),
     #[error("a range of {0} sectors is longer than allowed")]
     RangeLength(u32),
@@ -127,6 +138,8 @@ pub(super) struct Request {
 #[derive(Debug)]
 pub(super) struct Rejected {
     pub error: RequestError,
+    /// What it was to be, if that can be told.
+    pub kind: Option<Kind>,
     /// Absent when the chain has no place for a status byte.
     pub reply: Option<Reply>,
 }
@@ -136,30 +149,57 @@ pub(super) struct Rejected {
 #[derive(Debug)]
 #[must_use]
 pub(super) struct Reply {
-    status_at: GuestAddress,
+    status: StatusByte,
     /// Bytes for data in front of the status byte.
     room: u64,
     /// Of them, those that a success has filled, from the first.
     data_len: u32,
 }
 
+/// Where a status byte goes, in the guest's memory.
+#[derive(Debug)]
+struct StatusByte(*mut u8);
+
+// SAFETY: it is an address. Whoever called `parse` promised that what is there stays
+// mapped, for any thread.
+unsafe impl Send for StatusByte {}
+
+impl StatusByte {
+    fn write(&self, status: Status) {
+        // SAFETY: `parse` found the byte in guest memory that may be written, and was
+        // promised that it stays mapped until the reply is gone. Nothing here has
+        // references to guest memory.
+        unsafe { self.0.write_volatile(status as u8) };
+    }
+}
+
 impl Reply {
+    /// To a request that was in no ring, with no more to be written than its status.
+    ///
+    /// # Safety
+    /// The byte must stay mapped and writable until the reply is gone.
+    #[cfg(test)]
+    pub unsafe fn at(status: *mut u8) -> Self {
+        Self {
+            status: StatusByte(status),
+            room: 0,
+            data_len: 0,
+        }
+    }
+
     /// Writes the status byte. Returns the length for the used ring: so many bytes
     /// were written for certain, counted from the first that could be (virtio 1.2,
     /// 2.7.8.2). The status byte is the last, so it counts when all before it were
     /// written; after an error none may have been.
-    pub fn finish<M: GuestMemory>(self, memory: &M, status: Status) -> u32 {
+    pub fn finish(self, status: Status) -> u32 {
         let data_len = if status == Status::Ok {
             self.data_len
         } else {
             0
         };
         let is_whole = u64::from(data_len) == self.room;
-        // It was in guest memory when the chain was parsed, and `memory` is the
-        // same map.
-        let written = memory.write_obj(status as u8, self.status_at);
+        self.status.write(status);
         std::mem::forget(self);
-        debug_assert!(written.is_ok());
         data_len + u32::from(is_whole)
     }
 
@@ -182,7 +222,7 @@ impl Drop for Reply {
 ///
 /// # Safety
 /// `memory` must stay mapped until the operation of the request has completed and
-/// is gone.
+/// is gone, and the reply as well.
 pub(super) unsafe fn parse<M: GuestMemory>(
     chain: DescriptorChain<&M>,
     memory: &M,
@@ -191,12 +231,18 @@ pub(super) unsafe fn parse<M: GuestMemory>(
     let mut parts = Parts::default();
     // SAFETY: the caller promises what is asked for.
     let gathered = unsafe { parts.gather(chain, memory) };
-    let Some(status_at) = parts.status_at(memory) else {
+    let Some(status) = parts.status_byte(memory) else {
         let error = gathered.err().unwrap_or(RequestError::NoStatus);
-        return Err(Rejected { error, reply: None });
+        let kind = parts.kind();
+        return Err(Rejected {
+            error,
+            kind,
+            reply: None,
+        });
     };
+    let kind = parts.kind();
     let mut reply = Reply {
-        status_at,
+        status,
         room: parts.room,
         data_len: 0,
     };
@@ -207,6 +253,7 @@ pub(super) unsafe fn parse<M: GuestMemory>(
         }
         Err(error) => Err(Rejected {
             error,
+            kind,
             reply: Some(reply),
         }),
     }
@@ -238,8 +285,15 @@ impl Parts {
     ) -> Result<(), RequestError> {
         let mut result = Ok(());
         let mut ended = false;
+        let mut count = 0_usize;
         for descriptor in chain {
             ended = !descriptor.has_next();
+            count += 1;
+            if count > MAX_CHAIN {
+                // Where it would have ended is not looked for: that is work, too.
+                self.last_writable = None;
+                return Err(RequestError::ChainTooLong);
+            }
             if descriptor.len() == 0 {
                 continue;
             }
@@ -320,12 +374,34 @@ impl Parts {
         }
     }
 
-    /// The address of the status byte, if there is one and it is guest memory.
-    fn status_at<M: GuestMemory>(&self, memory: &M) -> Option<GuestAddress> {
+    /// The status byte, if there is one and it is guest memory.
+    fn status_byte<M: GuestMemory>(&self, memory: &M) -> Option<StatusByte> {
         let last = self.last_writable?;
-        last.addr()
-            .checked_add(u64::from(last.len() - 1))
-            .filter(|&addr| memory.check_range(addr, 1, Permissions::Write))
+        let addr = last.addr().checked_add(u64::from(last.len() - 1))?;
+        let mut slices = memory.get_slices(addr, 1, Permissions::Write).ok()?;
+        let byte = slices.next()?.ok()?;
+        Some(StatusByte(byte.ptr_guard_mut().as_ptr()))
+    }
+
+    /// What is asked for counts as.
+    fn kind(&self) -> Option<Kind> {
+        if self.header_len < HEADER_LEN {
+            return None;
+        }
+        match self.request_type() {
+            virtio_blk::VIRTIO_BLK_T_IN => Some(Kind::Read),
+            virtio_blk::VIRTIO_BLK_T_OUT | virtio_blk::VIRTIO_BLK_T_WRITE_ZEROES => {
+                Some(Kind::Write)
+            }
+            virtio_blk::VIRTIO_BLK_T_FLUSH => Some(Kind::Flush),
+            virtio_blk::VIRTIO_BLK_T_DISCARD => Some(Kind::Unmap),
+            _ => None,
+        }
+    }
+
+    fn request_type(&self) -> u32 {
+        let [t0, t1, t2, t3, ..] = self.header;
+        u32::from_le_bytes([t0, t1, t2, t3]) & !TYPE_BARRIER
     }
 
     /// Checks what is asked for. The number is that of the bytes that it will
@@ -334,9 +410,9 @@ impl Parts {
         if self.header_len < HEADER_LEN {
             return Err(RequestError::NoHeader(self.header_len));
         }
-        let [t0, t1, t2, t3, _, _, _, _, sector @ ..] = self.header;
+        let [_, _, _, _, _, _, _, _, sector @ ..] = self.header;
         let start = Sector(u64::from_le_bytes(sector));
-        match u32::from_le_bytes([t0, t1, t2, t3]) & !TYPE_BARRIER {
+        match self.request_type() {
             virtio_blk::VIRTIO_BLK_T_IN => {
                 let data = self.to_guest;
                 check_data(start, &data, limits)?;
@@ -378,6 +454,9 @@ unsafe fn resolve<M: GuestMemory>(
     access: Permissions,
     segments: &mut Segments,
 ) -> Result<(), RequestError> {
+    if len == 0 {
+        return Ok(());
+    }
     let outside = |_| RequestError::OutsideMemory { addr: addr.0, len };
     for slice in memory
         .get_slices(addr, len as usize, access)

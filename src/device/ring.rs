@@ -5,24 +5,30 @@
 //! hands it from the thread that serves messages to the queue thread and back: only
 //! one of the two uses it at a time.
 
+use std::fs::File;
 use std::io;
-use std::sync::Arc;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, Weak};
 
 use thiserror::Error;
 use vhost_user_backend::{VringMutex, VringT};
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use virtio_queue::{Error as QueueError, Queue, QueueT};
-use vm_memory::GuestAddressSpace;
+use vm_memory::{GuestAddress, GuestAddressSpace, GuestMemoryBackend};
 
 use super::continuity::{Continuity, ContinuityError};
-use super::event::Event;
+use super::dirty_log::{Log, Marks};
+use super::event::{Event, EventError};
+use super::gate::Gate;
 use super::inflight::{InFlightQueue, Recovery};
 use super::mailbox::{Mail, Parked};
-use super::memory::{Memory, SharedMemory};
+use super::memory::{GuestMap, Memory, SharedMemory};
 use super::queue_thread::{QueueThread, Start};
-use super::ratelimit::guest_log;
+use super::ratelimit::{debug_log, guest_log};
+use super::requests::Left;
 use super::ring_size::RingSizes;
+use super::suspended::RingState;
 use super::worker::Events;
 use super::{BlockDevice, MIN_QUEUE_SIZE, config};
 use crate::storage::Disk;
@@ -31,25 +37,27 @@ use crate::storage::Disk;
 #[derive(Debug, Error)]
 pub(super) enum RingError {
     #[error(
-        "a queue size of {size} is not possible; powers of two from {MIN_QUEUE_SIZE} to {max} are"
+        "a queue size of {size} is not supported: it must be a power of two from {MIN_QUEUE_SIZE} to {max}"
     )]
     Size { size: u32, max: u16 },
     #[error("it cannot be changed while it runs")]
     Running,
-    #[error("its index cannot be {0}")]
+    #[error("index {0} is out of range")]
     Index(u32),
-    #[error("its addresses are not possible: {0}")]
+    #[error("its addresses are invalid: {0}")]
     Addresses(QueueError),
     #[error("it does not lie in the memory that the front-end shares: {0}")]
     OutsideMemory(QueueError),
     #[error("its thread cannot be started: {0}")]
     Thread(io::Error),
-    #[error("its {size} descriptors are more than the in-flight region has entries for")]
-    Region { size: u16 },
     #[error("the in-flight region has no part for it")]
     NoPart,
+    #[error("requests are handed over with it that it cannot have")]
+    ForeignRequests,
     #[error(transparent)]
     Continuity(#[from] ContinuityError),
+    #[error(transparent)]
+    Event(#[from] EventError),
 }
 
 /// What all rings of a connection share.
@@ -59,9 +67,13 @@ pub(super) struct Surroundings<'a, D: Disk> {
     /// What the driver has accepted.
     pub acked_features: u64,
     pub ring_sizes: &'a RingSizes,
+    /// Where what is written to guest memory is marked, while it is.
+    pub log: Option<&'a Arc<Log>>,
     /// Whether the driver has used any ring before it starts now.
     pub is_under_way: bool,
     pub continuity: &'a mut Continuity<D>,
+    /// What threads that start now wait at.
+    pub gate: Option<&'a Arc<Gate>>,
 }
 
 impl<D: Disk> Surroundings<'_, D> {
@@ -91,6 +103,20 @@ pub(super) struct Ring {
     enabled: bool,
     /// There as long as the ring runs.
     thread: Option<QueueThread>,
+    /// Where its parts lie that runs now or has run last, and their lengths: its thread keeps
+    /// the ring to itself.
+    extents: [(u64, usize); 3],
+    /// Where the log of written memory has the used ring, if it is to be marked there.
+    used_ring_in_log: Option<u64>,
+    /// By which the present thread, or the last one, signals or has signalled.
+    signalled: Vec<Weak<Event>>,
+    /// The driver may have missed what the last call was signalled.
+    owes_signal: bool,
+    /// What the last thread could not bring to its end: not for a ring that lies
+    /// elsewhere or goes on elsewhere, which is another one. What it had taken and not done
+    /// counts only for a front-end without an in-flight region, and only where the
+    /// connection goes on.
+    left: Left,
 }
 
 impl Ring {
@@ -108,12 +134,23 @@ impl Ring {
             error: None,
             enabled: false,
             thread: None,
+            extents: [(0, 0); 3],
+            used_ring_in_log: None,
+            signalled: Vec::new(),
+            owes_signal: false,
+            left: Left::default(),
         })
     }
 
     /// Whether requests are being served.
     pub fn is_running(&self) -> bool {
         self.thread.is_some()
+    }
+
+    /// Whether all parts of it are in this memory, if it runs.
+    pub fn is_there(&self, map: &GuestMap) -> bool {
+        let is_there = |&(at, len): &(u64, usize)| map.check_range(GuestAddress(at), len);
+        !self.is_running() || self.extents.iter().all(is_there)
     }
 
     /// Whether the driver has used it before it starts next.
@@ -127,7 +164,13 @@ impl Ring {
         let fits = |&size: &u16| size.is_power_of_two() && (MIN_QUEUE_SIZE..=max).contains(&size);
         let fitting = u16::try_from(size).ok().filter(fits);
         let size = fitting.ok_or(RingError::Size { size, max })?;
-        self.stopped()?.set_queue_size(size);
+        let ring = self.stopped()?;
+        let before = ring.get_ref().get_queue().size();
+        ring.set_queue_size(size);
+        if size != before {
+            // They were heads of another ring.
+            self.left = Left::default();
+        }
         Ok(())
     }
 
@@ -137,15 +180,59 @@ impl Ring {
         if self.is_running() {
             return Ok(());
         }
+        let places = self.places();
         self.vring
             .set_queue_info(table, avail, used)
-            .map_err(RingError::Addresses)
+            .map_err(RingError::Addresses)?;
+        if self.places() != places {
+            self.left = Left::default();
+        }
+        Ok(())
+    }
+
+    fn places(&self) -> [u64; 3] {
+        let state = self.vring.get_ref();
+        let queue = state.get_queue();
+        [queue.desc_table(), queue.avail_ring(), queue.used_ring()]
+    }
+
+    /// Says where the log of written memory has the used ring, if it is to be marked there.
+    pub fn set_used_ring_in_log(&mut self, address: Option<u64>) {
+        self.used_ring_in_log = address;
+    }
+
+    fn marks(&self, log: Option<&Arc<Log>>) -> Option<Marks> {
+        log.map(|log| Marks {
+            log: Arc::clone(log),
+            used_ring: self.used_ring_in_log,
+        })
+    }
+
+    /// Lets the ring mark what it writes there from now on, or nowhere;
+    /// [`Self::wait_for_marks`] waits until it does.
+    pub fn set_log(&mut self, log: Option<&Arc<Log>>) {
+        let marks = self.marks(log);
+        if let Some(thread) = &mut self.thread {
+            thread.set_marks(marks);
+        }
+    }
+
+    /// See [`Self::set_log`].
+    pub fn wait_for_marks(&self) {
+        if let Some(thread) = &self.thread {
+            thread.wait_for_marks(|| unblock(&self.signalled));
+        }
     }
 
     /// Sets the available entry to go on at.
     pub fn set_next_avail(&mut self, index: u32) -> Result<(), RingError> {
         let next = u16::try_from(index).map_err(|_| RingError::Index(index))?;
-        self.stopped()?.set_queue_next_avail(next);
+        let vring = self.stopped()?;
+        let is_another = vring.queue_next_avail() != next;
+        vring.set_queue_next_avail(next);
+        if is_another {
+            self.left = Left::default();
+        }
         Ok(())
     }
 
@@ -173,18 +260,30 @@ impl Ring {
 
     pub fn set_call(&mut self, call: Option<Event>) {
         self.call = call.map(Arc::new);
-        match (&self.thread, &self.call) {
-            (Some(thread), call) => thread.post(Mail::Call(call.clone())),
-            // What came to the one before may have come too late for the driver.
-            (None, Some(call)) => call.signal(),
-            (None, None) => {}
+        match &self.thread {
+            Some(thread) => thread.post(Mail::Call(self.call.clone())),
+            // What came to the one before may have come too late for the driver. Only a
+            // queue's thread signals: nobody who has messages to serve may block.
+            None => self.owes_signal = true,
         }
+        self.note_signalled();
     }
 
     pub fn set_error(&mut self, error: Option<Event>) {
         self.error = error.map(Arc::new);
         if let Some(thread) = &self.thread {
             thread.post(Mail::Error(self.error.clone()));
+        }
+        self.note_signalled();
+    }
+
+    fn note_signalled(&mut self) {
+        self.signalled.retain(|event| event.strong_count() > 0);
+        for event in [&self.call, &self.error].into_iter().flatten() {
+            let event = Arc::downgrade(event);
+            if !self.signalled.iter().any(|known| known.ptr_eq(&event)) {
+                self.signalled.push(event);
+            }
         }
     }
 
@@ -211,6 +310,13 @@ impl Ring {
         self.vring.queue_next_avail()
     }
 
+    /// The device is reset: nobody waits for anything.
+    pub fn reset(&mut self) {
+        self.disable();
+        self.stop();
+        self.left = Left::default();
+    }
+
     /// The table of guest memory has changed.
     pub fn renew_memory(&self) {
         if let Some(thread) = &self.thread {
@@ -229,11 +335,72 @@ impl Ring {
     pub fn halt(&mut self, parked: Parked) {
         self.ask_to_halt(parked);
         if let Some(thread) = self.thread.take() {
-            thread.join();
+            self.left = thread.join(|| unblock(&self.signalled));
         }
     }
 
-    fn run_if_possible<D: Disk>(
+    /// Copies of its events' descriptors, so that nothing is missing when it is
+    /// [drained](Self::export).
+    pub fn events(&self) -> io::Result<[Option<OwnedFd>; 3]> {
+        let copy = |event: &Option<Arc<Event>>| {
+            let event = event.as_ref();
+            event.map(|event| event.as_fd().try_clone_to_owned())
+        };
+        let [kick, call, error] = [&self.kick, &self.call, &self.error].map(copy);
+        Ok([kick.transpose()?, call.transpose()?, error.transpose()?])
+    }
+
+    /// What another process has to know of it, once it was halted.
+    pub fn export(&mut self, [kick, call, error]: [Option<OwnedFd>; 3]) -> RingState {
+        let state = self.vring.get_ref().get_queue().state();
+        let left = std::mem::take(&mut self.left);
+        RingState {
+            size: state.size,
+            table: state.desc_table,
+            avail: state.avail_ring,
+            used: state.used_ring,
+            next_avail: state.next_avail,
+            used_ring_in_log: self.used_ring_in_log,
+            is_enabled: self.enabled,
+            kick,
+            call,
+            error,
+            unanswered: left.unanswered,
+            unfinished: left.unfinished,
+        }
+    }
+
+    /// Makes a new ring what another one was. It does not run yet.
+    pub fn restore(&mut self, state: RingState) -> Result<(), RingError> {
+        let event = |fd: Option<OwnedFd>| fd.map(|fd| Event::new(File::from(fd))).transpose();
+        self.set_size(state.size.into())?;
+        self.set_addresses(state.table, state.avail, state.used)?;
+        self.set_next_avail(state.next_avail.into())?;
+        self.used_ring_in_log = state.used_ring_in_log;
+        self.enabled = state.is_enabled;
+        self.kick = event(state.kick)?.map(Arc::new);
+        // Nobody knows whether the last signal has been seen; one more does no harm.
+        self.set_call(event(state.call)?);
+        self.set_error(event(state.error)?);
+        let heads = state.unanswered.iter().map(|used| &used.head);
+        let heads = heads.chain(&state.unfinished);
+        if heads.clone().count() > state.size.into() || heads.max() >= Some(&state.size) {
+            return Err(RingError::ForeignRequests);
+        }
+        self.left = Left {
+            unanswered: state.unanswered,
+            unfinished: state.unfinished,
+        };
+        Ok(())
+    }
+
+    /// Whether it is to run.
+    pub fn is_started(&self) -> bool {
+        self.kick.is_some() && self.enabled
+    }
+
+    /// Starts the ring if it is both started and enabled and does not run yet.
+    pub fn run_if_possible<D: Disk>(
         &mut self,
         surroundings: &mut Surroundings<'_, D>,
     ) -> Result<(), RingError> {
@@ -246,14 +413,34 @@ impl Ring {
         // Whatever the front-end says of the index.
         let is_under_way = surroundings.is_under_way || used != 0;
         surroundings.continuity.admit(is_under_way)?;
-        let (in_flight, recovery) = self.recover(used, surroundings)?;
+        let (in_flight, mut recovery) = self.recover(used, surroundings)?;
         // Before it has a thread, which keeps the ring to itself.
-        surroundings.look_at_size(self.vring.get_ref().get_queue().size());
+        let size = self.vring.get_ref().get_queue().size();
+        self.extents = extents(size, self.places());
+        surroundings.look_at_size(size);
+        debug_log!(
+            "queue {} starts: {size} descriptors, at {} of the available ring, {used} used",
+            self.index,
+            self.vring.queue_next_avail()
+        );
         let events = Events {
             kick: Arc::clone(kick),
             call: self.call.clone(),
             error: self.error.clone(),
+            owes_signal: std::mem::take(&mut self.owes_signal),
         };
+        let mut left = std::mem::take(&mut self.left);
+        if in_flight.is_some() {
+            // The region has them as well.
+            left = Left::default();
+        } else if !left.unfinished.is_empty() {
+            recovery = Recovery {
+                heads: left.unfinished,
+                is_old: true,
+                is_stale: false,
+            };
+        }
+        surroundings.device.stops().are_over();
         let thread = QueueThread::start(Start {
             index: self.index,
             device: surroundings.device,
@@ -262,6 +449,9 @@ impl Ring {
             events,
             in_flight,
             recovery,
+            unanswered: left.unanswered,
+            marks: self.marks(surroundings.log),
+            gate: surroundings.gate.map(Arc::clone),
         });
         self.thread = Some(thread.map_err(RingError::Thread)?);
         Ok(())
@@ -283,7 +473,18 @@ impl Ring {
         let queue = state.get_queue_mut();
         let size = queue.size();
         if size > in_flight.entries() {
-            return Err(RingError::Region { size });
+            // A driver that takes more than it was offered (SLOF does).
+            in_flight.forget();
+            guest_log!(
+                surroundings.device.host_limit(),
+                Warn,
+                "queue {}: its {size} descriptors are more than the {} that the in-flight region \
+                 has entries for: requests that are under way when this process dies may never \
+                 be answered",
+                self.index,
+                in_flight.entries()
+            );
+            return Ok((None, Recovery::default()));
         }
         let map = surroundings.memory.atomic().memory().into_inner();
         let avail = queue.avail_idx(&*map, Ordering::Acquire);
@@ -319,6 +520,22 @@ impl Ring {
     }
 }
 
+/// Table, available and used ring with their lengths (virtio 1.2, 2.7).
+fn extents(size: u16, [table, avail, used]: [u64; 3]) -> [(u64, usize); 3] {
+    let size = usize::from(size);
+    [
+        (table, 16 * size),
+        (avail, 6 + 2 * size),
+        (used, 6 + 8 * size),
+    ]
+}
+
+/// Lets a thread go on that is blocked in a signal.
+fn unblock(signalled: &[Weak<Event>]) {
+    let events = signalled.iter().filter_map(Weak::upgrade);
+    events.for_each(|event| event.unblock());
+}
+
 impl Drop for Ring {
     fn drop(&mut self) {
         self.halt(Parked::Drop);
@@ -327,12 +544,12 @@ impl Drop for Ring {
 
 #[cfg(test)]
 mod tests {
-    use super::super::memory::GuestMap;
+    use super::super::memory::anonymous;
     use super::*;
     use vm_memory::{GuestAddress, GuestMemoryAtomic};
 
     fn ring() -> Ring {
-        let map = GuestMap::from_ranges(&[(GuestAddress(0), 0x10_0000)]).unwrap();
+        let map = anonymous(GuestAddress(0), 0x10_0000);
         let mut ring = Ring::new(0, 16, GuestMemoryAtomic::new(map)).unwrap();
         ring.set_addresses(0x1000, 0x2000, 0x3000).unwrap();
         ring

@@ -6,6 +6,7 @@
 //! guest can provoke.
 
 use std::fs::File;
+use std::io;
 use std::sync::Arc;
 
 use thiserror::Error;
@@ -20,17 +21,23 @@ use vhost::vhost_user::{
     Error as VhostError, GpuBackend, Result as VhostResult, VhostUserBackendReqHandlerMut,
 };
 use virtio_queue::Error as QueueError;
+use vm_memory::GuestAddressSpace;
 
 use super::BlockDevice;
-use super::config::{self, WRITEBACK_OFFSET};
+use super::config::{self, CAPACITY_OFFSET, WRITEBACK_OFFSET};
 use super::continuity::{Continuity, ContinuityError};
+use super::dirty_log::{Log, LogError};
 use super::event::{Event, EventError};
+use super::gate::Gate;
 use super::mailbox::Parked;
 use super::memory_table::{MAX_REGIONS, MemoryError, MemoryTable};
-use super::ratelimit::guest_log;
+use super::ratelimit::{debug_log, guest_log};
 use super::ring::{Ring, RingError, Surroundings};
 use super::ring_size::RingSizes;
+use super::suspended::SessionState;
+use super::vanishing::Alarm;
 use super::write_cache::WriteCache;
+use crate::format::Sector;
 use crate::storage::Disk;
 
 /// Why a message is not obeyed.
@@ -48,14 +55,18 @@ pub(super) enum Refusal {
     Memory(#[from] MemoryError),
     #[error(transparent)]
     Continuity(#[from] ContinuityError),
+    #[error(transparent)]
+    Log(#[from] LogError),
     #[error("features {0:#x} were not offered")]
     Features(u64),
     #[error("{len} bytes at {offset} of the configuration space cannot be written")]
     ReadOnlyField { offset: u32, len: usize },
-    #[error("the front-end claims the device a second time")]
+    #[error("the front-end sent SET_OWNER a second time")]
     Owned,
     #[error("{0} was not offered")]
     NotOffered(&'static str),
+    #[error("{rings} queues were handed over, and there are {there}")]
+    QueuesLeft { rings: usize, there: usize },
 }
 
 impl Refusal {
@@ -65,45 +76,179 @@ impl Refusal {
     }
 }
 
+/// The size of the disk, in sectors, as the front-end knows it.
+#[derive(Debug, Default)]
+struct KnownSize {
+    /// That it has read.
+    read: Option<Sector>,
+    /// At which it was told to read it.
+    told: Option<Sector>,
+}
+
 /// One front-end's view of the device.
 pub(super) struct Session<D: Disk> {
     device: Arc<BlockDevice<D>>,
     memory: MemoryTable,
     rings: Vec<Ring>,
     is_owned: bool,
+    /// What the library holds messages against.
+    negotiated: Option<u64>,
+    protocol_features: Option<u64>,
     acked_features: u64,
     write_cache: WriteCache,
     continuity: Continuity<D>,
     ring_sizes: RingSizes,
+    known_size: KnownSize,
+    /// Where written memory is marked while the features say so.
+    log: Option<Arc<Log>>,
     /// Of the last message, if it was not obeyed.
     refusal: Option<Refusal>,
+    /// While rings are started for a connection that goes on: what their threads wait at.
+    gate: Option<Arc<Gate>>,
 }
 
 impl<D: Disk> Session<D> {
-    /// For a front-end that has not said anything yet.
+    /// For a front-end that has not said anything yet; `alarm` rings when its memory
+    /// vanishes.
     ///
     /// # Errors
     /// None that [`super::Queues`] does not exclude.
-    pub fn new(device: Arc<BlockDevice<D>>) -> Result<Self, QueueError> {
-        let memory = MemoryTable::new();
+    pub fn new(device: Arc<BlockDevice<D>>, alarm: Arc<Alarm>) -> Result<Self, QueueError> {
+        let memory = MemoryTable::new(alarm);
         let make = |index| Ring::new(index, device.queue_size(), memory.shared().atomic());
         let rings = (0..usize::from(device.num_queues())).map(make);
         Ok(Self {
             rings: rings.collect::<Result<_, _>>()?,
             memory,
             is_owned: false,
+            negotiated: None,
+            protocol_features: None,
             acked_features: 0,
             write_cache: WriteCache::new(),
             continuity: Continuity::new(Arc::clone(&device)),
             ring_sizes: RingSizes::default(),
+            known_size: KnownSize::default(),
+            log: None,
             refusal: None,
+            gate: None,
             device,
         })
+    }
+
+    /// Whether the front-end has said nothing yet that matters.
+    pub fn is_new(&self) -> bool {
+        !self.is_owned && self.negotiated.is_none()
     }
 
     /// Why the last message was not obeyed.
     pub fn take_refusal(&mut self) -> Option<Refusal> {
         self.refusal.take()
+    }
+
+    /// Whether the front-end of a driver that runs has to be told to read the configuration
+    /// space: it has read another size, or none, which another process or connection may
+    /// have told it. While no ring runs a front-end need not listen.
+    pub fn owes_size(&self) -> bool {
+        let size = Some(self.device.engine().disk_size());
+        let knows = self.known_size.read == size || self.known_size.told == size;
+        !knows && self.rings.iter().any(Ring::is_running)
+    }
+
+    /// It has been told.
+    pub fn has_told_size(&mut self) {
+        self.known_size.told = Some(self.device.engine().disk_size());
+    }
+
+    /// Goes on where another session was left. The threads of its rings are there, and
+    /// wait at `gate`.
+    ///
+    /// # Errors
+    /// What of it is not possible here.
+    pub fn restore(&mut self, state: SessionState, gate: &Arc<Gate>) -> Result<(), Refusal> {
+        let unknown = state.acked_features & !self.offered_features();
+        if unknown != 0 {
+            return Err(Refusal::Features(unknown));
+        }
+        let (rings, there) = (state.rings.len(), self.rings.len());
+        if rings > there {
+            return Err(Refusal::QueuesLeft { rings, there });
+        }
+        self.is_owned = state.is_owned;
+        self.negotiated = state.negotiated;
+        self.protocol_features = state.protocol_features;
+        self.acked_features = state.acked_features;
+        self.known_size = KnownSize {
+            read: state.read_size,
+            told: state.told_size,
+        };
+        for (region, file) in state.regions {
+            self.memory.add(&region, file)?;
+        }
+        if let Some(region) = state.in_flight {
+            let is_settled = state.is_settled && region.is_used;
+            self.take_region(&region.given, region.file, is_settled)?;
+        }
+        self.write_cache = state.write_cache.with_features(state.acked_features);
+        if let Some((given, file)) = state.log {
+            let alarm = Arc::clone(self.memory.alarm());
+            self.log = Some(Arc::new(Log::map(&given, file, alarm)?));
+        }
+        for (index, ring) in (0..).zip(state.rings) {
+            self.with_ring(index, |new, _| new.restore(ring))?;
+        }
+        self.start_restored(gate)
+    }
+
+    fn start_restored(&mut self, gate: &Arc<Gate>) -> Result<(), Refusal> {
+        if !self.rings.iter().any(Ring::is_started) {
+            return Ok(());
+        }
+        self.apply_cache_mode();
+        self.gate = Some(Arc::clone(gate));
+        let mut indexes = 0..self.rings.len() as u32;
+        let started = indexes.try_for_each(|index| {
+            self.with_ring(index, |ring, around| ring.run_if_possible(around))
+        });
+        self.gate = None;
+        self.note_cache_mode();
+        started
+    }
+
+    /// Answers all that is in flight and stops all rings, for a session that
+    /// [goes on](Self::restore) elsewhere. If it fails, nothing has happened.
+    ///
+    /// # Errors
+    /// If there are not enough descriptors.
+    pub fn suspend(&mut self) -> io::Result<SessionState> {
+        let regions = self.memory.export()?;
+        let in_flight = self.continuity.export()?;
+        let log = self.log.as_ref().map(|log| log.export()).transpose()?;
+        let events = self.rings.iter().map(Ring::events);
+        let events = events.collect::<io::Result<Vec<_>>>()?;
+        self.halt_all(Parked::Drop);
+        let rings = self.rings.iter_mut().zip(events);
+        Ok(SessionState {
+            is_owned: self.is_owned,
+            negotiated: self.negotiated,
+            protocol_features: self.protocol_features,
+            acked_features: self.acked_features,
+            write_cache: self.write_cache,
+            read_size: self.known_size.read,
+            told_size: self.known_size.told,
+            regions,
+            in_flight,
+            log,
+            rings: rings.map(|(ring, events)| ring.export(events)).collect(),
+            is_settled: false,
+        })
+    }
+
+    /// Whether the front-end is in the midst of messages that belong together: it has taken
+    /// memory away, and will give it back or other memory for it. A ring cannot start
+    /// meanwhile that lies there, nor a request that it has taken.
+    pub fn is_amid_change(&self) -> bool {
+        let map = self.memory.shared().atomic().memory();
+        self.memory.is_being_changed() || !self.rings.iter().all(|ring| ring.is_there(&map))
     }
 
     /// Answers all that is in flight and stops all rings.
@@ -115,6 +260,7 @@ impl<D: Disk> Session<D> {
 
     /// All at once: the drains overlap.
     fn halt_all(&mut self, parked: Parked) {
+        let _stopping = self.device.stops().begin();
         for ring in &self.rings {
             ring.ask_to_halt(parked);
         }
@@ -154,10 +300,15 @@ impl<D: Disk> Session<D> {
 
     /// After a ring that ran has stopped: the front-end may give up its region without a word
     /// when none runs any more.
-    fn ring_stopped(&self) {
-        if self.continuity.is_kept() && !self.rings.iter().any(Ring::is_running) {
+    fn ring_stopped(&mut self) {
+        if self.rings.iter().any(Ring::is_running) {
+            return;
+        }
+        if self.continuity.is_kept() {
             self.continuity.settle();
         }
+        // What it was told before may not have been heard.
+        self.known_size.told = None;
     }
 
     fn refuse(&mut self, refusal: impl Into<Refusal>) -> VhostError {
@@ -179,8 +330,13 @@ impl<D: Disk> Session<D> {
             memory: self.memory.shared(),
             acked_features: self.acked_features,
             ring_sizes: &self.ring_sizes,
+            log: self
+                .log
+                .as_ref()
+                .filter(|_| has_logging(self.acked_features)),
             is_under_way: self.rings.iter().any(Ring::is_under_way),
             continuity: &mut self.continuity,
+            gate: self.gate.as_ref(),
         };
         let number = index as usize;
         let ring = self.rings.get_mut(number).ok_or(Refusal::NoQueue(index))?;
@@ -197,6 +353,7 @@ impl<D: Disk> Session<D> {
     /// go of memory that the guest has no more.
     fn memory_changed(&mut self, result: Result<(), MemoryError>) -> VhostResult<()> {
         self.settle(result.map_err(Refusal::from))?;
+        debug_log!("memory of the guest: {}", self.memory);
         for ring in &self.rings {
             ring.renew_memory();
         }
@@ -221,6 +378,7 @@ impl<D: Disk> Session<D> {
             if enable {
                 return ring.enable(around);
             }
+            let _stopping = around.device.stops().begin();
             ring.disable();
             Ok(())
         })?;
@@ -236,11 +394,18 @@ impl<D: Disk> Session<D> {
         &mut self,
         index: u32,
         [table, avail, used]: [u64; 3],
+        used_in_log: Option<u64>,
     ) -> Result<(), Refusal> {
         let table = self.memory.guest_address(table)?;
         let avail = self.memory.guest_address(avail)?;
         let used = self.memory.guest_address(used)?;
-        self.with_ring(index, |ring, _| ring.set_addresses(table, avail, used))
+        self.with_ring(index, |ring, around| {
+            ring.set_addresses(table, avail, used)?;
+            ring.set_used_ring_in_log(used_in_log);
+            ring.set_log(around.log);
+            ring.wait_for_marks();
+            Ok(())
+        })
     }
 
     fn accept_features(&mut self, features: u64) -> Result<(), Refusal> {
@@ -248,14 +413,23 @@ impl<D: Disk> Session<D> {
         if unknown != 0 {
             return Err(Refusal::Features(unknown));
         }
-        self.acked_features = features;
+        debug_log!(
+            "features {features:#x} of {:#x} are accepted",
+            self.offered_features()
+        );
+        let before = std::mem::replace(&mut self.acked_features, features);
+        if has_logging(features) != has_logging(before) {
+            self.renew_marks();
+        }
+        if !has_logging(features) {
+            self.log = None;
+        }
         self.write_cache.negotiated(features);
         self.cache_mode_changed();
-        // Without this there is no message to enable them.
+        // Without this there is no message to enable rings, and no more than one of them:
+        // whether others are under way would not be known yet when the first one starts.
         if features & VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits() == 0 {
-            for index in 0..self.rings.len() {
-                self.enable_ring(index as u32, true)?;
-            }
+            self.enable_ring(0, true)?;
         }
         Ok(())
     }
@@ -268,10 +442,10 @@ impl<D: Disk> Session<D> {
     fn reset(&mut self) {
         self.halt_all(Parked::Fail);
         for ring in &mut self.rings {
-            ring.disable();
-            ring.stop();
+            ring.reset();
         }
         self.acked_features = 0;
+        self.log = None;
         self.write_cache.reset();
         self.continuity.forget();
     }
@@ -283,17 +457,45 @@ impl<D: Disk> Session<D> {
         Ok(())
     }
 
-    fn take_region(&mut self, region: &VhostUserInflight, file: File) -> Result<(), Refusal> {
+    fn take_region(
+        &mut self,
+        region: &VhostUserInflight,
+        file: File,
+        is_settled: bool,
+    ) -> Result<(), Refusal> {
         self.check_stopped()?;
-        if let Some(cache_is_on) = self.continuity.take(region, file)? {
+        if let Some(cache_is_on) = self.continuity.take(region, file, is_settled)? {
             self.write_cache.remembered(cache_is_on);
         }
+        Ok(())
+    }
+
+    /// Lets all rings mark what they write as it is to be now. When this returns, nothing
+    /// is marked any more where it was before.
+    fn renew_marks(&mut self) {
+        let log = self.log.as_ref();
+        let log = log.filter(|_| has_logging(self.acked_features));
+        for ring in &mut self.rings {
+            ring.set_log(log);
+        }
+        self.rings.iter().for_each(Ring::wait_for_marks);
+    }
+
+    fn take_log(&mut self, given: &VhostUserLog, file: File) -> Result<(), Refusal> {
+        let alarm = Arc::clone(self.memory.alarm());
+        self.log = Some(Arc::new(Log::map(given, file, alarm)?));
+        self.renew_marks();
         Ok(())
     }
 
     fn not_offered<T>(&mut self, what: &'static str) -> VhostResult<T> {
         Err(self.refuse(Refusal::NotOffered(what)))
     }
+}
+
+/// Whether a front-end with these features wants written memory to be marked.
+fn has_logging(features: u64) -> bool {
+    features & VhostUserVirtioFeatures::LOG_ALL.bits() != 0
 }
 
 /// A region as the table of all of them has it.
@@ -331,6 +533,7 @@ impl<D: Disk> VhostUserBackendReqHandlerMut for Session<D> {
 
     fn set_features(&mut self, features: u64) -> VhostResult<()> {
         let result = self.accept_features(features);
+        self.negotiated = Some(features);
         self.settle(result)
     }
 
@@ -352,13 +555,16 @@ impl<D: Disk> VhostUserBackendReqHandlerMut for Session<D> {
     fn set_vring_addr(
         &mut self,
         index: u32,
-        _flags: VhostUserVringAddrFlags,
+        flags: VhostUserVringAddrFlags,
         table: u64,
         used: u64,
         avail: u64,
-        _log: u64,
+        log: u64,
     ) -> VhostResult<()> {
-        let result = self.set_ring_addresses(index, [table, avail, used]);
+        let used_in_log = flags
+            .contains(VhostUserVringAddrFlags::VHOST_VRING_F_LOG)
+            .then_some(log);
+        let result = self.set_ring_addresses(index, [table, avail, used], used_in_log);
         self.settle(result)
     }
 
@@ -369,8 +575,12 @@ impl<D: Disk> VhostUserBackendReqHandlerMut for Session<D> {
 
     fn get_vring_base(&mut self, index: u32) -> VhostResult<VhostUserVringState> {
         let has_run = self.rings.iter().any(Ring::is_running);
-        let result = self.with_ring(index, |ring, _| Ok(ring.stop()));
+        let result = self.with_ring(index, |ring, around| {
+            let _stopping = around.device.stops().begin();
+            Ok(ring.stop())
+        });
         let base = self.settle(result)?;
+        debug_log!("queue {index} has stopped, at {base} of the available ring");
         if has_run {
             self.ring_stopped();
         }
@@ -406,8 +616,10 @@ impl<D: Disk> VhostUserBackendReqHandlerMut for Session<D> {
         Ok(config::protocol_features())
     }
 
-    fn set_protocol_features(&mut self, _features: u64) -> VhostResult<()> {
-        // The library remembers them and holds messages against them.
+    fn set_protocol_features(&mut self, features: u64) -> VhostResult<()> {
+        debug_log!("protocol features {features:#x} are accepted");
+        // The library holds messages against them.
+        self.protocol_features = Some(features);
         Ok(())
     }
 
@@ -427,6 +639,9 @@ impl<D: Disk> VhostUserBackendReqHandlerMut for Session<D> {
         _flags: VhostUserConfigFlags,
     ) -> VhostResult<Vec<u8>> {
         let asked = offset..offset.saturating_add(size);
+        if asked.contains(&CAPACITY_OFFSET) {
+            self.known_size.read = Some(self.device.engine().disk_size());
+        }
         let writeback = if asked.contains(&WRITEBACK_OFFSET) {
             let told = self.write_cache.read();
             self.cache_mode_changed();
@@ -470,7 +685,7 @@ impl<D: Disk> VhostUserBackendReqHandlerMut for Session<D> {
     }
 
     fn set_inflight_fd(&mut self, inflight: &VhostUserInflight, file: File) -> VhostResult<()> {
-        let result = self.take_region(inflight, file);
+        let result = self.take_region(inflight, file, false);
         self.settle(result)
     }
 
@@ -510,7 +725,8 @@ impl<D: Disk> VhostUserBackendReqHandlerMut for Session<D> {
         self.not_offered("shared memory of the device")
     }
 
-    fn set_log_base(&mut self, _log: &VhostUserLog, _file: File) -> VhostResult<()> {
-        self.not_offered("a log of written memory")
+    fn set_log_base(&mut self, log: &VhostUserLog, file: File) -> VhostResult<()> {
+        let result = self.take_log(log, file);
+        self.settle(result)
     }
 }

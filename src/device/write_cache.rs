@@ -48,6 +48,41 @@ impl WriteCache {
         self.write(is_on);
     }
 
+    /// In a byte, for another process; see [`Self::decode`].
+    pub fn encode(&self) -> u8 {
+        let source = match self.source {
+            Source::Unknown => 0,
+            Source::Past => 1,
+            Source::Told => 2,
+            Source::Set => 3,
+        };
+        source << 1 | u8::from(self.is_on)
+    }
+
+    /// What another process has encoded, for a driver that has acknowledged nothing yet.
+    /// `None` if that cannot be.
+    pub fn decode(byte: u8) -> Option<Self> {
+        let source = match byte >> 1 {
+            0 => Source::Unknown,
+            1 => Source::Past,
+            2 => Source::Told,
+            3 => Source::Set,
+            _ => return None,
+        };
+        Some(Self {
+            is_on: byte & 1 != 0,
+            source,
+            acked_features: 0,
+        })
+    }
+
+    /// The same for a driver that has these features in force.
+    #[must_use]
+    pub fn with_features(mut self, features: u64) -> Self {
+        self.acked_features = features;
+        self
+    }
+
     /// The driver has acknowledged these features.
     pub fn negotiated(&mut self, features: u64) {
         self.acked_features = features;
@@ -126,7 +161,9 @@ mod tests {
         let mut off = told(FLUSH | WCE);
         off.write(false);
         assert!(off.is_write_through());
+        assert!(!off.peek());
         off.write(true);
+        assert!(off.peek());
         assert!(!off.is_write_through());
     }
 
@@ -147,6 +184,32 @@ mod tests {
         assert!(cache.is_write_through());
         assert!(cache.read());
         assert!(!cache.is_write_through());
+    }
+
+    #[test]
+    fn a_driver_that_goes_on_has_the_mode_that_was_remembered() {
+        for is_on in [false, true] {
+            let mut cache = WriteCache::new();
+            assert_eq!(cache.known(), None);
+            cache.remembered(is_on);
+            cache.negotiated(FLUSH | WCE);
+            assert_eq!(cache.known(), Some(is_on));
+            assert_eq!(cache.is_write_through(), !is_on);
+            assert_eq!(cache.read(), is_on);
+        }
+    }
+
+    #[test]
+    fn another_process_knows_what_this_one_did() {
+        let mut set = told(FLUSH | WCE);
+        set.write(false);
+        let mut past = set;
+        past.reset();
+        for cache in [WriteCache::new(), told(FLUSH | WCE), set, past] {
+            let handed = WriteCache::decode(cache.encode()).unwrap();
+            assert_eq!(handed.with_features(cache.acked_features), cache);
+        }
+        assert_eq!(WriteCache::decode(8), None);
     }
 
     #[test]

@@ -81,7 +81,7 @@ pub enum DescriptorError {
     #[error("image file '{0}' is named twice")]
     FileTwice(String),
     /// Two images or two snapshots have one GUID.
-    #[error("{kind} {guid} is there twice")]
+    #[error("{kind} {guid} appears twice")]
     GuidTwice {
         /// "image" or "snapshot".
         kind: &'static str,

@@ -9,6 +9,7 @@ mod cluster_set;
 mod descriptor;
 mod extension;
 mod foreign;
+mod growth;
 mod header;
 mod notes;
 mod units;
@@ -20,6 +21,7 @@ pub use descriptor::{
 };
 pub use extension::{DirtyBitmap, Extension, ExtensionError};
 pub use foreign::ForeignFormat;
+pub use growth::{Fate, Growth};
 pub use header::{Geometry, Header, HeaderError, InUse, TooLarge, Version};
 pub use notes::{SnapshotNote, SnapshotNotes};
 pub use units::{ClusterSize, GuestCluster, HostCluster, SECTOR_SIZE, Sector};

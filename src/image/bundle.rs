@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use super::error::{ImageError, IoContext, Result};
 use super::folder::Folder;
-use crate::format::{Descriptor, EditError, Guid};
+use crate::format::{Descriptor, EditError, Guid, Sector};
 
 /// An open folder with a checked descriptor.
 #[derive(Debug)]
@@ -91,6 +91,19 @@ impl Bundle {
             .replace(Descriptor::FILE_NAME, text.as_bytes(), None)?;
         self.descriptor = descriptor;
         Ok(())
+    }
+
+    /// Has the descriptor say how large the disk is, if it does not yet.
+    ///
+    /// # Errors
+    /// As [`Self::save`].
+    pub fn set_disk_size(&mut self, disk_size: Sector) -> Result<()> {
+        if self.descriptor.disk_size == disk_size {
+            return Ok(());
+        }
+        let mut descriptor = self.descriptor.clone();
+        descriptor.disk_size = disk_size;
+        self.save(descriptor)
     }
 
     /// Says on which bundle a change of the tree failed.

@@ -335,9 +335,11 @@ fn find_leaks<F: ImageFile>(
         // The rest of a cluster that is known to hold data tells nothing new.
         offset = geometry.host_offset(HostCluster(after));
     }
-    let file_end = geometry.host_clusters_below(delta.file_len()?);
+    let file_len = delta.file_len()?;
+    let file_end = geometry.host_clusters_below(file_len);
     let file_end = file_end.min(u64::from(u32::MAX)) as u32;
-    if file_end > end.0 {
+    let has_tail = file_len.saturating_sub(end_offset) > delta.file().kept_tail();
+    if has_tail && file_end > end.0 {
         push(end.0..file_end);
     }
     Ok(leaks)

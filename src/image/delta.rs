@@ -326,14 +326,14 @@ impl<F: ImageFile> Delta<F> {
         self.file.sync().context(self.path(), "sync")
     }
 
-    /// Copies a cluster inside the file.
+    /// Copies `len` bytes, a cluster at most, inside the file.
     ///
     /// # Errors
     /// Any of `pread(2)` and `pwrite(2)`.
-    pub fn copy_cluster(&self, from: u64, to: u64) -> Result<()> {
-        let mut cluster = vec![0; self.geometry().cluster.bytes() as usize];
-        self.read(&mut cluster, from)?;
-        self.write(&cluster, to, "write a cluster")
+    pub fn copy(&self, from: u64, to: u64, len: u64) -> Result<()> {
+        let mut bytes = vec![0; len as usize];
+        self.read(&mut bytes, from)?;
+        self.write(&bytes, to, "write a cluster")
     }
 }
 

@@ -38,11 +38,17 @@ pub trait ImageFile {
     /// Any of `pwrite(2)`.
     fn write_all_at(&self, bytes: &[u8], offset: u64) -> io::Result<()>;
 
-    /// Cuts or extends the file; what is new reads as zeros.
+    /// Cuts or extends the file; what is new reads as zeros. A cut file may keep
+    /// [`Self::kept_tail`].
     ///
     /// # Errors
     /// Any of `ftruncate(2)`.
     fn set_len(&self, len: u64) -> io::Result<()>;
+
+    /// How many bytes, all zero, may stay behind the place where the file is cut.
+    fn kept_tail(&self) -> u64 {
+        0
+    }
 
     /// Makes a range inside the file read as zeros and gives its space back
     /// where the file system can.
@@ -164,7 +170,14 @@ impl ImageFile for HostImage {
         fault::point();
         match &self.direct {
             Some(disk) => disk.set_len(ONLY, len),
-            None => self.file.set_len(len),
+            None => filesystem::set_len(&self.file, len),
+        }
+    }
+
+    fn kept_tail(&self) -> u64 {
+        match filesystem::keeps_shards(&self.file) {
+            true => filesystem::KEPT_TAIL,
+            false => 0,
         }
     }
 

@@ -29,6 +29,8 @@ mod snapshot;
 mod source;
 #[cfg(test)]
 mod testing;
+#[cfg(test)]
+mod tests;
 mod version;
 
 pub use bundle::{Bundle, Location};

@@ -40,6 +40,7 @@ pub struct OpenMode {
     access: Access,
     snapshot: Option<Guid>,
     force_share: bool,
+    shares_locks: bool,
     to_check: bool,
 }
 
@@ -50,6 +51,7 @@ impl OpenMode {
             access,
             snapshot: None,
             force_share: false,
+            shares_locks: false,
             to_check: false,
         }
     }
@@ -82,6 +84,14 @@ impl OpenMode {
             true => read_header_for_repair(&image_of(file)?),
             false => read_header(&image_of(file)?),
         }
+    }
+
+    /// With locks beside those of a process that is going to give the image over: see
+    /// [`ImageLock::share`].
+    #[must_use]
+    pub const fn share_locks(mut self, shares_locks: bool) -> Self {
+        self.shares_locks = shares_locks;
+        self
     }
 
     /// Without locks, whoever uses the image; for reading only, and what is read
@@ -295,6 +305,13 @@ pub(super) fn lock(file: &HostFile, mode: OpenMode) -> Result<Option<ImageLock>>
         Access::Change | Access::Repair if file.writable => LockMode::Exclusive,
         _ => LockMode::ReadOnly,
     };
+    if mode.shares_locks {
+        let lock = ImageLock::share(&file.file, lock_mode);
+        return lock.map(Some).map_err(|source| ImageError::Lock {
+            path: file.path.clone(),
+            source,
+        });
+    }
     let shareable = mode.access == Access::Read;
     lock_file(file, lock_mode, shareable).map(Some)
 }

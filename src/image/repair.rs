@@ -90,7 +90,8 @@ fn repair_entries<F: ImageFile>(delta: &mut Delta<F>, done: &mut Vec<String>) ->
     delta.set_len(geometry.host_offset(HostCluster(end as u32)))?;
     for (new, (guest, from)) in (first_new as u32..).zip(&plan.copies) {
         let host = HostCluster(new);
-        delta.copy_cluster(*from, geometry.host_offset(host))?;
+        let to = geometry.host_offset(host);
+        delta.copy(*from, to, geometry.cluster.bytes())?;
         delta.set_entry(*guest, Some(host));
         done.push(format!(
             "BAT entry {guest} got a cluster of its own, {host}"

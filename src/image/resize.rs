@@ -1,10 +1,7 @@
 //! Growing and shrinking a disk off line.
 //!
-//! The BAT of a larger disk may need room where data is. The order of the steps
-//! is such that a cut anywhere leaves an image of the old or the new size:
-//! relocated clusters and their entries are stable, and the room for the BAT
-//! holds zeros, before number of entries, first block offset and disk size change
-//! in the write of one sector.
+//! What has to go for a larger disk, and in which order, says [`Growth`], for this and for
+//! disks that are being served alike.
 //!
 //! A smaller disk has a shorter BAT. Number of entries, first block offset and disk
 //! size change in the write of one sector, too, and before anything that was given
@@ -19,7 +16,9 @@ use super::file::ImageFile;
 use super::open::{Access, OpenImage, OpenMode, image_of, open};
 use super::repair::{examine_as, free_leaks};
 use super::size::{refuse_growth, refuse_new, whole_clusters};
-use crate::format::{ClusterSize, Geometry, GuestCluster, Header, HostCluster, InUse, Sector};
+use crate::format::{
+    ClusterSize, Fate, Geometry, Growth, GuestCluster, Header, HostCluster, InUse, Sector,
+};
 use crate::ploop::Level;
 
 /// The size that a disk shall have.
@@ -157,15 +156,10 @@ fn refuse(path: &Path, why: &str) -> ImageError {
 /// The header has the last word, so the descriptor may follow it: whoever opens
 /// the bundle in between finds the new size.
 fn update_descriptor(image: &mut OpenImage, disk_size: Sector) -> Result<()> {
-    let Some(bundle) = &mut image.bundle else {
-        return Ok(());
-    };
-    let mut descriptor = bundle.descriptor().clone();
-    if descriptor.disk_size == disk_size {
-        return Ok(());
+    match &mut image.bundle {
+        Some(bundle) => bundle.set_disk_size(disk_size),
+        None => Ok(()),
     }
-    descriptor.disk_size = disk_size;
-    bundle.save(descriptor)
 }
 
 /// Grows one image file.
@@ -178,18 +172,14 @@ pub(super) fn grow<F: ImageFile>(delta: &mut Delta<F>, disk_size: Sector) -> Res
     if disk_size == delta.geometry().disk_size {
         return Ok(());
     }
-    let grown = delta.header().grown(disk_size);
-    let header = grown.map_err(|error| refuse_growth(delta.path(), delta.header(), error))?;
-    let old = *delta.geometry();
-    let new = *header.geometry();
+    let growth = Growth::new(delta.header(), disk_size)
+        .map_err(|error| refuse_growth(delta.path(), delta.header(), error))?;
     let found_as = delta.header().in_use;
     let old_len = delta.file_len()?;
     delta.begin()?;
 
-    zero_behind_end(delta)?;
-
-    let moved = match copy_away(delta, new.first_host_cluster()) {
-        Ok(moved) => moved,
+    let moves = match copy_away(delta, &growth) {
+        Ok(moves) => moves,
         Err(error) => {
             // A full disk, most likely. Nothing was changed but the end of the file.
             delta.set_len(old_len)?;
@@ -197,23 +187,26 @@ pub(super) fn grow<F: ImageFile>(delta: &mut Delta<F>, disk_size: Sector) -> Res
             return Err(error);
         }
     };
-    for (guest, host) in &moved {
-        delta.set_entry(*guest, Some(*host));
+    for one in &moves {
+        delta.set_entry(one.guest, one.to);
     }
-    delta.write_entries(moved.into_iter().map(|(guest, _)| guest))?;
+    delta.write_entries(moves.iter().map(|one| one.guest))?;
     delta.sync()?;
 
-    if delta.file_len()? < new.data_start {
-        delta.set_len(new.data_start)?;
+    let space = growth.bat_space();
+    if delta.file_len()? < space.end {
+        delta.set_len(space.end)?;
     }
-    delta.punch(old.metadata_len()..new.data_start)?;
+    delta.punch(space)?;
     delta.sync()?;
 
-    delta.set_header(header);
+    delta.set_header(growth.header().clone());
     delta.set_mark(InUse::Open);
     delta.write_header()?;
-    if found_as == InUse::ClosedWithExtension {
-        // The extension is no more; its clusters are to be had.
+    // The extension is no more; its clusters are to be had. So are those of which more
+    // than the BAT needs was given up.
+    let first = growth.first_host_cluster();
+    if found_as == InUse::ClosedWithExtension || moves.iter().any(|one| one.from >= first) {
         let findings = examine_as(delta, InUse::Open)?;
         free_leaks(delta, &findings)?;
     }
@@ -265,32 +258,42 @@ fn zero_behind_end<F: ImageFile>(delta: &Delta<F>) -> Result<()> {
     }
 }
 
-/// Copies the clusters in front of `first` to the end of the file, and makes that
-/// stable. Gives back the entries to change.
-fn copy_away<F: ImageFile>(
-    delta: &Delta<F>,
-    first: HostCluster,
-) -> Result<Vec<(GuestCluster, HostCluster)>> {
+/// What becomes of an entry.
+struct Move {
+    guest: GuestCluster,
+    from: HostCluster,
+    to: Option<HostCluster>,
+}
+
+/// Copies the clusters that have to go to the end of the file, and makes that stable.
+/// Gives back the entries to change.
+fn copy_away<F: ImageFile>(delta: &Delta<F>, growth: &Growth) -> Result<Vec<Move>> {
     let geometry = delta.geometry();
     let file_end = geometry.host_clusters_below(delta.file_len()?);
-    let mut next = file_end.max(u64::from(first.0));
-    let mut moved = Vec::new();
-    for (guest, value) in (0..).zip(delta.bat()) {
-        let host = geometry.host_cluster(*value).filter(|_| *value != 0);
-        let Some(host) = host.filter(|host| *host < first) else {
+    let mut next = file_end.max(u64::from(growth.first_host_cluster().0));
+    let mut moves = Vec::new();
+    for (guest, value) in (0..).map(GuestCluster).zip(delta.bat()) {
+        let Some(from) = geometry.host_cluster(*value).filter(|_| *value != 0) else {
             continue;
         };
-        if next >= u64::from(geometry.host_cluster_limit()) {
-            return Err(refuse(delta.path(), "has no room left in its file"));
-        }
-        let to = HostCluster(next as u32);
-        next += 1;
-        delta.set_len(geometry.host_offset(HostCluster(next as u32)))?;
-        delta.copy_cluster(geometry.host_offset(host), geometry.host_offset(to))?;
-        moved.push((GuestCluster(guest), to));
+        let to = match growth.fate(guest, from) {
+            Fate::Stays => continue,
+            Fate::Goes => None,
+            Fate::Moves { .. } if next >= u64::from(geometry.host_cluster_limit()) => {
+                return Err(refuse(delta.path(), "has no room left in its file"));
+            }
+            Fate::Moves { keep } => {
+                let to = HostCluster(next as u32);
+                next += 1;
+                delta.set_len(geometry.host_offset(HostCluster(next as u32)))?;
+                delta.copy(geometry.host_offset(from), geometry.host_offset(to), keep)?;
+                Some(to)
+            }
+        };
+        moves.push(Move { guest, from, to });
     }
     delta.sync()?;
-    Ok(moved)
+    Ok(moves)
 }
 
 #[cfg(test)]

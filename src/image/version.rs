@@ -106,12 +106,13 @@ pub(super) fn undo_change(delta: &mut Delta<HostImage>) -> Result<()> {
     let idx = with_suffix(name, IDX_SUFFIX);
     let copy = copy_name(name);
     let is_ours = folder.contains(Path::new(&copy))?;
+    let longest = copy_len(delta);
     if !is_ours && folder.contains(Path::new(&idx))? {
-        undo_official(delta, &read_copy(&folder, Path::new(&idx))?)?;
+        undo_official(delta, &read_copy(&folder, Path::new(&idx), longest)?)?;
         return folder.remove(Path::new(&idx));
     }
-    let content = match folder.contains(Path::new(&copy))? {
-        true => read_copy(&folder, Path::new(&copy))?,
+    let content = match is_ours {
+        true => read_copy(&folder, Path::new(&copy), longest)?,
         false => Vec::new(),
     };
     undo(delta, &content)?;
@@ -132,12 +133,13 @@ fn write_copy(file: &HostImage, content: &[u8]) -> Result<()> {
     file.write_all_at(content, 0).context(file.path(), "write")
 }
 
-fn read_copy(folder: &Folder, name: &Path) -> Result<Vec<u8>> {
+/// What is in a copy, as far as one of this image can be long, and one byte more: a
+/// longer one is of another image.
+fn read_copy(folder: &Folder, name: &Path, longest: u64) -> Result<Vec<u8>> {
     let path = folder.path().join(name);
     let file: File = folder.open_image(name, false)?;
-    let max = 4 * u64::from(Header::ENTRIES_MAX) + (Header::LEN + CHECKSUM_LEN) as u64;
     let mut content = Vec::new();
-    file.take(max)
+    file.take(longest + 1)
         .read_to_end(&mut content)
         .context(&path, "read")?;
     Ok(content)
@@ -199,6 +201,13 @@ pub(super) fn change<F: ImageFile>(
     delta.sync()?;
 
     replace_all(delta, new_header, new_entries)
+}
+
+/// How long [`copy_of`] is, in bytes. Of the official tool's copy, what lies behind is
+/// of no interest.
+fn copy_len<F: ImageFile>(delta: &Delta<F>) -> u64 {
+    let entries = 4 * u64::from(delta.geometry().entries);
+    (Header::LEN + CHECKSUM_LEN) as u64 + entries
 }
 
 /// Header, BAT, and a checksum over both.

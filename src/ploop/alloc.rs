@@ -7,7 +7,7 @@
 use crossbeam_queue::SegQueue;
 use crossbeam_utils::CachePadded;
 
-use super::sabotage::{self, Sabotage};
+use super::rule::{self, Rule};
 use super::sync::atomic::{AtomicU32, Ordering};
 use crate::format::HostCluster;
 
@@ -25,6 +25,12 @@ impl Extent {
     pub const fn len(self) -> u32 {
         self.end - self.start
     }
+
+    /// What of it does not lie in front of this cluster, if anything.
+    pub fn from(self, first: u32) -> Option<Self> {
+        let start = self.start.max(first);
+        (start < self.end).then_some(Self { start, ..self })
+    }
 }
 
 /// See the module's text.
@@ -35,6 +41,10 @@ pub struct Allocator {
     end: CachePadded<AtomicU32>,
     /// Below this, the length of the file is stable (I8).
     stable_end: AtomicU32,
+    /// Clusters below this are not given out: the BAT of a disk that grows goes there.
+    first: AtomicU32,
+    /// What would have been given out, but lies in front of that.
+    kept: SegQueue<Extent>,
     reclaimed: SegQueue<Extent>,
     /// Clusters in [`Self::reclaimed`].
     reclaimed_count: CachePadded<AtomicU32>,
@@ -47,35 +57,49 @@ impl Allocator {
             next: CachePadded::new(AtomicU32::new(end.0)),
             end: CachePadded::new(AtomicU32::new(end.0)),
             stable_end: AtomicU32::new(end.0),
+            first: AtomicU32::new(0),
+            kept: SegQueue::new(),
             reclaimed: SegQueue::new(),
             reclaimed_count: CachePadded::new(AtomicU32::new(0)),
         }
     }
 
-    /// A cluster that reads as zeros and is mapped nowhere, if there is one.
+    /// A cluster that reads as zeros and is mapped nowhere, if there is one. To be called
+    /// inside an epoch: see [`Self::keep_below`].
     pub fn take(&self) -> Option<HostCluster> {
-        if let Some(extent) = self.reclaimed.pop() {
-            self.reclaimed_count.fetch_sub(1, Ordering::Relaxed);
-            if extent.len() > 1 {
-                self.reclaimed.push(Extent {
+        // First: who sees the old one is waited for.
+        let first = self.first.load(Ordering::Acquire);
+        while let Some(extent) = self.reclaimed.pop() {
+            self.reclaimed_count
+                .fetch_sub(extent.len(), Ordering::Relaxed);
+            if let Some(extent) = self.keep(extent, first) {
+                self.put(Extent {
                     start: extent.start + 1,
                     end: extent.end,
                 });
+                return Some(HostCluster(extent.start));
             }
-            return Some(HostCluster(extent.start));
         }
         let end = self.end.load(Ordering::Acquire);
-        self.next
-            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |next| {
-                (next < end).then_some(next + 1)
-            })
-            .ok()
-            .map(HostCluster)
+        let take = |next: u32| {
+            let next = next.max(first);
+            (next < end).then_some(next + 1)
+        };
+        let next = self
+            .next
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, take)
+            .ok()?;
+        if next < first {
+            let end = first;
+            self.kept.push(Extent { start: next, end });
+        }
+        Some(HostCluster(next.max(first)))
     }
 
     /// Gives back clusters that still read as zeros and are mapped nowhere.
     pub fn put(&self, extent: Extent) {
-        if extent.len() > 0 {
+        let first = self.first.load(Ordering::Acquire);
+        if let Some(extent) = self.keep(extent, first) {
             // First: it may be taken the moment that it is there.
             self.reclaimed_count
                 .fetch_add(extent.len(), Ordering::Relaxed);
@@ -83,10 +107,65 @@ impl Allocator {
         }
     }
 
+    /// What of an extent may be given out; the rest is kept.
+    fn keep(&self, extent: Extent, first: u32) -> Option<Extent> {
+        let end = extent.end.min(first);
+        if extent.start < end {
+            self.kept.push(Extent { end, ..extent });
+        }
+        extent.from(first)
+    }
+
+    /// From now on no cluster below this one is given out. Who was about to take one has
+    /// it by the end of its epoch.
+    pub fn keep_below(&self, first: HostCluster) {
+        self.first.fetch_max(first.0, Ordering::AcqRel);
+        // What lies there counts as available no more.
+        for _ in 0..self.reclaimed.len() {
+            if let Some(extent) = self.reclaimed.pop() {
+                self.reclaimed_count
+                    .fetch_sub(extent.len(), Ordering::Relaxed);
+                self.put(extent);
+            }
+        }
+    }
+
+    /// Nothing goes where clusters were kept, from this one on: they are given out again,
+    /// as far as they are known to be free.
+    pub fn keep_no_more_from(&self, first: HostCluster) {
+        self.first.store(first.0, Ordering::Release);
+        for _ in 0..self.kept.len() {
+            if let Some(extent) = self.kept.pop() {
+                self.put(extent);
+            }
+        }
+    }
+
+    /// The first cluster that may be given out.
+    pub fn first(&self) -> u32 {
+        self.first.load(Ordering::Acquire)
+    }
+
+    /// The file was made longer, up to `end`, and of what is new `count` clusters at its
+    /// end are the caller's: nobody else is given them. The first of them.
+    pub fn claim(&self, end: u32, count: u32) -> HostCluster {
+        let mine = end - count;
+        let fresh = self.next.swap(end, Ordering::AcqRel);
+        self.end.fetch_max(end, Ordering::Release);
+        if fresh < mine {
+            self.put(Extent {
+                start: fresh,
+                end: mine,
+            });
+        }
+        HostCluster(mine)
+    }
+
     /// How many clusters there are to be given out.
     pub fn available(&self) -> u32 {
         let end = self.end.load(Ordering::Acquire);
-        let fresh = end.saturating_sub(self.next.load(Ordering::Relaxed));
+        let next = self.next.load(Ordering::Relaxed).max(self.first());
+        let fresh = end.saturating_sub(next);
         fresh.saturating_add(self.reclaimed_count.load(Ordering::Relaxed))
     }
 
@@ -98,9 +177,6 @@ impl Allocator {
     /// The file was made longer.
     pub fn extend(&self, end: u32) {
         self.end.fetch_max(end, Ordering::Release);
-        if sabotage::is(Sabotage::MapBeyondLength) {
-            self.set_stable_end(end);
-        }
     }
 
     /// The file's length up to here is stable.
@@ -117,12 +193,14 @@ impl Allocator {
     /// it may be mapped on disk (I8).
     pub fn is_length_stable(&self, cluster: HostCluster) -> bool {
         cluster.0 < self.stable_end.load(Ordering::Acquire)
+            || !rule::kept(Rule::LengthBeforeMapping)
     }
 
     /// Whether a sync would make more clusters fit for being mapped on disk.
     pub fn has_unstable_length(&self) -> bool {
         // Only what was given out can be mapped.
         self.stable_end.load(Ordering::Acquire) < self.next.load(Ordering::Relaxed)
+            && rule::kept(Rule::LengthBeforeMapping)
     }
 }
 
@@ -142,6 +220,54 @@ mod tests {
         assert_eq!(alloc.take(), Some(HostCluster(3)));
         assert_eq!(alloc.take(), Some(HostCluster(6)));
         assert_eq!(alloc.take(), None);
+    }
+
+    #[test]
+    fn nothing_is_given_out_that_lies_where_the_bat_goes() {
+        let alloc = Allocator::new(HostCluster(3));
+        alloc.extend(6);
+        alloc.put(Extent { start: 1, end: 3 });
+        alloc.keep_below(HostCluster(5));
+        assert_eq!(alloc.available(), 1);
+        alloc.put(Extent { start: 2, end: 3 });
+        assert_eq!(alloc.take(), Some(HostCluster(5)));
+        assert_eq!(alloc.take(), None);
+        alloc.put(Extent { start: 3, end: 6 });
+        assert_eq!(alloc.take(), Some(HostCluster(5)));
+        assert_eq!((alloc.take(), alloc.available()), (None, 0));
+    }
+
+    #[test]
+    fn what_was_kept_is_given_out_when_nothing_goes_there() {
+        let alloc = Allocator::new(HostCluster(3));
+        alloc.extend(9);
+        alloc.put(Extent { start: 1, end: 3 });
+        alloc.keep_below(HostCluster(7));
+        assert_eq!(alloc.take(), Some(HostCluster(7)));
+        assert_eq!(alloc.available(), 1);
+        alloc.keep_no_more_from(HostCluster(2));
+        assert_eq!(alloc.available(), 6);
+        let mut rest: Vec<_> = std::iter::from_fn(|| alloc.take()).collect();
+        rest.sort_unstable();
+        assert_eq!(rest, [2, 3, 4, 5, 6, 8].map(HostCluster));
+        // What is kept for good stays so.
+        alloc.keep_no_more_from(HostCluster(2));
+        assert_eq!((alloc.take(), alloc.available()), (None, 0));
+    }
+
+    #[test]
+    fn what_is_claimed_goes_to_nobody_else() {
+        let alloc = Allocator::new(HostCluster(3));
+        alloc.extend(5);
+        assert_eq!(alloc.take(), Some(HostCluster(3)));
+        assert_eq!(alloc.claim(9, 2), HostCluster(7));
+        assert_eq!(alloc.available(), 3);
+        for host in 4..7 {
+            assert_eq!(alloc.take(), Some(HostCluster(host)));
+        }
+        assert_eq!(alloc.take(), None);
+        alloc.extend(10);
+        assert_eq!(alloc.take(), Some(HostCluster(9)));
     }
 
     #[test]

@@ -2,41 +2,95 @@
 //!
 //! A look-up is one atomic load. An entry changes by compare-and-exchange, which
 //! locks nothing, not even the page: the page only remembers that it is dirty.
+//! When the disk grows, the list grows where it is: a look-up does not notice.
 //! Knows entries and pages; does no I/O and knows no thread.
 
 use super::entry::Entry;
-use super::sabotage::{self, Sabotage};
-use super::sync::atomic::{AtomicU8, AtomicU64, Ordering};
-use crate::format::GuestCluster;
+use super::reserved::Reserved;
+use super::rule::{self, Rule};
+use super::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering};
+use crate::format::{Geometry, GuestCluster};
 
 /// A write of the page is in flight.
 const WRITEBACK: u8 = 1;
 /// Somebody waits for the write of the page ("high priority" in the series).
 const URGENT: u8 = 2;
 
+/// How large a BAT is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BatSize {
+    /// How many entries it has.
+    pub entries: u32,
+    /// How many md pages they and the header take.
+    pub pages: u32,
+}
+
+impl BatSize {
+    /// That of an image.
+    pub const fn of(geometry: &Geometry) -> Self {
+        Self {
+            entries: geometry.entries,
+            pages: geometry.md_pages(),
+        }
+    }
+
+    /// That of the largest disk which the image could have.
+    pub fn largest(geometry: &Geometry) -> Self {
+        let max = geometry.version.disk_size_max(geometry.cluster);
+        let entries = geometry.cluster.count_for(max.bytes()) as u32;
+        let entries = entries.max(geometry.entries);
+        Self::of(&Geometry {
+            entries,
+            ..*geometry
+        })
+    }
+}
+
 /// See the module's text.
 pub struct Bat {
-    entries: Box<[AtomicU64]>,
-    pages: Box<[AtomicU8]>,
+    entries: Reserved<AtomicU64>,
+    pages: Reserved<AtomicU8>,
     /// A bit for each page: in memory it differs from what was last submitted to
     /// the disk. A list would do no better: between the mark of a page and its
     /// being in the list, a flush could miss it.
-    dirty: Box<[AtomicU64]>,
+    dirty: Reserved<AtomicU64>,
+    /// How many of them there are: nobody looks behind these, but who asks for one.
+    entries_now: AtomicU32,
+    pages_now: AtomicU32,
 }
 
 impl Bat {
-    /// So many holes, clean; `None` if there is not the memory for as many entries.
+    /// So many holes, clean, and room for as many as there are at `most`, or at least
+    /// for these; `None` if there is not the memory.
     ///
     /// They take eight bytes each, but only where there is something else than
     /// holes: a BAT that claims to be huge costs what it holds.
-    pub fn holes(entries: u32, pages: u32) -> Option<Self> {
+    pub fn holes(now: BatSize, most: BatSize) -> Option<Self> {
+        Self::with_room(now, most).or_else(|| Self::with_room(now, now))
+    }
+
+    fn with_room(now: BatSize, most: BatSize) -> Option<Self> {
+        let words = |pages: u32| pages.div_ceil(u64::BITS);
         Some(Self {
-            entries: zeroed(entries as usize)?,
-            pages: (0..pages).map(|_| AtomicU8::new(0)).collect(),
-            dirty: (0..pages.div_ceil(u64::BITS))
-                .map(|_| AtomicU64::new(0))
-                .collect(),
+            entries: reserve(most.entries, now.entries)?,
+            pages: reserve(most.pages, now.pages)?,
+            dirty: reserve(words(most.pages), words(now.pages))?,
+            entries_now: AtomicU32::new(now.entries),
+            pages_now: AtomicU32::new(now.pages),
         })
+    }
+
+    /// Whether there is room for so many.
+    pub fn can_hold(&self, more: BatSize) -> bool {
+        more.entries as usize <= self.entries.len() && more.pages as usize <= self.pages.len()
+    }
+
+    /// From now on there are so many, if there is room for them; the new ones are holes.
+    pub fn grow(&self, more: BatSize) {
+        if self.can_hold(more) {
+            self.entries_now.fetch_max(more.entries, Ordering::AcqRel);
+            self.pages_now.fetch_max(more.pages, Ordering::AcqRel);
+        }
     }
 
     /// Sets an entry that is what the disk has, before any other thread looks.
@@ -78,10 +132,11 @@ impl Bat {
     }
 
     /// The write of the page that is being made contains the entry as it was
-    /// read; it may have changed since.
+    /// read; it may have changed since, also to another one of the same place, whose
+    /// changer has not come to its own mark.
     pub fn set_written(&self, cluster: GuestCluster, read: Entry) {
         self.update(cluster, |now| {
-            if now.place() == read.place() && now.is_unstable() == read.is_unstable() {
+            if now.is_same_change(read) && now.is_unstable() == read.is_unstable() {
                 now.written()
             } else {
                 now
@@ -120,7 +175,9 @@ impl Bat {
 
     /// The dirty pages, in order.
     pub fn dirty_pages(&self) -> impl Iterator<Item = u32> {
-        (0..).zip(&self.dirty).flat_map(|(index, word)| {
+        let words = self.pages_now.load(Ordering::Acquire).div_ceil(u64::BITS);
+        let words = &self.dirty[..words as usize];
+        (0..).zip(words).flat_map(|(index, word)| {
             let mut bits = word.load(Ordering::Acquire);
             std::iter::from_fn(move || {
                 let bit = (bits != 0).then(|| bits.trailing_zeros())?;
@@ -148,8 +205,7 @@ impl Bat {
             .page(page)
             .fetch_update(Ordering::AcqRel, Ordering::Acquire, update);
         debug_assert!(
-            before.is_ok_and(|status| status & WRITEBACK == 0)
-                || sabotage::is(Sabotage::WritePageTwice),
+            before.is_ok_and(|status| status & WRITEBACK == 0) || !rule::kept(Rule::OneWriteOfPage),
             "I11"
         );
         let (word, bit) = self.dirty_bit(page);
@@ -170,21 +226,72 @@ impl Bat {
 
     /// All entries, in order.
     pub fn iter(&self) -> impl Iterator<Item = Entry> {
-        self.entries
+        self.range(0..u32::MAX)
+    }
+
+    /// Those of these clusters that there are, in order.
+    pub fn range(&self, clusters: std::ops::Range<u32>) -> impl Iterator<Item = Entry> {
+        let end = self.entries_now.load(Ordering::Acquire).min(clusters.end);
+        let start = clusters.start.min(end);
+        self.entries[start as usize..end as usize]
             .iter()
             .map(|entry| Entry::from_bits(entry.load(Ordering::Acquire)))
     }
 }
 
-/// The bits of [`Entry::HOLE`], as memory that the system has not provided yet.
+/// Zeros, which are the bits of [`Entry::HOLE`], as memory that the system has not
+/// provided yet.
 #[cfg(not(ploop_loom))]
-fn zeroed(count: usize) -> Option<Box<[AtomicU64]>> {
-    use zerocopy::FromZeros;
-    <[AtomicU64]>::new_box_zeroed_with_elems(count).ok()
+fn reserve<T: zerocopy::FromZeros>(most: u32, now: u32) -> Option<Reserved<T>> {
+    Reserved::zeroed(most as usize, now as usize)
 }
 
-/// Loom's atomics are more than their bits.
 #[cfg(ploop_loom)]
-fn zeroed(count: usize) -> Option<Box<[AtomicU64]>> {
-    Some((0..count).map(|_| AtomicU64::new(0)).collect())
+fn reserve<T: Default>(most: u32, _: u32) -> Option<Reserved<T>> {
+    Some((0..most).map(|_| T::default()).collect())
+}
+
+#[cfg(all(test, not(ploop_loom)))]
+mod tests {
+    use super::*;
+    use crate::format::HostCluster;
+    use crate::storage::FileId;
+
+    #[test]
+    fn the_write_of_a_page_vouches_for_no_later_change_that_looks_the_same() {
+        let size = BatSize {
+            entries: 1,
+            pages: 1,
+        };
+        let bat = Bat::holes(size, size).unwrap();
+        let cluster = GuestCluster(0);
+        let mapped = Entry::mapped(FileId(0), HostCluster(7));
+        let read = Entry::HOLE.changed().after(mapped).marked();
+        bat.load(cluster, read);
+        let between = mapped.changed().after(read);
+        bat.replace(cluster, read, between).unwrap();
+        let now = Entry::HOLE.changed().after(between);
+        bat.replace(cluster, between, now).unwrap();
+        bat.set_written(cluster, read);
+        assert_eq!(bat.get(cluster), now);
+        bat.set_written(cluster, now);
+        assert!(!bat.get(cluster).is_unmarked());
+        bat.set_synced(cluster);
+        assert!(!bat.get(cluster).is_changed());
+    }
+
+    #[test]
+    fn a_bat_grows_where_it_is_as_far_as_there_is_room() {
+        let size = |entries, pages| BatSize { entries, pages };
+        let bat = Bat::holes(size(1008, 1), size(10_000, 100)).unwrap();
+        let before = bat.entry(GuestCluster(5)) as *const _;
+        bat.mark_dirty(0);
+        bat.grow(size(10_000, 100));
+        assert_eq!(bat.entry(GuestCluster(5)) as *const _, before);
+        assert_eq!(bat.iter().count(), 10_000);
+        bat.mark_dirty(99);
+        assert_eq!(bat.dirty_pages().collect::<Vec<_>>(), [0, 99]);
+        bat.grow(size(10_001, 100));
+        assert_eq!(bat.iter().count(), 10_000, "there is no room for more");
+    }
 }

@@ -4,6 +4,7 @@
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 
 use super::EngineError;
+use crate::format::Sector;
 
 /// What the control thread can ask for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -16,6 +17,16 @@ pub(crate) enum Control {
     Resume,
     /// Suspend for good, trim the file and mark it closed.
     Close,
+    /// The same for somebody who opens the file at once: it is not trimmed, and nothing is
+    /// synced after the flush. If that fails, requests are taken again as after
+    /// [`Self::Resume`].
+    Pass,
+    /// Do all that a larger disk takes, beside the I/O.
+    PrepareGrowth(Sector),
+    /// Make the disk as large as it was prepared for.
+    CommitGrowth,
+    /// Leave the disk as it is.
+    AbandonGrowth,
 }
 
 /// The answer, sooner or later.

@@ -5,15 +5,15 @@
 //! ring, outside any lock.
 
 use std::io;
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use arc_swap::ArcSwapOption;
 use crossbeam_utils::CachePadded;
 
 use super::EngineError;
 use super::alloc::{Allocator, Extent};
-use super::bat::Bat;
+use super::allowance;
+use super::bat::{Bat, BatSize};
 use super::control::{Control, Outcome};
 use super::entry::{Entry, Place};
 use super::epoch::Epochs;
@@ -23,9 +23,11 @@ use super::pio::{Pio, QueueMessage, Work};
 use super::preempt;
 use super::queue::Queue;
 use super::remembered::Remembered;
-use super::sabotage::{self, Sabotage};
+use super::report::{EngineReport, Gauges};
+use super::rule::{self, Rule};
+use super::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering, fence};
 use super::take_over::Beginning;
-use crate::format::{Geometry, GuestCluster, HostCluster, Sector};
+use crate::format::{ClusterSize, Geometry, GuestCluster, HostCluster, Sector};
 use crate::storage::{Disk, FileId, Segments};
 
 /// How many neighbouring clusters meet the same runner: a large discard goes to
@@ -37,8 +39,15 @@ pub struct Engine<D: Disk> {
     pub(super) disk: D,
     pub(super) levels: Vec<LevelMap>,
     pub(super) bat: Bat,
+    /// Of the top. What of it the ways of requests need is in [`Grid`] and in
+    /// [`Self::disk_size`].
+    geometry: Mutex<Geometry>,
+    /// Of the guest's disk, in sectors. It only grows, when there is all that takes.
+    disk_size: CachePadded<AtomicU64>,
     pub(super) alloc: Allocator,
     pub(super) epochs: Arc<Epochs>,
+    /// What the queues share of the work that may be under way.
+    pub(super) allowance: Arc<allowance::Shared>,
     pub(super) runners: Vec<Arc<Inbox<Pio>>>,
     pub(super) md: Arc<Inbox<MdMessage>>,
     pub(super) options: Options,
@@ -46,6 +55,8 @@ pub struct Engine<D: Disk> {
     write_alignment: u32,
     write_through: AtomicBool,
     suspended: AtomicBool,
+    /// The metadata thread has ended.
+    closed: AtomicBool,
     /// A sync failed: nothing becomes stable any more (I7).
     sync_failed: AtomicBool,
     /// Stable writes that have failed and of which it is not known yet whether it was
@@ -54,9 +65,10 @@ pub struct Engine<D: Disk> {
     /// [`Epochs::completed`] at the start of the last good sync that covered the
     /// mapping too.
     covered: CachePadded<AtomicU64>,
-    /// How often the write cache was turned off, and how often that had made
-    /// everything from before stable.
+    /// How often the write cache was to be turned off, how often it was, and how often
+    /// everything from before was made stable.
     barriers: AtomicU64,
+    barriers_up: AtomicU64,
     barriers_ended: AtomicU64,
     /// Pios on their way through runners; parked ones do not count.
     pub(super) dispatched: AtomicUsize,
@@ -66,6 +78,7 @@ pub struct Engine<D: Disk> {
     pub(super) remembered: ArcSwapOption<Remembered>,
     /// Locked by who begins and who is asked whether anybody has.
     pub(super) beginning: Mutex<Beginning>,
+    pub(super) gauges: Gauges,
     /// Of the queues, to tell them that requests are taken again.
     inboxes: Mutex<Vec<Weak<Inbox<QueueMessage>>>>,
     #[cfg(test)]
@@ -83,7 +96,7 @@ pub(super) struct Shared {
 /// Where the clusters of one file of the chain are.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct LevelMap {
-    /// Of the file. A plain one has its data from the first byte on.
+    /// Of the file, as it was opened. A plain one has its data from the first byte on.
     pub geometry: Geometry,
     /// A raw image: guest cluster and host cluster are the same.
     pub plain: bool,
@@ -94,9 +107,40 @@ impl LevelMap {
         self.geometry.host_offset(host)
     }
 
-    /// Bytes of its disk: beyond, it reads as zeros.
+    /// Bytes of the disk of a lower level: beyond, it reads as zeros.
     pub fn disk_bytes(&self) -> u64 {
         self.geometry.disk_size.bytes()
+    }
+}
+
+/// What of the top's geometry stays as it is however the disk grows.
+#[derive(Clone, Copy)]
+pub(super) struct Grid<'a>(&'a Geometry);
+
+impl Grid<'_> {
+    /// The unit of the mapping.
+    pub fn cluster(self) -> ClusterSize {
+        self.0.cluster
+    }
+
+    /// As [`Geometry::cluster_start`].
+    pub fn cluster_start(self, cluster: GuestCluster) -> u64 {
+        self.0.cluster_start(cluster)
+    }
+
+    /// As [`Geometry::md_page`].
+    pub fn md_page(self, cluster: GuestCluster) -> u32 {
+        self.0.md_page(cluster)
+    }
+
+    /// As [`Geometry::host_offset`].
+    pub fn host_offset(self, cluster: HostCluster) -> u64 {
+        self.0.host_offset(cluster)
+    }
+
+    /// As [`Geometry::bat_value`].
+    pub fn bat_value(self, cluster: HostCluster) -> u32 {
+        self.0.bat_value(cluster)
     }
 }
 
@@ -110,9 +154,11 @@ pub(super) enum MdMessage {
     /// A cluster was unmapped; posted before its md page is marked dirty.
     Freed { host: HostCluster, page: u32 },
     /// What the disk does not map is known: clusters that a lost process has unmapped,
-    /// with their md pages, and those that nothing maps.
+    /// with their md pages, those that the disk maps for a guest cluster that such a
+    /// process had mapped elsewhere, and those that nothing maps.
     Begin {
         freed: Vec<(u32, HostCluster)>,
+        moved: Vec<(GuestCluster, HostCluster)>,
         leaked: Vec<Extent>,
     },
     /// Clusters were given out and then not used, but may have been written to.
@@ -123,8 +169,33 @@ pub(super) enum MdMessage {
     GiveUp { inbox: Arc<Inbox<QueueMessage>> },
     /// See [`Engine::end_doubt`].
     DoubtEnded,
+    /// What it had dispatched for a growth has been done; see `Work`.
+    ErrandDone(Result<(), EngineError>),
+    /// For a growth a cluster has moved from here. The disk does not know of it yet.
+    Moved { host: HostCluster },
     /// From the control thread.
     Control(Control, Outcome),
+}
+
+impl MdMessage {
+    /// Nobody will do what it asks for.
+    fn turn_down(self) {
+        let result = Err(EngineError::Stopped);
+        match self {
+            Self::Flush { inbox, request } => {
+                inbox.post(QueueMessage::FlushDone { request, result });
+            }
+            Self::Park { pio, .. } => pio.home.complete(result),
+            Self::Control(_, outcome) => outcome.set(result),
+            Self::Freed { .. }
+            | Self::Begin { .. }
+            | Self::Dropped { .. }
+            | Self::GiveUp { .. }
+            | Self::ErrandDone(_)
+            | Self::Moved { .. }
+            | Self::DoubtEnded => {}
+        }
+    }
 }
 
 /// What to do for a write inside one cluster.
@@ -151,46 +222,106 @@ impl<D: Disk> Engine<D> {
             .map(|_| Ok(Arc::new(Inbox::new()?)))
             .collect::<io::Result<_>>()?;
         let write_alignment = disk.write_alignment();
+        let geometry = levels[levels.len() - 1].geometry;
         Ok(Self {
             disk,
             levels,
             bat,
+            geometry: Mutex::new(geometry),
+            disk_size: CachePadded::new(AtomicU64::new(geometry.disk_size.0)),
             alloc,
             epochs: Arc::new(Epochs::new(options.max_queues + options.runners)),
+            allowance: Arc::new(allowance::Shared::new()),
             runners,
             md: Arc::new(Inbox::new()?),
             options,
             write_alignment,
             write_through: AtomicBool::new(false),
             suspended: AtomicBool::new(false),
+            closed: AtomicBool::new(false),
             sync_failed: AtomicBool::new(false),
             doubts: AtomicUsize::new(0),
             covered: CachePadded::new(AtomicU64::new(0)),
             barriers: AtomicU64::new(0),
+            barriers_up: AtomicU64::new(0),
             barriers_ended: AtomicU64::new(0),
             dispatched: AtomicUsize::new(0),
             space_is_low: AtomicBool::new(false),
             remembered: ArcSwapOption::empty(),
             beginning: Mutex::new(beginning),
+            gauges: Gauges::default(),
             inboxes: Mutex::default(),
             #[cfg(test)]
             abandoned: AtomicBool::new(false),
         })
     }
 
-    /// Of the top delta.
-    pub fn geometry(&self) -> &Geometry {
-        &self.levels[usize::from(self.top().0)].geometry
+    /// Of the top delta, as it is now.
+    pub fn geometry(&self) -> Geometry {
+        *self.lock_geometry()
+    }
+
+    /// Held by who changes it, or what must be as large as it says.
+    pub(super) fn lock_geometry(&self) -> MutexGuard<'_, Geometry> {
+        self.geometry.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What of the top's geometry never changes.
+    pub(super) fn grid(&self) -> Grid<'_> {
+        Grid(&self.level(self.top()).geometry)
     }
 
     /// Of the guest's disk.
     pub fn disk_size(&self) -> Sector {
-        self.geometry().disk_size
+        Sector(self.disk_size.load(Ordering::Acquire))
+    }
+
+    /// The disk has become larger, and all is ready for it.
+    pub(super) fn set_disk_size(&self, size: Sector) {
+        self.disk_size.store(size.0, Ordering::Release);
+    }
+
+    /// Whether the disk can become one of this geometry while it is served.
+    pub(super) fn has_room_for(&self, geometry: &Geometry) -> bool {
+        self.bat.can_hold(BatSize::of(geometry))
+    }
+
+    /// What the disk lies in.
+    pub fn disk(&self) -> &D {
+        &self.disk
+    }
+
+    /// Of each level, base first, and whether it is a ploop image.
+    pub fn level_geometries(&self) -> impl Iterator<Item = (&Geometry, bool)> {
+        let levels = self.levels.iter();
+        levels.map(|level| (&level.geometry, !level.plain))
+    }
+
+    /// How it is doing.
+    pub fn report(&self) -> EngineReport {
+        let mut report = EngineReport {
+            runners: self.runners.len(),
+            dispatched: self.dispatched.load(Ordering::Relaxed),
+            has_sync_failed: self.has_sync_failed(),
+            is_suspended: self.is_suspended(),
+            is_write_through: self.is_write_through(),
+            clusters_available: self.alloc.available(),
+            epoch: self.epochs.current(),
+            changes: self.epochs.completed(),
+            ..EngineReport::default()
+        };
+        self.gauges.fill(&mut report);
+        report
     }
 
     /// Whether writes are refused.
     pub fn is_read_only(&self) -> bool {
         self.options.read_only
+    }
+
+    /// Whether the top is a raw image.
+    pub fn is_raw(&self) -> bool {
+        !self.has_bat()
     }
 
     /// The unit in bytes in which discards give space back.
@@ -243,29 +374,31 @@ impl<D: Disk> Engine<D> {
 
     /// How many bytes, from byte `start` of the disk on, belong to one runner.
     pub(super) fn runner_span(&self, start: u64) -> u64 {
-        let group = u64::from(RUNNER_GROUP) << self.geometry().cluster.shift();
+        let group = u64::from(RUNNER_GROUP) << self.grid().cluster().shift();
         group - start % group
     }
 
     pub(super) fn dispatch(&self, cluster: GuestCluster, pio: Pio) {
         self.dispatched.fetch_add(1, Ordering::AcqRel);
+        preempt::point("dispatching");
         self.runner(cluster).post(pio);
     }
 
     pub(super) fn park(&self, pio: Pio, full: bool) {
-        self.md.post(MdMessage::Park { pio, full });
+        self.ask_md(MdMessage::Park { pio, full });
     }
 
     pub(super) fn is_write_through(&self) -> bool {
         self.write_through.load(Ordering::Acquire)
     }
 
-    /// How often the write cache was turned off.
-    pub(super) fn barriers(&self) -> u64 {
-        self.barriers.load(Ordering::Acquire)
+    /// How often the write cache was turned off. Whoever saw the old mode before such a
+    /// time had all its I/O behind it.
+    pub(super) fn barriers_up(&self) -> u64 {
+        self.barriers_up.load(Ordering::Acquire)
     }
 
-    /// A round that started when there were so many has made everything stable.
+    /// A round that started when there were so many up has made everything stable.
     pub(super) fn end_barrier(&self, barriers: u64) {
         self.barriers_ended.fetch_max(barriers, Ordering::AcqRel);
     }
@@ -274,7 +407,7 @@ impl<D: Disk> Engine<D> {
     /// stable: the flush of that moment is not over, or has failed. Until one
     /// succeeds, no write takes the short way.
     pub(super) fn is_barrier_open(&self) -> bool {
-        self.barriers_ended.load(Ordering::Acquire) < self.barriers()
+        self.barriers_ended.load(Ordering::Acquire) < self.barriers.load(Ordering::Acquire)
     }
 
     pub(super) fn is_suspended(&self) -> bool {
@@ -302,14 +435,11 @@ impl<D: Disk> Engine<D> {
     }
 
     pub(super) fn has_sync_failed(&self) -> bool {
-        self.sync_failed.load(Ordering::Acquire)
+        self.sync_failed.load(Ordering::Acquire) && rule::kept(Rule::FailedSyncIsKept)
     }
 
     /// From now on nothing can be called stable. `what` has failed.
     pub(super) fn set_sync_failed(&self, what: &str) {
-        if sabotage::is(Sabotage::ForgetFailedSync) {
-            return;
-        }
         // First: whoever fails because of it tells the guest.
         self.note_failed_sync();
         if !self.sync_failed.swap(true, Ordering::AcqRel) {
@@ -334,7 +464,7 @@ impl<D: Disk> Engine<D> {
     }
 
     pub(super) fn is_in_doubt(&self) -> bool {
-        !sabotage::is(Sabotage::SyncInDoubt) && self.doubts.load(Ordering::Acquire) > 0
+        self.doubts.load(Ordering::Acquire) > 0 && rule::kept(Rule::DoubtHoldsSync)
     }
 
     /// Whether a flush has nothing to do: no changing request has completed since
@@ -358,8 +488,9 @@ impl<D: Disk> Engine<D> {
     pub(super) fn rely_on(&self, cluster: GuestCluster) -> Entry {
         let entry = self.bat.get(cluster);
         preempt::point("looked up");
-        if entry.is_unmarked() {
+        if entry.is_unmarked() && rule::kept(Rule::MarkForOthers) {
             self.note_change(cluster, entry);
+            preempt::point("noted");
             self.mark_dirty(cluster);
         }
         entry
@@ -386,7 +517,7 @@ impl<D: Disk> Engine<D> {
             let at = |file: FileId, host, on_disk: bool| {
                 if !on_disk && self.is_write_through() {
                     // The write will wait for its mapping.
-                    self.bat.mark_urgent(self.geometry().md_page(cluster));
+                    self.bat.mark_urgent(self.grid().md_page(cluster));
                 }
                 WritePlan::At {
                     offset: self.level(file).offset(host) + u64::from(offset),
@@ -419,6 +550,7 @@ impl<D: Disk> Engine<D> {
     /// A cluster that reads as zeros and is mapped nowhere.
     pub(super) fn allocate(&self) -> Option<HostCluster> {
         let host = self.alloc.take();
+        preempt::point("allocated");
         let low = self.alloc.available() <= self.options.low_water;
         if low && !self.space_is_low.swap(true, Ordering::AcqRel) {
             self.md.waker().wake();
@@ -437,7 +569,7 @@ impl<D: Disk> Engine<D> {
     /// The value of an entry in the BAT of the top.
     pub(super) fn bat_value(&self, entry: Entry) -> u32 {
         match entry.place() {
-            Place::In(file, host) if file == self.top() => self.geometry().bat_value(host),
+            Place::In(file, host) if file == self.top() => self.grid().bat_value(host),
             _ => 0,
         }
     }
@@ -457,9 +589,17 @@ impl<D: Disk> Engine<D> {
         self.change_and_tell(cluster, from, to, None)
     }
 
+    /// Maps a cluster that the caller has locked to where its data was copied; it is
+    /// locked no more.
+    pub(super) fn relocate(&self, cluster: GuestCluster, to: HostCluster) {
+        let to = Entry::mapped(self.top(), to);
+        // The metadata thread may note meanwhile what has become of the last change.
+        while !self.change(cluster, self.bat.get(cluster), to) {}
+    }
+
     /// Makes a cluster a hole. False if it was not `from` any more.
     pub(super) fn unmap(&self, cluster: GuestCluster, from: Entry, host: HostCluster) -> bool {
-        let page = self.geometry().md_page(cluster);
+        let page = self.grid().md_page(cluster);
         let freed = MdMessage::Freed { host, page };
         self.change_and_tell(cluster, from, Entry::HOLE, Some(freed))
     }
@@ -480,17 +620,26 @@ impl<D: Disk> Engine<D> {
         }
         preempt::point("published");
         self.note_change(cluster, to);
+        let tells_first = rule::kept(Rule::TellBeforeMark);
+        if !tells_first {
+            self.mark_dirty(cluster);
+            preempt::point("marked");
+        }
         if let Some(message) = message {
             self.md.post(message);
         }
-        self.mark_dirty(cluster);
+        preempt::point("told");
+        if tells_first {
+            self.mark_dirty(cluster);
+            preempt::point("marked");
+        }
         // Unless it is another's change by now: that one's page is not marked.
         let _ = self.bat.replace(cluster, to, to.marked());
         true
     }
 
     pub(super) fn mark_dirty(&self, cluster: GuestCluster) {
-        if self.bat.mark_dirty(self.geometry().md_page(cluster)) {
+        if self.bat.mark_dirty(self.grid().md_page(cluster)) {
             self.md.waker().wake();
         }
     }
@@ -516,7 +665,12 @@ impl<D: Disk> Engine<D> {
             // First: who sees the new mode knows that its barrier is not over.
             self.barriers.fetch_add(1, Ordering::AcqRel);
         }
+        preempt::point("barrier opened");
         let before = self.write_through.swap(on, Ordering::AcqRel);
+        if on && !self.options.read_only {
+            // Last: a round that starts before this may miss what ends in the old mode.
+            self.barriers_up.fetch_add(1, Ordering::AcqRel);
+        }
         let needs_flush = on && !before && !self.options.read_only;
         needs_flush.then(|| self.control(Control::Barrier))
     }
@@ -563,27 +717,118 @@ impl<D: Disk> Engine<D> {
         mapped.collect()
     }
 
+    /// Whether a BAT entry points at a cluster that is not given out any more, as a larger
+    /// BAT goes there.
+    #[cfg(all(test, not(ploop_loom)))]
+    pub(crate) fn keeps_out(&self, value: u32) -> bool {
+        let first = HostCluster(self.alloc.first());
+        self.geometry()
+            .host_cluster(value)
+            .is_some_and(|host| host < first)
+    }
+
+    /// A cluster whose entry somebody has changed who has not come to marking its page.
+    #[cfg(all(test, not(ploop_loom)))]
+    pub(crate) fn in_the_midst(&self) -> Option<GuestCluster> {
+        let mut entries = (0..).map(GuestCluster).zip(self.bat.iter());
+        let unmarked = entries.find(|(_, entry)| entry.is_unmarked());
+        unmarked.map(|(cluster, _)| cluster)
+    }
+
+    /// Breaks [`Rule::FailedWriteStaysMapped`].
+    #[cfg(all(test, not(ploop_loom)))]
+    pub(crate) fn unmap_after_failure(&self, cluster: GuestCluster) {
+        let entry = self.bat.get(cluster);
+        if let Place::In(file, host) = entry.place()
+            && file == self.top()
+            && self.has_bat()
+        {
+            self.unmap(cluster, entry, host);
+        }
+    }
+
     /// The simulated power is gone.
     #[cfg(test)]
     pub(crate) fn abandon(&self) {
         self.abandoned.store(true, Ordering::Release);
     }
 
+    /// Makes the disk larger while it is in use: all that takes, but the guest sees the
+    /// old size until [`Self::commit_growth`]. Blocks, and for long if there is much to
+    /// move; only one growth is under way at a time. Nothing is given up by it: without a
+    /// commit the disk stays as large as it is.
+    ///
+    /// # Errors
+    /// A size that the disk cannot have; a host that has no space; I/O errors. The disk
+    /// is as it was then, though clusters may have moved.
+    pub fn prepare_growth(&self, size: Sector) -> Result<(), EngineError> {
+        if self.awaits_take_over() {
+            // What the disk does not map may be a guest's all the same.
+            return Err(EngineError::GuestAwaited);
+        }
+        self.begin();
+        self.control(Control::PrepareGrowth(size)).wait()
+    }
+
+    /// Ends what [`Self::prepare_growth`] has begun: when this returns, the larger size is
+    /// stable and can be used. Blocks.
+    ///
+    /// # Errors
+    /// Nothing was prepared, or the last step could not be made stable: the size is the
+    /// old one for the guest, and which of the two the image has shows when it is opened
+    /// again. It can be prepared and committed once more.
+    pub fn commit_growth(&self) -> Result<(), EngineError> {
+        self.control(Control::CommitGrowth).wait()
+    }
+
+    /// Forgets what [`Self::prepare_growth`] has begun.
+    pub fn abandon_growth(&self) {
+        drop(self.control(Control::AbandonGrowth));
+    }
+
     /// Asks the metadata thread for something; the result is where the answer
     /// will be.
     pub(crate) fn control(&self, what: Control) -> Outcome {
         let outcome = Outcome::default();
-        self.md.post(MdMessage::Control(what, outcome.clone()));
+        self.ask_md(MdMessage::Control(what, outcome.clone()));
         outcome
+    }
+
+    /// A message that somebody waits for an answer to. When the metadata thread has
+    /// ended, it is turned down.
+    pub(super) fn ask_md(&self, message: MdMessage) {
+        self.md.post(message);
+        // One of the two sees the other: this the end, or the end this message.
+        fence(Ordering::SeqCst);
+        if self.closed.load(Ordering::Relaxed) {
+            self.turn_down_all();
+        }
+    }
+
+    /// The metadata thread listens no more.
+    pub(super) fn end_md(&self) {
+        self.closed.store(true, Ordering::Relaxed);
+        fence(Ordering::SeqCst);
+        self.turn_down_all();
+    }
+
+    /// Each message is taken by one thread, so it is answered once.
+    fn turn_down_all(&self) {
+        for message in self.md.take_all() {
+            message.turn_down();
+        }
     }
 }
 
 impl Work {
     /// The cluster whose runner has to do it.
-    pub(super) fn cluster(&self, geometry: &Geometry) -> GuestCluster {
+    pub(super) fn cluster(&self, grid: Grid<'_>) -> GuestCluster {
         match self {
-            Self::Write { cluster, .. } => *cluster,
-            Self::Zero { start, .. } => GuestCluster((start >> geometry.cluster.shift()) as u32),
+            Self::Write { cluster, .. }
+            | Self::Move { cluster, .. }
+            | Self::EndMove { cluster, .. } => *cluster,
+            Self::Zero { start, .. } => GuestCluster((start >> grid.cluster().shift()) as u32),
+            Self::EndCopies => GuestCluster(0),
         }
     }
 }

@@ -204,4 +204,150 @@ mod tests {
         }
         assert_eq!(Entry::HOLE.locked().place(), Place::Hole);
     }
+
+    /// A hole and a cluster with every set of marks, after some changes.
+    fn all_states() -> Vec<Entry> {
+        let mut states = Vec::new();
+        for place in [
+            Entry::HOLE,
+            Entry::mapped(FileId(0xa5), HostCluster(0xffff_0001)),
+        ] {
+            for marks in 0..16 {
+                let mut entry = place.after(Entry::HOLE).after(place.after(Entry::HOLE));
+                entry = if marks & 1 != 0 {
+                    entry.locked()
+                } else {
+                    entry
+                };
+                entry = if marks & 2 != 0 {
+                    entry.unstable()
+                } else {
+                    entry
+                };
+                entry = if marks & 4 != 0 {
+                    entry.changed()
+                } else {
+                    entry
+                };
+                entry = if marks & 8 != 0 {
+                    entry.written()
+                } else {
+                    entry
+                };
+                states.push(entry);
+            }
+        }
+        states
+    }
+
+    /// What an entry says, but for whether it was written.
+    fn says(entry: Entry) -> (Place, u64, [bool; 4]) {
+        let marks = [
+            entry.is_locked(),
+            entry.is_unstable(),
+            entry.is_changed(),
+            entry.is_unmarked(),
+        ];
+        (entry.place(), entry.bits() >> CHANGE_SHIFT, marks)
+    }
+
+    #[test]
+    fn each_mark_comes_and_goes_alone() {
+        for entry in all_states() {
+            let (place, number, [locked, unstable, changed, unmarked]) = says(entry);
+            let expected = |marks| (place, number, marks);
+            let twice = |mark: fn(Entry) -> Entry, marks| {
+                assert_eq!(says(mark(entry)), expected(marks));
+                assert_eq!(mark(mark(entry)), mark(entry));
+            };
+            twice(Entry::locked, [true, unstable, changed, unmarked]);
+            twice(Entry::unlocked, [false, unstable, changed, unmarked]);
+            twice(Entry::unstable, [locked, true, changed, unmarked]);
+            twice(Entry::stable, [locked, false, changed, unmarked]);
+            twice(Entry::changed, [locked, unstable, true, true]);
+            twice(Entry::marked, [locked, unstable, changed, false]);
+            twice(Entry::written, [locked, unstable, changed, false]);
+            twice(Entry::on_disk, [locked, false, false, false]);
+            // Only what a write has contained is on disk after a sync.
+            let is_written = entry.written() == entry;
+            let after_sync = [locked, unstable, changed && !is_written, unmarked];
+            twice(Entry::synced, after_sync);
+            assert_eq!(Entry::from_bits(entry.bits()), entry);
+        }
+    }
+
+    #[test]
+    fn a_change_has_the_number_after_the_one_before() {
+        let mut before = Entry::HOLE;
+        for number in 1..1 << (u64::BITS - CHANGE_SHIFT) {
+            let entry = Entry::mapped(FileId(1), HostCluster(2)).changed();
+            let after = entry.after(before);
+            assert_eq!(after.bits() >> CHANGE_SHIFT, number);
+            assert_eq!(says(after).2, says(entry).2);
+            assert!(before.is_older_than(after) && !after.is_older_than(before));
+            before = after;
+        }
+        assert_eq!(Entry::HOLE.after(before), Entry::HOLE, "they begin again");
+    }
+
+    #[test]
+    fn who_is_older_shows_up_to_half_of_the_numbers_apart() {
+        let numbers = 1_u64 << (u64::BITS - CHANGE_SHIFT);
+        let at = |number: u64| Entry::from_bits((number % numbers) << CHANGE_SHIFT);
+        for start in [0, 1, numbers / 2, numbers - 1] {
+            for (ahead, is_older) in [
+                (0, false),
+                (1, true),
+                (numbers / 2 - 1, true),
+                (numbers / 2, false),
+                (numbers - 1, false),
+            ] {
+                let older = at(start).is_older_than(at(start + ahead));
+                assert_eq!(older, is_older, "{ahead} after {start}");
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_remembered_says_where_the_cluster_is_and_what_change_it_was() {
+        for entry in all_states() {
+            let remembered = entry.remembered();
+            assert_ne!(remembered, 0);
+            let back = Entry::from_remembered(remembered).expect("it was made here");
+            assert_eq!(
+                says(back),
+                (
+                    entry.place(),
+                    entry.bits() >> CHANGE_SHIFT,
+                    [false, false, true, false]
+                )
+            );
+            // Each mark that is none of what is remembered, and a hole with a place.
+            for foreign in [LOCKED, UNSTABLE, UNMARKED, WRITTEN] {
+                assert_eq!(Entry::from_remembered(remembered | foreign), None);
+            }
+            assert_eq!(Entry::from_remembered(remembered & !CHANGED), None);
+            assert_eq!(
+                Entry::from_remembered(remembered & !MAPPED).is_some(),
+                entry.place() == Place::Hole
+            );
+        }
+        for stray in [1, 1 << LEVEL_SHIFT, MAPPED >> 1] {
+            assert_eq!(Entry::from_remembered(CHANGED | stray), None);
+        }
+        assert_eq!(Entry::from_remembered(0), None);
+    }
+
+    #[test]
+    fn marks_do_not_tell_changes_apart_and_places_do() {
+        let states = all_states();
+        for (index, one) in states.iter().enumerate() {
+            for (other_index, other) in states.iter().enumerate() {
+                // The first half are holes.
+                let same = index / 16 == other_index / 16;
+                assert_eq!(one.is_same_change(*other), same);
+            }
+            assert!(!one.is_same_change(one.after(*one)));
+        }
+    }
 }

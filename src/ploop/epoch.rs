@@ -80,6 +80,11 @@ impl Epochs {
         self.current.fetch_add(1, Ordering::AcqRel) + 1
     }
 
+    /// The newest.
+    pub fn current(&self) -> u64 {
+        self.current.load(Ordering::Relaxed)
+    }
+
     /// Whether all I/O that started before `epoch` is over.
     pub fn all_reached(&self, epoch: u64) -> bool {
         fence(Ordering::SeqCst);
@@ -157,16 +162,32 @@ impl Participant {
         let Some(&epoch) = self.look_ups.last() else {
             return self.enter();
         };
-        if let Some((_, count)) = self.live.iter_mut().find(|(e, _)| *e == epoch) {
+        if let Some(count) = self.count_of(epoch) {
             *count += 1;
         }
         Epoch(epoch)
     }
 
+    /// How much is in flight in an epoch, which is nearly always the newest.
+    #[inline]
+    fn count_of(&mut self, epoch: u64) -> Option<&mut usize> {
+        let is_newest = self.live.back().is_some_and(|(e, _)| *e == epoch);
+        let entry = if is_newest {
+            self.live.back_mut()
+        } else {
+            self.live.iter_mut().find(|(e, _)| *e == epoch)
+        };
+        entry.map(|(_, count)| count)
+    }
+
     /// The I/O that was entered with `epoch` is over.
     pub fn leave(&mut self, epoch: Epoch) {
-        if let Some((_, count)) = self.live.iter_mut().find(|(e, _)| *e == epoch.0) {
+        if let Some(count) = self.count_of(epoch.0) {
             *count -= 1;
+            // Those of which nothing is left have gone already.
+            if *count > 0 {
+                return;
+            }
         }
         let before = self.live.front().map(|(e, _)| *e);
         while self.live.front().is_some_and(|(_, count)| *count == 0) {

@@ -5,7 +5,7 @@ use std::io;
 use rustix::io::Errno;
 use thiserror::Error;
 
-use crate::format::{HeaderError, Sector};
+use crate::format::{HeaderError, Sector, TooLarge};
 use crate::storage::FileId;
 
 /// Why a request failed. Cheap to copy: one failed sync fails many requests.
@@ -41,9 +41,42 @@ pub enum EngineError {
     /// The image has no room for another cluster: its version cannot address it.
     #[error("the image cannot hold more clusters")]
     ImageFull,
+    /// A disk cannot become smaller while it is used.
+    #[error("a disk of {from} sectors cannot become one of {to} while it is used")]
+    Smaller {
+        /// In sectors.
+        from: u64,
+        /// In sectors.
+        to: u64,
+    },
+    /// The format cannot hold a disk of this size.
+    #[error(transparent)]
+    TooLarge(#[from] TooLarge),
+    /// There is not the memory for the BAT of a larger disk.
+    #[error("there is not enough memory for the block allocation table of so large a disk")]
+    Memory,
+    /// Two cannot make it larger at a time.
+    #[error("the disk is being made larger already")]
+    Growing,
+    /// Its size cannot change while it is suspended.
+    #[error("the disk is suspended, and keeps its size until it is resumed")]
+    Suspended,
+    /// Nothing was prepared.
+    #[error("nothing was prepared for a larger disk")]
+    NotPrepared,
+    /// The image was not closed, and its guest may come back for what is not in it.
+    #[error(
+        "a guest of a process that was killed may come back; until it has, or the image is \
+         opened without it, the disk keeps its size"
+    )]
+    GuestAwaited,
     /// The engine was closed, or has dropped the request because it is stopping.
     #[error("the engine is stopped")]
     Stopped,
+    /// Its queue was drained before all of the request was started. Some of it may have
+    /// been done; it can be done again.
+    #[error("the queue was stopped before all of the request was done")]
+    Undone,
 }
 
 /// Why an image was not opened.

@@ -2,24 +2,37 @@
 //! memory model allows. The cfg is not named `loom`, which some dependencies of the
 //! tests take for themselves.
 //!
-//! Run with `RUSTFLAGS="--cfg ploop_loom" cargo test --release --lib loom_models`.
+//! The models call the engine itself. Two of them are checked once more with the rule
+//! broken that they are about: then they have to fail.
+//!
+//! Run with `RUSTFLAGS="--cfg ploop_loom" cargo test --lib loom_models`.
 
+use std::io;
+use std::os::fd::RawFd;
 use std::sync::Arc;
 
 use loom::cell::UnsafeCell;
-use loom::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use loom::sync::atomic::{AtomicBool, Ordering};
 use loom::thread;
 
-use super::bat::Bat;
+use super::EngineError;
+use super::alloc::Allocator;
+use super::bat::{Bat, BatSize};
+use super::control::Control;
+use super::engine::{Engine, LevelMap, Shared};
 use super::entry::{Entry, Place};
 use super::epoch::Epochs;
 use super::inbox::Inbox;
 use super::llist::LockFreeList;
-use crate::format::{GuestCluster, HostCluster};
-use crate::storage::FileId;
+use super::options::Options;
+use super::rule::{self, Rule};
+use super::take_over::Beginning;
+use crate::format::{ClusterSize, GuestCluster, Header, HostCluster, Sector};
+use crate::storage::{Completion, Disk, FileId, Io, Op};
 
 const CLUSTER: GuestCluster = GuestCluster(0);
 const PAGE: u32 = 0;
+const HOST: HostCluster = HostCluster(5);
 
 fn check(model: impl Fn() + Send + Sync + 'static) {
     let mut builder = loom::model::Builder::new();
@@ -27,25 +40,92 @@ fn check(model: impl Fn() + Send + Sync + 'static) {
     builder.check(model);
 }
 
-fn bat(entry: Entry) -> Arc<Bat> {
-    let bat = Bat::holes(1, 1).unwrap();
-    bat.load(GuestCluster(0), entry);
-    Arc::new(bat)
+fn mapped(host: HostCluster) -> Entry {
+    Entry::mapped(FileId(0), host)
 }
 
-fn mapped(host: u32) -> Entry {
-    Entry::mapped(FileId(0), HostCluster(host))
+/// An engine for a disk of one cluster.
+fn engine(entry: Entry) -> Arc<Engine<NoDisk>> {
+    let header = Header::new(Sector(64), ClusterSize::MIN).unwrap();
+    let level = LevelMap {
+        geometry: *header.geometry(),
+        plain: false,
+    };
+    let size = BatSize {
+        entries: 1,
+        pages: 1,
+    };
+    let bat = Bat::holes(size, size).unwrap();
+    bat.load(CLUSTER, entry);
+    let shared = Shared {
+        levels: vec![level],
+        bat,
+        alloc: Allocator::new(HOST),
+        beginning: Beginning::Begun(None),
+    };
+    let options = Options {
+        runners: 1,
+        max_queues: 1,
+        ..Options::default()
+    };
+    Arc::new(Engine::new(NoDisk, shared, options).unwrap())
 }
 
-/// As `Engine::change_and_tell` does it.
-fn change(bat: &Bat, from: Entry, to: Entry) -> bool {
-    let to = to.changed().after(from);
-    if bat.replace(CLUSTER, from, to).is_err() {
-        return false;
+/// Of which nothing is asked: the models are about memory.
+struct NoDisk;
+
+impl Io for NoDisk {
+    fn queue(&mut self, _: u64, op: Op) -> Result<(), Op> {
+        Err(op)
     }
-    bat.mark_dirty(PAGE);
-    let _ = bat.replace(CLUSTER, to, to.marked());
-    true
+
+    fn submit(&mut self) {}
+
+    fn reap(&mut self, _: &mut Vec<Completion>) {}
+
+    fn in_flight(&self) -> usize {
+        0
+    }
+
+    fn completion_fd(&self) -> Option<RawFd> {
+        None
+    }
+}
+
+impl Disk for NoDisk {
+    type Io = Self;
+
+    fn open_io(&self, _: u32) -> io::Result<Self> {
+        Ok(Self)
+    }
+
+    fn len(&self, _: FileId) -> io::Result<u64> {
+        Ok(0)
+    }
+
+    fn set_len(&self, _: FileId, _: u64) -> io::Result<()> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
+
+    fn read_exact_at(&self, _: FileId, _: &mut [u8], _: u64) -> io::Result<()> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
+
+    fn write_all_at(&self, _: FileId, _: &[u8], _: u64) -> io::Result<()> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
+
+    fn allocate(&self, _: FileId, _: u64, _: u64) -> io::Result<()> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
+
+    fn sync(&self, _: FileId) -> io::Result<()> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
+
+    fn zero_granularity(&self) -> u32 {
+        4096
+    }
 }
 
 #[test]
@@ -121,19 +201,19 @@ fn a_reader_that_worked_meanwhile_is_woken_or_may_not_sleep() {
 #[test]
 fn a_look_up_sees_a_hole_or_a_cluster_that_is_ready() {
     check(|| {
-        let bat = bat(Entry::HOLE);
+        let engine = engine(Entry::HOLE);
         let zeroed = Arc::new(AtomicBool::new(false));
         let writer = {
-            let (bat, zeroed) = (bat.clone(), zeroed.clone());
+            let (engine, zeroed) = (engine.clone(), zeroed.clone());
             thread::spawn(move || {
                 zeroed.store(true, Ordering::Relaxed);
-                change(&bat, Entry::HOLE, mapped(5))
+                engine.change(CLUSTER, Entry::HOLE, mapped(HOST))
             })
         };
-        match bat.get(CLUSTER).place() {
+        match engine.bat.get(CLUSTER).place() {
             Place::Hole => {}
             Place::In(file, host) => {
-                assert_eq!((file, host), (FileId(0), HostCluster(5)));
+                assert_eq!((file, host), (FileId(0), HOST));
                 assert!(zeroed.load(Ordering::Relaxed));
             }
         }
@@ -144,27 +224,28 @@ fn a_look_up_sees_a_hole_or_a_cluster_that_is_ready() {
 #[test]
 fn of_two_that_map_a_hole_one_wins() {
     check(|| {
-        let bat = bat(Entry::HOLE);
+        let engine = engine(Entry::HOLE);
         let other = {
-            let bat = bat.clone();
-            thread::spawn(move || change(&bat, Entry::HOLE, mapped(5)))
+            let engine = engine.clone();
+            thread::spawn(move || engine.change(CLUSTER, Entry::HOLE, mapped(HOST)))
         };
-        let mine = change(&bat, Entry::HOLE, mapped(6));
+        let mine = engine.change(CLUSTER, Entry::HOLE, mapped(HostCluster(6)));
         let others = other.join().unwrap();
         assert!(mine != others);
-        let place = Place::In(FileId(0), HostCluster(if mine { 6 } else { 5 }));
-        assert_eq!(bat.get(CLUSTER).place(), place);
+        let host = if mine { HostCluster(6) } else { HOST };
+        assert_eq!(engine.bat.get(CLUSTER).place(), Place::In(FileId(0), host));
     });
 }
 
 #[test]
 fn a_change_is_in_the_write_of_its_page_or_the_page_is_dirty_again() {
     check(|| {
-        let bat = bat(Entry::HOLE);
+        let engine = engine(Entry::HOLE);
+        let bat = &engine.bat;
         bat.mark_dirty(PAGE);
         let writer = {
-            let bat = bat.clone();
-            thread::spawn(move || change(&bat, Entry::HOLE, mapped(5)))
+            let engine = engine.clone();
+            thread::spawn(move || engine.change(CLUSTER, Entry::HOLE, mapped(HOST)))
         };
         // A round of the metadata thread.
         bat.begin_writeback(PAGE);
@@ -183,44 +264,82 @@ fn a_change_is_in_the_write_of_its_page_or_the_page_is_dirty_again() {
     });
 }
 
+/// Another request sees a mapping, completes, and its client flushes, before the maker of
+/// the mapping has come to marking the page.
+fn relying() {
+    let engine = engine(Entry::HOLE);
+    let maker = {
+        let engine = engine.clone();
+        thread::spawn(move || engine.change(CLUSTER, Entry::HOLE, mapped(HOST)))
+    };
+    let entry = engine.rely_on(CLUSTER);
+    if entry.place() != Place::Hole {
+        let bat = &engine.bat;
+        let is_dirty = bat.dirty_pages().count() > 0;
+        assert!(is_dirty, "the flush would not write the page");
+        bat.begin_writeback(PAGE);
+        assert_eq!(bat.get(CLUSTER).place(), entry.place());
+        bat.end_writeback(PAGE, true);
+    }
+    maker.join().unwrap();
+}
+
 #[test]
 fn who_relies_on_a_change_can_have_it_flushed_before_its_maker_marks_the_page() {
-    check(|| {
-        let bat = bat(Entry::HOLE);
-        let maker = {
-            let bat = bat.clone();
-            thread::spawn(move || change(&bat, Entry::HOLE, mapped(5)))
-        };
-        // Another request sees the mapping, completes, and its client flushes.
-        let entry = bat.get(CLUSTER);
-        if entry.place() != Place::Hole {
-            if entry.is_unmarked() {
-                bat.mark_dirty(PAGE);
-            }
-            let is_dirty = bat.dirty_pages().count() > 0;
-            assert!(is_dirty, "the flush would not write the page");
-            bat.begin_writeback(PAGE);
-            assert_eq!(bat.get(CLUSTER).place(), entry.place());
-            bat.end_writeback(PAGE, true);
-        }
-        maker.join().unwrap();
-    });
+    check(relying);
+}
+
+#[test]
+#[should_panic(expected = "the flush would not write the page")]
+fn who_relies_on_a_change_and_does_not_mark_the_page_is_noticed() {
+    rule::broken(Rule::MarkForOthers, || check(relying));
+}
+
+/// The metadata thread takes the mark of a page that has lost a cluster.
+fn taking_a_mark() {
+    let engine = engine(mapped(HOST));
+    let changer = {
+        let engine = engine.clone();
+        thread::spawn(move || engine.unmap(CLUSTER, mapped(HOST), HOST))
+    };
+    // As a round does it: the marks, then the messages, then the entries.
+    if engine.bat.dirty_pages().count() > 0 {
+        engine.bat.begin_writeback(PAGE);
+        let told = engine.md.take_all().count();
+        assert_eq!(
+            told, 1,
+            "a cluster whose removal is written was not told of"
+        );
+        assert_eq!(engine.bat.get(CLUSTER).place(), Place::Hole);
+        engine.bat.end_writeback(PAGE, true);
+    }
+    assert!(changer.join().unwrap());
+}
+
+#[test]
+fn who_takes_the_mark_of_a_page_has_been_told_what_it_lost() {
+    check(taking_a_mark);
+}
+
+#[test]
+#[should_panic(expected = "was not told of")]
+fn who_marks_a_page_before_telling_what_it_lost_is_noticed() {
+    rule::broken(Rule::TellBeforeMark, || check(taking_a_mark));
 }
 
 /// A host cluster: who reads and who reuses it at the same time is told by loom.
 #[test]
 fn a_cluster_is_not_used_again_while_io_that_knew_it_is_in_flight() {
     check(|| {
-        let bat = bat(mapped(5));
-        let epochs = Arc::new(Epochs::new(2));
+        let engine = engine(mapped(HOST));
         let content = Arc::new(UnsafeCell::new(0));
         let reader = {
-            let (bat, epochs, content) = (bat.clone(), epochs.clone(), content.clone());
+            let (engine, content) = (engine.clone(), content.clone());
             thread::spawn(move || {
-                let mut participant = epochs.join().unwrap();
+                let mut participant = engine.epochs.join().unwrap();
                 for _ in 0..2 {
                     let epoch = participant.enter();
-                    if bat.get(CLUSTER).place() != Place::Hole {
+                    if engine.bat.get(CLUSTER).place() != Place::Hole {
                         // SAFETY: checked by loom, which is what the model is for.
                         content.with(|content| unsafe { assert_eq!(*content, 0) });
                     }
@@ -228,9 +347,9 @@ fn a_cluster_is_not_used_again_while_io_that_knew_it_is_in_flight() {
                 }
             })
         };
-        assert!(change(&bat, mapped(5), Entry::HOLE));
-        let removal = epochs.advance();
-        if epochs.all_reached(removal) {
+        assert!(engine.unmap(CLUSTER, mapped(HOST), HOST));
+        let removal = engine.epochs.advance();
+        if engine.epochs.all_reached(removal) {
             // SAFETY: as above.
             content.with_mut(|content| unsafe { *content = 1 });
         }
@@ -238,19 +357,50 @@ fn a_cluster_is_not_used_again_while_io_that_knew_it_is_in_flight() {
     });
 }
 
+/// A larger BAT goes where there is a free cluster: who looks through the map when older
+/// I/O is over finds it there, or it was not given out.
+#[test]
+fn a_cluster_where_the_bat_goes_is_in_the_map_or_was_not_given_out() {
+    check(|| {
+        let engine = engine(Entry::HOLE);
+        let end = HostCluster(HOST.0 + 1);
+        engine.alloc.extend(end.0);
+        let taker = {
+            let engine = engine.clone();
+            thread::spawn(move || {
+                let mut participant = engine.epochs.join().unwrap();
+                let epoch = participant.enter();
+                let taken = engine.alloc.take();
+                if let Some(host) = taken {
+                    assert!(engine.change(CLUSTER, Entry::HOLE, mapped(host)));
+                }
+                participant.leave(epoch);
+                taken
+            })
+        };
+        engine.alloc.keep_below(end);
+        let epoch = engine.epochs.advance();
+        let is_over = engine.epochs.all_reached(epoch);
+        let found = engine.bat.get(CLUSTER).place();
+        let taken = taker.join().unwrap();
+        assert!(!is_over || taken.is_none() || found != Place::Hole);
+        assert_eq!(engine.alloc.take(), None);
+    });
+}
+
 #[test]
 fn what_overlaps_an_older_io_waits_for_the_newer_one_too() {
     check(|| {
-        let bat = bat(mapped(5));
+        let engine = engine(mapped(HOST));
         let epochs = Arc::new(Epochs::new(1));
         let content = Arc::new(UnsafeCell::new(0));
         let reader = {
-            let (bat, epochs, content) = (bat.clone(), epochs.clone(), content.clone());
+            let (engine, epochs, content) = (engine.clone(), epochs.clone(), content.clone());
             thread::spawn(move || {
                 let mut participant = epochs.join().unwrap();
                 let older = participant.enter();
                 let newer = participant.enter();
-                let sees_it = bat.get(CLUSTER).place() != Place::Hole;
+                let sees_it = engine.bat.get(CLUSTER).place() != Place::Hole;
                 participant.leave(older);
                 if sees_it {
                     // SAFETY: checked by loom.
@@ -259,7 +409,7 @@ fn what_overlaps_an_older_io_waits_for_the_newer_one_too() {
                 participant.leave(newer);
             })
         };
-        assert!(change(&bat, mapped(5), Entry::HOLE));
+        assert!(engine.unmap(CLUSTER, mapped(HOST), HOST));
         let removal = epochs.advance();
         if epochs.all_reached(removal) {
             // SAFETY: checked by loom.
@@ -272,26 +422,39 @@ fn what_overlaps_an_older_io_waits_for_the_newer_one_too() {
 #[test]
 fn a_flush_that_is_skipped_had_nothing_to_do() {
     check(|| {
-        let epochs = Arc::new(Epochs::new(1));
-        let covered = Arc::new(AtomicU64::new(0));
+        let engine = engine(Entry::HOLE);
         let written = Arc::new(AtomicBool::new(false));
         let stable = Arc::new(AtomicBool::new(false));
         let md = {
-            let (epochs, covered) = (epochs.clone(), covered.clone());
+            let engine = engine.clone();
             let (written, stable) = (written.clone(), stable.clone());
             thread::spawn(move || {
                 // A round: count, sync, publish.
-                let completed = epochs.completed();
+                let completed = engine.epochs.completed();
                 stable.store(written.load(Ordering::Acquire), Ordering::Relaxed);
-                covered.store(completed, Ordering::Release);
+                engine.set_covered(completed);
             })
         };
-        let mut participant = epochs.join().unwrap();
+        let mut participant = engine.epochs.join().unwrap();
         written.store(true, Ordering::Release);
         participant.count_completed();
-        if covered.load(Ordering::Acquire) == epochs.completed() {
+        if engine.is_covered() {
             assert!(stable.load(Ordering::Relaxed));
         }
         md.join().unwrap();
+    });
+}
+
+#[test]
+fn who_asks_while_the_metadata_thread_ends_is_answered() {
+    check(|| {
+        let engine = engine(Entry::HOLE);
+        let md = {
+            let engine = engine.clone();
+            thread::spawn(move || engine.end_md())
+        };
+        let outcome = engine.control(Control::Suspend);
+        md.join().unwrap();
+        assert_eq!(outcome.get(), Some(Err(EngineError::Stopped)));
     });
 }

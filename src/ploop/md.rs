@@ -4,6 +4,7 @@
 //! - flush: all waiting ones share one round, whose sync starts after them;
 //! - the way of unmapped clusters back to the allocator ([`reclaim`]);
 //! - growing the file, and the pios that wait for space ([`space`]);
+//! - what a larger disk takes ([`grow`]);
 //! - suspend, resume and close.
 //!
 //! Pages are written and the file is synced in *rounds*, one after the other, so
@@ -22,6 +23,7 @@
 //! counted is in the pages, and no entry that it relies on is left out. No message
 //! tells of either: one that is late would let the round promise too much.
 
+mod grow;
 mod reclaim;
 mod space;
 
@@ -36,7 +38,8 @@ use std::time::Duration;
 use rustix::io::Errno;
 use slab::Slab;
 
-use self::reclaim::Reclaim;
+use self::grow::Growing;
+use self::reclaim::{Reclaim, RoundNumber};
 use self::space::{Space, SpaceStep};
 use super::EngineError;
 use super::alloc::Extent;
@@ -44,10 +47,12 @@ use super::control::{Control, Outcome};
 use super::engine::{Engine, MdMessage};
 use super::entry::{Entry, Place};
 use super::inbox::{Inbox, Waker};
+use super::options::OnEnospc;
 use super::pio::{Pio, QueueMessage};
 use super::preempt;
-use super::sabotage::{self, Sabotage};
+use super::rule::{self, Rule};
 use crate::format::{Geometry, GuestCluster, Header, HostCluster, InUse};
+use crate::notices::Notice;
 use crate::storage::{AlignedBuf, Buffer, Completion, Disk, FileId, Io, Op, ZeroMode};
 
 /// Operations that the thread keeps in flight.
@@ -78,13 +83,21 @@ pub(super) struct Metadata {
 enum Waiter {
     Queue(Arc<Inbox<QueueMessage>>, usize),
     Control,
+    Growth,
 }
 
 enum MdOp {
     Pages(Range<u32>),
     Sync,
-    Punch { batch: u64, extent: Extent },
-    Extend { clusters: u32 },
+    Punch {
+        batch: u64,
+        extent: Extent,
+    },
+    Extend {
+        clusters: u32,
+    },
+    /// A step of a growth.
+    Grow,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -103,7 +116,7 @@ struct Round {
     waiters: Vec<Waiter>,
     /// [`super::epoch::Epochs::completed`] when it started.
     completed: u64,
-    /// [`Engine::barriers`] when it started.
+    /// [`Engine::barriers_up`] when it started.
     barriers: u64,
     /// It writes every page that was dirty when it started: only then does its final
     /// sync cover all that had completed.
@@ -149,6 +162,9 @@ pub struct MdWriter<D: Disk> {
     io: D::Io,
     /// `None`: the top is plain and has none.
     metadata: Option<Metadata>,
+    /// Of the top, with the header that is, or will be, written next.
+    geometry: Geometry,
+    growing: Option<Growing>,
     ops: Slab<MdOp>,
     /// Operations that the ring had no room for.
     backlog: VecDeque<(u64, Op)>,
@@ -169,8 +185,13 @@ pub struct MdWriter<D: Disk> {
     punching: usize,
     /// The last one could not be, which was said in the log.
     punch_failed: bool,
+    /// Where the disk has guest clusters that another process had moved before a sync
+    /// failed: their new entries may have to be kept from the disk for ever.
+    still_mapped: BTreeMap<GuestCluster, HostCluster>,
     space: Space,
     control: VecDeque<ControlJob>,
+    /// That have begun.
+    syncs: u64,
     /// After a failed write of a page: when pages are written again unasked.
     retry_at: Duration,
     /// A failed write of a page that no queue has been told of (I7). The next flush
@@ -184,6 +205,8 @@ impl<D: Disk> MdWriter<D> {
         Ok(Self {
             io: engine.disk.open_io(DEPTH)?,
             metadata,
+            geometry: engine.geometry(),
+            growing: None,
             ops: Slab::with_capacity(DEPTH as usize),
             backlog: VecDeque::new(),
             completions: Vec::new(),
@@ -206,8 +229,10 @@ impl<D: Disk> MdWriter<D> {
             holes: VecDeque::new(),
             punching: 0,
             punch_failed: false,
+            still_mapped: BTreeMap::new(),
             space: Space::default(),
             control: VecDeque::new(),
+            syncs: 0,
             retry_at: Duration::ZERO,
             unreported: None,
             closed: false,
@@ -226,23 +251,66 @@ impl<D: Disk> MdWriter<D> {
             self.op_done(completion, now);
         }
         self.completions = completions;
+        preempt::point("reaped");
         self.collect_dirtied(now);
+        preempt::point("collected");
         self.hear_all(now);
         if mem::take(&mut self.round.synced_in_doubt) {
             self.synced(Ok(()), now);
         }
         preempt::point("heard");
         self.step_control();
+        if self.closed {
+            return None;
+        }
+        preempt::point("controlled");
+        self.step_growth();
+        preempt::point("grown");
         self.step_space(now);
+        preempt::point("spaced");
         self.step_reclaim();
+        preempt::point("reclaimed");
         self.step_round(now);
         self.queue_backlog();
+        self.show();
         self.next_call(now)
+    }
+
+    /// Puts where others can see it how things are, and tells of what they should hear.
+    fn show(&self) {
+        let gauges = &self.engine.gauges;
+        let is_host_full = self.space.is_host_full();
+        if is_host_full != gauges.is_host_full.swap(is_host_full, Ordering::Relaxed)
+            && let Some(notices) = &self.engine.options.notices
+        {
+            let waits = self.engine.options.on_enospc == OnEnospc::Stop;
+            notices.post(match is_host_full {
+                true => Notice::HostFull { waits },
+                false => Notice::HostHasSpace,
+            });
+        }
+        let (clusters, batches) = self.reclaim.counts();
+        for (gauge, value) in [
+            (&gauges.parked, self.space.parked()),
+            (&gauges.rounds, self.round.number),
+            (&gauges.syncs, self.syncs),
+            (&gauges.dirty_pages, self.dirty.len() as u64),
+            (&gauges.reclaim_clusters, clusters),
+            (&gauges.reclaim_batches, batches),
+        ] {
+            gauge.store(value, Ordering::Relaxed);
+        }
     }
 
     /// Whether the engine was closed: there is nothing to do any more.
     pub fn is_closed(&self) -> bool {
         self.closed
+    }
+
+    /// Whether clusters on their way back wait for the write of a page.
+    #[cfg(all(test, not(ploop_loom)))]
+    pub(crate) fn awaits_pages(&self) -> bool {
+        self.reclaim.awaits_pages()
     }
 
     /// What wakes the thread, beside [`Io::completion_fd`].
@@ -267,7 +335,9 @@ impl<D: Disk> MdWriter<D> {
             return Some(Duration::ZERO);
         }
         let steps = |job: &ControlJob| !matches!(job.stage, ControlStage::Flush);
-        let awaits_io = self.reclaim.awaits_io() || self.control.front().is_some_and(steps);
+        let awaits_io = self.reclaim.awaits_io()
+            || self.control.front().is_some_and(steps)
+            || self.growing.as_ref().is_some_and(Growing::polls);
         let due = (self.round.phase == Phase::Idle)
             .then(|| self.dirty.values().min())
             .flatten()
@@ -302,18 +372,20 @@ impl<D: Disk> MdWriter<D> {
     fn hear(&mut self, message: MdMessage, now: Duration) {
         match message {
             MdMessage::Flush { inbox, request } => {
-                let syncing = self.round.phase == Phase::FinalSync;
-                if syncing && sabotage::is(Sabotage::FlushSharesOldSync) {
-                    return self.round.waiters.push(Waiter::Queue(inbox, request));
-                }
-                self.waiters.push(Waiter::Queue(inbox, request));
+                let waiter = Waiter::Queue(inbox, request);
+                self.waiters_from_now_on().push(waiter);
             }
             MdMessage::Freed { host, page } => self.add_freed(host, page),
-            MdMessage::Begin { freed, leaked } => {
+            MdMessage::Begin {
+                freed,
+                moved,
+                leaked,
+            } => {
                 self.reclaim.add_leaked(&leaked);
                 for (page, host) in freed {
                     self.add_freed(host, page);
                 }
+                self.add_moved(moved);
             }
             MdMessage::Dropped { host } => self.reclaim.add_dropped(host),
             MdMessage::Park { pio, full } => self.park(pio, full, now),
@@ -323,16 +395,50 @@ impl<D: Disk> MdWriter<D> {
             }
             // It is looked at when the messages were heard.
             MdMessage::DoubtEnded => {}
+            MdMessage::ErrandDone(result) => self.errand_done(result),
+            MdMessage::Moved { host } => self.cluster_moved(host),
+            MdMessage::Control(Control::PrepareGrowth(size), outcome) => {
+                self.prepare_growth(size, outcome);
+            }
+            MdMessage::Control(Control::CommitGrowth, outcome) => self.commit_growth(outcome),
+            MdMessage::Control(Control::AbandonGrowth, outcome) => self.abandon_growth(outcome),
             MdMessage::Control(what, outcome) => self.begin_control(what, outcome),
         }
     }
 
+    /// Those of the next round: the sync of one under way may have started before what
+    /// they wait for (I3).
+    fn waiters_from_now_on(&mut self) -> &mut Vec<Waiter> {
+        if self.round.phase == Phase::FinalSync && !rule::kept(Rule::FlushSyncIsNew) {
+            return &mut self.round.waiters;
+        }
+        &mut self.waiters
+    }
+
     fn add_freed(&mut self, host: HostCluster, page: u32) {
-        // While the pages of a round are being written, its write of the page may be
-        // without the removal.
-        let writing = matches!(self.round.phase, Phase::Pages { .. });
-        let round = self.round.number + u64::from(writing);
+        let round = self.next_write();
         self.reclaim.add_freed(host, page, round);
+    }
+
+    /// The first round whose write of a page surely contains what is in memory now: while
+    /// the pages of a round are being written, its write may be without.
+    fn next_write(&self) -> RoundNumber {
+        let writing = matches!(self.round.phase, Phase::Pages { .. });
+        self.round.number + u64::from(writing)
+    }
+
+    /// The disk maps these for guest clusters that are elsewhere since.
+    fn add_moved(&mut self, moved: Vec<(GuestCluster, HostCluster)>) {
+        let round = self.next_write();
+        let grid = self.engine.grid();
+        let pages = moved.iter().map(|(cluster, _)| grid.md_page(*cluster));
+        let pages = pages.map(|page| (page, round)).collect();
+        let hosts = moved.iter().map(|(_, host)| host.0).collect();
+        self.reclaim.add_moved(hosts, pages);
+        // Then these are never punched, nor given out.
+        if self.engine.has_sync_failed() {
+            self.still_mapped.extend(moved);
+        }
     }
 
     fn queue(&mut self, op: MdOp, io: Op) {
@@ -367,20 +473,28 @@ impl<D: Disk> MdWriter<D> {
                 self.punch_failed = result.is_err();
                 self.punching -= 1;
                 self.reclaim.punched(batch, extent, result.is_ok());
-                if sabotage::is(Sabotage::ReuseUnsynced) {
-                    self.reclaim.begin_sync();
-                    self.give_reclaimed();
-                }
             }
             MdOp::Extend { clusters } => self.extended(clusters, result, now),
+            MdOp::Grow => self.growth_op_done(result),
         }
     }
 }
 
 // Rounds.
 impl<D: Disk> MdWriter<D> {
+    /// Whether the next round has to wait: of a page one write is in flight at a time
+    /// (I11).
+    fn is_round_under_way(&self) -> bool {
+        let is_alone = self.ops.len() == 1 && self.round.waiters.is_empty();
+        match self.round.phase {
+            Phase::Idle => false,
+            Phase::Pages { .. } if is_alone => rule::kept(Rule::OneWriteOfPage),
+            _ => true,
+        }
+    }
+
     fn step_round(&mut self, now: Duration) {
-        if self.round.phase != Phase::Idle {
+        if self.is_round_under_way() {
             return;
         }
         if self.engine.has_sync_failed() && !self.waiters.is_empty() {
@@ -397,7 +511,7 @@ impl<D: Disk> MdWriter<D> {
         self.round.writes_all = !self.round.waiters.is_empty() || self.wants_reclaim_pages();
         // Before the pages are collected: what has completed until now is in them.
         self.round.completed = self.engine.epochs.completed();
-        self.round.barriers = self.engine.barriers();
+        self.round.barriers = self.engine.barriers_up();
         preempt::point("counted");
         self.collect_dirtied(now);
         if !self.engine.has_sync_failed() && self.needs_sync(now) {
@@ -421,9 +535,10 @@ impl<D: Disk> MdWriter<D> {
             return;
         }
         for page in pages {
-            for cluster in engine.geometry().md_page_entries(page).map(GuestCluster) {
+            for cluster in self.geometry.md_page_entries(page).map(GuestCluster) {
                 let entry = engine.bat.get(cluster);
-                if entry.is_unstable() {
+                let is_seen = rule::kept(Rule::UnmarkedIsSeen) || !entry.is_unmarked();
+                if entry.is_unstable() && is_seen {
                     self.unstable.push((cluster, entry));
                 }
             }
@@ -454,6 +569,7 @@ impl<D: Disk> MdWriter<D> {
 
     fn begin_sync(&mut self, phase: Phase) {
         self.round.phase = phase;
+        self.syncs += 1;
         self.covered = Covered {
             file_end: self.engine.alloc.end(),
             copies: mem::take(&mut self.unstable),
@@ -486,7 +602,7 @@ impl<D: Disk> MdWriter<D> {
             engine.bat.set_stable(cluster, read);
         }
         for page in covered.pages {
-            for cluster in engine.geometry().md_page_entries(page) {
+            for cluster in self.geometry.md_page_entries(page) {
                 engine.bat.set_synced(GuestCluster(cluster));
             }
         }
@@ -494,13 +610,15 @@ impl<D: Disk> MdWriter<D> {
         if self.round.phase == Phase::PreSync {
             self.write_pages(now);
         } else {
-            if sabotage::is(Sabotage::FlushCoversTooMuch) {
-                self.round.completed = engine.epochs.completed();
-            }
+            let completed = if rule::kept(Rule::CountBeforeRound) {
+                self.round.completed
+            } else {
+                engine.epochs.completed()
+            };
             if self.round.error.is_none() && self.round.writes_all {
                 engine.end_barrier(self.round.barriers);
                 if self.unreported.is_none() || self.round.is_flush() {
-                    engine.set_covered(self.round.completed);
+                    engine.set_covered(completed);
                 }
             }
             self.end_round(self.round.error.map_or(Ok(()), Err));
@@ -524,6 +642,7 @@ impl<D: Disk> MdWriter<D> {
         for page in writes.iter().cloned().flatten() {
             self.dirty.remove(&page);
             self.engine.bat.begin_writeback(page);
+            preempt::point("taken");
         }
         // Messages about changes whose mark was taken just now are here already:
         // they are posted before the mark is made.
@@ -539,10 +658,7 @@ impl<D: Disk> MdWriter<D> {
             };
             self.queue(MdOp::Pages(pages), op);
         }
-        let is_over = self.ops.len() == 1 && self.round.waiters.is_empty();
-        if is_over && sabotage::is(Sabotage::WritePageTwice) {
-            self.end_round(Ok(()));
-        } else if nothing {
+        if nothing {
             self.pages_done();
         }
     }
@@ -551,7 +667,7 @@ impl<D: Disk> MdWriter<D> {
     /// for. For a flush these are all dirty pages; else those that are due, and
     /// their neighbours, which cost no further write.
     fn choose_pages(&self, now: Duration) -> Vec<Range<u32>> {
-        let all = self.round.writes_all && !sabotage::is(Sabotage::FlushWithoutBat);
+        let all = self.round.writes_all && rule::kept(Rule::FlushWritesBat);
         let pages: Vec<_> = self.dirty.keys().copied().collect();
         let mut runs: Vec<_> = pages
             .chunk_by(|a, b| a + 1 == *b)
@@ -564,11 +680,12 @@ impl<D: Disk> MdWriter<D> {
         runs
     }
 
-    /// Md pages as they may be on disk now. Entries that may not, keep the value
-    /// "not allocated", which is what the disk has for them.
+    /// Md pages as they may be on disk now. Entries that may not, keep the value that the
+    /// disk has for them: "not allocated", or where the cluster was before it moved, if
+    /// that was in another process.
     fn page_bytes(&mut self, pages: Range<u32>) -> AlignedBuf {
         let engine = self.engine.clone();
-        let geometry = engine.geometry();
+        let geometry = self.geometry;
         let start = u64::from(pages.start) * Geometry::MD_PAGE;
         let end = (u64::from(pages.end) * Geometry::MD_PAGE).min(geometry.data_start);
         let len = (end - start) as usize;
@@ -603,7 +720,14 @@ impl<D: Disk> MdWriter<D> {
                     }
                     engine.bat.set_written(cluster, entry);
                 }
-                let value = if waits { 0 } else { engine.bat_value(entry) };
+                let value = if !waits {
+                    self.still_mapped.remove(&cluster);
+                    engine.bat_value(entry)
+                } else if let Some(host) = self.still_mapped.get(&cluster) {
+                    geometry.bat_value(*host)
+                } else {
+                    0
+                };
                 put(geometry.entry_offset(cluster), &value.to_le_bytes());
             }
             if withheld && !has_sync_failed {
@@ -614,27 +738,23 @@ impl<D: Disk> MdWriter<D> {
     }
 
     fn pages_written(&mut self, pages: Range<u32>, result: Result<(), Errno>, now: Duration) {
-        let is_forgotten = sabotage::is(Sabotage::ForgetFailedPage);
-        let result = if is_forgotten { Ok(()) } else { result };
-        for page in pages.clone() {
-            self.engine.bat.end_writeback(page, result.is_ok());
-            if result.is_ok() {
+        let error = result.err();
+        let error = error.filter(|_| rule::kept(Rule::FailedPageStaysDirty));
+        let is_written = error.is_none();
+        for page in pages {
+            self.engine.bat.end_writeback(page, is_written);
+            if is_written || !rule::kept(Rule::FailedPageIsNotOnDisk) {
                 self.written.insert(page);
+            } else {
+                // Entries that the failed write contained are not on disk.
+                self.written.remove(&page);
+            }
+            if is_written || !rule::kept(Rule::FailedPageRemovesNothing) {
                 self.reclaim.page_written(page, self.round.number);
             }
         }
-        if let Err(errno) = result {
-            if self.retry_at <= now {
-                log::error!("cannot write the BAT: {errno}; it is tried again");
-            }
-            self.retry_at = now + RETRY;
-            // Entries that the failed write contained are not on disk.
-            self.written.retain(|page| !pages.contains(page));
-            let error = EngineError::Metadata(errno);
-            self.round.error = Some(error);
-            self.unreported = Some(error);
-            // The next flush has something to tell.
-            self.engine.uncover();
+        if let Some(errno) = error {
+            self.page_failed(errno, now);
         }
         if let Phase::Pages { left } = &mut self.round.phase {
             *left -= 1;
@@ -642,6 +762,21 @@ impl<D: Disk> MdWriter<D> {
                 self.pages_done();
             }
         }
+    }
+
+    fn page_failed(&mut self, errno: Errno, now: Duration) {
+        if self.retry_at <= now {
+            log::error!("cannot write the BAT: {errno}; it is tried again");
+        }
+        self.retry_at = now + RETRY;
+        let error = EngineError::Metadata(errno);
+        let is_last = matches!(self.round.phase, Phase::Pages { left: 1 });
+        if is_last || rule::kept(Rule::EveryPageCounts) {
+            self.round.error = Some(error);
+        }
+        self.unreported = Some(error);
+        // The next flush has something to tell.
+        self.engine.uncover();
     }
 
     fn pages_done(&mut self) {
@@ -673,6 +808,7 @@ impl<D: Disk> MdWriter<D> {
                     let result = result.and(unreported.map_or(Ok(()), Err));
                     inbox.post(QueueMessage::FlushDone { request, result });
                 }
+                Waiter::Growth => self.growth_flushed(result),
                 Waiter::Control => {
                     if let Some(job) = self.control.front_mut() {
                         job.stage = ControlStage::Flushed(result);
@@ -686,31 +822,34 @@ impl<D: Disk> MdWriter<D> {
 // Space and reclaim.
 impl<D: Disk> MdWriter<D> {
     fn step_reclaim(&mut self) {
-        if self.is_closing() {
+        // What is punched after the sync of an image that is passed on would not be as
+        // stable as its mark. Who opens it next finds what is left.
+        if self.is_closing() || self.is_passing() {
             return;
         }
         let engine = self.engine.clone();
         if self.reclaim.has_open() && !self.reclaim.awaits_io() {
             self.reclaim.close_batch(engine.epochs.advance());
         }
+        let first = match rule::kept(Rule::NoPunchInTheWay) {
+            true => engine.alloc.first(),
+            false => 0,
+        };
         let holes = self
             .reclaim
-            .begin_punching(|epoch| engine.epochs.all_reached(epoch));
+            .begin_punching(first, |epoch| engine.epochs.all_reached(epoch));
         self.holes.extend(holes);
         while self.punching < PUNCHES
             && let Some((batch, extent)) = self.holes.pop_front()
         {
             self.punching += 1;
-            if sabotage::is(Sabotage::ReuseUnpunched) {
-                self.punching -= 1;
-                self.reclaim.punched(batch, extent, true);
-                continue;
-            }
-            let shift = engine.geometry().cluster.shift();
+            let shift = engine.grid().cluster().shift();
+            let is_punched = rule::kept(Rule::PunchBeforeReuse);
+            let clusters = if is_punched { extent.len() } else { 0 };
             let op = Op::Zero {
                 file: engine.top(),
-                offset: engine.geometry().host_offset(HostCluster(extent.start)),
-                len: u64::from(extent.len()) << shift,
+                offset: engine.grid().host_offset(HostCluster(extent.start)),
+                len: u64::from(clusters) << shift,
                 mode: ZeroMode::Punch,
             };
             self.queue(MdOp::Punch { batch, extent }, op);
@@ -730,6 +869,10 @@ impl<D: Disk> MdWriter<D> {
         // Also of those that were given up while nothing could be tried.
         self.fail_hopeless();
         let engine = self.engine.clone();
+        if engine.alloc.available() > engine.options.low_water {
+            // Who takes of it from now on tells again when it gets low.
+            engine.space_is_low.store(false, Ordering::Release);
+        }
         // Space that is in the file already comes before more of it.
         if self.reclaim.has_leaked() && !engine.has_sync_failed() {
             return;
@@ -749,15 +892,19 @@ impl<D: Disk> MdWriter<D> {
 
     /// By how many clusters the file usually grows.
     fn extension(&self) -> u32 {
-        let shift = self.engine.geometry().cluster.shift();
+        let shift = self.geometry.cluster.shift();
         let step = self.engine.options.preallocation >> shift;
         u32::try_from(step).unwrap_or(u32::MAX).max(1)
     }
 
     /// How many clusters the file lacks for the whole disk to be mapped.
     fn missing(&self) -> u32 {
-        let geometry = self.engine.geometry();
-        let first = geometry.first_host_cluster().0;
+        let geometry = &self.geometry;
+        // While the disk grows, what lies where its BAT goes maps nothing.
+        let first = geometry
+            .first_host_cluster()
+            .0
+            .max(self.engine.alloc.first());
         let in_file = self.engine.alloc.end().saturating_sub(first);
         geometry.entries.saturating_sub(in_file)
     }
@@ -765,7 +912,7 @@ impl<D: Disk> MdWriter<D> {
     /// Why the file cannot become longer any more, if it cannot.
     fn no_growth(&self) -> Option<EngineError> {
         let engine = &self.engine;
-        if engine.alloc.end() >= engine.geometry().host_cluster_limit() {
+        if engine.alloc.end() >= self.geometry.host_cluster_limit() {
             Some(EngineError::ImageFull)
         } else if engine.has_sync_failed() {
             Some(EngineError::SyncFailed)
@@ -774,24 +921,31 @@ impl<D: Disk> MdWriter<D> {
         }
     }
 
+    /// Whether clusters are on their way back. After a failed sync none will arrive.
+    fn can_reclaim(&self) -> bool {
+        self.reclaim.is_under_way() && !self.engine.has_sync_failed()
+    }
+
     fn extend(&mut self, clusters: u32, now: Duration) {
         let engine = self.engine.clone();
         self.space.begin_extending(now);
         if let Some(error) = self.no_growth() {
             self.space.extension_ended();
-            for pio in self.space.take_all() {
-                pio.home.complete(Err(error));
+            if !self.can_reclaim() {
+                for pio in self.space.take_all() {
+                    pio.home.complete(Err(error));
+                }
             }
             return;
         }
         let end = engine.alloc.end();
-        let room = engine.geometry().host_cluster_limit() - end;
+        let room = self.geometry.host_cluster_limit() - end;
         // At least one: some may be on their way through reclaim.
         let clusters = clusters.min(room).min(self.missing().max(1));
         let op = Op::Allocate {
             file: engine.top(),
-            offset: engine.geometry().host_offset(HostCluster(end)),
-            len: u64::from(clusters) << engine.geometry().cluster.shift(),
+            offset: self.geometry.host_offset(HostCluster(end)),
+            len: u64::from(clusters) << self.geometry.cluster.shift(),
         };
         self.queue(MdOp::Extend { clusters }, op);
     }
@@ -800,7 +954,6 @@ impl<D: Disk> MdWriter<D> {
         match result {
             Ok(()) => {
                 self.engine.alloc.extend(self.engine.alloc.end() + clusters);
-                self.engine.space_is_low.store(false, Ordering::Release);
                 let pios = self.space.extended(clusters, self.extension());
                 self.try_again(pios);
             }
@@ -828,9 +981,8 @@ impl<D: Disk> MdWriter<D> {
         if !full && self.engine.alloc.available() > 0 {
             return self.try_again([pio]);
         }
-        // After a failed sync nothing comes back from the reclaim either.
-        let reclaims = self.reclaim.is_under_way() && !self.engine.has_sync_failed();
-        if let Some(error) = self.no_growth().filter(|_| !full && !reclaims) {
+        let waits = full || (self.can_reclaim() && !pio.last_try);
+        if let Some(error) = self.no_growth().filter(|_| !waits) {
             return pio.home.complete(Err(error));
         }
         let policy = self.engine.options.on_enospc;
@@ -850,7 +1002,7 @@ impl<D: Disk> MdWriter<D> {
                 self.space.keep(pio);
                 continue;
             }
-            let cluster = pio.work.cluster(self.engine.geometry());
+            let cluster = pio.work.cluster(self.engine.grid());
             self.engine.dispatch(cluster, pio);
         }
     }
@@ -861,8 +1013,14 @@ impl<D: Disk> MdWriter<D> {
     fn is_closing(&self) -> bool {
         self.closed
             || self.control.front().is_some_and(|job| {
-                job.what == Control::Close && matches!(job.stage, ControlStage::Flushed(_))
+                let ends = matches!(job.what, Control::Close | Control::Pass);
+                ends && matches!(job.stage, ControlStage::Flushed(_))
             })
+    }
+
+    fn is_passing(&self) -> bool {
+        let job = self.control.front();
+        job.is_some_and(|job| job.what == Control::Pass)
     }
 
     fn begin_control(&mut self, what: Control, outcome: Outcome) {
@@ -883,40 +1041,42 @@ impl<D: Disk> MdWriter<D> {
         let Some(job) = self.control.front_mut() else {
             return;
         };
-        if matches!(job.what, Control::Suspend | Control::Close) {
+        if matches!(job.what, Control::Suspend | Control::Close | Control::Pass) {
             self.engine.set_suspended(true);
         }
         job.stage = ControlStage::Grace(self.engine.epochs.advance());
     }
 
     fn step_control(&mut self) {
+        let is_punching = self.is_passing() && self.punching > 0;
         let Some(job) = self.control.front_mut() else {
             return;
         };
         match job.stage {
-            _ if job.what == Control::Resume => {
-                self.engine.end_suspension();
-                let pios = self.space.take_all();
-                self.try_again(pios);
-                self.end_control(Ok(()));
-            }
+            _ if job.what == Control::Resume => self.go_on(Ok(())),
             ControlStage::Grace(epoch) => {
                 // In this order: a queue that has not seen the suspension yet may
                 // dispatch a pio until it leaves its epoch.
                 let is_quiet = self.engine.epochs.all_reached(epoch)
+                    && !is_punching
                     && (job.what == Control::Barrier
-                        || self.engine.dispatched.load(Ordering::Acquire) == 0);
+                        || (self.engine.dispatched.load(Ordering::Acquire) == 0
+                            && !self.growing.as_ref().is_some_and(Growing::has_locked)));
                 if is_quiet {
                     job.stage = ControlStage::Flush;
                     self.waiters.push(Waiter::Control);
                 }
             }
             ControlStage::Flush => {}
-            ControlStage::Flushed(result) if job.what == Control::Close => {
+            ControlStage::Flushed(Err(error)) if job.what == Control::Pass => {
+                self.go_on(Err(error));
+            }
+            ControlStage::Flushed(result) if matches!(job.what, Control::Close | Control::Pass) => {
+                let is_passed = job.what == Control::Pass;
                 // Holes being punched and space being added must be over before
-                // the tail is cut.
+                // the tail is cut, or somebody else has the file.
                 if self.ops.is_empty() {
-                    let result = result.and_then(|()| self.close_file());
+                    let result = result.and_then(|()| self.close_file(is_passed));
                     self.closed = true;
                     self.end_control(result);
                     self.dismiss();
@@ -924,6 +1084,14 @@ impl<D: Disk> MdWriter<D> {
             }
             ControlStage::Flushed(result) => self.end_control(result),
         }
+    }
+
+    /// Requests are taken again.
+    fn go_on(&mut self, result: Result<(), EngineError>) {
+        self.engine.end_suspension();
+        let pios = self.space.take_all();
+        self.try_again(pios);
+        self.end_control(result);
     }
 
     fn end_control(&mut self, result: Result<(), EngineError>) {
@@ -935,6 +1103,7 @@ impl<D: Disk> MdWriter<D> {
 
     /// Nothing that waits now will get what it waits for.
     fn dismiss(&mut self) {
+        self.fail_hopeless();
         for pio in self.space.take_all() {
             pio.home.complete(Err(EngineError::Stopped));
         }
@@ -943,12 +1112,19 @@ impl<D: Disk> MdWriter<D> {
         for job in mem::take(&mut self.control) {
             job.outcome.set(Err(EngineError::Stopped));
         }
+        self.fail_growth(EngineError::Stopped);
+        self.engine.end_md();
     }
 
     /// Gives back the space behind the last mapped cluster and marks the image as
     /// closed, last and after a sync (I12). Everything is flushed, so what the
     /// disk maps is what memory maps; for a raw image that is all.
-    fn close_file(&mut self) -> Result<(), EngineError> {
+    ///
+    /// One that is passed on is marked after the sync of that flush, and nothing else: before
+    /// the next one changes anything, it makes its own mark, in the same sector, and syncs
+    /// that. Until then either mark is true. The name of the opening stays where there is a
+    /// mark, which comes before it: to change it would have the next sync wait for a journal.
+    fn close_file(&mut self, is_passed: bool) -> Result<(), EngineError> {
         let engine = self.engine.clone();
         if engine.is_read_only() {
             return Ok(());
@@ -956,12 +1132,20 @@ impl<D: Disk> MdWriter<D> {
         if engine.has_sync_failed() {
             return Err(EngineError::SyncFailed);
         }
+        if engine.awaits_take_over() {
+            // Nobody has come, and a guest may yet that was told of writes which are not in
+            // the image: the next process has to see that, too.
+            return Ok(());
+        }
         engine.note_settled();
         let Some(metadata) = &mut self.metadata else {
             engine.forget_opening();
             return Ok(());
         };
         let top = engine.top();
+        if is_passed {
+            return mark_closed(&engine.disk, top, &mut metadata.header).map_err(cannot_mark);
+        }
         let end = engine
             .bat
             .iter()
@@ -970,25 +1154,32 @@ impl<D: Disk> MdWriter<D> {
                 _ => None,
             })
             .max()
-            .unwrap_or(engine.geometry().first_host_cluster().0);
-        let len = engine.geometry().host_offset(HostCluster(end));
-        cut_and_mark(&engine.disk, top, len, &mut metadata.header).map_err(|error| {
-            log::error!("cannot mark the image as closed: {error}");
-            EngineError::Io(Errno::from_io_error(&error).unwrap_or(Errno::IO))
-        })?;
+            .unwrap_or(self.geometry.first_host_cluster().0);
+        let len = self.geometry.host_offset(HostCluster(end));
+        cut_and_mark(&engine.disk, top, len, &mut metadata.header).map_err(cannot_mark)?;
         engine.forget_opening();
         Ok(())
     }
+}
+
+fn cannot_mark(error: io::Error) -> EngineError {
+    log::error!("cannot mark the image as closed: {error}");
+    EngineError::Io(Errno::from_io_error(&error).unwrap_or(Errno::IO))
 }
 
 fn cut_and_mark(disk: &impl Disk, top: FileId, len: u64, header: &mut Header) -> io::Result<()> {
     if disk.len(top)? > len {
         disk.set_len(top, len)?;
     }
-    if !sabotage::is(Sabotage::MarkBeforeSync) {
+    if rule::kept(Rule::SyncBeforeMark) {
         disk.sync(top)?;
     }
-    header.in_use = InUse::Closed;
-    disk.write_all_at(top, &header.to_bytes(), 0)?;
+    mark_closed(disk, top, header)?;
+    preempt::point("mark written");
     disk.sync(top)
+}
+
+fn mark_closed(disk: &impl Disk, top: FileId, header: &mut Header) -> io::Result<()> {
+    header.in_use = InUse::Closed;
+    disk.write_all_at(top, &header.to_bytes(), 0)
 }

@@ -11,6 +11,7 @@
 //! each its thread.
 
 mod alloc;
+mod allowance;
 mod bat;
 pub(crate) mod control;
 mod engine;
@@ -23,13 +24,15 @@ mod md;
 mod open;
 mod options;
 mod pio;
-mod preempt;
+pub(crate) mod preempt;
 mod queue;
 mod remembered;
+mod report;
 mod request;
+mod reserved;
+pub(crate) mod rule;
 mod runner;
 mod running;
-pub(crate) mod sabotage;
 mod sync;
 mod take_over;
 
@@ -39,6 +42,7 @@ pub use md::MdWriter;
 pub use open::{Chain, Level, Opened};
 pub use options::{OnEnospc, Options};
 pub use queue::{Queue, QueueWaker};
+pub use report::EngineReport;
 pub use request::{Command, Done, Request, SectorRange};
 pub use runner::Runner;
 pub use running::Running;

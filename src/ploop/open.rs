@@ -12,8 +12,8 @@ use super::engine::{Engine, Shared};
 use super::error::OpenError;
 use super::md::{MdWriter, Metadata};
 use super::options::Options;
+use super::rule::{self, Rule};
 use super::runner::Runner;
-use super::sabotage::{self, Sabotage};
 use super::take_over::{Beginning, NO_OPENING};
 use crate::format::{
     BatScan, ClusterSize, Geometry, GuestCluster, Header, HostCluster, InUse, Sector,
@@ -223,21 +223,29 @@ fn report_unclosed(header: &Header, leaked: &[Extent]) {
 
 /// Before anything else of the file changes, the mark is stable (I12). The format
 /// extension is not valid from then on, and dropped. A last cluster that is not
-/// whole, left by an extension that was cut off, is made whole.
+/// whole, left by an extension that was cut off, is made whole; a file that cannot be
+/// made so long gets its old header back.
 fn mark_in_use(
     disk: &impl Disk,
     file: FileId,
     header: &mut Header,
     file_len: u64,
 ) -> Result<(), OpenError> {
-    let io = |what| OpenError::io(what, file);
+    let before = header.to_bytes();
+    if header.in_use == InUse::ClosedWithExtension && header.extension.0 != 0 {
+        log::warn!(
+            "the dirty bitmaps of the image are dropped, as they will not know of what is \
+             written now: the next backup has to be a full one"
+        );
+    }
     header.in_use = InUse::Open;
     header.extension = Sector(0);
     header.clear_empty();
+    let failed = || OpenError::io("mark the image as in use", file);
     disk.write_all_at(file, &header.to_bytes(), 0)
-        .map_err(io("mark the image as in use"))?;
-    if !sabotage::is(Sabotage::ChangeBeforeMark) {
-        disk.sync(file).map_err(io("mark the image as in use"))?;
+        .map_err(failed())?;
+    if rule::kept(Rule::MarkBeforeChange) {
+        disk.sync(file).map_err(failed())?;
     }
     let geometry = header.geometry();
     // A sparse BAT would have to be filled when the host may be full. Of entries
@@ -247,14 +255,31 @@ fn mark_in_use(
     if let Err(error) = disk.allocate(file, 0, pages.min(geometry.data_start).min(file_len)) {
         log::warn!("cannot allocate space for the whole BAT: {error}");
     }
+    make_last_cluster_whole(disk, file, geometry, file_len).inspect_err(|_| {
+        // What is refused is not changed, where that can still be had. The mark that
+        // stays otherwise costs a check.
+        let undone = disk.write_all_at(file, &before, 0);
+        if let Err(error) = undone.and_then(|()| disk.sync(file)) {
+            log::warn!("the image stays marked as in use: {error}");
+        }
+    })
+}
+
+fn make_last_cluster_whole(
+    disk: &impl Disk,
+    file: FileId,
+    geometry: &Geometry,
+    file_len: u64,
+) -> Result<(), OpenError> {
     let end = geometry
         .host_clusters_below(file_len)
         .max(u64::from(geometry.first_host_cluster().0));
     let end = u32::try_from(end).unwrap_or(u32::MAX);
     let whole = geometry.host_offset(HostCluster(end));
-    if whole > file_len {
-        disk.set_len(file, whole).map_err(io("extend the file"))?;
-        disk.sync(file).map_err(io("extend the file"))?;
+    if whole <= file_len {
+        return Ok(());
     }
-    Ok(())
+    let failed = || OpenError::io("extend the file", file);
+    disk.set_len(file, whole).map_err(failed())?;
+    disk.sync(file).map_err(failed())
 }

@@ -1,6 +1,9 @@
 //! How an engine shall work.
 
+use std::sync::Arc;
 use std::time::Duration;
+
+use crate::notices::Notices;
 
 /// What becomes of writes when the host file system is full.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -39,6 +42,8 @@ pub struct Options {
     /// map alone until [`Engine::begin`](super::Engine::begin) or
     /// [`Engine::take_over`](super::Engine::take_over).
     pub awaits_take_over: bool,
+    /// Who is told that the host is full and that it is not any more.
+    pub notices: Option<Arc<Notices>>,
     /// When no more clusters than this are left to be given out, the file grows. Set by the engine.
     pub(super) low_water: u32,
 }
@@ -55,6 +60,7 @@ impl Default for Options {
             preallocation: 128 << 20,
             smallest_clone: 256 << 10,
             awaits_take_over: false,
+            notices: None,
             low_water: 0,
         }
     }

@@ -4,8 +4,9 @@
 use std::sync::Arc;
 
 use super::EngineError;
+use super::engine::MdMessage;
 use super::inbox::Inbox;
-use crate::format::GuestCluster;
+use crate::format::{GuestCluster, HostCluster};
 use crate::storage::Segments;
 
 /// What a [`Queue`](super::Queue) hears from other threads.
@@ -14,8 +15,15 @@ pub(super) enum QueueMessage {
     PioDone {
         /// The key of the request that it is a part of.
         request: usize,
+        /// What it still took of the queue's allowance.
+        charge: u64,
         /// How it went.
         result: Result<(), EngineError>,
+    },
+    /// A pio of its waits for space on the host, and takes nothing of the disk.
+    Parked {
+        /// What it took of the queue's allowance.
+        charge: u64,
     },
     /// A flush that it waits for has ended.
     FlushDone {
@@ -31,15 +39,43 @@ pub(super) enum QueueMessage {
 /// Where the end of a pio is told. It is told exactly once: the value is consumed
 /// by it, and one that is lost on the way tells of an error when it is dropped.
 pub(super) struct Home {
-    inbox: Option<Arc<Inbox<QueueMessage>>>,
+    owner: Option<Owner>,
     request: usize,
+    charge: u64,
+}
+
+/// Whose pio it is.
+enum Owner {
+    Queue(Arc<Inbox<QueueMessage>>),
+    Metadata(Arc<Inbox<MdMessage>>),
 }
 
 impl Home {
-    pub fn new(inbox: Arc<Inbox<QueueMessage>>, request: usize) -> Self {
+    pub fn new(inbox: Arc<Inbox<QueueMessage>>, request: usize, charge: u64) -> Self {
         Self {
-            inbox: Some(inbox),
+            owner: Some(Owner::Queue(inbox)),
             request,
+            charge,
+        }
+    }
+
+    /// The metadata thread has something done.
+    pub fn of_metadata(inbox: Arc<Inbox<MdMessage>>) -> Self {
+        Self {
+            owner: Some(Owner::Metadata(inbox)),
+            request: 0,
+            charge: 0,
+        }
+    }
+
+    /// The pio waits for a host that is full: what it takes of the queue's allowance is
+    /// free for others.
+    pub fn uncharge(&mut self) {
+        let charge = std::mem::take(&mut self.charge);
+        if charge > 0
+            && let Some(Owner::Queue(inbox)) = &self.owner
+        {
+            inbox.post(QueueMessage::Parked { charge });
         }
     }
 
@@ -50,17 +86,18 @@ impl Home {
 
     /// Whether the pio belongs to the queue with this inbox.
     pub fn is_of(&self, inbox: &Arc<Inbox<QueueMessage>>) -> bool {
-        self.inbox
-            .as_ref()
-            .is_some_and(|mine| Arc::ptr_eq(mine, inbox))
+        matches!(&self.owner, Some(Owner::Queue(mine)) if Arc::ptr_eq(mine, inbox))
     }
 
     fn tell(&mut self, result: Result<(), EngineError>) {
-        if let Some(inbox) = self.inbox.take() {
-            inbox.post(QueueMessage::PioDone {
+        match self.owner.take() {
+            Some(Owner::Queue(inbox)) => inbox.post(QueueMessage::PioDone {
                 request: self.request,
+                charge: self.charge,
                 result,
-            });
+            }),
+            Some(Owner::Metadata(inbox)) => inbox.post(MdMessage::ErrandDone(result)),
+            None => {}
         }
     }
 }
@@ -96,6 +133,21 @@ pub(super) enum Work {
         start: u64,
         len: u64,
         kind: ZeroKind,
+    },
+    /// For a growth: wait for the end of copies that were begun to where the BAT goes.
+    EndCopies,
+    /// For a growth: copy the cluster to `to`, which reads as zeros, and keep it locked.
+    Move {
+        cluster: GuestCluster,
+        to: HostCluster,
+        /// As many bytes of it as belong to the disk.
+        keep: u64,
+    },
+    /// For a growth: the copy is stable, and is to be used, or there is none. Whatever was
+    /// locked is not any more.
+    EndMove {
+        cluster: GuestCluster,
+        is_stable: bool,
     },
 }
 

@@ -11,7 +11,7 @@
 )]
 
 #[cfg(test)]
-pub(crate) use hooks::{Hook, once};
+pub(crate) use hooks::{Hook, each, once};
 
 /// Here others may have run when this returns.
 #[cfg(not(test))]

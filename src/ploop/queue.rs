@@ -5,24 +5,30 @@
 //! thread's own ring; the rest is dispatched to runners and comes back through
 //! the inbox.
 
+mod split;
+
 use std::collections::VecDeque;
 use std::io;
 use std::os::fd::RawFd;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use rustix::event::Timespec;
 use rustix::io::Errno;
 use slab::Slab;
 use smallvec::SmallVec;
 
+use self::split::Rest;
 use super::EngineError;
+use super::allowance::Allowance;
 use super::engine::{Engine, MdMessage, WritePlan};
 use super::entry::Place;
 use super::epoch::{Epoch, Participant};
 use super::inbox::Inbox;
-use super::pio::{Home, Pio, QueueMessage, Work, ZeroKind};
+use super::pio::{Home, Pio, QueueMessage, Work};
+use super::preempt;
 use super::request::{Command, Done, Request, SectorRange};
-use super::sabotage::{self, Sabotage};
+use super::rule::{self, Rule};
 use crate::format::{GuestCluster, SECTOR_SIZE, Sector};
 use crate::storage::{Buffer, Completion, Disk, Io, Op, Segments};
 
@@ -55,11 +61,13 @@ impl Active {
 /// An operation on this queue's ring.
 struct LocalOp {
     request: usize,
+    /// What it takes of the queue's [`Allowance`].
+    charge: u64,
     epoch: Epoch,
     /// Where a write goes, should it have to be tried again.
     target: Option<(GuestCluster, u32)>,
-    /// It was a stable write that has failed, and is now tried as one that is not.
-    doubted: bool,
+    /// It was a stable write that has failed so, and is now tried as one that is not.
+    doubted: Option<Errno>,
 }
 
 /// Wakes the thread of a [`Queue`] from any other, for what is not the engine's.
@@ -81,6 +89,15 @@ pub struct Queue<D: Disk> {
     participant: Participant,
     inbox: Arc<Inbox<QueueMessage>>,
     active: Slab<Active>,
+    /// What is left of requests that are not cut into parts yet.
+    rests: VecDeque<Rest>,
+    /// More of them may be cut at once.
+    has_more_to_cut: bool,
+    /// None may be cut for now.
+    is_held: bool,
+    allowance: Allowance,
+    /// The cluster for whose copy a request was charged last.
+    copied: Option<GuestCluster>,
     ops: Slab<LocalOp>,
     /// Operations that the ring had no room for.
     backlog: VecDeque<(u64, Op)>,
@@ -104,6 +121,11 @@ impl<D: Disk> Queue<D> {
             participant,
             inbox,
             active: Slab::with_capacity(engine.options.queue_depth as usize),
+            rests: VecDeque::new(),
+            has_more_to_cut: false,
+            is_held: false,
+            allowance: Allowance::new(engine.allowance.clone()),
+            copied: None,
             ops: Slab::with_capacity(engine.options.queue_depth as usize),
             backlog: VecDeque::new(),
             held: VecDeque::new(),
@@ -118,7 +140,9 @@ impl<D: Disk> Queue<D> {
     pub fn push(&mut self, request: Request) {
         let epoch = self.participant.begin_look_up();
         // Looked at inside the epoch: whoever suspends waits for it.
-        if self.engine.is_suspended() {
+        let is_suspended = self.engine.is_suspended();
+        preempt::point("admitted");
+        if is_suspended {
             self.held.push_back(request);
         } else {
             self.start(request);
@@ -154,6 +178,7 @@ impl<D: Disk> Queue<D> {
             self.local_done(completion);
         }
         self.completions = completions;
+        preempt::point("reaped");
         for message in self.inbox.take_all() {
             self.hear(message);
         }
@@ -162,7 +187,38 @@ impl<D: Disk> Queue<D> {
                 self.start(request);
             }
         }
+        self.cut_more();
         self.queue_backlog();
+    }
+
+    /// Whether another request would be started at once. Otherwise it waits for others
+    /// of this queue, and is better left where it can still be taken from by whoever
+    /// comes after: what was pushed and has not started ends undone in a drain.
+    pub fn has_room(&self) -> bool {
+        // A long discard does not keep transfers waiting.
+        match self.rests.len() {
+            0 => true,
+            1 => !self.rests[0].is_transfer(),
+            _ => false,
+        }
+    }
+
+    /// Whether all is begun that was pushed: nothing but discards would end undone in a
+    /// drain.
+    pub fn is_begun(&self) -> bool {
+        self.rests.iter().all(Rest::is_discard)
+    }
+
+    /// Whether nothing is begun, as the engine is suspended.
+    pub fn is_suspended(&self) -> bool {
+        self.engine.is_suspended()
+    }
+
+    /// Whether for now no more parts are begun of requests that were pushed before.
+    pub fn hold(&mut self, is_held: bool) {
+        if std::mem::replace(&mut self.is_held, is_held) && !is_held {
+            self.has_more_to_cut = !self.rests.is_empty();
+        }
     }
 
     /// Requests pushed and not yet given out by [`Self::poll`].
@@ -190,7 +246,9 @@ impl<D: Disk> Queue<D> {
 
     /// Whether [`Self::poll`] has something to do that no descriptor tells of.
     pub fn has_ready(&self) -> bool {
-        !self.finished.is_empty() || (self.io.completion_fd().is_none() && self.io.in_flight() > 0)
+        !self.finished.is_empty()
+            || self.has_more_to_cut
+            || (self.io.completion_fd().is_none() && self.io.in_flight() > 0)
     }
 
     /// Whether nothing has woken the thread since its last look.
@@ -207,9 +265,14 @@ impl<D: Disk> Queue<D> {
         });
     }
 
-    /// Waits until every request has ended. Parked ones fail, and requests held
-    /// by a suspended engine end with [`EngineError::Stopped`].
-    pub fn drain(&mut self, done: &mut Vec<Done>) {
+    /// Waits until every request has ended. Parked ones fail, requests held by a
+    /// suspended engine end with [`EngineError::Stopped`]. What has not been started is not
+    /// started any more, and its requests end with [`EngineError::Undone`]: zeroing, which
+    /// others may have been pushed behind, after `grace`, the rest at once.
+    pub fn drain(&mut self, done: &mut Vec<Done>, grace: Duration) {
+        let start = Instant::now();
+        // Before anything of it is begun.
+        self.drop_rests(self.engine.is_suspended());
         self.submit();
         self.poll(done);
         for request in std::mem::take(&mut self.held) {
@@ -219,10 +282,20 @@ impl<D: Disk> Queue<D> {
             });
         }
         while self.in_flight() > 0 {
+            let is_over = self.engine.is_suspended() || start.elapsed() >= grace;
+            self.drop_rests(is_over);
+            self.wait_for_an_end();
+            self.poll(done);
+        }
+    }
+
+    /// Blocks until [`Self::poll`] may have something to do, though not for long. What is
+    /// parked fails.
+    pub fn wait_for_an_end(&mut self) {
+        if !self.has_ready() {
             // Again and again: a write may find only now that there is no space.
             self.give_up_parked();
             self.wait(DRAIN_POLL);
-            self.poll(done);
         }
     }
 
@@ -256,7 +329,10 @@ impl<D: Disk> Queue<D> {
             flushed: false,
         });
         match self.check(&request.command) {
-            Ok(()) => self.split(key, request.command),
+            Ok(()) => match Rest::all(key, request.command) {
+                Some(rest) => return self.cut(rest),
+                None => self.flush(key),
+            },
             Err(error) => self.active[key].result = Err(error),
         }
         self.part_done(key);
@@ -297,77 +373,30 @@ impl<D: Disk> Queue<D> {
         }
     }
 
-    fn split(&mut self, key: usize, command: Command) {
-        match command {
-            Command::Read { start, data } => self.split_data(key, start, data, Self::read),
-            Command::Write { start, data } => self.split_data(key, start, data, Self::write),
-            Command::Flush => self.flush(key),
-            Command::Discard { ranges } => self.split_ranges(key, &ranges, ZeroKind::Discard),
-            Command::WriteZeroes { ranges, unmap } => {
-                let kind = if unmap {
-                    ZeroKind::Unmap
-                } else {
-                    ZeroKind::KeepAllocated
-                };
-                self.split_ranges(key, &ranges, kind);
-            }
-        }
-    }
-
-    /// Cuts a transfer at cluster borders.
-    fn split_data(
+    fn read(
         &mut self,
         key: usize,
-        start: Sector,
+        cluster: GuestCluster,
+        offset: u32,
         mut data: Segments,
-        each: fn(&mut Self, usize, GuestCluster, u32, Segments),
+        charge: u64,
     ) {
-        let cluster_size = self.engine.geometry().cluster;
-        let mut at = start.bytes();
-        while !data.is_empty() {
-            let offset = at & (cluster_size.bytes() - 1);
-            let piece = data.take_front((cluster_size.bytes() - offset) as usize);
-            let cluster = GuestCluster((at >> cluster_size.shift()) as u32);
-            at += piece.len() as u64;
-            each(self, key, cluster, offset as u32, piece);
-        }
-    }
-
-    /// Cuts ranges where the runner changes.
-    fn split_ranges(&mut self, key: usize, ranges: &[SectorRange], kind: ZeroKind) {
-        for range in ranges {
-            let (mut start, mut len) = (range.start.bytes(), range.count.bytes());
-            while len > 0 {
-                let piece = len.min(self.engine.runner_span(start));
-                let work = Work::Zero {
-                    start,
-                    len: piece,
-                    kind,
-                };
-                self.dispatch(key, work);
-                start += piece;
-                len -= piece;
-            }
-        }
-    }
-
-    fn read(&mut self, key: usize, cluster: GuestCluster, offset: u32, mut data: Segments) {
         let Place::In(file, host) = self.engine.bat.get(cluster).place() else {
             data.fill_zero();
-            return;
+            return self.allowance.end(charge);
         };
         let level = self.engine.level(file);
         let at = level.offset(host) + u64::from(offset);
         if file != self.engine.top() {
             // A disk that has grown since the snapshot reads as zeros beyond the
             // size that it had then.
-            let start = self.engine.geometry().cluster_start(cluster) + u64::from(offset);
+            let start = self.engine.grid().cluster_start(cluster) + u64::from(offset);
             let within = level.disk_bytes().saturating_sub(start);
             let inside = data.take_front(usize::try_from(within).unwrap_or(usize::MAX));
             data.fill_zero();
             data = inside;
             if data.is_empty() {
-                return;
+                return self.allowance.end(charge);
             }
         }
         let op = Op::Read {
@@ -375,10 +404,17 @@ impl<D: Disk> Queue<D> {
             offset: at,
             buffer: Buffer::Client(data),
         };
-        self.local(key, op, None);
+        self.local(key, op, None, charge);
     }
 
-    fn write(&mut self, key: usize, cluster: GuestCluster, offset: u32, data: Segments) {
+    fn write(
+        &mut self,
+        key: usize,
+        cluster: GuestCluster,
+        offset: u32,
+        data: Segments,
+        charge: u64,
+    ) {
         match self.engine.plan_write(cluster, offset, &data) {
             WritePlan::At {
                 offset: at,
@@ -392,49 +428,46 @@ impl<D: Disk> Queue<D> {
                     buffer: Buffer::Client(data),
                     dsync,
                 };
-                self.local(key, op, Some((cluster, offset)));
+                self.local(key, op, Some((cluster, offset)), charge);
             }
-            WritePlan::Nothing { on_disk } => self.active[key].stable &= on_disk,
+            WritePlan::Nothing { on_disk } => {
+                self.active[key].stable &= on_disk;
+                self.allowance.end(charge);
+            }
             WritePlan::Runner => {
                 let work = Work::Write {
                     cluster,
                     offset,
                     data,
                 };
-                self.dispatch(key, work);
+                self.dispatch(key, work, charge);
             }
             WritePlan::Space => {
-                let pio = self.pio(key, cluster, offset, data);
+                let work = Work::Write {
+                    cluster,
+                    offset,
+                    data,
+                };
+                let pio = self.pio(key, work, charge);
                 self.engine.park(pio, false);
             }
         }
     }
 
-    /// A write as a pio that others do.
-    fn pio(&mut self, key: usize, cluster: GuestCluster, offset: u32, data: Segments) -> Pio {
-        self.new_pio(
-            key,
-            Work::Write {
-                cluster,
-                offset,
-                data,
-            },
-        )
-    }
-
-    fn new_pio(&mut self, key: usize, work: Work) -> Pio {
+    /// A part that others do, with what it takes of the allowance.
+    fn pio(&mut self, key: usize, work: Work, charge: u64) -> Pio {
         self.active[key].parts += 1;
         self.active[key].stable = false;
         Pio {
-            home: Home::new(self.inbox.clone(), key),
+            home: Home::new(self.inbox.clone(), key, charge),
             work,
             last_try: false,
         }
     }
 
-    fn dispatch(&mut self, key: usize, work: Work) {
-        let cluster = work.cluster(self.engine.geometry());
-        let pio = self.new_pio(key, work);
+    fn dispatch(&mut self, key: usize, work: Work, charge: u64) {
+        let cluster = work.cluster(self.engine.grid());
+        let pio = self.pio(key, work, charge);
         self.engine.dispatch(cluster, pio);
     }
 
@@ -448,21 +481,23 @@ impl<D: Disk> Queue<D> {
 
     fn wait_for_flush(&mut self, key: usize) {
         self.active[key].parts += 1;
-        self.engine.md.post(MdMessage::Flush {
+        preempt::point("waiting");
+        self.engine.ask_md(MdMessage::Flush {
             inbox: self.inbox.clone(),
             request: key,
         });
     }
 
     /// Queues an operation on this thread's ring.
-    fn local(&mut self, key: usize, op: Op, target: Option<(GuestCluster, u32)>) {
+    fn local(&mut self, key: usize, op: Op, target: Option<(GuestCluster, u32)>, charge: u64) {
         self.active[key].parts += 1;
         let epoch = self.participant.begin_io();
         let tag = self.ops.insert(LocalOp {
             request: key,
+            charge,
             epoch,
             target,
-            doubted: false,
+            doubted: None,
         }) as u64;
         if !self.backlog.is_empty() {
             self.backlog.push_back((tag, op));
@@ -484,15 +519,15 @@ impl<D: Disk> Queue<D> {
     /// A stable write is a write and a sync in one, and its error does not say which
     /// of the two has failed. If it was the write, that concerns nobody else. A sync
     /// that fails may have lost what others have written, and its error is reported
-    /// once only: no later sync would tell (I7). So the write is tried alone, and if
-    /// that succeeds, it was the sync. Its epoch stays, as does its cluster. A full
-    /// host is no exception: one that finds the space for a write late (NFS, thin
-    /// volumes) says so in the sync.
+    /// once only: no later sync would tell (I7). So the write is tried alone, and unless
+    /// that fails for the same reason, it was the sync. Its epoch stays, as does its
+    /// cluster. A full host is no exception: one that finds the space for a write late
+    /// (NFS, thin volumes) says so in the sync.
     fn doubt(&mut self, completion: Completion) -> Option<Completion> {
         match completion {
             Completion {
                 tag,
-                result: Err(_),
+                result: Err(errno),
                 op:
                     Op::Write {
                         file,
@@ -501,7 +536,7 @@ impl<D: Disk> Queue<D> {
                         dsync: true,
                     },
             } => {
-                self.ops[tag as usize].doubted = true;
+                self.ops[tag as usize].doubted = Some(errno);
                 self.engine.begin_doubt();
                 let write = Op::Write {
                     file,
@@ -522,16 +557,22 @@ impl<D: Disk> Queue<D> {
         };
         let local = self.ops.remove(completion.tag as usize);
         self.participant.leave(local.epoch);
+        preempt::point("I/O ended");
         let key = local.request;
-        if local.doubted {
-            if completion.result.is_ok() {
+        if let Some(errno) = local.doubted {
+            let sync_has_failed = completion.result != Err(errno);
+            if sync_has_failed {
                 self.engine.set_sync_failed("a stable write");
-                self.active[key].result = Err(EngineError::SyncFailed);
             }
             self.engine.end_doubt();
+            if sync_has_failed {
+                self.allowance.end(local.charge);
+                self.active[key].result = Err(EngineError::SyncFailed);
+                return self.part_done(key);
+            }
         }
         match (completion.result, completion.op, local.target) {
-            (Ok(()), ..) => {}
+            (Ok(()), ..) => self.allowance.end(local.charge),
             (
                 Err(Errno::NOSPC | Errno::DQUOT),
                 Op::Write {
@@ -540,19 +581,19 @@ impl<D: Disk> Queue<D> {
                 },
                 Some((cluster, offset)),
             ) => {
-                let pio = self.pio(key, cluster, offset, data);
+                // It goes on as another part, which waits for the host.
+                self.allowance.uncharge(local.charge);
+                let work = Work::Write {
+                    cluster,
+                    offset,
+                    data,
+                };
+                let pio = self.pio(key, work, 0);
                 self.engine.park(pio, true);
             }
-            (Err(errno), _, target) => {
+            (Err(errno), ..) => {
+                self.allowance.end(local.charge);
                 self.active[key].result = Err(EngineError::Io(errno));
-                if sabotage::is(Sabotage::FailedWriteUnmaps)
-                    && self.engine.has_bat()
-                    && let Some((cluster, _)) = target
-                    && let Place::In(_, host) = self.engine.bat.get(cluster).place()
-                {
-                    let entry = self.engine.bat.get(cluster);
-                    self.engine.unmap(cluster, entry, host);
-                }
             }
         }
         self.part_done(key);
@@ -560,7 +601,12 @@ impl<D: Disk> Queue<D> {
 
     fn hear(&mut self, message: QueueMessage) {
         match message {
-            QueueMessage::PioDone { request, result } => {
+            QueueMessage::PioDone {
+                request,
+                charge,
+                result,
+            } => {
+                self.allowance.end(charge);
                 if result.is_err() {
                     self.active[request].result = result;
                 }
@@ -574,6 +620,7 @@ impl<D: Disk> Queue<D> {
                 }
                 self.part_done(request);
             }
+            QueueMessage::Parked { charge } => self.allowance.uncharge(charge),
             QueueMessage::Resumed => {}
         }
     }
@@ -590,12 +637,11 @@ impl<D: Disk> Queue<D> {
         if succeeded && self.engine.is_write_through() {
             if self.engine.has_sync_failed() {
                 request.result = Err(EngineError::SyncFailed);
-            } else if request.needs_flush(&self.engine)
-                && !sabotage::is(Sabotage::WriteThroughTooEarly)
-            {
+            } else if request.needs_flush(&self.engine) && rule::kept(Rule::WriteThroughMapping) {
                 return self.wait_for_flush(key);
             }
         }
+        preempt::point("judged");
         let request = self.active.remove(key);
         if request.changes_disk && !(request.stable && request.result.is_ok()) {
             self.participant.count_completed();
@@ -612,7 +658,7 @@ impl<D: Disk> Drop for Queue<D> {
     /// everything in flight.
     fn drop(&mut self) {
         if !self.engine.is_abandoned() {
-            self.drain(&mut Vec::new());
+            self.drain(&mut Vec::new(), Duration::ZERO);
         }
     }
 }

@@ -19,7 +19,7 @@ use std::io;
 use std::sync::atomic::Ordering;
 
 use super::entry::Entry;
-use super::take_over::TakeOverError;
+use super::take_over::{NO_OPENING, TakeOverError};
 use crate::format::{Geometry, GuestCluster};
 use crate::storage::SharedWords;
 
@@ -74,6 +74,16 @@ impl Identity {
         AT_FIRST + self.entries() as usize
     }
 
+    /// Whether memory with this head is of the same image. A disk that grows may have been
+    /// cut off between its header and this.
+    fn is_that_of(&self, head: impl Fn(usize) -> u64) -> bool {
+        let cluster = self.geometry.cluster.bytes();
+        head(AT_CLUSTER) == cluster
+            && head(AT_LEVELS) == self.levels as u64
+            && (head(AT_ENTRIES) == 0) == (self.entries() == 0)
+            && head(AT_DATA_START) % cluster == self.geometry.data_start % cluster
+    }
+
     fn head(&self) -> [(usize, u64); 4] {
         [
             (AT_ENTRIES, u64::from(self.entries())),
@@ -106,9 +116,7 @@ impl Remembered {
             words,
             entries: identity.entries(),
         };
-        for (at, value) in identity.head() {
-            remembered.set(at, value);
-        }
+        remembered.set_head(identity);
         remembered.set(AT_VERSION, VERSION);
         remembered.set(AT_OPENING, opening);
         remembered.set(AT_MAGIC, MAGIC);
@@ -126,12 +134,36 @@ impl Remembered {
         if !is_ours {
             return Err(TakeOverError::Foreign);
         }
-        let mut head = identity.head().into_iter();
-        let fits = head.all(|(at, value)| remembered.get(at) == value);
+        let fits = identity.is_that_of(|at| remembered.get(at));
         if !fits || remembered.words.len() < identity.words() {
             return Err(TakeOverError::OtherImage);
         }
+        remembered.set_head(identity);
         Ok(remembered)
+    }
+
+    /// Whether it has room for the map of this image, and knows that it is of it.
+    pub fn has_room_for(&self, identity: &Identity) -> bool {
+        self.entries == identity.entries() && self.words.len() >= identity.words()
+    }
+
+    /// The same memory with room for the map of this image, which has grown.
+    ///
+    /// # Errors
+    /// Any of `ftruncate(2)` and `mmap(2)`.
+    pub fn longer(&self, identity: &Identity) -> io::Result<Self> {
+        let remembered = Self {
+            words: self.words.with_len(identity.words())?,
+            entries: identity.entries(),
+        };
+        remembered.set_head(identity);
+        Ok(remembered)
+    }
+
+    fn set_head(&self, identity: &Identity) {
+        for (at, value) in identity.head() {
+            self.set(at, value);
+        }
     }
 
     /// Whether memory is of ours, and the process that left it had flushed everything,
@@ -169,12 +201,24 @@ impl Remembered {
     /// whichever comes first.
     pub fn note(&self, cluster: GuestCluster, entry: Entry) {
         let Some(word) = self.words.word(AT_FIRST + cluster.0 as usize) else {
-            return;
+            return self.disown(cluster);
         };
         let _ = word.fetch_update(Ordering::AcqRel, Ordering::Acquire, |bits| {
             let is_news = Entry::from_remembered(bits).is_none_or(|old| old.is_older_than(entry));
             is_news.then_some(entry.remembered())
         });
+    }
+
+    /// There is no room for a change: nobody may take over without it.
+    fn disown(&self, cluster: GuestCluster) {
+        let opening = self.words.word(AT_OPENING);
+        let opening = opening.map_or(NO_OPENING, |word| word.swap(NO_OPENING, Ordering::AcqRel));
+        if opening != NO_OPENING {
+            log::error!(
+                "the memory that outlives this process has no room for guest cluster {}: the                  guest cannot live on if this process is killed",
+                cluster.0
+            );
+        }
     }
 
     /// What is remembered of single entries, in order. What is no entry has `None`.
@@ -256,5 +300,57 @@ impl Remembered {
         if let Some(word) = self.words.word(index) {
             word.store(value, Ordering::Release);
         }
+    }
+}
+
+#[cfg(all(test, not(ploop_loom)))]
+mod tests {
+    use super::*;
+    use crate::format::{ClusterSize, Header, HostCluster, Sector};
+    use crate::storage::FileId;
+
+    fn identity() -> Identity {
+        let cluster = ClusterSize::MIN;
+        let header = Header::new(Sector(4 * cluster.bytes() / 512), cluster).unwrap();
+        Identity {
+            geometry: *header.geometry(),
+            levels: 1,
+            has_bat: true,
+        }
+    }
+
+    #[test]
+    fn memory_that_lacks_a_change_belongs_to_no_opening() {
+        let identity = identity();
+        let words = SharedWords::new(identity.words()).unwrap();
+        let remembered = Remembered::new(words, &identity, 7).unwrap();
+        let entry = Entry::mapped(FileId(0), HostCluster(7)).changed();
+        remembered.note(GuestCluster(identity.entries() - 1), entry);
+        assert_eq!(remembered.opening(), 7);
+        let beyond = remembered.words.len() - AT_FIRST;
+        remembered.note(GuestCluster(beyond as u32), entry);
+        assert_eq!(remembered.opening(), NO_OPENING);
+    }
+
+    #[test]
+    fn memory_that_is_longer_than_the_map_has_no_more_entries() {
+        let identity = identity();
+        let entries = identity.entries();
+        assert!(SharedWords::new(identity.words() - 1).is_ok_and(|words| {
+            // Too short to be used.
+            Remembered::new(words, &identity, 1).is_err()
+        }));
+        let words = SharedWords::new(identity.words() + 4096).unwrap();
+        let memory = words.map_again().unwrap();
+        let remembered = Remembered::new(words, &identity, 1).unwrap();
+        let entry = Entry::mapped(FileId(0), HostCluster(7)).changed();
+        let last = GuestCluster(entries - 1);
+        for cluster in [GuestCluster(0), last, GuestCluster(entries)] {
+            remembered.note(cluster, entry);
+        }
+        let found = Remembered::found(memory, &identity).unwrap();
+        let entry = Entry::from_remembered(entry.remembered());
+        let expected = [(GuestCluster(0), entry), (last, entry)];
+        assert_eq!(found.entries().unwrap(), expected);
     }
 }

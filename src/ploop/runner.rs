@@ -1,8 +1,8 @@
 //! A runner: does the pios that the queue threads do not do on the spot.
 //!
 //! These are discards and zeroing, copy-on-write from lower deltas, writes that
-//! direct I/O takes only as a read-modify-write, and whatever waits behind one of
-//! these. All pios of a cluster that need a runner meet the same one, so a locked
+//! direct I/O takes only as a read-modify-write, what has to move for a larger disk,
+//! and whatever waits behind one of these. All pios of a cluster that need a runner meet the same one, so a locked
 //! cluster is the business of one thread: what comes meanwhile waits in its list.
 
 use std::collections::{BTreeMap, VecDeque};
@@ -15,10 +15,12 @@ use rustix::io::Errno;
 use slab::Slab;
 
 mod cow;
+mod relocate;
 mod rmw;
 mod zero;
 
 use self::cow::{CopyBuffers, Cow};
+use self::relocate::Relocation;
 use self::rmw::Rmw;
 use super::EngineError;
 use super::engine::{Engine, WritePlan};
@@ -26,6 +28,8 @@ use super::entry::{Entry, Place};
 use super::epoch::{Epoch, Participant};
 use super::inbox::{Inbox, Waker};
 use super::pio::{Pio, Work};
+use super::preempt;
+use super::rule::{self, Rule};
 use crate::format::GuestCluster;
 use crate::storage::{Buffer, Completion, Disk, Io, Op};
 
@@ -52,6 +56,8 @@ pub struct Runner<D: Disk> {
     awaits_copy: VecDeque<Pio>,
     /// Memory for copies, kept for the next ones.
     buffers: CopyBuffers,
+    /// Wait for the end of copies to where the BAT of a larger disk goes.
+    awaits_end: Vec<Pio>,
     completions: Vec<Completion>,
 }
 
@@ -74,13 +80,20 @@ struct Busy {
 }
 
 enum Job {
-    /// A read-modify-write: I/O that started before the lock must end first.
+    /// I/O that started before the lock must end first.
     AwaitIo {
         epoch: u64,
-        rmw: Rmw,
+        then: Then,
     },
     Rmw(Rmw),
     Cow(Cow),
+    Relocation(Relocation),
+}
+
+/// What is done when no other I/O to the cluster is under way.
+enum Then {
+    Rmw(Rmw),
+    Relocation(Relocation),
 }
 
 impl<D: Disk> Runner<D> {
@@ -98,7 +111,8 @@ impl<D: Disk> Runner<D> {
             busy: BTreeMap::new(),
             copies: 0,
             awaits_copy: VecDeque::new(),
-            buffers: CopyBuffers::new(engine.geometry().cluster.bytes()),
+            awaits_end: Vec::new(),
+            buffers: CopyBuffers::new(engine.grid().cluster().bytes()),
             completions: Vec::new(),
             engine,
         })
@@ -124,6 +138,7 @@ impl<D: Disk> Runner<D> {
     fn look(&mut self) {
         self.reap();
         self.end_graces();
+        self.end_waits_for_copies();
         for pio in self.inbox.take_all() {
             self.run(pio);
             if self.io.completion_fd().is_none() {
@@ -177,31 +192,43 @@ impl<D: Disk> Runner<D> {
         self.ops.is_empty()
             && self.busy.is_empty()
             && self.awaits_copy.is_empty()
+            && self.awaits_end.is_empty()
             && self.inbox.is_empty()
     }
 
     fn run(&mut self, pio: Pio) {
         let epoch = self.participant.begin_look_up();
-        let cluster = pio.work.cluster(self.engine.geometry());
-        if let Some(busy) = self.busy.get_mut(&cluster) {
-            busy.waiting.push_back(pio);
-        } else {
-            match pio.work {
-                Work::Write { .. } => self.write(pio),
-                Work::Zero { .. } => self.zero(pio),
-            }
+        let cluster = pio.work.cluster(self.engine.grid());
+        match pio.work {
+            // These are about what is busy.
+            Work::EndCopies => self.await_end_of_copies(pio),
+            Work::EndMove { is_stable, .. } => self.end_relocation(pio, cluster, is_stable),
+            _ => match self.busy.get_mut(&cluster) {
+                Some(busy) => busy.waiting.push_back(pio),
+                None => self.begin(pio),
+            },
         }
         self.participant.end_look_up(epoch);
     }
 
+    fn begin(&mut self, pio: Pio) {
+        match pio.work {
+            Work::Write { .. } => self.write(pio),
+            Work::Move { cluster, to, keep } => self.begin_relocation(pio, cluster, to, keep),
+            _ => self.zero(pio),
+        }
+    }
+
     fn complete(&self, pio: Pio, result: Result<(), EngineError>) {
         pio.home.complete(result);
+        preempt::point("completed");
         self.engine.dispatched.fetch_sub(1, Ordering::AcqRel);
     }
 
     /// The pio needs space that is not there; `full` if the host said so.
     fn park(&self, pio: Pio, full: bool) {
         self.engine.park(pio, full);
+        preempt::point("parked");
         self.engine.dispatched.fetch_sub(1, Ordering::AcqRel);
     }
 
@@ -299,17 +326,57 @@ impl<D: Disk> Runner<D> {
         }
     }
 
+    /// Starts what waits for the end of older I/O, where that has come.
+    fn end_graces(&mut self) {
+        let epochs = &self.engine.epochs;
+        let is_over = |busy: &Busy| match busy.job {
+            Job::AwaitIo { epoch, ref then } => {
+                let rule = match then {
+                    Then::Rmw(_) => Rule::OldIoBeforeModify,
+                    Then::Relocation(_) => Rule::OldIoBeforeCopy,
+                };
+                epochs.all_reached(epoch) || !rule::kept(rule)
+            }
+            _ => false,
+        };
+        let over: Vec<_> = self
+            .busy
+            .iter()
+            .filter(|(_, busy)| is_over(busy))
+            .map(|(cluster, _)| *cluster)
+            .collect();
+        for cluster in over {
+            if let Some(Busy {
+                job: Job::AwaitIo { then, .. },
+                waiting,
+            }) = self.busy.remove(&cluster)
+            {
+                let (job, op) = match then {
+                    Then::Rmw(rmw) => {
+                        let op = rmw.read(&self.engine);
+                        (Job::Rmw(rmw), op)
+                    }
+                    Then::Relocation(relocation) => {
+                        let op = relocation.read(&self.engine, &mut self.buffers);
+                        (Job::Relocation(relocation), op)
+                    }
+                };
+                self.queue_job(cluster, job, waiting, op);
+            }
+        }
+    }
+
     /// Makes the cluster this runner's own; false if its entry is not `from` any
     /// more. Reads go on.
     fn lock(&self, cluster: GuestCluster, from: Entry) -> bool {
-        self.engine
-            .bat
-            .replace(cluster, from, from.locked())
-            .is_ok()
+        let is_ours = self.engine.bat.replace(cluster, from, from.locked());
+        preempt::point("locked");
+        is_ours.is_ok()
     }
 
     fn unlock(&mut self, cluster: GuestCluster, waiting: VecDeque<Pio>) {
         self.engine.bat.unlock(cluster);
+        preempt::point("unlocked");
         self.run_waiting(waiting);
     }
 
@@ -334,6 +401,9 @@ impl<D: Disk> Runner<D> {
         match job {
             Job::Rmw(rmw) => self.step_rmw(cluster, rmw, waiting, completion),
             Job::Cow(cow) => self.step_cow(cluster, cow, waiting, completion),
+            Job::Relocation(relocation) => {
+                self.step_relocation(cluster, relocation, waiting, completion);
+            }
             // Has no operation in flight.
             Job::AwaitIo { .. } => self.unlock(cluster, waiting),
         }

@@ -17,6 +17,7 @@ use super::md::MdWriter;
 use super::open::Opened;
 use super::runner::Runner;
 use crate::storage::{Disk, Io};
+use crate::threads::{self, Role};
 
 /// An open disk whose threads run. Make [`Queue`](super::Queue)s of its engine,
 /// drop them, then [`Self::close`] it. A panic in one of the threads ends the process.
@@ -40,16 +41,12 @@ impl<D: Disk> Running<D> {
             md: None,
         };
         let md = opened.md;
-        running.md = Some(
-            thread::Builder::new()
-                .name("md".into())
-                .spawn(move || run_md(md))?,
-        );
+        running.md = Some(threads::start(Role::Metadata, "md", move || run_md(md))?);
         for (index, runner) in opened.runners.into_iter().enumerate() {
             let stopped = running.stopped.clone();
-            let runner = thread::Builder::new()
-                .name(format!("runner{index}"))
-                .spawn(move || run_runner(runner, &stopped))?;
+            let runner = threads::start(Role::Runner, format!("runner{index}"), move || {
+                run_runner(runner, &stopped);
+            })?;
             running.runners.push(runner);
         }
         Ok(running)
@@ -71,12 +68,38 @@ impl<D: Disk> Running<D> {
         self.stop()
     }
 
+    /// The same for somebody who opens the image at once, in the same process or another
+    /// one: nothing that takes longer is done to it, and it is marked as closed, though that
+    /// is not stable. All queues must have been dropped.
+    ///
+    /// # Errors
+    /// When not everything could be made stable: then it goes on as before. Or when the image
+    /// could not be marked, and has everything nevertheless: then it has ended.
+    pub fn pass(mut self) -> Result<(), (Option<Self>, EngineError)> {
+        let result = self.engine.control(Control::Pass).wait();
+        if let Err(error) = result
+            && !self.engine.is_suspended()
+        {
+            return Err((Some(self), error));
+        }
+        self.end_threads();
+        result.map_err(|error| (None, error))
+    }
+
     fn stop(&mut self) -> Result<(), EngineError> {
-        let Some(md) = self.md.take() else {
+        if self.md.is_none() {
             return Ok(());
-        };
+        }
         let result = self.engine.control(Control::Close).wait();
-        let _ = md.join();
+        self.end_threads();
+        result
+    }
+
+    /// Once the image is closed.
+    fn end_threads(&mut self) {
+        if let Some(md) = self.md.take() {
+            let _ = md.join();
+        }
         self.stopped.store(true, Ordering::Release);
         for inbox in &self.engine.runners {
             inbox.waker().wake();
@@ -84,7 +107,6 @@ impl<D: Disk> Running<D> {
         for runner in self.runners.drain(..) {
             let _ = runner.join();
         }
-        result
     }
 }
 
@@ -106,7 +128,7 @@ impl Drop for Indispensable {
         if thread::panicking() {
             let thread = thread::current();
             let name = thread.name().unwrap_or("a thread of the engine");
-            log::error!("{name} has panicked, nothing goes on without it: the process ends");
+            log::error!("{name} panicked, and nothing can go on without it: the process aborts");
             process::abort();
         }
     }

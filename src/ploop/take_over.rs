@@ -23,8 +23,8 @@ use super::control::Control;
 use super::engine::{Engine, MdMessage};
 use super::entry::{Entry, Place};
 use super::remembered::{Identity, Remembered};
-use super::sabotage::{self, Sabotage};
-use crate::format::{ClusterSet, GuestCluster, HostCluster};
+use super::rule::{self, Rule};
+use crate::format::{ClusterSet, Geometry, GuestCluster, HostCluster};
 use crate::storage::{Disk, FileId, SharedWords};
 
 /// Why what a process has left cannot be taken over. The guest that it belongs to must
@@ -41,7 +41,7 @@ pub enum TakeOverError {
     #[error("the image was opened for writing by somebody else meanwhile")]
     Changed,
     /// Requests may have been served without it.
-    #[error("the image is being served already")]
+    #[error("this process has served the image without the memory that came back")]
     Begun,
     /// It cannot be true.
     #[error("the memory that came back is damaged: guest cluster {cluster} {what}")]
@@ -99,11 +99,46 @@ impl<D: Disk> Engine<D> {
     }
 
     fn identity(&self) -> Identity {
+        self.identity_of(&self.geometry())
+    }
+
+    fn identity_of(&self, geometry: &Geometry) -> Identity {
         Identity {
-            geometry: *self.geometry(),
+            geometry: *geometry,
             levels: self.levels.len(),
             has_bat: self.has_bat(),
         }
+    }
+
+    /// Makes the memory that outlives the process, if there is any, as long as a disk of
+    /// this geometry needs it.
+    ///
+    /// # Errors
+    /// Any of `ftruncate(2)` and `mmap(2)`.
+    pub(super) fn make_room(&self, geometry: &Geometry) -> io::Result<()> {
+        let _geometry = self.lock_geometry();
+        self.make_room_locked(geometry)
+    }
+
+    fn make_room_locked(&self, geometry: &Geometry) -> io::Result<()> {
+        if let Some(remembered) = &*self.remembered.load() {
+            let longer = remembered.longer(&self.identity_of(geometry))?;
+            self.remembered.store(Some(Arc::new(longer)));
+        }
+        Ok(())
+    }
+
+    /// The disk is of this geometry now.
+    pub(super) fn publish_size(&self, geometry: &Geometry) {
+        let mut now = self.lock_geometry();
+        // Memory may have come since room was made.
+        if rule::kept(Rule::RoomOutlivesProcess)
+            && let Err(error) = self.make_room_locked(geometry)
+        {
+            log::error!("a larger disk cannot be remembered: {error}");
+        }
+        *now = *geometry;
+        self.set_disk_size(geometry.disk_size);
     }
 
     /// Whether the image was not closed, and nobody has said yet that no guest that
@@ -127,6 +162,7 @@ impl<D: Disk> Engine<D> {
                 *beginning = Beginning::Begun(opening);
                 self.md.post(MdMessage::Begin {
                     freed: Vec::new(),
+                    moved: Vec::new(),
                     leaked,
                 });
                 opening
@@ -178,15 +214,22 @@ impl<D: Disk> Engine<D> {
     }
 
     /// From now on what the disk does not know is in `words` as well, of
-    /// [`Self::remembered_len`]; what was in it is forgotten. Begins, if nobody has.
-    /// To be called while no request is under way.
+    /// [`Self::remembered_len`]; what was in it is forgotten. It is made longer if the disk
+    /// has grown since. Begins, if nobody has. To be called while no request is under way.
     ///
     /// # Errors
-    /// When the memory is too small, or cannot be cleared.
+    /// When the memory cannot be made long enough, or cannot be cleared.
     pub fn remember_in(&self, words: SharedWords) -> io::Result<()> {
         // Without a name nobody can take it over.
         let opening = self.rename(&mut self.beginning()).unwrap_or(NO_OPENING);
-        let remembered = Remembered::new(words, &self.identity(), opening)?;
+        let geometry = self.lock_geometry();
+        let identity = self.identity_of(&geometry);
+        // The disk may have grown since whoever mapped it was told how long it has to be.
+        let words = match words.len() < identity.words() {
+            true => words.with_len(identity.words())?,
+            false => words,
+        };
+        let remembered = Remembered::new(words, &identity, opening)?;
         self.remember(Arc::new(remembered));
         Ok(())
     }
@@ -208,7 +251,7 @@ impl<D: Disk> Engine<D> {
     /// anybody who relies on it is told of an end (I13).
     pub(super) fn note_change(&self, cluster: GuestCluster, entry: Entry) {
         if let Some(remembered) = &*self.remembered.load()
-            && !sabotage::is(Sabotage::ForgetChange)
+            && rule::kept(Rule::ChangeOutlivesProcess)
         {
             remembered.note(cluster, entry);
         }
@@ -217,7 +260,7 @@ impl<D: Disk> Engine<D> {
     /// A sync has failed, likewise.
     pub(super) fn note_failed_sync(&self) {
         if let Some(remembered) = &*self.remembered.load()
-            && !sabotage::is(Sabotage::ForgetFailureAtDeath)
+            && rule::kept(Rule::FailureOutlivesProcess)
         {
             remembered.set_sync_failed();
         }
@@ -336,6 +379,28 @@ impl<D: Disk> Engine<D> {
         Ok(())
     }
 
+    /// Goes on with memory in which this process has remembered, after it has closed the
+    /// image and opened it again. Another process may have had both meanwhile, and be dead
+    /// now: it has served nobody, so whatever it has left in the memory, the disk has
+    /// everything. To be called before any request.
+    ///
+    /// # Errors
+    /// [`TakeOverError::Io`].
+    pub fn take_back(&self, words: SharedWords) -> Result<(), TakeOverError> {
+        let again = words.map_again().map_err(|source| TakeOverError::Io {
+            what: "map the memory that came back",
+            source,
+        })?;
+        match Remembered::found(words, &self.identity()) {
+            Ok(found) => {
+                // For the next process, if this one is killed before it has a new name.
+                found.set_settled();
+                self.take_over_settled(found, &mut self.beginning())
+            }
+            Err(_) => self.take_over_changed(again),
+        }
+    }
+
     /// The process that left the memory had flushed everything, and the image was given
     /// another shape since, by a snapshot say.
     fn take_over_changed(&self, words: SharedWords) -> Result<(), TakeOverError> {
@@ -356,6 +421,9 @@ impl<D: Disk> Engine<D> {
         beginning: &mut Beginning,
     ) -> Result<(), TakeOverError> {
         let opening = self.rename(beginning).unwrap_or(NO_OPENING);
+        // No size becomes known until it is remembered in there.
+        let geometry = self.lock_geometry();
+        let found = self.in_full(found, &geometry)?;
         found.renew(opening).map_err(|source| TakeOverError::Io {
             what: "clear the memory that came back",
             source,
@@ -365,6 +433,18 @@ impl<D: Disk> Engine<D> {
         found.unsettle();
         self.remember(found);
         Ok(())
+    }
+
+    /// The same memory, as long as a disk of this geometry needs it.
+    fn in_full(&self, found: Remembered, now: &Geometry) -> Result<Remembered, TakeOverError> {
+        let identity = self.identity_of(now);
+        if found.has_room_for(&identity) {
+            return Ok(found);
+        }
+        found.longer(&identity).map_err(|source| TakeOverError::Io {
+            what: "make the memory that came back longer",
+            source,
+        })
     }
 
     /// What the memory adds to what the disk has; `Err` if it cannot be true.
@@ -419,7 +499,7 @@ impl<D: Disk> Engine<D> {
         let mut used = on_disk;
         for (_, entry) in &changed {
             let host = in_file(*entry, top);
-            if let Some(host) = host.filter(|_| !sabotage::is(Sabotage::ReuseTakenOver)) {
+            if let Some(host) = host.filter(|_| rule::kept(Rule::TakenOverIsUsed)) {
                 used.insert(host);
             }
         }
@@ -464,15 +544,22 @@ impl<D: Disk> Engine<D> {
             };
             self.bat.load(cluster, entry);
             if entry.is_changed() {
-                pages.insert(self.geometry().md_page(cluster));
+                pages.insert(self.grid().md_page(cluster));
             }
         }
         self.uncover();
-        let freed = adoption.freed.into_iter();
-        let freed = freed.map(|(cluster, host)| (self.geometry().md_page(cluster), host));
+        // What is mapped elsewhere may have been moved there, and not been discarded: until
+        // the disk has the new entry, a power cut brings back the old one with its data.
+        let (freed, moved): (Vec<_>, Vec<_>) = adoption
+            .freed
+            .into_iter()
+            .partition(|(cluster, _)| self.bat.get(*cluster).place() == Place::Hole);
+        let freed = freed.into_iter();
+        let freed = freed.map(|(cluster, host)| (self.grid().md_page(cluster), host));
         // Before the marks, as with every change.
         self.md.post(MdMessage::Begin {
             freed: freed.collect(),
+            moved,
             leaked: adoption.leaked,
         });
         for page in pages {

@@ -13,7 +13,10 @@ use crate::format::{ClusterSize, Header, Sector};
 use crate::sim::disk::{Medium, SimDisk};
 use crate::storage::{Disk, FileId, Segments};
 
+mod close;
+mod copies;
 mod failed_pages;
+mod grow;
 mod lost_copy;
 mod plain;
 mod queues;
@@ -276,6 +279,21 @@ fn zeros_into_a_hole_allocate_nothing() {
 }
 
 #[test]
+fn a_bat_that_is_longer_than_is_read_at_once_is_read_to_its_end() {
+    const CLUSTERS: u64 = 300_000;
+    // Some of them have their entries around the end of the first MiB.
+    let clusters = [0, 262_127, 262_128, CLUSTERS - 1];
+    let rig = Rig::new(CLUSTERS * CLUSTER);
+    for (byte, cluster) in (1..).zip(clusters) {
+        rig.write(cluster * CLUSTER, &[byte; 512]).unwrap();
+    }
+    let rig = rig.reopen();
+    for (byte, cluster) in (1..).zip(clusters) {
+        assert_eq!(rig.read(cluster * CLUSTER, 512), [byte; 512]);
+    }
+}
+
+#[test]
 fn requests_beyond_the_end_fail_and_the_next_one_works() {
     let rig = Rig::new(2 * CLUSTER);
     let error = rig.write(2 * CLUSTER - 512, &[1; 1024]).unwrap_err();
@@ -332,7 +350,10 @@ fn a_flush_with_nothing_to_do_asks_nobody() {
     rig.write(0, &[5; 512]).unwrap();
     rig.flush().unwrap();
     let tag = rig.push(Command::Flush);
+    // It has ended, and is there until it is given out.
+    assert_eq!(rig.queues[0].borrow().in_flight(), 1);
     rig.poll_queue(0);
+    assert_eq!(rig.queues[0].borrow().in_flight(), 0);
     assert_eq!(rig.ended(tag), Some(Ok(())));
 }
 
@@ -345,6 +366,24 @@ fn write_through_makes_stable_before_completion() {
     let rig = rig.cut();
     assert_eq!(rig.read(0, 512), [5; 512]);
     assert_eq!(rig.read(512, 512), [6; 512]);
+}
+
+#[test]
+fn when_the_cache_has_been_turned_off_an_overwrite_is_one_stable_write() {
+    let rig = Rig::new(4 * CLUSTER);
+    rig.write(0, &[5; 4096]).unwrap();
+    let flush = rig.engine.begin_write_through(true).expect("a flush");
+    while flush.get().is_none() {
+        rig.turn();
+    }
+    assert_eq!(flush.get(), Some(Ok(())));
+    rig.disk.start_trace();
+    rig.write(0, &[6; 4096]).unwrap();
+    let trace = rig.disk.take_trace();
+    let started = trace.iter().filter(|line| line.contains(" starts "));
+    let started: Vec<_> = started.collect();
+    assert_eq!(started.len(), 1, "{trace:?}");
+    assert!(started[0].ends_with("dsync true"), "{trace:?}");
 }
 
 #[test]
@@ -387,6 +426,26 @@ fn a_stable_write_that_fails_by_itself_concerns_nobody_else() {
     rig.write(512, &[7; 512]).unwrap();
     rig.flush().unwrap();
     assert_eq!(rig.read(512, 512), [7; 512]);
+}
+
+/// That it could not be written the second time says nothing about the first.
+#[test]
+fn a_stable_write_that_fails_for_another_reason_the_second_time_was_a_failed_sync() {
+    let rig = Rig::new(4 * CLUSTER);
+    assert!(rig.engine.begin_write_through(true).is_some());
+    rig.write(0, &[5; 512]).unwrap();
+    rig.disk
+        .change_medium(|medium| medium.faults.full_stable_write = 1.0);
+    let write = rig.push_write_to(0, 0, &[6; 512]);
+    while !rig.engine.is_in_doubt() {
+        rig.step_disk();
+        rig.poll_queue(0);
+    }
+    rig.disk.change_medium(|medium| medium.faults.write = 1.0);
+    assert_eq!(rig.result(write), Err(EngineError::SyncFailed));
+    rig.disk
+        .change_medium(|medium| medium.faults = crate::sim::disk::Faults::default());
+    assert_eq!(rig.flush(), Err(EngineError::SyncFailed));
 }
 
 #[test]
@@ -474,9 +533,76 @@ fn suspension_holds_requests_and_resuming_does_them() {
         rig.turn();
     }
     assert!(rig.done.borrow().is_empty());
+    {
+        let queue = rig.queues[0].borrow();
+        assert_eq!((queue.in_flight(), queue.held()), (1, 1));
+    }
     rig.control(Control::Resume).unwrap();
     rig.result(tag).unwrap();
+    assert_eq!(rig.queues[0].borrow().in_flight(), 0);
     assert_eq!(rig.read(0, 512), [6; 512]);
+}
+
+#[test]
+fn a_queue_that_sleeps_is_woken_by_the_end_of_a_suspension() {
+    let rig = Rig::new(4 * CLUSTER);
+    rig.control(Control::Suspend).unwrap();
+    let write = rig.push_write_to(0, 0, &[6; 512]);
+    rig.poll_queue(0);
+    assert!(rig.queues[0].borrow_mut().may_sleep());
+    let resumed = rig.engine.control(Control::Resume);
+    while resumed.get().is_none() {
+        rig.poll_md();
+    }
+    assert!(!rig.queues[0].borrow().is_asleep());
+    rig.result(write).unwrap();
+}
+
+#[test]
+fn a_runner_is_not_idle_before_it_has_looked_at_what_was_posted() {
+    let rig = Rig::new(4 * CLUSTER);
+    let are_idle = || rig.runners.iter().all(|runner| runner.borrow().is_idle());
+    assert!(are_idle());
+    let write = rig.push(Command::WriteZeroes {
+        ranges: smallvec![range(512, 512)],
+        unmap: false,
+    });
+    assert!(!are_idle());
+    rig.result(write).unwrap();
+    assert!(are_idle());
+}
+
+/// The mapping on disk may still have what the discard has taken away in memory.
+#[test]
+fn stable_zeros_into_a_hole_wait_for_the_hole_to_be_stable() {
+    let rig = Rig::new(4 * CLUSTER);
+    assert!(rig.engine.begin_write_through(true).is_some());
+    rig.write(0, &[5; 4096]).unwrap();
+    let ranges = smallvec![range(0, CLUSTER)];
+    let discard = rig.push(Command::Discard { ranges });
+    let without_md = || {
+        rig.poll_queue(0);
+        rig.poll_runners();
+        rig.step_disk();
+    };
+    (0..50).for_each(|_| without_md());
+    assert!(rig.engine.mapped_here().is_empty());
+    let zeros = rig.push_write_to(0, 0, &[0; 4096]);
+    (0..50).for_each(|_| without_md());
+    assert_eq!((rig.ended(discard), rig.ended(zeros)), (None, None));
+    rig.result(zeros).unwrap();
+    assert_eq!(rig.cut().read(0, 4096), [0; 4096]);
+}
+
+#[test]
+fn a_file_that_is_shorter_than_its_header_is_said_to_be() {
+    let disk = SimDisk::new(1, Medium::default(), 1);
+    let levels = vec![Level::Ploop];
+    let opened = Engine::open(disk, &Chain { levels }, options());
+    let Err(OpenError::Truncated { needed, len, .. }) = opened else {
+        panic!("it was opened, or refused for another reason");
+    };
+    assert_eq!((needed, len), (64, 0));
 }
 
 #[test]
@@ -487,6 +613,20 @@ fn closing_cuts_the_tail_and_clears_the_mark() {
     rig.control(Control::Close).unwrap();
     assert_eq!(rig.disk.live_len(FileId(0)), 2 * CLUSTER);
     assert_eq!(rig.disk.read_live(FileId(0), 44, 4), [0; 4]);
+}
+
+#[test]
+fn closing_cuts_the_tail_of_a_top_that_is_shorter_than_what_is_below() {
+    let disk = empty_image(Medium::default(), 2, 16 * CLUSTER);
+    let base = Rig::open(&disk, 1, options());
+    base.write(0, &vec![1; 12 * CLUSTER as usize]).unwrap();
+    base.control(Control::Close).unwrap();
+    let rig = Rig::open(&disk, 2, options());
+    rig.write(0, &[5; 512]).unwrap();
+    assert!(disk.live_len(FileId(1)) > 2 * CLUSTER);
+    rig.control(Control::Close).unwrap();
+    assert_eq!(disk.live_len(FileId(1)), 2 * CLUSTER);
+    assert_eq!(disk.live_len(FileId(0)), 13 * CLUSTER);
 }
 
 #[test]
@@ -514,9 +654,9 @@ fn a_zeroing_that_finds_no_space_is_done_later() {
     }
 }
 
-#[test]
-fn a_file_that_ends_before_its_data_area_is_made_whole() {
-    let disk = SimDisk::new(1, Medium::default(), 1);
+/// An image of one page whose data area begins with the tenth cluster.
+fn image_without_data_area(medium: Medium) -> SimDisk {
+    let disk = SimDisk::new(1, medium, 1);
     let cluster = ClusterSize::from_bytes(CLUSTER).unwrap();
     let header = Header::new(Sector(16 * CLUSTER / 512), cluster).unwrap();
     let mut bytes = header.to_bytes();
@@ -524,11 +664,32 @@ fn a_file_that_ends_before_its_data_area_is_made_whole() {
     disk.set_len(FileId(0), 4096).unwrap();
     disk.write_all_at(FileId(0), &bytes, 0).unwrap();
     disk.sync(FileId(0)).unwrap();
+    disk
+}
+
+#[test]
+fn a_file_that_ends_before_its_data_area_is_made_whole() {
+    let disk = image_without_data_area(Medium::default());
     let rig = Rig::open(&disk, 1, options());
     rig.write(0, &[7; 4096]).unwrap();
     rig.flush().unwrap();
     let rig = rig.reopen();
     assert_eq!(rig.read(0, 4096), [7; 4096]);
+}
+
+#[test]
+fn an_image_whose_file_cannot_be_made_whole_is_refused_and_not_changed() {
+    let disk = image_without_data_area(Medium {
+        len_max: 10 * CLUSTER - 1,
+        ..Medium::default()
+    });
+    let before = disk.read_live(FileId(0), 0, 4096);
+    let levels = vec![Level::Ploop];
+    let error = Engine::open(disk.clone(), &Chain { levels }, options()).err();
+    assert!(matches!(error, Some(OpenError::Io { .. })), "{error:?}");
+    assert_eq!(disk.live_len(FileId(0)), 4096);
+    assert!(disk.read_live(FileId(0), 0, 4096) == before);
+    assert!(!disk.is_unsynced());
 }
 
 #[test]

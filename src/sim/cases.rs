@@ -45,18 +45,30 @@ pub enum Case {
     HeldBack,
     /// I12: the power went while the image was being opened or closed.
     Marking,
+    /// I12: the image was closed for somebody who has opened it at once.
+    Passed,
     /// I12: the power went and the format extension was still valid.
     ExtensionKept,
     /// I12: the power went and the format extension was not valid any more.
     ExtensionDropped,
+    /// I12: the disk became larger.
+    Larger,
+    /// I12: a cluster moved for that.
+    MovedForBat,
+    /// I12: the power went while the disk was becoming larger.
+    LargerCut,
+    /// I13: the process was killed meanwhile.
+    LargerKilled,
     /// I13: the process was killed while the guest lived on.
     Killed,
+    /// I13: the process was killed, its guest with it, and the image opened again.
+    Abandoned,
     /// I13: what it left changed the map that the disk had.
     TakenOver,
 }
 
 impl Case {
-    const ALL: [(Self, &'static str); 18] = [
+    const ALL: [(Self, &'static str); 24] = [
         (Self::Moved, "I1  cluster passed to another guest cluster"),
         (Self::Reused, "I2  freed cluster mapped again"),
         (Self::Flush, "I3  flush with something to flush"),
@@ -74,9 +86,24 @@ impl Case {
         (Self::Grown, "I8  mapping in a part that was added"),
         (Self::HeldBack, "I11 page written with an entry held back"),
         (Self::Marking, "I12 cut while opening or closing"),
+        (Self::Passed, "I12 closed for another process"),
         (Self::ExtensionKept, "I12 cut that left a format extension"),
         (Self::ExtensionDropped, "I12 cut after one was dropped"),
+        (Self::Larger, "I12 disk that became larger"),
+        (Self::MovedForBat, "I12 cluster that moved for a larger BAT"),
+        (
+            Self::LargerCut,
+            "I12 cut while the disk was becoming larger",
+        ),
+        (
+            Self::LargerKilled,
+            "I13 process killed while the disk was becoming larger",
+        ),
         (Self::Killed, "I13 process killed under a living guest"),
+        (
+            Self::Abandoned,
+            "I13 process killed together with its guest",
+        ),
         (Self::TakenOver, "I13 map taken over from a killed process"),
     ];
 }
@@ -129,10 +156,16 @@ impl Cases {
         self.opened_len = disk.live_len(top);
         self.metadata = disk.read_live(top, 0, scenario.medium.metadata_len as usize);
         disk.take_metadata_writes();
-        let entries: Vec<(u32, u32)> = entries(&self.metadata, 64).collect();
+        let entries: Vec<(u32, u32)> =
+            entries(&self.metadata, 64, scenario.top_entries()).collect();
         for (guest, value) in entries.into_iter().filter(|(_, value)| *value != 0) {
             self.owners.entry(value).or_default().insert(guest);
         }
+    }
+
+    /// Header and BAT take so many bytes now.
+    pub fn grow(&mut self, metadata_len: u64) {
+        self.metadata.resize(metadata_len as usize, 0);
     }
 
     /// Looks at what was written to header and BAT since the last call.
@@ -147,9 +180,12 @@ impl Cases {
     ) -> Result<(), Failure> {
         for write in disk.take_metadata_writes() {
             let mut is_held_back = false;
-            for (guest, value) in entries(&write.bytes, write.offset) {
+            for (guest, value) in entries(&write.bytes, write.offset, scenario.top_entries()) {
                 if value != 0 {
                     self.look_at_entry(scenario, &write, guest, value)?;
+                    let had = self.entry(guest);
+                    let is_moved = had != 0 && had != value && engine.keeps_out(had);
+                    self.count_if(Case::MovedForBat, is_moved);
                 }
                 let mapped = engine.is_mapped_here(GuestCluster(guest));
                 is_held_back |= value == 0 && mapped;
@@ -162,6 +198,12 @@ impl Cases {
         Ok(())
     }
 
+    /// What the disk has for a guest cluster.
+    fn entry(&self, guest: u32) -> u32 {
+        let at = 64 + 4 * guest as usize;
+        u32::from_le_bytes(self.metadata[at..at + 4].try_into().unwrap())
+    }
+
     fn look_at_entry(
         &mut self,
         scenario: &Scenario,
@@ -169,8 +211,7 @@ impl Cases {
         guest: u32,
         value: u32,
     ) -> Result<(), Failure> {
-        let at = 64 + 4 * guest as usize;
-        if self.metadata[at..at + 4] == value.to_le_bytes() {
+        if self.entry(guest) == value {
             return Ok(());
         }
         let unit = if scenario.version == 1 {
@@ -199,13 +240,13 @@ impl Cases {
     }
 }
 
-/// The entries in a piece of header and BAT that starts at `offset`.
-fn entries(bytes: &[u8], offset: u64) -> impl Iterator<Item = (u32, u32)> {
+/// The entries in a piece of header and BAT that starts at `offset`; the BAT has `count`.
+fn entries(bytes: &[u8], offset: u64, count: u32) -> impl Iterator<Item = (u32, u32)> {
     let skip = 64_u64.saturating_sub(offset) as usize;
     let first = (offset.max(64) - 64) as u32 / 4;
     let words = bytes.get(skip..).unwrap_or_default().chunks_exact(4);
     let values = words.map(|word| u32::from_le_bytes(word.try_into().unwrap()));
-    (first..super::scenario::ENTRIES).zip(values)
+    (first..count).zip(values)
 }
 
 impl fmt::Display for Cases {

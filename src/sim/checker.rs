@@ -2,9 +2,9 @@
 
 use std::collections::HashMap;
 
-use super::disk::SimDisk;
 use super::file::SECTOR;
-use super::pattern::{self, Value};
+use super::pattern::Value;
+use super::view::View;
 use crate::storage::FileId;
 
 /// The header and the BAT of one file.
@@ -36,8 +36,8 @@ impl Image {
     ///
     /// # Errors
     /// What is wrong with it, beginning with the invariant that it breaks.
-    pub fn read(disk: &SimDisk, file: FileId) -> Result<Self, String> {
-        let header = disk.read_live(file, 0, 64);
+    pub fn read(view: &View<'_>, file: FileId) -> Result<Self, String> {
+        let header = view.read(file, 0, 64);
         let word = |at: usize| u32::from_le_bytes(header[at..at + 4].try_into().unwrap());
         let version = match &header[..16] {
             b"WithouFreSpacExt" => 2,
@@ -46,7 +46,7 @@ impl Image {
         };
         let cluster = u64::from(word(28)) * SECTOR as u64;
         let entries = word(32) as usize;
-        let bat = disk.read_live(file, 64, entries * 4);
+        let bat = view.read(file, 64, entries * 4);
         let unit = if version == 2 { cluster } else { SECTOR as u64 };
         let entry = |bytes: &[u8]| u64::from(u32::from_le_bytes(bytes.try_into().unwrap())) * unit;
         let bat_end = 64 + 4 * entries as u64;
@@ -65,7 +65,7 @@ impl Image {
             map: bat.chunks_exact(4).map(entry).collect(),
             plain: false,
         };
-        image.check(disk.live_len(file))?;
+        image.check(view.len(file))?;
         Ok(image)
     }
 
@@ -106,15 +106,15 @@ impl Image {
     }
 }
 
-/// What a sector of the guest's disk reads, through a chain of images, base
-/// first; `None` if nobody ever wrote that there.
-pub fn guest_sector(disk: &SimDisk, chain: &[Image], sector: u64) -> Option<Value> {
-    for (level, image) in chain.iter().enumerate().rev() {
+/// What a sector of the guest's disk reads, through a chain of images, the lower ones
+/// base first; `None` if nobody ever wrote that there.
+pub fn guest_sector(view: &View<'_>, lower: &[Image], top: &Image, sector: u64) -> Option<Value> {
+    let top_down = std::iter::once(top).chain(lower.iter().rev());
+    for (level, image) in (0..=lower.len()).rev().zip(top_down) {
         if sector < image.sectors
             && let Some(offset) = image.offset(sector)
         {
-            let bytes = disk.read_live(FileId(level as u8), offset, SECTOR);
-            return pattern::tell(&bytes, sector);
+            return view.value(FileId(level as u8), offset, sector);
         }
     }
     Some(Value::ZEROS)

@@ -32,13 +32,15 @@ impl Heritage {
             memory,
             options: options.clone(),
         };
-        let memory = heritage.again();
+        let memory = heritage.again(engine);
         engine.remember_in(memory).expect("the memory fits");
         heritage
     }
 
-    fn again(&self) -> SharedWords {
-        self.memory.map_again().expect("there is memory")
+    /// The memory as it comes back: as long as the engine wants it.
+    fn again(&self, engine: &Engine<SimDisk>) -> SharedWords {
+        let words = engine.remembered_len() as usize / size_of::<u64>();
+        self.memory.with_len(words).expect("there is memory")
     }
 
     /// The process is killed; another one takes over, and has answered everything that
@@ -58,6 +60,8 @@ impl Heritage {
             return Ok(session);
         }
         world.cases.count(Case::Killed);
+        world.cases.count_if(Case::LargerKilled, world.is_growing);
+        world.is_growing = false;
         let faults = profile.faults;
         world.disk.kill();
         let mut will = Will::of(&mut session);
@@ -71,21 +75,27 @@ impl Heritage {
             opened = self.open(world)?;
         }
         world.disk.change_medium(|medium| medium.faults = faults);
+        world.see_size(&opened.engine)?;
         let before = opened.engine.mapped_here();
         opened
             .engine
-            .take_over(self.again())
+            .take_over(self.again(&opened.engine))
             .map_err(|error| format!("I13: nothing is taken over: {error}"))?;
         let changed = opened.engine.mapped_here() != before;
         world.cases.count_if(Case::TakenOver, changed);
         let mut session = Session::new(opened, world, profile, policy);
-        will.execute(&mut session, world);
+        // Everything that is asked again is answered before anything new is asked.
+        session.is_ending = true;
+        let executed = will.execute(&mut session, world);
         if world.rng.random_ratio(1, 6) {
             let changes = world.rng.random_range(0..CHANGES_MAX);
             world.disk.cut_after(Some(changes));
         }
-        match session.catch_up(world) {
-            Ok(()) => Ok(session),
+        match executed.and_then(|()| session.catch_up(world)) {
+            Ok(()) => {
+                session.is_ending = false;
+                Ok(session)
+            }
             Err(failure) => {
                 // Else what is in flight would be waited for.
                 world.disk.power_off();
@@ -137,7 +147,7 @@ impl Will {
         }
     }
 
-    fn execute(self, session: &mut Session, world: &mut World) {
+    fn execute(self, session: &mut Session, world: &mut World) -> Result<(), Failure> {
         session.requests = self.requests;
         session.next_tag = self.next_tag;
         session.times_on = self.times_on;
@@ -160,24 +170,27 @@ impl Will {
         for tag in tags {
             if let Some(request) = session.requests.get_mut(&tag) {
                 request.held = None;
-                session.ask(world, tag);
+                // The next process knows nothing of it.
+                request.after_failed_page = None;
+                session.ask(world, tag)?;
             }
         }
+        Ok(())
     }
 }
 
 impl Session {
-    /// Everything that was asked again is answered before anything new is asked. Then
-    /// the whole disk is read.
+    /// Everything that was asked again is answered. Then the whole disk is read.
     fn catch_up(&mut self, world: &mut World) -> Result<(), Failure> {
         self.drain(world)?;
         if !world.disk.is_powered() {
             return Ok(());
         }
-        for island in world.scenario.layout.islands().to_vec() {
+        let size = world.scenario.disk_sectors;
+        for island in world.scenario.layout.islands_within(size) {
             let read = self.new_read(world, &island);
-            let queue = world.rng.random_range(0..self.queues.len());
-            self.give(world, queue, read);
+            let queue = world.rng.random_range(0..self.queue_count());
+            self.give(world, queue, read)?;
         }
         self.drain(world)
     }

@@ -22,7 +22,8 @@ use rand::seq::IndexedRandom;
 use rand::{Rng, SeedableRng};
 use rustix::io::Errno;
 
-use super::file::{Contents, OpId, SECTOR, SimFile, Survivors};
+use super::file::{Chosen, Contents, Left, OpId, SECTOR, SimFile, Survivors};
+use super::view::{Origins, View};
 use crate::storage::{Buffer, Completion, Disk, FileId, Io, Op};
 
 /// What goes wrong, and how often: each a probability for one operation.
@@ -32,6 +33,8 @@ pub struct Faults {
     pub read: f64,
     /// `EIO` for a write, of which any part may have been done.
     pub write: f64,
+    /// `EIO` for a write of the header or the BAT, beside [`Self::write`].
+    pub page: f64,
     /// `EIO` for a zeroing, of which any part may have been done.
     pub zero: f64,
     /// `EIO` for an allocation.
@@ -55,6 +58,8 @@ pub struct Medium {
     pub sector: usize,
     /// How many blocks there is space for, in all files together.
     pub capacity: Option<u64>,
+    /// What no file can be made longer than, in bytes: the file system's limit.
+    pub len_max: u64,
     /// A write never goes to where the old data is: it needs space until it is done,
     /// whether or not it had some before (btrfs, ZFS, thin pools).
     pub copies_on_write: bool,
@@ -82,6 +87,7 @@ impl Default for Medium {
             block: 4096,
             sector: SECTOR,
             capacity: None,
+            len_max: u64::MAX,
             copies_on_write: false,
             has_ring: false,
             can_clone: false,
@@ -128,6 +134,7 @@ struct State {
     medium: Medium,
     files: Vec<SimFile>,
     contents: Contents,
+    origins: Origins,
     /// Which blocks of each file take space.
     allocated: Vec<Vec<bool>>,
     used_blocks: u64,
@@ -143,11 +150,15 @@ struct State {
     metadata_writes: Vec<MetadataWrite>,
     violations: Vec<String>,
     failures: u64,
+    failed_pages: u64,
     losses: u64,
     copies: Copies,
     trace: Option<Vec<String>>,
     /// See [`Disk::opening`].
     openings: Vec<u64>,
+    /// Stable writes that were done, and whose sync has failed so: where they were. They
+    /// do not fail in this way when they are tried again.
+    undone: Vec<(FileId, u64, Errno)>,
 }
 
 #[derive(Default)]
@@ -186,6 +197,7 @@ impl SimDisk {
             medium,
             files: vec![SimFile::default(); files],
             contents: Contents::new(),
+            origins: Origins::default(),
             allocated: vec![Vec::new(); files],
             used_blocks: 0,
             ios: Vec::new(),
@@ -198,10 +210,12 @@ impl SimDisk {
             metadata_writes: Vec::new(),
             violations: Vec::new(),
             failures: 0,
+            failed_pages: 0,
             losses: 0,
             copies: Copies::default(),
             trace: None,
             openings: vec![0; files],
+            undone: Vec::new(),
         };
         Self {
             state: Arc::new(Mutex::new(state)),
@@ -259,6 +273,7 @@ impl SimDisk {
             for file in &mut state.files {
                 file.repack(&old, &mut state.contents);
             }
+            state.origins = Origins::default();
         }
     }
 
@@ -329,6 +344,34 @@ impl SimDisk {
         state.metadata_writes.clear();
     }
 
+    /// Looks at what readers see now. The disk cannot be used meanwhile.
+    pub fn view<R>(&self, look: impl FnOnce(&View<'_>) -> R) -> R {
+        let state = self.state();
+        let State {
+            files,
+            contents,
+            origins,
+            ..
+        } = &*state;
+        look(&View::new(files, &[], contents, origins))
+    }
+
+    /// Looks at what a cut now could leave, beside the top file as readers see it. There
+    /// is no cut, and everything goes on. The disk cannot be used meanwhile.
+    pub fn view_after_cut<R>(&self, look: impl FnOnce(&View<'_>, &SimFile) -> R) -> R {
+        let mut guard = self.state();
+        let state = &mut *guard;
+        let left = state.after_cut();
+        let State {
+            files,
+            contents,
+            origins,
+            ..
+        } = state;
+        let view = View::new(files, &left, contents, origins);
+        look(&view, &files[files.len() - 1])
+    }
+
     /// What a reader sees of a range now.
     pub fn read_live(&self, file: FileId, offset: u64, len: usize) -> Vec<u8> {
         let mut bytes = vec![0; len];
@@ -359,6 +402,17 @@ impl SimDisk {
     /// How many syncs and writes of metadata have failed since the last call.
     pub fn take_failures(&self) -> u64 {
         std::mem::take(&mut self.state().failures)
+    }
+
+    /// How many writes of metadata have ended with an error that was taken note of, since
+    /// the last call.
+    pub fn take_failed_pages(&self) -> u64 {
+        std::mem::take(&mut self.state().failed_pages)
+    }
+
+    /// How many operations of a thread were begun and not given back.
+    pub fn in_flight(&self, io: usize) -> usize {
+        self.state().ios[io].in_flight
     }
 
     /// How many stable writes have failed in their sync since the last call, when
@@ -614,20 +668,7 @@ impl State {
         if self.pending.is_empty() || !self.powered {
             return;
         }
-        let all: Vec<usize> = (0..self.pending.len()).collect();
-        let fast: Vec<usize> = all
-            .iter()
-            .copied()
-            .filter(|&index| !self.pending[index].slow)
-            .collect();
-        let from = if fast.is_empty() || self.rng.random_ratio(1, 16) {
-            &all
-        } else {
-            &fast
-        };
-        let Some(&index) = from.choose(&mut self.rng) else {
-            return;
-        };
+        let index = self.choose_pending();
         let mut pending = self.pending.swap_remove(index);
         if pending.effect.is_none() {
             self.take_effect(&mut pending);
@@ -641,17 +682,36 @@ impl State {
         }
     }
 
+    /// Which operation goes on: seldom a slow one while there are others.
+    fn choose_pending(&mut self) -> usize {
+        let fast = self.pending.iter().filter(|pending| !pending.slow).count();
+        if fast == 0 || self.rng.random_ratio(1, 16) {
+            return self.rng.random_range(0..self.pending.len());
+        }
+        let chosen = self.rng.random_range(0..fast);
+        let mut all = self.pending.iter().enumerate();
+        let nth = all
+            .by_ref()
+            .filter(|(_, pending)| !pending.slow)
+            .nth(chosen);
+        nth.map_or(0, |(index, _)| index)
+    }
+
     fn finish(&mut self, pending: Pending, mut result: Result<(), Errno>) {
         let id = pending.id;
         if let Op::Write {
-            file, dsync: true, ..
+            file,
+            offset,
+            dsync: true,
+            ..
         } = &pending.op
         {
-            let file = *file;
+            let (file, offset) = (*file, *offset);
             if result.is_err() {
                 self.file(file).fail_sync(|op| op == id, |_| false);
             } else if let Some(errno) = self.stable_write_error() {
                 result = Err(errno);
+                self.undone.push((file, offset, errno));
                 self.lose(file, id, pending.io);
             } else {
                 self.file(file).sync(|op| op == id);
@@ -824,16 +884,26 @@ impl State {
         let end = self.end_of_part(*done, sectors);
         let range = *done as usize * SECTOR..(end as usize * SECTOR).min(bytes.len());
         let at = offset + range.start as u64;
-        let has_space = self.account_write(file, at, range.len() as u64);
-        let fails = self.fails(self.medium.faults.write);
+        let is_page = offset < self.medium.metadata_len;
+        let undone = |errno| self.undone.contains(&(file, offset, errno));
+        let (spares_space, spares_error) = (undone(Errno::NOSPC), undone(Errno::IO));
+        let has_space = self.account_write(file, at, range.len() as u64) || spares_space;
+        let fails = (self.fails(self.medium.faults.write)
+            || (is_page && self.fails(self.medium.faults.page)))
+            && !spares_error;
         if !has_space || fails {
             self.write_scraps(id, file, at, &bytes[range], fails);
-            self.failures += u64::from(offset < self.medium.metadata_len);
+            self.failures += u64::from(is_page);
             return Some(Err(if fails { Errno::IO } else { Errno::NOSPC }));
         }
         self.write_bytes(id, file, at, &bytes[range]);
         *done = end;
-        (end == sectors).then_some(Ok(()))
+        if end < sectors {
+            return None;
+        }
+        self.undone
+            .retain(|(undone, at, _)| (*undone, *at) != (file, offset));
+        Some(Ok(()))
     }
 
     /// Any part of a write that has failed may have been done; for want of space,
@@ -920,18 +990,24 @@ impl State {
         }
         let fails = self.sync_fails();
         let more: f64 = *[0.0, 0.0, 0.5, 1.0].choose(&mut self.rng).unwrap_or(&0.0);
-        let covered: Vec<bool> = self
-            .completed
-            .iter()
-            .map(|&completed| completed < submitted || (more > 0.0 && self.rng.random_bool(more)))
-            .collect();
-        let covers = |op: OpId| covered[op.0 as usize];
-        if !fails {
+        let more = self.toss(more);
+        let completed = std::mem::take(&mut self.completed);
+        let covers = |op: OpId| completed[op.0 as usize] < submitted || more.has(op);
+        if fails {
+            self.fail_sync(file, covers);
+        } else {
             self.file(file).sync(covers);
-            return Ok(());
         }
-        self.fail_sync(file, &covered);
-        Err(Errno::IO)
+        self.completed = completed;
+        if fails { Err(Errno::IO) } else { Ok(()) }
+    }
+
+    /// Some operations, each with this probability.
+    fn toss(&mut self, probability: f64) -> Chosen {
+        Chosen::Tossed {
+            salt: self.rng.random(),
+            share: (probability * 65_536.0) as u32,
+        }
     }
 
     /// Whether the next sync fails, for a reason of its own or to tell of another.
@@ -962,26 +1038,20 @@ impl State {
     /// anybody may be lost. Nobody knows until its end is taken note of.
     fn lose(&mut self, file: FileId, id: OpId, io: usize) {
         let before = self.file(file).unsynced_ops();
-        let completed = |op: OpId| self.completed[op.0 as usize] != NOT_COMPLETED;
-        let others = before.iter().any(|&op| op != id && completed(op));
-        let covered: Vec<bool> = (0..self.completed.len())
-            .map(|op| op == id.0 as usize || completed(OpId(op as u32)))
-            .collect();
+        let completed = std::mem::take(&mut self.completed);
+        let has_completed = |op: OpId| completed[op.0 as usize] != NOT_COMPLETED;
+        let others = before.iter().any(|&op| op != id && has_completed(op));
         self.losses += u64::from(others);
-        self.fail_sync(file, &covered);
+        self.fail_sync(file, |op| op == id || has_completed(op));
+        self.completed = completed;
         self.ios[io].tells_of_loss = true;
     }
 
     /// Of what is covered, some is stable all the same and the rest is lost.
-    fn fail_sync(&mut self, file: FileId, covered: &[bool]) {
+    fn fail_sync(&mut self, file: FileId, covers: impl Fn(OpId) -> bool) {
         let lucky: f64 = *[0.0, 0.5, 1.0].choose(&mut self.rng).unwrap_or(&0.0);
-        let written: Vec<bool> = covered
-            .iter()
-            .map(|_| self.rng.random_bool(lucky))
-            .collect();
-        let covers = |op: OpId| covered[op.0 as usize];
-        self.file(file)
-            .fail_sync(covers, |op| written[op.0 as usize]);
+        let written = self.toss(lucky);
+        self.file(file).fail_sync(covers, |op| written.has(op));
     }
 
     /// The kernel ends what has started, and may give up what has not.
@@ -1014,38 +1084,47 @@ impl State {
 
     fn power_on(&mut self) {
         self.power_off();
-        let survivors = self.rng.random_range(0..10);
-        self.note(|| format!("the power comes back; survivors: {survivors}"));
-        let top = self.files.len() - 1;
-        let ops: Vec<OpId> = self.files[top].unsynced_ops();
-        let chosen = ops.choose(&mut self.rng).copied().unwrap_or(OpId(0));
-        let half: Vec<bool> = (0..self.completed.len())
-            .map(|_| self.rng.random())
-            .collect();
-        let kept: Box<dyn Fn(OpId) -> bool> = match survivors {
-            0 => Box::new(|_| false),
-            1 => Box::new(|_| true),
-            2 => Box::new(move |op| op == chosen),
-            3 => Box::new(move |op| op != chosen),
-            4 => Box::new(move |op| op < chosen),
-            5 => Box::new(move |op| op > chosen),
-            _ => Box::new(move |op| half[op.0 as usize]),
-        };
-        let border = self.medium.metadata_len;
-        let probability = *[0.05, 0.5, 0.95].choose(&mut self.rng).unwrap_or(&0.5);
-        let survivors = match survivors {
-            7 => Survivors::Sectors(probability),
-            8 | 9 => Survivors::Region {
-                border,
-                below: survivors == 8,
-            },
-            _ => Survivors::Ops(&*kept),
-        };
-        let sector = self.medium.sector;
-        for file in &mut self.files {
-            file.cut(&survivors, sector, &mut self.rng);
+        let left = self.after_cut();
+        for (file, left) in self.files.iter_mut().zip(left) {
+            if let Some(left) = left {
+                file.settle(left);
+            }
         }
         self.recover();
+    }
+
+    /// What a cut now could leave of the files that could lose something.
+    fn after_cut(&mut self) -> Vec<Option<Left>> {
+        let survivors = self.choose_survivors();
+        let sector = self.medium.sector;
+        let rng = &mut self.rng;
+        let mut left = |file: &SimFile| file.after_cut(&survivors, sector, rng);
+        let files = self.files.iter();
+        files
+            .map(|file| file.is_unsynced().then(|| left(file)))
+            .collect()
+    }
+
+    fn choose_survivors(&mut self) -> Survivors {
+        let survivors = self.rng.random_range(0..10);
+        self.note(|| format!("of what is not stable survives: {survivors}"));
+        let top = self.files.len() - 1;
+        let ops: Vec<OpId> = self.files[top].unsynced_ops();
+        let one = ops.choose(&mut self.rng).copied().unwrap_or(OpId(0));
+        match survivors {
+            0 | 1 => Survivors::Ops(Chosen::All(survivors == 1)),
+            2 | 3 => Survivors::Ops(Chosen::One(one, survivors == 2)),
+            4 | 5 => Survivors::Ops(Chosen::Side(one, survivors == 4)),
+            6 => Survivors::Ops(self.toss(0.5)),
+            7 => {
+                let each = [0.05, 0.5, 0.95].choose(&mut self.rng);
+                Survivors::Sectors(*each.unwrap_or(&0.5))
+            }
+            _ => Survivors::Region {
+                border: self.medium.metadata_len,
+                below: survivors == 8,
+            },
+        }
     }
 
     /// What a file system does when it is mounted again: it knows again which
@@ -1074,7 +1153,7 @@ impl State {
 
 /// Calls `each` with every sector that a range of bytes touches, the part of the
 /// sector that is in the range, and that part's place in the range.
-fn for_sectors(
+pub(super) fn for_sectors(
     offset: u64,
     len: u64,
     mut each: impl FnMut(u64, std::ops::Range<usize>, std::ops::Range<usize>),
@@ -1143,10 +1222,17 @@ impl Io for SimIo {
     }
 
     fn reap(&mut self, done: &mut Vec<Completion>) {
-        let mut state = self.disk.state();
+        let mut guard = self.disk.state();
+        let state = &mut *guard;
         let io = &mut state.ios[self.index];
         io.tells_of_loss = false;
         io.in_flight -= io.ready.len();
+        let metadata_len = state.medium.metadata_len;
+        let is_failed_page = |end: &&Completion| {
+            end.result.is_err()
+                && matches!(end.op, Op::Write { offset, .. } if offset < metadata_len)
+        };
+        state.failed_pages += io.ready.iter().filter(is_failed_page).count() as u64;
         done.append(&mut io.ready);
     }
 
@@ -1218,6 +1304,9 @@ impl Disk for SimDisk {
 
     fn set_len(&self, file: FileId, len: u64) -> io::Result<()> {
         let mut state = self.state();
+        if len > state.medium.len_max {
+            return Err(Errno::FBIG.into());
+        }
         state.change_now(file, "set_len", |state, id| {
             state.note(|| format!("to {len:#x}"));
             let before = state.file(file).len();

@@ -27,6 +27,11 @@ pub struct ContentId(u32);
 impl ContentId {
     /// All zero.
     pub const ZEROS: Self = Self(0);
+
+    /// Its place among all contents.
+    pub const fn index(self) -> usize {
+        self.0 as usize
+    }
 }
 
 /// Which operation changed something; they are numbered in the order in which
@@ -124,10 +129,44 @@ impl<T: Copy> Unstable<T> {
     }
 }
 
+/// Some of all operations.
+#[derive(Clone, Copy, Debug)]
+pub enum Chosen {
+    /// Every one, or none.
+    All(bool),
+    /// One alone, or all others.
+    One(OpId, bool),
+    /// Those before one, or those behind it.
+    Side(OpId, bool),
+    /// Each by a toss of a coin, which falls alike each time that it is asked.
+    Tossed {
+        /// Which coins these are.
+        salt: u64,
+        /// How many of 65,536 are chosen.
+        share: u32,
+    },
+}
+
+impl Chosen {
+    /// Whether it is among them.
+    pub fn has(self, op: OpId) -> bool {
+        match self {
+            Self::All(all) => all,
+            Self::One(one, is_it) => (op == one) == is_it,
+            Self::Side(one, before) => op != one && (op < one) == before,
+            Self::Tossed { salt, share } => {
+                let mixed = (salt ^ u64::from(op.0)).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+                let mixed = (mixed ^ mixed >> 32).wrapping_mul(0xd6e8_feb8_6659_fd93);
+                ((mixed >> 48) as u32) < share
+            }
+        }
+    }
+}
+
 /// What a power cut leaves of the things that no sync has covered.
-pub enum Survivors<'a> {
+pub enum Survivors {
     /// The newest of what these operations did.
-    Ops(&'a dyn Fn(OpId) -> bool),
+    Ops(Chosen),
     /// Of each sector, with this probability, one of its newer contents.
     Sectors(f64),
     /// Everything below this byte and nothing from there on; or the opposite.
@@ -137,6 +176,15 @@ pub enum Survivors<'a> {
         /// Whether it is the part below that survives.
         below: bool,
     },
+}
+
+/// What a cut leaves of a file: it is stable.
+#[derive(Clone, Debug)]
+pub struct Left {
+    /// The content of each sector.
+    pub sectors: Vec<ContentId>,
+    /// In bytes.
+    pub len: u64,
 }
 
 /// See the module's text.
@@ -168,9 +216,9 @@ impl SimFile {
         content.copied().unwrap_or(ContentId::ZEROS)
     }
 
-    /// Whether readers of both see the same, but for the first sector.
-    pub fn has_same_data(&self, other: &Self) -> bool {
-        self.live_len == other.live_len && self.live.get(1..) == other.live.get(1..)
+    /// The contents of all sectors, as readers see them.
+    pub fn sectors(&self) -> &[ContentId] {
+        &self.live
     }
 
     /// Whether something would be lost if the power went now and nothing
@@ -271,30 +319,42 @@ impl SimFile {
         self.len.give_up(&covers);
     }
 
-    /// The power goes and comes back. `whole` is what the device writes at once, in
-    /// bytes.
-    pub fn cut(&mut self, survivors: &Survivors<'_>, whole: usize, rng: &mut SmallRng) {
-        if whole > SECTOR {
-            let per_whole = (whole / SECTOR) as u32;
-            self.cut_wholes(survivors, per_whole, rng);
-        } else {
-            self.cut_sectors(survivors, rng);
-        }
-        let len = match survivors {
-            Survivors::Ops(kept) => self.len.newest(kept),
-            Survivors::Sectors(_) | Survivors::Region { .. } => self.len.any(rng),
-        };
-        self.stable_len = len.unwrap_or(self.stable_len);
-        self.stable
-            .resize((self.stable_len / SECTOR as u64) as usize, ContentId::ZEROS);
+    /// The power goes and comes back: this is what is left.
+    pub fn settle(&mut self, left: Left) {
+        self.stable = left.sectors;
+        self.stable_len = left.len;
         self.sectors.clear();
         self.len.versions.clear();
         self.live.clone_from(&self.stable);
         self.live_len = self.stable_len;
     }
 
+    /// What a cut now leaves. `whole` is what the device writes at once, in bytes.
+    pub fn after_cut(&self, survivors: &Survivors, whole: usize, rng: &mut SmallRng) -> Left {
+        let mut sectors = self.stable.clone();
+        if whole > SECTOR {
+            let per_whole = (whole / SECTOR) as u32;
+            self.cut_wholes(&mut sectors, survivors, per_whole, rng);
+        } else {
+            self.cut_sectors(&mut sectors, survivors, rng);
+        }
+        let len = match survivors {
+            Survivors::Ops(kept) => self.len.newest(|op| kept.has(op)),
+            Survivors::Sectors(_) | Survivors::Region { .. } => self.len.any(rng),
+        };
+        let len = len.unwrap_or(self.stable_len);
+        sectors.resize((len / SECTOR as u64) as usize, ContentId::ZEROS);
+        Left { sectors, len }
+    }
+
     /// Of every sector of the device, what it was after one of the operations, or none.
-    fn cut_wholes(&mut self, survivors: &Survivors<'_>, per_whole: u32, rng: &mut SmallRng) {
+    fn cut_wholes(
+        &self,
+        stable: &mut [ContentId],
+        survivors: &Survivors,
+        per_whole: u32,
+        rng: &mut SmallRng,
+    ) {
         let mut last_ops: BTreeMap<u32, Option<OpId>> = BTreeMap::new();
         let mut all_ops: BTreeMap<u32, Vec<OpId>> = BTreeMap::new();
         for (&sector, unstable) in &self.sectors {
@@ -305,7 +365,7 @@ impl SimFile {
             let newest = ops.iter().copied().max();
             let start = u64::from(whole * per_whole) * SECTOR as u64;
             let last = match survivors {
-                Survivors::Ops(kept) => ops.iter().copied().filter(|op| kept(*op)).max(),
+                Survivors::Ops(kept) => ops.iter().copied().filter(|op| kept.has(*op)).max(),
                 Survivors::Sectors(p) if rng.random_bool(*p) => ops.choose(rng).copied(),
                 Survivors::Sectors(_) => None,
                 Survivors::Region { border, below } => {
@@ -318,15 +378,15 @@ impl SimFile {
             if let Some(last) = last_ops[&(sector / per_whole)]
                 && let Some(content) = unstable.newest(|op| op <= last)
             {
-                self.stable[sector as usize] = content;
+                stable[sector as usize] = content;
             }
         }
     }
 
-    fn cut_sectors(&mut self, survivors: &Survivors<'_>, rng: &mut SmallRng) {
+    fn cut_sectors(&self, stable: &mut [ContentId], survivors: &Survivors, rng: &mut SmallRng) {
         for (&sector, unstable) in &self.sectors {
             let content = match survivors {
-                Survivors::Ops(kept) => unstable.newest(kept),
+                Survivors::Ops(kept) => unstable.newest(|op| kept.has(op)),
                 Survivors::Sectors(p) => rng.random_bool(*p).then(|| unstable.any(rng)).flatten(),
                 Survivors::Region { border, below } => {
                     let is_below = u64::from(sector) * (SECTOR as u64) < *border;
@@ -336,7 +396,7 @@ impl SimFile {
                 }
             };
             if let Some(content) = content {
-                self.stable[sector as usize] = content;
+                stable[sector as usize] = content;
             }
         }
     }

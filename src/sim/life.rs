@@ -13,12 +13,13 @@ use super::cases::{Case, Cases};
 use super::checker::{self, Image};
 use super::death::Heritage;
 use super::disk::{Faults, SimDisk};
-use super::file::SimFile;
+use super::judge::{Before, Cuts};
 use super::model::Model;
 use super::pattern::Value;
-use super::scenario::{Profile, Scenario};
+use super::scenario::{Mix, Profile, Scenario};
 use super::session::{Closed, Failure, Session, World};
 use crate::ploop::Engine;
+use crate::ploop::control::Control;
 use crate::storage::FileId;
 
 /// Cuts in a row that an image has to stand.
@@ -31,12 +32,10 @@ const CHANGES_MAX: u64 = 12;
 /// What a life has shown.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Record {
-    /// Cuts that could lose something.
-    pub cuts: u64,
-    /// Cuts that could not, as everything was synced.
-    pub idle_cuts: u64,
-    /// Of the former, how many there were of each kind of disk: number of deltas,
-    /// and what the lowest is.
+    /// Cuts, made or imagined.
+    pub cuts: Cuts,
+    /// How many cuts that could lose something there were of each kind of disk: number
+    /// of deltas, and what the lowest is.
     pub kinds: BTreeMap<(usize, &'static str), u64>,
     /// See [`Cases`].
     pub cases: Cases,
@@ -45,8 +44,7 @@ pub struct Record {
 impl Record {
     /// Adds what another life has shown.
     pub fn add(&mut self, other: &Self) {
-        self.cuts += other.cuts;
-        self.idle_cuts += other.idle_cuts;
+        self.cuts.add(other.cuts);
         for (kind, cuts) in &other.kinds {
             *self.kinds.entry(*kind).or_default() += cuts;
         }
@@ -63,30 +61,18 @@ impl Record {
 
 struct Life {
     world: World,
-    record: Record,
-}
-
-/// How the top was before it was opened last.
-struct Before {
-    closed: bool,
-    extension: bool,
-    file: SimFile,
-    /// See [`Scenario::bytes_behind`].
-    behind: Vec<u8>,
+    mix: Mix,
 }
 
 /// Lives the life that follows from a seed.
 ///
 /// # Errors
 /// What the engine did wrong. With `trace`, what led to it comes along.
-pub fn live(seed: u64, chains: bool, trace: bool) -> Result<Record, Failure> {
-    let mut life = Life::new(seed, chains, trace);
+pub fn live(seed: u64, mix: Mix, trace: bool) -> Result<Record, Failure> {
+    let mut life = Life::new(seed, mix, trace);
     let result = (0..GENERATIONS).try_for_each(|_| life.generation());
     match result {
-        Ok(()) => {
-            life.record.cases = life.world.cases;
-            Ok(life.record)
-        }
+        Ok(()) => Ok(life.into_record()),
         Err(failure) if trace => {
             let scenario = format!("{:#?}", life.world.scenario);
             let trace = life.world.disk.take_trace().join("\n");
@@ -97,9 +83,9 @@ pub fn live(seed: u64, chains: bool, trace: bool) -> Result<Record, Failure> {
 }
 
 impl Life {
-    fn new(seed: u64, chains: bool, trace: bool) -> Self {
+    fn new(seed: u64, mix: Mix, trace: bool) -> Self {
         let mut rng = SmallRng::seed_from_u64(seed);
-        let mut scenario = Scenario::random(&mut rng, chains);
+        let mut scenario = Scenario::random(&mut rng, mix);
         let disk = SimDisk::new(scenario.levels, scenario.medium.clone(), rng.random());
         let mut next_value = 0;
         scenario.prepare(&disk, &mut rng, || {
@@ -109,59 +95,104 @@ impl Life {
         if trace {
             disk.start_trace();
         }
-        let world = World {
+        let before = Before {
+            closed: false,
+            extension: false,
+            file: disk.snapshot(scenario.top()),
+            behind: Vec::new(),
+            is_troubled: false,
+        };
+        let mut world = World {
             model: Model::new(scenario.layout.len()),
             cases: Cases::default(),
+            cuts: Cuts::default(),
+            lower: Vec::new(),
+            before,
+            sizes: vec![scenario.disk_sectors],
+            raw_lens: Vec::new(),
+            is_growing: false,
             rng,
             scenario,
             disk,
             next_value,
         };
-        let mut life = Self {
-            world,
-            record: Record::default(),
-        };
-        let chain = life.read_chain().expect("the image was made well");
-        life.rebase(&chain);
+        let read = world.disk.view(|view| world.read_lower(view));
+        world.lower = read.expect("the images were made well");
+        let mut life = Self { world, mix };
+        let top = life.read_top().expect("the image was made well");
+        life.learn(&top, Model::rebase);
         life
+    }
+
+    fn into_record(self) -> Record {
+        let World {
+            cuts,
+            cases,
+            scenario,
+            ..
+        } = self.world;
+        let kind = (scenario.levels, scenario.base());
+        Record {
+            cuts,
+            cases,
+            kinds: BTreeMap::from([(kind, cuts.all())]),
+        }
     }
 
     fn generation(&mut self) -> Result<(), Failure> {
         let world = &mut self.world;
-        world.disk.tidy();
-        let profile = Profile::random(&mut world.rng, world.scenario.cluster);
+        let is_inherited = world.disk.is_unsynced();
+        if !is_inherited {
+            world.disk.tidy();
+        }
+        let mut profile = Profile::random(&mut world.rng, world.scenario.cluster, self.mix);
+        // What a killed process has left is made stable by the opening for writing.
+        profile.read_only &= !is_inherited;
         world.disk.note(|| format!("{profile:?}"));
         let top = world.scenario.top();
-        let image = read_image(world, top)?;
-        let before = Before {
+        let image = world.disk.view(|view| world.read_image(view, top))?;
+        world.use_size(image.sectors);
+        world.raw_lens.clear();
+        world.before = Before {
             closed: image.closed,
             extension: image.extension.is_some(),
             file: world.disk.snapshot(top),
-            behind: world.scenario.bytes_behind(&world.disk),
+            behind: world.disk.view(|view| world.scenario.bytes_behind(view)),
+            is_troubled: profile.has_trouble(),
         };
-        let closed = self.session(&profile)?;
+        let ending = self.session(&profile)?;
         let world = &mut self.world;
+        let was_growing = std::mem::take(&mut world.is_growing);
         let violations = world.disk.take_violations();
         if let Some(first) = violations.first() {
             return Err(first.clone());
         }
-        let is_unsynced = world.disk.is_unsynced();
-        if is_unsynced {
-            self.record.cuts += 1;
-            let kind = (world.scenario.levels, world.scenario.base());
-            *self.record.kinds.entry(kind).or_default() += 1;
+        if matches!(ending, Ending::Killed | Ending::Passed) {
+            let live = world.disk.snapshot(top);
+            let image = world.disk.view(|view| world.judge(view, &live))?;
+            self.learn(&image, Model::inherit);
+            return Ok(());
+        }
+        if world.disk.is_unsynced() {
+            world.cuts.made += 1;
+            world.cases.count_if(Case::LargerCut, was_growing);
             let undecided = world.model.undecided() > 0;
             world.cases.count_if(Case::Undecided, undecided);
         } else {
-            self.record.idle_cuts += 1;
+            world.cuts.idle += 1;
         }
         let live = world.disk.snapshot(top);
         world.disk.power_on();
-        self.judge(&profile, &before, &live, closed)
+        let image = world.disk.view(|view| world.judge(view, &live))?;
+        world.set_size(image.sectors);
+        self.judge_ending(ending, &profile, &image)?;
+        self.learn(&image, Model::rebase);
+        Ok(())
     }
 
-    /// Opens, uses, and perhaps closes the image; then the power goes.
-    fn session(&mut self, profile: &Profile) -> Result<Option<Closed>, Failure> {
+    /// Opens, uses, and perhaps closes the image; then the power goes, or the process is
+    /// killed together with its guest.
+    fn session(&mut self, profile: &Profile) -> Result<Ending, Failure> {
         let world = &mut self.world;
         world.cases.begin(&world.disk, &world.scenario);
         let early_cut = world.rng.random_ratio(1, 6);
@@ -198,9 +229,10 @@ impl Life {
                     .cases
                     .count_if(Case::Marking, world.disk.is_unsynced());
                 end_trouble(world);
-                return Ok(None);
+                return Ok(Ending::Cut);
             }
         };
+        world.see_size(&opened.engine)?;
         let heritage = profile
             .deaths
             .map(|_| Heritage::new(&opened.engine, &options));
@@ -216,83 +248,81 @@ impl Life {
                 result = session.run(world, profile);
             }
         }
-        let result = result.and_then(|()| {
-            if world.disk.is_powered() && world.rng.random_ratio(1, 4) {
-                close(&mut session, world).map(Some)
-            } else {
-                Ok(None)
+        let ending = result.and_then(|()| {
+            if !world.disk.is_powered() {
+                return Ok(Ending::Cut);
+            }
+            match world.rng.random_range(0..24) {
+                0..6 => close(&mut session, world).map(Ending::Closed),
+                // Of what has failed only the dead would know.
+                6..8 if !profile.has_trouble() => Ok(Ending::Killed),
+                8..11 if !profile.has_trouble() => {
+                    session
+                        .close(world, Control::Pass)
+                        .map(|closed| match closed {
+                            Closed::Well => Ending::Passed,
+                            closed => Ending::Closed(closed),
+                        })
+                }
+                _ => Ok(Ending::Cut),
             }
         });
-        world.disk.power_off();
-        session.abandon();
+        if matches!(ending, Ok(Ending::Killed | Ending::Passed)) {
+            let is_passed = ending == Ok(Ending::Passed);
+            world.cases.count_if(Case::Abandoned, !is_passed);
+            world.cases.count_if(Case::Passed, is_passed);
+            world.disk.kill();
+            session.abandon();
+            world.disk.restart();
+        } else {
+            world.disk.power_off();
+            session.abandon();
+        }
         end_trouble(world);
-        result
+        ending
     }
 
-    fn read_chain(&self) -> Result<Vec<Image>, Failure> {
+    fn read_top(&self) -> Result<Image, Failure> {
         let world = &self.world;
-        (0..world.scenario.levels)
-            .map(|level| read_image(world, FileId(level as u8)))
-            .collect()
+        let top = world.scenario.top();
+        world.disk.view(|view| world.read_image(view, top))
     }
 
-    fn rebase(&mut self, chain: &[Image]) {
+    /// The model learns what there is now.
+    fn learn(&mut self, top: &Image, how: fn(&mut Model, &dyn Fn(u64) -> Value)) {
         let World {
             model,
             disk,
             scenario,
+            lower,
             ..
         } = &mut self.world;
         let sectors: Vec<u64> = scenario.layout.sectors().collect();
-        model.rebase(|index| {
-            let value = checker::guest_sector(disk, chain, sectors[index as usize]);
-            value.unwrap_or(Value::ZEROS)
+        disk.view(|view| {
+            how(model, &|index| {
+                let value = checker::guest_sector(view, lower, top, sectors[index as usize]);
+                value.unwrap_or(Value::ZEROS)
+            });
         });
     }
 
-    /// Judges what the cut has left.
-    fn judge(
+    /// Judges what an ending promises beyond any cut.
+    fn judge_ending(
         &mut self,
+        ending: Ending,
         profile: &Profile,
-        before: &Before,
-        live: &SimFile,
-        closed: Option<Closed>,
+        image: &Image,
     ) -> Result<(), Failure> {
-        let chain = self.read_chain()?;
-        let world = &self.world;
-        for (index, sector) in (0..).zip(world.scenario.layout.sectors()) {
-            let found = checker::guest_sector(&world.disk, &chain, sector);
-            world
-                .model
-                .check_after_cut(index, found)
-                .map_err(|wrong| format!("after the cut, guest sector {sector}: {wrong:?}"))?;
+        let world = &mut self.world;
+        if world.disk.view(|view| world.read_lower(view))? != world.lower {
+            return Err("a lower delta has changed".to_owned());
         }
-        let top = world.scenario.top();
-        let image = &chain[chain.len() - 1];
-        world.scenario.check_extension(&world.disk, image)?;
-        let is_dropped = before.extension && image.extension.is_none();
-        let had_extension = before.extension;
-        self.world
-            .cases
-            .count_if(Case::ExtensionKept, had_extension && !is_dropped);
-        self.world
-            .cases
-            .count_if(Case::ExtensionDropped, is_dropped);
-        let world = &self.world;
-        let now = world.disk.snapshot(top);
-        // The kernel may have given up what a failed write has left.
-        let is_known = !profile.has_trouble();
-        if image.closed
-            && is_known
-            && !now.has_same_data(live)
-            && !(before.closed && now.has_same_data(&before.file))
-        {
-            return Err("I12: the image is marked as closed, and its content is neither the old nor the new one".to_owned());
-        }
-        if image.plain {
-            judge_plain(world, before, &now)?;
-        } else if closed == Some(Closed::Well) && !profile.read_only {
-            let tail = image.tail(now.len());
+        let (had, has) = (world.before.extension, image.extension.is_some());
+        world.cases.count_if(Case::ExtensionKept, had && has);
+        world.cases.count_if(Case::ExtensionDropped, had && !has);
+        let is_closed = ending == Ending::Closed(Closed::Well);
+        if is_closed && !image.plain && !profile.read_only {
+            let tail = image.tail(world.disk.live_len(world.scenario.top()));
             if !image.closed || tail > 0 {
                 return Err(format!(
                     "I12: the image was closed; its mark says {}, {tail} bytes are behind its last cluster",
@@ -300,32 +330,22 @@ impl Life {
                 ));
             }
         }
-        self.rebase(&chain);
         Ok(())
     }
 }
 
-fn read_image(world: &World, file: FileId) -> Result<Image, Failure> {
-    match file.0 {
-        0 if world.scenario.plain_base => Ok(world.scenario.plain_image()),
-        _ => Image::read(&world.disk, file),
-    }
-}
-
-/// A raw file never becomes another length than that of its disk, and what it has
-/// behind the disk stays.
-fn judge_plain(world: &World, before: &Before, now: &SimFile) -> Result<(), Failure> {
-    let (old, full) = (before.file.len(), world.scenario.plain_len());
-    if now.len() != old && now.len() != full {
-        return Err(format!(
-            "I12: the raw file had {old} bytes and now has {}",
-            now.len()
-        ));
-    }
-    if world.scenario.bytes_behind(&world.disk) != before.behind {
-        return Err("I5: what is behind the disk in its raw file has changed".to_owned());
-    }
-    Ok(())
+/// How a session has ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Ending {
+    /// The power went.
+    Cut,
+    /// The power went after the image was closed, or while it was.
+    Closed(Closed),
+    /// The process was killed, and its guest with it. The host has kept everything,
+    /// stable or not.
+    Killed,
+    /// The image was closed for another process, which opens it at once.
+    Passed,
 }
 
 /// Lets things go wrong as the profile says.
@@ -359,7 +379,7 @@ fn close(session: &mut Session, world: &mut World) -> Result<Closed, Failure> {
         let changes = world.rng.random_range(0..CHANGES_MAX);
         world.disk.cut_after(Some(changes));
     }
-    let closed = session.close(world)?;
+    let closed = session.close(world, Control::Close)?;
     world.cases.count_if(
         Case::Marking,
         closed == Closed::Cut && world.disk.is_unsynced(),

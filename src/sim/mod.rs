@@ -9,20 +9,27 @@
 //!   and the faults chosen by the seed;
 //! - [`pattern`]: guest data from which each sector can be told again;
 //! - [`model`]: what each sector of the guest's disk may read;
+//! - [`stage`]: where threads can be preempted, and others go on meanwhile;
 //! - [`death`]: the process alone is gone, and the guest goes on with another one;
-//! - [`checker`]: reads an image without a line of the code under test.
+//! - [`view`]: what the files hold, now or after a cut;
+//! - [`judge`]: whether a cut, made or imagined, leaves what it may;
+//! - [`checker`]: reads an image without a line of the code under test;
+//! - [`rules`]: that the proof fails for engines that break a rule.
 
 mod cases;
-mod checker;
+pub(crate) mod checker;
 mod death;
 pub(crate) mod disk;
 mod file;
+mod judge;
 mod life;
 mod memory;
 mod model;
 mod pattern;
 mod power_cuts;
-mod sabotage;
+mod rules;
 mod scenario;
 mod session;
+mod stage;
 mod tests;
+mod view;

@@ -92,7 +92,7 @@ impl Model {
             changes: Vec::new(),
             now: 0,
         };
-        model.rebase(|_| Value::ZEROS);
+        model.rebase(&|_| Value::ZEROS);
         model
     }
 
@@ -102,7 +102,7 @@ impl Model {
     }
 
     /// Forgets what may be: this is what is, and it is stable.
-    pub fn rebase(&mut self, value: impl Fn(u64) -> Value) {
+    pub fn rebase(&mut self, value: &dyn Fn(u64) -> Value) {
         self.changes.clear();
         self.changes.push(Change {
             began: 0,
@@ -160,6 +160,24 @@ impl Model {
         if change.durable {
             self.prune();
         }
+    }
+
+    /// Who asked for anything is gone, and who did it: this is what the host has, stable
+    /// or not.
+    pub fn inherit(&mut self, value: &dyn Fn(u64) -> Value) {
+        let ended = self.tick();
+        for change in &mut self.changes {
+            change.ended = change.ended.min(ended);
+        }
+        let found = self.begin();
+        for (number, sector) in (0..).zip(&mut self.sectors) {
+            sector.candidates.push(Candidate {
+                change: found,
+                value: value(number),
+                certain: true,
+            });
+        }
+        self.end(found, true, false);
     }
 
     /// A flush begins.
@@ -330,6 +348,23 @@ mod tests {
         assert!(model.end_read(&read, |_| Some(OLD)).is_ok());
         assert!(model.end_read(&read, |_| Some(NEW)).is_ok());
         assert!(model.end_read(&read, |_| Some(Value::ZEROS)).is_err());
+    }
+
+    #[test]
+    fn what_a_host_has_kept_is_read_and_is_stable_after_a_flush() {
+        let mut model = Model::new(1);
+        let old = write(&mut model, OLD);
+        model.end(old, true, false);
+        write(&mut model, NEW);
+        model.inherit(&|_| OLD);
+        let read = model.begin_read(0..1);
+        assert!(model.end_read(&read, |_| Some(OLD)).is_ok());
+        assert!(model.end_read(&read, |_| Some(NEW)).is_err());
+        assert!(cut_may_leave(&model, Value::ZEROS) && cut_may_leave(&model, NEW));
+        let flush = model.begin_flush();
+        model.end_flush(&flush);
+        assert!(cut_may_leave(&model, OLD));
+        assert!(!cut_may_leave(&model, Value::ZEROS) && !cut_may_leave(&model, NEW));
     }
 
     #[test]

@@ -33,6 +33,15 @@ pub fn fill(bytes: &mut [u8], value: Value, sector: u64) {
     }
 }
 
+/// From where a sector that somebody wrote, and that is not all zero, is: the value and
+/// the sector of the guest's disk. `None` if nobody wrote it so.
+pub fn origin(bytes: &[u8]) -> Option<(Value, u64)> {
+    let word = |index: usize| bytes[8 * index..8 * (index + 1)].try_into().unwrap();
+    let sector = u64::from_le_bytes(word(1));
+    let value = tell(bytes, sector)?;
+    (value != Value::ZEROS).then_some((value, sector))
+}
+
 /// What `bytes`, read as sector `sector` of the guest's disk, hold; `None` if
 /// nobody ever wrote that there.
 pub fn tell(bytes: &[u8], sector: u64) -> Option<Value> {

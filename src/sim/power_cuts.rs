@@ -10,7 +10,7 @@ use std::time::Instant;
 
 use super::cases::Case;
 use super::life::{self, Record};
-use super::scenario::DELTAS_MAX;
+use super::scenario::{DELTAS_MAX, Mix};
 
 /// Cuts of a run that nobody asked to be longer: what a debug build does in some
 /// seconds.
@@ -31,13 +31,13 @@ pub fn is_long() -> bool {
 }
 
 /// Lives from `seed` on, until there were `cuts` cuts.
-fn run(seed: u64, cuts: u64, chains: bool) -> Record {
+fn run(seed: u64, cuts: u64, mix: Mix) -> Record {
     let mut record = Record::default();
     for seed in seed.. {
-        match life::live(seed, chains, false) {
+        match life::live(seed, mix, false) {
             Ok(life) => record.add(&life),
             Err(failure) => {
-                let trace = match life::live(seed, chains, true) {
+                let trace = match life::live(seed, mix, true) {
                     Ok(_) => {
                         "it went well the second time: something is not by the seed".to_owned()
                     }
@@ -46,22 +46,24 @@ fn run(seed: u64, cuts: u64, chains: bool) -> Record {
                 panic!("{trace}\nthe life of seed {seed}: {failure}");
             }
         }
-        if record.cuts >= cuts {
+        if record.cuts.all() >= cuts {
             break;
         }
     }
     record
 }
 
-fn run_and_report(what: &str, chains: bool) -> Record {
+fn run_and_report(what: &str, mix: Mix) -> Record {
     let seed = setting("PLOOP_SIM_SEED").unwrap_or(1);
     let cuts = setting("PLOOP_SIM_CUTS").unwrap_or(CUTS);
     let start = Instant::now();
-    let record = run(seed, cuts, chains);
+    let record = run(seed, cuts, mix);
     println!(
-        "{what}: seed {seed}, {} cuts with something unsynced (and {} without), {:.0?}, no violation\n{}{}",
-        record.cuts,
-        record.idle_cuts,
+        "{what}: seed {seed}, {} cuts with something unsynced, {} of them made and the others \
+         imagined (and {} made without), {:.0?}, no violation\n{}{}",
+        record.cuts.all(),
+        record.cuts.made,
+        record.cuts.idle,
         start.elapsed(),
         record.cases,
         kinds(&record)
@@ -86,16 +88,20 @@ fn kinds(record: &Record) -> String {
 
 #[test]
 fn a_life_follows_from_its_seed() {
+    let mix = Mix {
+        chains: true,
+        ..Mix::default()
+    };
     for seed in 0..20 {
-        let record = life::live(seed, true, false);
-        assert_eq!(record, life::live(seed, true, true));
+        let record = life::live(seed, mix, false);
+        assert_eq!(record, life::live(seed, mix, true));
     }
 }
 
 #[test]
 fn power_cuts_single_image() {
-    let record = run_and_report("single images", false);
-    if record.cuts < ENOUGH {
+    let record = run_and_report("single images", Mix::default());
+    if record.cuts.all() < ENOUGH {
         return;
     }
     for case in [
@@ -110,6 +116,7 @@ fn power_cuts_single_image() {
         Case::Grown,
         Case::HeldBack,
         Case::Marking,
+        Case::Passed,
         Case::Killed,
         Case::ExtensionDropped,
         Case::TakenOver,
@@ -119,9 +126,34 @@ fn power_cuts_single_image() {
 }
 
 #[test]
+fn power_cuts_of_disks_that_grow() {
+    let growing = Mix {
+        chains: true,
+        grows: true,
+        ..Mix::default()
+    };
+    let record = run_and_report("disks that grow", growing);
+    if record.cuts.all() < ENOUGH {
+        return;
+    }
+    for case in [
+        Case::Larger,
+        Case::MovedForBat,
+        Case::LargerCut,
+        Case::LargerKilled,
+    ] {
+        assert!(record.cases.get(case) > 100, "too seldom: {case:?}");
+    }
+}
+
+#[test]
 fn power_cuts_chains() {
-    let record = run_and_report("images and chains", true);
-    if record.cuts < ENOUGH {
+    let chains = Mix {
+        chains: true,
+        ..Mix::default()
+    };
+    let record = run_and_report("images and chains", chains);
+    if record.cuts.all() < ENOUGH {
         return;
     }
     for case in [Case::Copied, Case::CopyCut, Case::CopyFailed] {

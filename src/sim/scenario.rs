@@ -14,19 +14,22 @@ use super::checker::{CLOSED_WITH_EXTENSION, Image};
 use super::disk::{Faults, Medium, SimDisk};
 use super::file::SECTOR;
 use super::pattern::{self, Value};
+use super::view::View;
 use crate::format::{ClusterSize, Sector};
 use crate::ploop::{Chain, Level, OnEnospc, Options};
 use crate::storage::FileId;
 
-/// BAT entries of every image: they fill one md page and a part of the next.
-pub const ENTRIES: u32 = 1016;
+/// BAT entries of an image, at most: six md pages and a part of the next.
+pub const ENTRIES_MAX: u32 = 6136;
 
 /// Deltas of a chain, at most.
 pub const DELTAS_MAX: usize = 8;
 
-/// Where requests go: around the border between two runners, and between two md
-/// pages. The rest of the disk is never touched, so that the disk is small.
-const BORDERS: [u32; 2] = [64, 1008];
+/// Where requests go: around the border between two runners, between the first two md
+/// pages, and, if there are more, in two of these that are no neighbours of others. The
+/// rest of the disk is never touched, so that the disk is small. The last one is at the
+/// end of the disk.
+const BORDERS: [&[u32]; 2] = [&[64, 1008], &[64, 1008, 3200, 6128]];
 
 /// The sectors that a scenario uses, counted through.
 #[derive(Clone, Debug)]
@@ -38,6 +41,15 @@ impl Layout {
     /// Ranges of sectors of the guest's disk.
     pub fn islands(&self) -> &[Range<u64>] {
         &self.islands
+    }
+
+    /// Those that lie inside a disk of so many sectors.
+    pub fn islands_within(&self, sectors: u64) -> Vec<Range<u64>> {
+        let islands = self.islands.iter();
+        islands
+            .filter(|island| island.end <= sectors)
+            .cloned()
+            .collect()
     }
 
     /// How many sectors there are in all.
@@ -73,8 +85,10 @@ pub struct Scenario {
     pub version: u8,
     /// Bytes of a cluster.
     pub cluster: u64,
-    /// Of the guest's disk.
+    /// Of the guest's disk, at present.
     pub disk_sectors: u64,
+    /// What it may become, the next one first.
+    pub sizes_to_come: Vec<u64>,
     /// Deltas, the top included.
     pub levels: usize,
     /// The first of them is a raw image. It may be the top, too.
@@ -101,30 +115,49 @@ pub struct Scenario {
 
 impl Scenario {
     /// One deck of cards.
-    pub fn random(rng: &mut SmallRng, chains: bool) -> Self {
+    pub fn random(rng: &mut SmallRng, mix: Mix) -> Self {
+        let chains = mix.chains;
         let version = random_version(rng);
         let cluster: u64 = *[32 << 10, 32 << 10, 64 << 10].choose(rng).unwrap();
         let per_cluster = cluster / SECTOR as u64;
         let short = rng.random_range(0..per_cluster);
-        let disk_sectors = u64::from(ENTRIES) * per_cluster - short;
-        let mut islands = Vec::new();
-        for border in BORDERS {
-            let before = u64::from(border - rng.random_range(1..=3));
-            let after = u64::from(border + rng.random_range(1..=8));
-            let end = (after * per_cluster).min(disk_sectors);
-            islands.push(before * per_cluster..end);
-        }
         let levels = if chains && rng.random() {
             rng.random_range(2..=DELTAS_MAX)
         } else {
             1
         };
+        let plain_base = rng.random_ratio(1, if levels > 1 { 3 } else { 8 });
+        // A raw file is as long as its disk.
+        let is_large = !plain_base && rng.random_ratio(1, 3);
+        let entries = if is_large { ENTRIES_MAX } else { 1016 };
+        let disk_sectors = u64::from(entries) * per_cluster - short;
+        let mut islands = Vec::new();
+        for border in BORDERS[usize::from(is_large)] {
+            let before = u64::from(border - rng.random_range(1..=3));
+            let after = u64::from(border + rng.random_range(1..=8));
+            let end = (after * per_cluster).min(disk_sectors);
+            islands.push(before * per_cluster..end);
+        }
+        let is_plain = plain_base && levels == 1;
+        let sizes_to_come = random_growth(rng, mix.grows, is_plain, disk_sectors, per_cluster);
+        let mut old_end = disk_sectors;
+        for &size in &sizes_to_come {
+            // What was behind the end, and the new end.
+            let behind = (old_end + rng.random_range(1..=3 * per_cluster)).min(size);
+            islands.push(old_end..behind);
+            let end = size - rng.random_range(0..=size - behind).min(2 * per_cluster);
+            if behind < end && end < size {
+                islands.push(end..size);
+            }
+            old_end = size;
+        }
         let scenario = Self {
             version,
             cluster,
             disk_sectors,
+            sizes_to_come,
             levels,
-            plain_base: rng.random_ratio(1, if levels > 1 { 3 } else { 8 }),
+            plain_base,
             layout: Layout { islands },
             medium: Medium::default(),
             queues: rng.random_range(1..=3),
@@ -139,7 +172,7 @@ impl Scenario {
             extension: version == 2 && rng.random_ratio(1, 4),
             odd_end: rng.random_ratio(1, 4),
         };
-        let metadata_len = 64 + 4 * u64::from(ENTRIES);
+        let metadata_len = 64 + 4 * u64::from(entries);
         // Of a device with sectors of 4 KiB nothing smaller can be written.
         let (sector, write_alignment) = *[(512, 512), (512, 512), (512, 4096), (4096, 4096)]
             .choose(rng)
@@ -167,6 +200,11 @@ impl Scenario {
         FileId((self.levels - 1) as u8)
     }
 
+    /// BAT entries of the top.
+    pub fn top_entries(&self) -> u32 {
+        self.entries_of(self.levels - 1)
+    }
+
     /// Whether the image has no BAT.
     pub fn is_plain_top(&self) -> bool {
         self.levels == 1 && self.plain_base
@@ -186,10 +224,26 @@ impl Scenario {
         }
     }
 
+    /// Whether the disk may become larger.
+    pub fn can_grow(&self) -> bool {
+        !self.sizes_to_come.is_empty()
+    }
+
+    /// The disk has become, or is to become, of this size.
+    pub fn set_size(&mut self, sectors: u64) {
+        self.disk_sectors = sectors;
+        self.sizes_to_come.retain(|size| *size > sectors);
+    }
+
+    /// What a raw top has behind its disk goes when the disk grows.
+    pub fn forget_behind(&mut self) {
+        self.behind = 0;
+    }
+
     /// What a raw top has behind the end of the disk.
-    pub fn bytes_behind(&self, disk: &SimDisk) -> Vec<u8> {
+    pub fn bytes_behind(&self, view: &View<'_>) -> Vec<u8> {
         let end = self.disk_sectors * SECTOR as u64;
-        disk.read_live(FileId(0), end, self.behind as usize * SECTOR)
+        view.read(FileId(0), end, self.behind as usize * SECTOR)
     }
 
     /// The length in bytes of the file of a raw image, once it was opened.
@@ -250,12 +304,38 @@ impl Scenario {
             if self.extension {
                 disk.prepare(file, data_start, &self.extension_bytes());
             }
+            if self.can_grow() {
+                self.fill_behind_end(disk);
+            }
             if self.odd_end {
                 let sectors = rng.random_range(1..self.cluster as usize / SECTOR);
                 let end = disk.live_len(file);
                 disk.prepare(file, end, &vec![0xdd; sectors * SECTOR]);
             }
         }
+    }
+
+    /// Maps the last cluster, of which only a part belongs to the disk: behind it there is
+    /// what no guest has written.
+    fn fill_behind_end(&self, disk: &SimDisk) {
+        let per_cluster = self.cluster / SECTOR as u64;
+        let inside = self.disk_sectors % per_cluster;
+        let last = self.disk_sectors / per_cluster;
+        if inside == 0 {
+            return;
+        }
+        let top = self.top();
+        let offset = disk.live_len(top);
+        let mut bytes = vec![0xcc; self.cluster as usize];
+        bytes[..inside as usize * SECTOR].fill(0);
+        disk.prepare(top, offset, &bytes);
+        let unit = if self.version == 1 {
+            SECTOR as u64
+        } else {
+            self.cluster
+        };
+        let entry = (offset / unit) as u32;
+        disk.prepare(top, 64 + 4 * last, &entry.to_le_bytes());
     }
 
     /// What the format extension of the top is, if it has one: its cluster and, behind
@@ -285,14 +365,14 @@ impl Scenario {
     ///
     /// # Errors
     /// If it is not.
-    pub fn check_extension(&self, disk: &SimDisk, image: &Image) -> Result<(), String> {
+    pub fn check_extension(&self, view: &View<'_>, image: &Image) -> Result<(), String> {
         let Some(at) = image.extension else {
             return Ok(());
         };
         let bytes = self.extension_bytes();
         if self.extension
             && at == self.data_start(self.levels - 1)
-            && disk.read_live(self.top(), at, bytes.len()) == bytes
+            && view.read(self.top(), at, bytes.len()) == bytes
         {
             return Ok(());
         }
@@ -324,7 +404,7 @@ impl Scenario {
         lower.copied().unwrap_or(self.version)
     }
 
-    /// As many as the disk of the level needs; of the top [`ENTRIES`].
+    /// As many as the disk of the level needs; of the top up to [`ENTRIES_MAX`].
     fn entries_of(&self, level: usize) -> u32 {
         let per_cluster = self.cluster / SECTOR as u64;
         self.sectors_of(level).div_ceil(per_cluster) as u32
@@ -461,6 +541,28 @@ fn random_sizes(rng: &mut SmallRng, levels: usize, sectors: u64) -> Vec<u64> {
     sizes
 }
 
+/// Sizes of a disk that grows now and then, in whole clusters. The BAT of some takes more
+/// clusters than that of the one before.
+fn random_growth(
+    rng: &mut SmallRng,
+    always: bool,
+    is_plain: bool,
+    sectors: u64,
+    per_cluster: u64,
+) -> Vec<u64> {
+    let mut sizes = Vec::new();
+    let mut size = sectors;
+    while sizes.len() < 3 && (always || rng.random_ratio(1, 2)) {
+        let more = match is_plain {
+            true => rng.random_range(1..40),
+            false => *[1, 20, 1100, 9000, 12_000].choose(rng).unwrap(),
+        };
+        size = (size + more * per_cluster).next_multiple_of(per_cluster);
+        sizes.push(size);
+    }
+    sizes
+}
+
 /// What the driver may do next.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Action {
@@ -492,6 +594,79 @@ pub enum Action {
     Space,
     /// Parked requests of a queue have to end.
     GiveUp,
+    /// The disk becomes larger, in two steps, or not after the first one.
+    Grow,
+}
+
+impl Action {
+    /// Whether it only lets what is under way go on.
+    pub fn is_a_turn(self) -> bool {
+        matches!(
+            self,
+            Self::PollQueue | Self::PollRunner | Self::PollMd | Self::Disk | Self::Time
+        )
+    }
+}
+
+/// Which lives are lived: any, or of all that there are only some.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Mix {
+    /// Half of the images have lower deltas, or none has.
+    pub chains: bool,
+    /// What goes wrong on the host; `None`: anything, or mostly nothing.
+    pub trouble: Option<HostTrouble>,
+    /// Disks always become larger; else some do.
+    pub grows: bool,
+}
+
+/// What may be wrong with a host, and nothing else then.
+#[derive(Clone, Copy, Debug)]
+pub enum HostTrouble {
+    /// Pages of the BAT fail, now and then or every other time.
+    Pages,
+    /// Syncs of stable writes fail, and may lose what others have written.
+    StableWrites,
+}
+
+/// How often a thread is preempted at a point where it can be: one time in so many, and
+/// at a few points, which are others each time, far more often.
+#[derive(Clone, Copy, Debug)]
+pub struct Preemption {
+    usually: u32,
+    /// Which points are hot, and how often there.
+    hot: u64,
+    when_hot: u32,
+    /// How often in a session.
+    pub at_most: u32,
+}
+
+impl Preemption {
+    /// Of so many points one is hot.
+    const HOT_ONE_IN: u64 = 8;
+
+    fn random(rng: &mut SmallRng) -> Option<Self> {
+        if rng.random_ratio(1, 5) {
+            return None;
+        }
+        Some(Self {
+            usually: *[40, 200, 1000].choose(rng).unwrap(),
+            hot: rng.random_range(0..Self::HOT_ONE_IN),
+            when_hot: *[2, 5, 20].choose(rng).unwrap(),
+            at_most: *[2, 8, 24].choose(rng).unwrap(),
+        })
+    }
+
+    /// One time in so many at this point.
+    pub fn one_in(self, at: &str) -> u32 {
+        let mixed = at.bytes().fold(0_u64, |mixed, byte| {
+            mixed.wrapping_mul(31).wrapping_add(u64::from(byte))
+        });
+        if mixed % Self::HOT_ONE_IN == self.hot {
+            self.when_hot
+        } else {
+            self.usually
+        }
+    }
 }
 
 /// How a generation goes: some actions often, some never, so that generations
@@ -515,13 +690,19 @@ pub struct Profile {
     /// How often the process may be killed while the guest goes on; `None`: nothing
     /// outlives it.
     pub deaths: Option<u32>,
+    /// How often a thread is preempted where it can be.
+    pub preempted: Option<Preemption>,
+    /// One time in so many a request goes where the last one went.
+    pub local: u32,
+    /// One time in so many actions what a cut would leave is judged.
+    pub imagined: u32,
     /// Actions until the end.
     pub actions_left: u32,
 }
 
 impl Profile {
     /// Another one each time.
-    pub fn random(rng: &mut SmallRng, cluster: u64) -> Self {
+    pub fn random(rng: &mut SmallRng, cluster: u64, mix: Mix) -> Self {
         use Action::*;
         let mut weight = |common: u32| *[0, common, common, 4 * common].choose(rng).unwrap();
         let mut actions = vec![
@@ -534,8 +715,8 @@ impl Profile {
         ];
         actions.extend([(PollQueue, 6), (PollRunner, 4), (PollMd, 4), (Disk, 16)]);
         let is_tight = rng.random_ratio(1, 6);
-        if rng.random_ratio(1, 5) {
-            actions.push((WriteThrough, 1));
+        if rng.random_ratio(2, 5) {
+            actions.push((WriteThrough, *[1, 4].choose(rng).unwrap()));
         }
         if rng.random_ratio(1, 8) {
             actions.push((Suspend, 1));
@@ -543,9 +724,15 @@ impl Profile {
         if is_tight {
             actions.extend([(Space, 1), (GiveUp, 1)]);
         }
-        let faults = random_faults(rng);
+        if mix.grows || rng.random_ratio(1, 2) {
+            actions.push((Grow, *[1, 2, 8].choose(rng).unwrap()));
+        }
+        let faults = random_faults(rng, mix.trouble);
         if faults.stable_write + faults.full_stable_write > 0.0 {
             actions.extend([(WriteThrough, 1), (Write, 8)]);
+        }
+        if faults.page > 0.0 {
+            actions.extend([(WriteThrough, 3), (Flush, 2), (Discard, 2), (Write, 8)]);
         }
         let sectors = cluster / SECTOR as u64;
         Self {
@@ -557,6 +744,9 @@ impl Profile {
             is_lazy: rng.random(),
             read_only: rng.random_ratio(1, 24),
             deaths: rng.random_ratio(1, 3).then(|| rng.random_range(0..3)),
+            local: if faults.page > 0.0 { 2 } else { 4 },
+            preempted: Preemption::random(rng),
+            imagined: *[32, 128, 512].choose(rng).unwrap(),
             actions_left: *[60, 200, 200, 600].choose(rng).unwrap(),
         }
     }
@@ -573,10 +763,25 @@ impl Profile {
     }
 }
 
-fn random_faults(rng: &mut SmallRng) -> Faults {
+fn faults_of(trouble: HostTrouble, rng: &mut SmallRng) -> Faults {
     let mut faults = Faults::default();
-    if rng.random_ratio(3, 4) {
-        return faults;
+    match trouble {
+        HostTrouble::Pages => faults.page = *[0.1, 0.5, 0.5].choose(rng).unwrap(),
+        HostTrouble::StableWrites => faults.stable_write = *[0.05, 0.2].choose(rng).unwrap(),
+    }
+    faults
+}
+
+fn random_faults(rng: &mut SmallRng, trouble: Option<HostTrouble>) -> Faults {
+    let mut faults = Faults::default();
+    let drawn = match rng.random_range(0..12) {
+        0..8 => return trouble.map_or(faults, |trouble| faults_of(trouble, rng)),
+        8 | 9 => Some(HostTrouble::Pages),
+        10 => Some(HostTrouble::StableWrites),
+        _ => None,
+    };
+    if let Some(trouble) = trouble.or(drawn) {
+        return faults_of(trouble, rng);
     }
     let rate = *[0.01, 0.1].choose(rng).unwrap();
     let all = [

@@ -1,7 +1,9 @@
 //! One opening of an image: the engine's actors, the requests that are under way,
 //! and what the model hears of them.
 
+use std::cell::RefCell;
 use std::collections::BTreeMap;
+use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -12,14 +14,19 @@ use rustix::io::Errno;
 use smallvec::{SmallVec, smallvec};
 
 use super::cases::{Case, Cases};
+use super::checker::Image;
 use super::disk::{Faults, SimDisk};
 use super::file::SECTOR;
+use super::judge::{Before, Cuts};
 use super::memory::Memory;
 use super::model::{ChangeId, Flush, Model, Read};
 use super::pattern::{self, Value};
 use super::scenario::{Action, Profile, Scenario};
-use crate::format::Sector;
+use super::stage::{self, Stage};
+use crate::format::{GuestCluster, Sector};
 use crate::ploop::control::{Control, Outcome};
+use crate::ploop::preempt;
+use crate::ploop::rule::{self, Rule};
 use crate::ploop::{
     Command, Done, Engine, EngineError, MdWriter, OnEnospc, Opened, Queue, Request, Runner,
     SectorRange,
@@ -44,11 +51,53 @@ pub struct World {
     pub model: Model,
     /// What has happened how often.
     pub cases: Cases,
+    /// How often what a cut leaves was judged.
+    pub cuts: Cuts,
+    /// The deltas below the top, base first: nobody changes them.
+    pub lower: Vec<Image>,
+    /// See there.
+    pub before: Before,
+    /// Sizes of which the disk of the top has one, in sectors.
+    pub sizes: Vec<u64>,
+    /// Lengths that a raw top may have while it grows.
+    pub raw_lens: Vec<u64>,
+    /// The disk is becoming larger.
+    pub is_growing: bool,
     /// Every write has another.
     pub next_value: u64,
 }
 
 impl World {
+    /// The disk has this size for sure.
+    pub fn set_size(&mut self, sectors: u64) {
+        self.sizes = vec![sectors];
+        self.use_size(sectors);
+    }
+
+    /// The disk looks as if it had this size.
+    pub fn use_size(&mut self, sectors: u64) {
+        self.scenario.set_size(sectors);
+        if !self.scenario.is_plain_top() {
+            let len = 64 + 4 * u64::from(self.scenario.top_entries());
+            self.scenario.medium.metadata_len = len;
+            self.disk.change_medium(|medium| medium.metadata_len = len);
+            self.cases.grow(len);
+        }
+    }
+
+    /// An engine was opened, which makes stable what it has found.
+    ///
+    /// # Errors
+    /// The disk has another size than it can have.
+    pub fn see_size(&mut self, engine: &Engine<SimDisk>) -> Result<(), Failure> {
+        let size = engine.disk_size().0;
+        if !self.scenario.is_plain_top() && !self.sizes.contains(&size) {
+            return Err(format!("I12: the disk was opened with {size} sectors"));
+        }
+        self.set_size(size);
+        Ok(())
+    }
+
     fn new_value(&mut self) -> Value {
         self.next_value += 1;
         Value(self.next_value)
@@ -71,6 +120,9 @@ pub(super) struct InFlight {
     pub held: Option<u32>,
     /// It came after a sync was known to have failed.
     pub after_failed_sync: bool,
+    /// It came when a page of the BAT had failed, nobody had been told, and nobody else
+    /// was about to be: the number of that failure.
+    pub after_failed_page: Option<u32>,
 }
 
 /// What a request asks for: it may have to be asked again, of another process.
@@ -154,22 +206,61 @@ impl Suspension {
     }
 }
 
+/// A disk on its way to be so many sectors large.
+enum Larger {
+    No,
+    Preparing(Outcome, u64),
+    Prepared(u64),
+    Committing(Outcome, u64),
+}
+
+/// The threads of the engine. One that is in the midst of a step is borrowed, and is
+/// given no turn until it is done.
+struct Actors {
+    queues: RefCell<Vec<Rc<RefCell<Queue<SimDisk>>>>>,
+    runners: Vec<RefCell<Runner<SimDisk>>>,
+    md: RefCell<MdWriter<SimDisk>>,
+}
+
+/// Threads that are preempted at a time, at most.
+const PREEMPTED_MAX: u32 = 3;
+
+/// Turns that a request of [`Session::rush`] has to end.
+const RUSH_TURNS: u32 = 60;
+
 /// See the module's text.
 pub struct Session {
     fuse: Fuse,
+    /// Gives others a turn where a thread can be preempted.
+    hook: preempt::Hook,
+    profile: Profile,
+    /// How many threads are preempted.
+    preempted: u32,
+    /// Nothing new is begun any more.
+    pub(super) is_ending: bool,
+    is_closing: bool,
+    /// How often one was.
+    preemptions: u32,
+    /// What went wrong while one was.
+    failure: Option<Failure>,
+    /// Where the last request went.
+    last_range: Option<std::ops::Range<u64>>,
     pub(super) requests: BTreeMap<u64, InFlight>,
     pub(super) next_tag: u64,
     pub(super) engine: Arc<Engine<SimDisk>>,
-    pub(super) queues: Vec<Queue<SimDisk>>,
-    runners: Vec<Runner<SimDisk>>,
-    md: MdWriter<SimDisk>,
+    actors: Rc<Actors>,
     now: Duration,
     pub(super) write_through: WriteThrough,
     pub(super) times_on: u32,
     suspension: Suspension,
+    larger: Larger,
     pub(super) times_suspended: u32,
     pub(super) trouble: Trouble,
     pub(super) sync_failed: bool,
+    /// A page of the BAT has failed, and no client was told of that yet.
+    page_failed: Option<u32>,
+    /// How often one has.
+    pages_failed: u32,
     is_lazy: bool,
     /// Of runners, the metadata thread, and queues, in this order.
     alarms: Vec<Alarm>,
@@ -204,6 +295,8 @@ pub(super) struct Trouble {
     /// finds some when it is tried again, that looks like a failed sync.
     space_in_doubt: bool,
     read_only: bool,
+    /// The engine is closed while requests are under way.
+    stops: bool,
 }
 
 impl Trouble {
@@ -214,6 +307,7 @@ impl Trouble {
             EngineError::SyncFailed if self.space_in_doubt => true,
             EngineError::Io(_) | EngineError::Metadata(_) | EngineError::SyncFailed => self.faults,
             EngineError::ReadOnly => self.read_only,
+            EngineError::Stopped => self.stops,
             _ => false,
         }
     }
@@ -229,6 +323,7 @@ impl Session {
     ) -> Self {
         let queues = (0..world.scenario.queues)
             .map(|_| opened.engine.queue().expect("there is room for all queues"))
+            .map(|queue| Rc::new(RefCell::new(queue)))
             .collect();
         let alarms = (0..world.disk.io_count())
             .map(|io| Alarm {
@@ -244,13 +339,24 @@ impl Session {
             requests: BTreeMap::new(),
             next_tag: 0,
             engine: opened.engine,
-            queues,
-            runners: opened.runners,
-            md: opened.md,
+            hook: preempt::each(stage::preempted),
+            profile: profile.clone(),
+            preempted: 0,
+            preemptions: 0,
+            is_ending: false,
+            is_closing: false,
+            failure: None,
+            last_range: None,
+            actors: Rc::new(Actors {
+                queues: RefCell::new(queues),
+                runners: opened.runners.into_iter().map(RefCell::new).collect(),
+                md: RefCell::new(opened.md),
+            }),
             now: Duration::ZERO,
             write_through: WriteThrough::Off,
             times_on: 0,
             suspension: Suspension::No,
+            larger: Larger::No,
             times_suspended: 0,
             trouble: Trouble {
                 faults: profile.faults != Faults::default(),
@@ -258,8 +364,11 @@ impl Session {
                 space_for_metadata: profile.is_tight && world.scenario.medium.copies_on_write,
                 space_in_doubt: profile.is_tight,
                 read_only: profile.read_only,
+                stops: false,
             },
             sync_failed: false,
+            page_failed: None,
+            pages_failed: 0,
             is_lazy: profile.is_lazy,
             alarms,
         }
@@ -284,12 +393,12 @@ impl Session {
         let rng = &mut world.rng;
         match action {
             Action::PollQueue => {
-                let queue = rng.random_range(0..self.queues.len());
+                let queue = rng.random_range(0..self.queue_count().max(1));
                 self.poll_queue(world, queue)?;
             }
             Action::PollRunner => {
-                let runner = rng.random_range(0..self.runners.len());
-                self.poll_runner(world, runner);
+                let runner = rng.random_range(0..self.actors.runners.len());
+                self.poll_runner(world, runner)?;
             }
             Action::PollMd => self.poll_md(world)?,
             Action::Disk => world.disk.step(),
@@ -307,22 +416,136 @@ impl Session {
                     .disk
                     .change_medium(|medium| medium.capacity = capacity);
             }
+            Action::Grow => self.grow(world)?,
             Action::GiveUp => {
-                let queue = rng.random_range(0..self.queues.len());
+                let queue = rng.random_range(0..self.queue_count());
                 self.give_up(queue);
             }
             request if self.requests.len() < profile.depth => {
-                self.push(world, profile.sectors, request);
+                self.push(world, profile.sectors, request)?;
             }
             _ => {}
         }
-        self.hear_controls(world)
+        self.hear_controls(world)?;
+        self.imagine_cut(world)
+    }
+
+    /// Now and then the power could go here.
+    fn imagine_cut(&self, world: &mut World) -> Result<(), Failure> {
+        if world.rng.random_ratio(1, self.profile.imagined) {
+            world.imagine_cut()?;
+        }
+        Ok(())
+    }
+
+    // --- threads ---
+
+    /// Has an actor do a step, and others in the midst of it, if it is preempted.
+    fn step_of<R>(&mut self, world: &mut World, step: impl FnOnce() -> R) -> Result<R, Failure> {
+        let result = Stage::lend(self, world, step);
+        self.failure.take().map_or(Ok(result), Err)
+    }
+
+    /// A thread is at a point where it can be preempted: others may go on.
+    pub fn preempt(&mut self, world: &mut World, at: &'static str) {
+        if self.is_closing && world.rng.random_ratio(1, 8) {
+            self.failure = self.failure.take().or(world.imagine_cut().err());
+        }
+        let Some(preemption) = self.profile.preempted else {
+            return;
+        };
+        let is_over = self.preempted >= PREEMPTED_MAX
+            || self.preemptions >= preemption.at_most
+            || self.failure.is_some();
+        let one_in = preemption.one_in(at);
+        if is_over || !world.disk.is_powered() || !world.rng.random_ratio(1, one_in) {
+            return;
+        }
+        self.preempted += 1;
+        self.preemptions += 1;
+        world.disk.note(|| format!("preempted: {at}"));
+        let result = if !self.is_ending && world.rng.random_ratio(1, 4) {
+            self.rush(world)
+        } else {
+            self.go_on(world)
+        };
+        if let Err(failure) = result {
+            self.failure = Some(failure);
+        }
+        world.disk.note(|| format!("goes on: {at}"));
+        self.preempted -= 1;
+    }
+
+    /// Others do anything.
+    fn go_on(&mut self, world: &mut World) -> Result<(), Failure> {
+        let actions = *[1, 8, 60].choose(&mut world.rng).unwrap();
+        let profile = self.profile.clone();
+        for _ in 0..world.rng.random_range(1..=actions) {
+            if !world.disk.is_powered() {
+                break;
+            }
+            let action = profile.choose(&mut world.rng);
+            if self.is_ending && !action.is_a_turn() {
+                continue;
+            }
+            self.act(world, &profile, action)?;
+        }
+        Ok(())
+    }
+
+    /// Others do as much as they can: a write to the cluster whose change the thread has
+    /// not finished, or where the last request went, ends, then a flush, and then the
+    /// power could go.
+    fn rush(&mut self, world: &mut World) -> Result<(), Failure> {
+        let sectors = self.profile.sectors;
+        if let Some(cluster) = self.engine.in_the_midst() {
+            let per_cluster = world.scenario.cluster / SECTOR as u64;
+            let start = u64::from(cluster.0) * per_cluster;
+            let islands = world.scenario.layout.islands().iter();
+            // A runner's pio may have changed a cluster that ends outside.
+            let mut inside = islands.filter(|island| island.contains(&start));
+            if let Some(island) = inside.next() {
+                self.last_range = Some(start..(start + 8).min(island.end));
+            }
+        }
+        for action in [Action::Write, Action::Flush] {
+            if !self.profile.read_only {
+                self.push(world, sectors, action)?;
+            }
+            let last = self.next_tag - u64::from(self.next_tag > 0);
+            for _ in 0..RUSH_TURNS {
+                if !world.disk.is_powered() || !self.requests.contains_key(&last) {
+                    break;
+                }
+                self.turn(world)?;
+            }
+        }
+        world.imagine_cut()
+    }
+
+    fn held(&self) -> usize {
+        let queues = self.actors.queues.borrow();
+        queues.iter().map(|queue| queue.borrow().held()).sum()
+    }
+
+    pub(super) fn queue_count(&self) -> usize {
+        self.actors.queues.borrow().len()
+    }
+
+    /// A queue, unless its thread is preempted or it is closed.
+    fn queue(&self, queue: usize) -> Option<Rc<RefCell<Queue<SimDisk>>>> {
+        let queue = self.actors.queues.borrow().get(queue)?.clone();
+        let is_free = queue.try_borrow_mut().is_ok();
+        is_free.then_some(queue)
     }
 
     // --- requests ---
 
-    fn push(&mut self, world: &mut World, max: u64, action: Action) {
-        let queue = world.rng.random_range(0..self.queues.len());
+    fn push(&mut self, world: &mut World, max: u64, action: Action) -> Result<(), Failure> {
+        let queue = world.rng.random_range(0..self.queue_count());
+        if self.queue(queue).is_none() {
+            return Ok(());
+        }
         let (kind, memory, ask) = match action {
             Action::Read => {
                 let range = self.choose_range(world, max);
@@ -338,7 +561,7 @@ impl Session {
             }
             discard => self.new_zeroing(world, max, discard == Action::Discard),
         };
-        self.give(world, queue, (kind, memory, ask));
+        self.give(world, queue, (kind, memory, ask))
     }
 
     /// A new request goes to a queue.
@@ -347,7 +570,7 @@ impl Session {
         world: &mut World,
         queue: usize,
         (kind, memory, ask): (Kind, Option<Memory>, Ask),
-    ) {
+    ) -> Result<(), Failure> {
         let tag = self.next_tag;
         self.next_tag += 1;
         self.requests.insert(
@@ -359,39 +582,56 @@ impl Session {
                 memory,
                 held: self.suspension.number(),
                 after_failed_sync: self.sync_failed,
+                after_failed_page: self.page_failed.filter(|_| self.only_reads()),
             },
         );
-        self.ask(world, tag);
+        self.ask(world, tag)
     }
 
-    /// The engine gets a request.
-    pub(super) fn ask(&mut self, world: &mut World, tag: u64) {
+    /// The engine gets a request, whose queue is not in the midst of a step.
+    pub(super) fn ask(&mut self, world: &mut World, tag: u64) -> Result<(), Failure> {
         let Some(request) = self.requests.get(&tag) else {
-            return;
+            return Ok(());
+        };
+        let Some(free) = self.queue(request.queue) else {
+            return Ok(());
         };
         let queue = request.queue;
         let command = request.ask.command(request.memory.as_ref(), &mut world.rng);
         world
             .disk
             .note(|| format!("vq{queue} takes {tag}: {}", describe(&command)));
-        self.queues[queue].push(Request { tag, command });
-        if world.rng.random_bool(0.7) {
-            self.queues[queue].submit();
-        }
+        let submits = world.rng.random_bool(0.7);
+        self.step_of(world, || {
+            let mut queue = free.borrow_mut();
+            queue.push(Request { tag, command });
+            if submits {
+                queue.submit();
+            }
+        })
     }
 
     /// Where the next request goes: whole clusters and host blocks now and then,
     /// any sectors else, never beyond the island.
-    fn choose_range(&self, world: &mut World, max: u64) -> std::ops::Range<u64> {
-        let islands = world.scenario.layout.islands();
+    fn choose_range(&mut self, world: &mut World, max: u64) -> std::ops::Range<u64> {
+        let size = world.scenario.disk_sectors;
+        let islands = world.scenario.layout.islands_within(size);
         let island = islands.choose(&mut world.rng).unwrap().clone();
+        if let Some(last) = self.last_range.clone()
+            && (self.preempted > 0 || world.rng.random_ratio(1, self.profile.local))
+        {
+            // Races are between those who meet.
+            return last.start..last.end.min(last.start + max);
+        }
         let unit = *[1, 8, world.scenario.cluster / SECTOR as u64]
             .choose(&mut world.rng)
             .unwrap();
         let start = world.rng.random_range(island.clone());
         let start = (start - start % unit).max(island.start);
         let count = world.rng.random_range(1..=max).next_multiple_of(unit);
-        start..(start + count).min(island.end)
+        let range = start..(start + count).min(island.end);
+        self.last_range = Some(range.clone());
+        range
     }
 
     pub(super) fn new_read(
@@ -475,7 +715,12 @@ impl Session {
         let mut at = range.start;
         while at < range.end {
             let cluster = at - at % per_cluster;
-            let cluster_end = (cluster + per_cluster).min(world.scenario.disk_sectors);
+            // Of a disk that becomes larger meanwhile the last cluster is not whole.
+            let disk_end = match world.scenario.can_grow() {
+                true => u64::MAX,
+                false => world.scenario.disk_sectors,
+            };
+            let cluster_end = (cluster + per_cluster).min(disk_end);
             let end = cluster_end.min(range.end);
             let is_whole = at == cluster && end == cluster_end;
             let certain = !discard || (is_whole && world.scenario.can_unmap());
@@ -486,14 +731,21 @@ impl Session {
     }
 
     fn poll_queue(&mut self, world: &mut World, queue: usize) -> Result<(), Failure> {
-        let alarm = self.runners.len() + 1 + queue;
-        let is_woken = !self.queues[queue].is_asleep() || self.queues[queue].has_ready();
+        let alarm = self.actors.runners.len() + 1 + queue;
+        let Some(free) = self.queue(queue) else {
+            return Ok(());
+        };
+        let is_woken = !free.borrow().is_asleep() || free.borrow().has_ready();
         if !is_woken && !self.has_alarm(world, alarm) {
             return Ok(());
         }
-        let mut done = Vec::new();
-        self.queues[queue].poll(&mut done);
-        self.queues[queue].may_sleep();
+        let done = self.step_of(world, || {
+            let mut done = Vec::new();
+            let mut queue = free.borrow_mut();
+            queue.poll(&mut done);
+            queue.may_sleep();
+            done
+        })?;
         self.alarms[alarm].at = None;
         if !world.disk.is_powered() {
             // What ends from now on ends for want of power.
@@ -515,8 +767,21 @@ impl Session {
             .ok_or_else(|| format!("I10: request {tag} ends twice, or on another queue"))?;
         if let Err(error) = done.result {
             self.sync_failed |= error == EngineError::SyncFailed;
+            if matches!(error, EngineError::Metadata(_)) {
+                // The metadata thread may be in the midst of the step that tells of it.
+                self.see_failed_pages(world);
+                // All who wait together hear of it, and nobody who comes later has to.
+                self.page_failed = None;
+            }
             if !self.trouble.explains(error) {
                 return Err(format!("I10: request {tag} failed for no reason: {error}"));
+            }
+            if let Ask::Write { start } = request.ask
+                && !rule::kept(Rule::FailedWriteStaysMapped)
+            {
+                let cluster = start.bytes() / world.scenario.cluster;
+                self.engine
+                    .unmap_after_failure(GuestCluster(cluster as u32));
             }
         } else if request.held.is_some() && request.held == self.suspension.number() {
             return Err(format!("S22: request {tag} was done while suspended"));
@@ -541,33 +806,71 @@ impl Session {
                 let on = matches!(self.write_through, WriteThrough::On(now) if Some(now) == mode);
                 world.model.end(id, good, on);
                 world.cases.count_if(Case::WriteThrough, good && on);
+                if good && on && world.rng.random_ratio(1, 4) {
+                    world.imagine_cut()?;
+                }
             }
             Kind::Flush { .. } if good && request.after_failed_sync => {
                 return Err(format!(
                     "I7: flush {tag} came after a failed sync and succeeded"
                 ));
             }
+            Kind::Flush { .. } if good && self.owes_failure(request.after_failed_page) => {
+                return Err(format!(
+                    "I7: flush {tag} came after a failed write of the BAT that nobody was told of, and succeeded"
+                ));
+            }
             Kind::Flush { flush, has_work } if good => {
                 world.model.end_flush(&flush);
                 world.cases.count_if(Case::Flush, has_work);
+                if world.rng.random_ratio(1, 2) {
+                    world.imagine_cut()?;
+                }
             }
             Kind::Flush { .. } => world.cases.count(Case::FailedFlush),
         }
         Ok(())
     }
 
+    /// Whether a request that came after this failure of a page, and has ended, should have
+    /// told of it: nobody else has, or can have been told without having ended.
+    fn owes_failure(&self, came_after: Option<u32>) -> bool {
+        came_after.is_some() && came_after == self.page_failed && self.only_reads()
+    }
+
+    /// Whether nothing is under way that could be told of a failure.
+    fn only_reads(&self) -> bool {
+        let mut requests = self.requests.values();
+        requests.all(|request| matches!(request.kind, Kind::Read { .. }))
+    }
+
     // --- the metadata thread, and what it was asked for ---
 
     fn poll_md(&mut self, world: &mut World) -> Result<(), Failure> {
-        let alarm = self.runners.len();
-        if self.md.is_asleep() && !self.has_alarm(world, alarm) {
+        let alarm = self.actors.runners.len();
+        let actors = self.actors.clone();
+        let is_asleep = match actors.md.try_borrow_mut() {
+            Ok(md) => md.is_asleep(),
+            Err(_) => return Ok(()),
+        };
+        if is_asleep && !self.has_alarm(world, alarm) {
             return Ok(());
         }
-        let after = self.md.poll(self.now);
+        let now = self.now;
+        let after = self.step_of(world, || actors.md.borrow_mut().poll(now))?;
         self.alarms[alarm].at = after.map(|after| self.now + after);
+        self.see_failed_pages(world);
         world
             .cases
             .look_at_metadata(&world.disk, &world.scenario, &self.engine)
+    }
+
+    /// The metadata thread may have heard of a page of the BAT that has failed.
+    fn see_failed_pages(&mut self, world: &World) {
+        if world.disk.take_failed_pages() > 0 {
+            self.pages_failed += 1;
+            self.page_failed = Some(self.pages_failed);
+        }
     }
 
     /// Whether an actor that nothing woke wants to be polled.
@@ -576,17 +879,27 @@ impl Session {
         !self.is_lazy || at.is_some_and(|at| at <= self.now) || world.disk.has_completions(*io)
     }
 
-    fn poll_runner(&mut self, world: &World, runner: usize) {
-        if self.runners[runner].is_asleep() && !self.has_alarm(world, runner) {
-            return;
+    fn poll_runner(&mut self, world: &mut World, runner: usize) -> Result<(), Failure> {
+        let actors = self.actors.clone();
+        let is_asleep = match actors.runners[runner].try_borrow_mut() {
+            Ok(runner) => runner.is_asleep(),
+            Err(_) => return Ok(()),
+        };
+        if is_asleep && !self.has_alarm(world, runner) {
+            return Ok(());
         }
-        let after = self.runners[runner].poll(self.now);
+        let now = self.now;
+        let step = || actors.runners[runner].borrow_mut().poll(now);
+        let after = self.step_of(world, step)?;
         self.alarms[runner].at = after.map(|after| self.now + after);
+        Ok(())
     }
 
     fn give_up(&mut self, queue: usize) {
         self.trouble.space = true;
-        self.queues[queue].give_up_parked();
+        if let Some(queue) = self.queue(queue) {
+            queue.borrow_mut().give_up_parked();
+        }
     }
 
     fn toggle_write_through(&mut self, world: &mut World) {
@@ -603,6 +916,99 @@ impl Session {
                 self.write_through = WriteThrough::Off;
             }
         }
+    }
+
+    /// The next step to a larger disk, or none any more; or it goes on for a while.
+    fn grow(&mut self, world: &mut World) -> Result<(), Failure> {
+        match &self.larger {
+            Larger::No => {
+                // Once more, perhaps, of what could not be made stable.
+                let pending = world.sizes.iter().copied().max();
+                let pending = pending.filter(|size| *size > world.scenario.disk_sectors);
+                let next = world.scenario.sizes_to_come.first().copied();
+                let Some(size) = pending.or(next) else {
+                    return Ok(());
+                };
+                if world.scenario.is_plain_top() && !self.profile.read_only {
+                    world.scenario.forget_behind();
+                    world.before.behind.clear();
+                    let bytes = |sectors: u64| sectors * SECTOR as u64;
+                    world.raw_lens.push(bytes(world.scenario.disk_sectors));
+                    world.raw_lens.push(bytes(size));
+                }
+                world
+                    .disk
+                    .note(|| format!("a disk of {size} sectors is prepared"));
+                world.is_growing = true;
+                let outcome = self.engine.control(Control::PrepareGrowth(Sector(size)));
+                self.larger = Larger::Preparing(outcome, size);
+            }
+            Larger::Prepared(size) => {
+                let size = *size;
+                if world.rng.random_ratio(1, 8) {
+                    self.engine.abandon_growth();
+                    world.is_growing = false;
+                    self.larger = Larger::No;
+                    return Ok(());
+                }
+                world.sizes.push(size);
+                let outcome = self.engine.control(Control::CommitGrowth);
+                self.larger = Larger::Committing(outcome, size);
+            }
+            Larger::Preparing(..) if world.rng.random_ratio(1, 40) => {
+                self.engine.abandon_growth();
+            }
+            // It takes many steps, and sessions are short.
+            Larger::Preparing(..) | Larger::Committing(..) if self.preempted == 0 => {
+                for _ in 0..world.rng.random_range(0..40) {
+                    self.turn(world)?;
+                }
+            }
+            Larger::Preparing(..) | Larger::Committing(..) => {}
+        }
+        Ok(())
+    }
+
+    fn hear_of_growth(&mut self, world: &mut World) -> Result<(), Failure> {
+        let (outcome, size) = match &self.larger {
+            Larger::Preparing(outcome, size) | Larger::Committing(outcome, size) => {
+                (outcome, *size)
+            }
+            Larger::No | Larger::Prepared(_) => return Ok(()),
+        };
+        let Some(result) = outcome.get() else {
+            return Ok(());
+        };
+        world
+            .disk
+            .note(|| format!("disk of {size} sectors: {result:?}"));
+        let was_committing = matches!(self.larger, Larger::Committing(..));
+        self.larger = match (result, was_committing) {
+            (Ok(()), false) => Larger::Prepared(size),
+            (Ok(()), true) => {
+                world.set_size(size);
+                world.cases.count(Case::Larger);
+                // What the disk has from now on is judged at once.
+                world.imagine_cut()?;
+                Larger::No
+            }
+            (Err(error), _) => {
+                let is_full = error == EngineError::NoSpace && self.trouble.space_in_doubt;
+                // Closed, given up, or one that was given up is not over.
+                let is_ended = matches!(
+                    error,
+                    EngineError::Stopped | EngineError::NotPrepared | EngineError::Growing
+                );
+                // Sent before it was, perhaps.
+                let is_ended = is_ended || error == EngineError::Suspended;
+                if !is_full && !is_ended && !self.trouble.explains(error) {
+                    return Err(format!("I15: the disk did not grow: {error}"));
+                }
+                Larger::No
+            }
+        };
+        world.is_growing = !matches!(self.larger, Larger::No);
+        Ok(())
     }
 
     fn toggle_suspension(&mut self, world: &mut World) {
@@ -637,14 +1043,26 @@ impl Session {
             self.times_on += 1;
             self.write_through = WriteThrough::On(self.times_on);
         }
+        self.hear_of_growth(world)?;
         if let Suspension::Under(quiesce) = &self.suspension
             && let Some(result) = quiesce.outcome.get()
         {
             self.judge(world, "suspend", &quiesce.flush, result)?;
+            self.check_quiet(world, "suspended")?;
             self.times_suspended += 1;
             self.suspension = Suspension::Yes(self.times_suspended);
         }
         Ok(())
+    }
+
+    /// Nothing that a client has asked for is in flight on the host.
+    fn check_quiet(&self, world: &World, what: &str) -> Result<(), Failure> {
+        let md = self.actors.runners.len();
+        let others = (0..world.disk.io_count()).filter(|io| *io != md);
+        match others.map(|io| world.disk.in_flight(io)).sum() {
+            0 => Ok(()),
+            busy => Err(format!("S22: {what}, and {busy} operations are in flight")),
+        }
     }
 
     fn judge(
@@ -680,16 +1098,7 @@ impl Session {
             if is_over(self) || !world.disk.is_powered() {
                 return Ok(());
             }
-            for queue in 0..self.queues.len() {
-                self.queues[queue].submit();
-                self.poll_queue(world, queue)?;
-            }
-            for runner in 0..self.runners.len() {
-                self.poll_runner(world, runner);
-            }
-            self.poll_md(world)?;
-            self.hear_controls(world)?;
-            world.disk.step();
+            self.turn(world)?;
             if turn % 64 == 0 {
                 self.now += Duration::from_millis(10);
             }
@@ -697,17 +1106,51 @@ impl Session {
         Err(format!("I10: {what} hangs; {}", self.describe_hang(world)))
     }
 
+    /// Every thread that is not preempted gets a turn, and the host.
+    fn turn(&mut self, world: &mut World) -> Result<(), Failure> {
+        if !world.disk.is_powered() {
+            return Ok(());
+        }
+        for queue in 0..self.queue_count() {
+            if let Some(queue) = self.queue(queue) {
+                queue.borrow_mut().submit();
+            }
+            self.poll_queue(world, queue)?;
+        }
+        for runner in 0..self.actors.runners.len() {
+            self.poll_runner(world, runner)?;
+        }
+        self.poll_md(world)?;
+        self.hear_controls(world)?;
+        world.disk.step();
+        self.imagine_cut(world)
+    }
+
     fn describe_hang(&self, world: &World) -> String {
         let tags: Vec<_> = self.requests.keys().collect();
-        let held: Vec<_> = self.queues.iter().map(Queue::held).collect();
-        let asleep: Vec<_> = self.runners.iter().map(Runner::is_asleep).collect();
+        let queues = self.actors.queues.borrow();
+        let held: Vec<_> = queues.iter().map(|queue| queue.borrow().held()).collect();
+        let runners = self.actors.runners.iter();
+        let asleep: Vec<_> = runners.map(|runner| runner.borrow().is_asleep()).collect();
         let alarms: Vec<_> = self.alarms.iter().map(|alarm| alarm.at).collect();
         format!(
             "under way: {tags:?}, held: {held:?}, runners asleep: {asleep:?}, md asleep: {}, alarms: {alarms:?} at {:?}, host busy: {}",
-            self.md.is_asleep(),
+            self.actors.md.borrow().is_asleep(),
             self.now,
             world.disk.is_busy()
         )
+    }
+
+    /// Nothing new is asked, and what was held back by a suspension goes on.
+    fn take_requests_again(&mut self, world: &mut World) -> Result<(), Failure> {
+        self.is_ending = true;
+        self.turn_until(world, "suspend", |session| {
+            !matches!(session.suspension, Suspension::Under(_))
+        })?;
+        if self.suspension.number().is_some() {
+            self.toggle_suspension(world);
+        }
+        Ok(())
     }
 
     /// Waits for every request; parked ones have to end.
@@ -715,12 +1158,7 @@ impl Session {
     /// # Errors
     /// What the engine did wrong.
     pub fn drain(&mut self, world: &mut World) -> Result<(), Failure> {
-        self.turn_until(world, "suspend", |session| {
-            !matches!(session.suspension, Suspension::Under(_))
-        })?;
-        if self.suspension.number().is_some() {
-            self.toggle_suspension(world);
-        }
+        self.take_requests_again(world)?;
         let is_tight = world.disk.is_tight();
         // A write may find only now that there is no space.
         for _ in 0..PATIENCE {
@@ -729,7 +1167,7 @@ impl Session {
                 return Ok(());
             }
             if is_tight {
-                (0..self.queues.len()).for_each(|queue| self.give_up(queue));
+                (0..self.queue_count()).for_each(|queue| self.give_up(queue));
             }
             let give_up_again_at = self.now + Duration::from_millis(50);
             self.turn_until(world, "a request", |session| {
@@ -747,21 +1185,41 @@ impl Session {
     ///
     /// # Errors
     /// What the engine did wrong.
-    pub fn close(&mut self, world: &mut World) -> Result<Closed, Failure> {
-        self.drain(world)?;
+    pub fn close(&mut self, world: &mut World, how: Control) -> Result<Closed, Failure> {
+        // Queues may live on, with requests under way: these end, well or not.
+        let has_queues = world.rng.random_ratio(1, 3);
+        if has_queues {
+            self.take_requests_again(world)?;
+            self.trouble.stops = true;
+        } else {
+            self.drain(world)?;
+        }
         self.turn_until(world, "write-through", |session| {
             !matches!(session.write_through, WriteThrough::Turning { .. })
         })?;
         if !world.disk.is_powered() {
             return Ok(Closed::Cut);
         }
-        self.queues.clear();
-        let close = self.quiesce(world, Control::Close);
+        if !has_queues {
+            self.actors.queues.borrow_mut().clear();
+        }
+        self.is_closing = true;
+        let close = self.quiesce(world, how);
         self.turn_until(world, "close", |_| close.outcome.get().is_some())?;
         let Some(result) = close.outcome.get().filter(|_| world.disk.is_powered()) else {
             return Ok(Closed::Cut);
         };
         self.judge(world, "close", &close.flush, result)?;
+        self.check_quiet(world, "closed")?;
+        // Those that were held back end with their queue.
+        let is_over = |session: &Self| session.requests.len() == session.held();
+        self.turn_until(world, "a request", is_over)?;
+        if !world.disk.is_powered() {
+            return Ok(Closed::Cut);
+        }
+        if result.is_ok() && self.actors.md.borrow().awaits_pages() {
+            return Err("I2: freed clusters wait for a page that was written already".to_owned());
+        }
         Ok(if result.is_ok() {
             Closed::Well
         } else {
@@ -771,11 +1229,10 @@ impl Session {
 
     /// The power is gone, or the process: lets go of everything. What is given back is
     /// the guest's: its requests, whose memory must go last.
-    pub fn abandon(mut self) -> BTreeMap<u64, InFlight> {
+    pub fn abandon(self) -> BTreeMap<u64, InFlight> {
         self.engine.abandon();
-        self.queues.clear();
-        drop(self.md);
-        self.runners.clear();
+        drop(self.hook);
+        drop(self.actors);
         drop(self.fuse);
         drop(self.engine);
         self.requests

@@ -377,6 +377,7 @@ fn a_full_disk_has_room_again_where_holes_are_punched() {
 fn faults_come_as_often_as_asked_for() {
     let faults = Faults {
         write: 1.0,
+        page: 0.0,
         read: 1.0,
         zero: 1.0,
         allocate: 1.0,
@@ -458,7 +459,7 @@ const SECTORS: u64 = 64 * 8;
 impl Toy {
     fn open(disk: SimDisk, bug: Bug) -> Result<Self, String> {
         Ok(Self {
-            image: Image::read(&disk, FILE)?,
+            image: disk.view(|view| Image::read(view, FILE))?,
             disk,
             free: Vec::new(),
             bug,
@@ -555,14 +556,15 @@ fn torture(bug: Bug, seed: u64) -> Result<(), String> {
         disk.cut_after(Some(rng.random_range(0..60)));
         while random_step(&mut toy, &mut model, &mut rng).is_ok() {}
         disk.power_on();
-        let chain = [Image::read(&disk, FILE)?];
+        let image = disk.view(|view| Image::read(view, FILE))?;
+        let value = |sector| disk.view(|view| checker::guest_sector(view, &[], &image, sector));
         for sector in 0..SECTORS {
-            let found = checker::guest_sector(&disk, &chain, sector);
+            let found = value(sector);
             model
                 .check_after_cut(sector, found)
                 .map_err(|wrong| format!("{wrong:?}"))?;
         }
-        model.rebase(|sector| checker::guest_sector(&disk, &chain, sector).unwrap());
+        model.rebase(&|sector| value(sector).unwrap());
     }
     Ok(())
 }

@@ -1,10 +1,15 @@
 //! What host file systems are like, where that cannot be found out by asking for
 //! something and being refused.
 
+use std::fs::File;
 use std::io;
 use std::os::fd::AsFd;
+use std::os::unix::fs::FileExt;
 
-use rustix::fs::{AtFlags, Statx, StatxFlags};
+use rustix::fs::{AtFlags, SeekFrom, Statx, StatxFlags};
+use rustix::io::Errno;
+
+use super::AlignedBuf;
 
 /// `f_type` of `statfs(2)`, from the kernel's `magic.h` and the file systems'
 /// own headers.
@@ -99,11 +104,78 @@ pub fn len_now(file: impl AsFd) -> io::Result<u64> {
     Ok(stat_now(file)?.stx_size)
 }
 
+/// How many bytes [`len_to_set`] leaves behind the end that a file was to get, where a cut
+/// there could take what is in front of it: a block, zeroed.
+pub const KEPT_TAIL: u64 = 4096;
+
+/// Shards are so large at least, in bytes, and made of whole units: `features.shard-block-size`
+/// is given in MB, which are MiB.
+const SHARD_MIN: u64 = 4 << 20;
+const SHARD_UNIT: u64 = 1 << 20;
+
+/// Whether the file is kept in pieces by GlusterFS (`features.shard`), as far as can be
+/// told from here: the file system is a program, and it refuses to look for data.
+pub fn keeps_shards(file: impl AsFd) -> bool {
+    is_fuse(&file) && rustix::fs::seek(&file, SeekFrom::Data(0)) == Err(Errno::OPNOTSUPP)
+}
+
+/// How long a file is to be made that should be `len` bytes long: more where a cut to
+/// there could take what is in front of it. What is behind `len` then has to be overwritten
+/// with [`zeroed_tail`]: it was somebody's, and must not come to light when the file grows.
+/// `known_len` is a length that it is known to have, whatever the server says.
+///
+/// GlusterFS's shards lose data: of a file that is cut to the very end of a shard, the
+/// last shard that should stay is made empty, so that up to 64 MiB in front of the cut
+/// read as zeros (`shard_truncate_last_shard` cuts it to the remainder of length and shard
+/// size, which is 0; seen with 10.3, and the source of 11.1 and later is the same). Nobody
+/// tells how large shards are. So such a file keeps a tail wherever a shard may end.
+///
+/// # Errors
+/// Any of `statx(2)`.
+pub fn len_to_set(file: &File, len: u64, known_len: u64) -> io::Result<u64> {
+    let may_end_shard = len >= SHARD_MIN && len.is_multiple_of(SHARD_UNIT);
+    let is_cut = || Ok::<_, io::Error>(len_now(file)?.max(known_len) > len);
+    if may_end_shard && keeps_shards(file) && is_cut()? {
+        Ok(len + KEPT_TAIL)
+    } else {
+        Ok(len)
+    }
+}
+
+/// [`KEPT_TAIL`] zeros.
+pub fn zeroed_tail() -> AlignedBuf {
+    AlignedBuf::from_slice(KEPT_TAIL as usize, &[0; KEPT_TAIL as usize])
+}
+
+/// Makes a file that is not used around the page cache `len` bytes long, or a little more
+/// ([`len_to_set`]).
+///
+/// # Errors
+/// Any of `statx(2)`, `ftruncate(2)` and `pwrite(2)`.
+pub fn set_len(file: &File, len: u64) -> io::Result<()> {
+    let end = len_to_set(file, len, 0)?;
+    file.set_len(end)?;
+    if end > len {
+        file.write_all_at(&zeroed_tail(), len)?;
+    }
+    Ok(())
+}
+
 #[cfg(test)]
 mod tests {
-    use std::fs::File;
-
     use super::*;
+    #[cfg(not(ploop_loom))]
+    use crate::storage::one_file_fs::OneFileFs;
+
+    #[test]
+    #[cfg(not(ploop_loom))]
+    fn what_a_program_serves_may_change_behind_the_cache() {
+        let Some(served) = OneFileFs::mount() else {
+            return;
+        };
+        let file = File::open(served.path()).unwrap();
+        assert!(is_fuse(&file) && may_be_shared(&file) && !is_in_memory(&file));
+    }
 
     #[test]
     fn file_systems_are_told_from_each_other() {

@@ -10,6 +10,7 @@
 mod clone;
 mod file;
 mod job;
+mod pieces;
 mod psync;
 #[cfg(test)]
 mod tests;
@@ -19,15 +20,17 @@ mod watch;
 use std::fs::File;
 use std::io;
 use std::os::fd::RawFd;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use rustix::io::Errno;
 
 use self::file::{Description, SharedFile};
+use self::pieces::{Pieces, Pool};
 use self::psync::Psync;
 use self::uring::{Generation, Uring};
-use super::{AlignedBuf, Buffer, Completion, Disk, FileId, Io, Op, Segments};
+use super::{AlignedBuf, Buffer, Completion, Disk, FileId, Io, Op, Segments, filesystem};
+use crate::notices::Notices;
 
 /// One of the files of a disk, as the caller opened it. Its locks stay with the
 /// caller's description.
@@ -39,6 +42,20 @@ pub struct HostFile {
     pub path: PathBuf,
     /// Whether it will be written to.
     pub writable: bool,
+}
+
+/// What is known of one of the files of a disk.
+#[derive(Clone, Copy, Debug)]
+pub struct KnownFile<'a> {
+    /// As it was opened.
+    pub path: &'a Path,
+    /// Whether it is written to.
+    pub is_writable: bool,
+    /// Whether it is used around the host's page cache.
+    pub is_direct: bool,
+    /// What it takes on the host's disk, in bytes. Of a disk whose files are
+    /// [watched](HostDisk::watch_files) it is some seconds old at most.
+    pub allocation: u64,
 }
 
 /// What QEMU's `cache` option means, as far as it concerns the host.
@@ -73,12 +90,23 @@ pub struct HostOptions {
     pub aio: Aio,
 }
 
+/// What a thread is to use.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Way {
+    Plain,
+    Ring,
+    /// Plain calls where a ring finds no memory.
+    RingIfPossible,
+}
+
 /// A [`Disk`] of host files.
 #[derive(Debug)]
 pub struct HostDisk {
     files: Arc<[Arc<SharedFile>]>,
-    has_ring: bool,
+    way: Way,
     block_size: u32,
+    /// Memory of our own for transfers, of all threads.
+    pool: Arc<Pool>,
 }
 
 impl HostDisk {
@@ -100,27 +128,41 @@ impl HostDisk {
         let top = &files[files.len() - 1];
         Ok(Self {
             block_size: top.block_size()?,
-            has_ring: choose_ring(&files, options.aio)?,
+            way: choose_way(&files, options.aio)?,
             files,
+            pool: Arc::default(),
         })
     }
 
     /// From now on it is said in the log if a file is deleted, replaced, moved or cut
-    /// short while it is used, a few seconds later. Ends with the last use of the files.
+    /// short while it is used, a few seconds later, and told to `notices`. Ends with the
+    /// last use of the files.
     ///
     /// # Errors
     /// When there can be no more threads.
-    pub fn watch_files(&self) -> io::Result<()> {
-        watch::start(&self.files)
+    pub fn watch_files(&self, notices: Option<Arc<Notices>>) -> io::Result<()> {
+        watch::start(&self.files, notices)
+    }
+
+    /// What is known of the files, base first. Asks nobody: a file of a server that has
+    /// gone cannot be asked.
+    pub fn known_files(&self) -> impl Iterator<Item = KnownFile<'_>> {
+        self.files.iter().map(|file| KnownFile {
+            path: file.path(),
+            is_writable: file.is_writable(),
+            is_direct: file.is_direct(),
+            allocation: file.known_allocation(),
+        })
     }
 
     /// A disk of files as they are, for tests that want odd ones.
     #[cfg(test)]
-    fn of_shared(files: Vec<Arc<SharedFile>>, has_ring: bool) -> Self {
+    fn of_shared(files: Vec<Arc<SharedFile>>, way: Way) -> Self {
         Self {
             files: files.into(),
-            has_ring,
+            way,
             block_size: 4096,
+            pool: Arc::default(),
         }
     }
 
@@ -130,31 +172,47 @@ impl HostDisk {
     }
 }
 
-/// Whether to use io_uring.
-fn choose_ring(files: &[Arc<SharedFile>], aio: Aio) -> io::Result<bool> {
+fn choose_way(files: &[Arc<SharedFile>], aio: Aio) -> io::Result<Way> {
     match aio {
-        Aio::Psync => Ok(false),
-        Aio::IoUring => uring::try_out().map(|()| true),
+        Aio::Psync => Ok(Way::Plain),
+        Aio::IoUring => uring::try_out().map(|()| Way::Ring).map_err(explain),
         Aio::Auto => {
             if files
                 .iter()
                 .all(|file| file.is_served_best_by_plain_calls())
             {
                 log::debug!("using plain system calls: the files are in memory");
-                return Ok(false);
+                return Ok(Way::Plain);
             }
-            match uring::try_out() {
+            match uring::try_out().map_err(explain) {
                 Ok(()) => {
                     log::debug!("using io_uring");
-                    Ok(true)
+                    Ok(Way::RingIfPossible)
                 }
                 Err(error) => {
                     log::info!("io_uring is not available ({error}); using plain system calls");
-                    Ok(false)
+                    Ok(Way::Plain)
                 }
             }
         }
     }
+}
+
+/// Kernels count the memory of the rings of all processes of a user (before 5.12, and
+/// again since 6.14) and say no more than `ENOMEM` when it is too much.
+fn explain(error: io::Error) -> io::Error {
+    match is_out_of_memory(&error) {
+        true => io::Error::new(
+            error.kind(),
+            "no memory for an io_uring; the limit of locked memory (RLIMIT_MEMLOCK, \
+             LimitMEMLOCK= of systemd), which is for all processes of this user, may be too low",
+        ),
+        false => error,
+    }
+}
+
+fn is_out_of_memory(error: &io::Error) -> bool {
+    error.raw_os_error() == Some(libc::ENOMEM)
 }
 
 /// How much a blocking transfer moves at once, in bytes.
@@ -164,14 +222,20 @@ impl Disk for HostDisk {
     type Io = HostIo;
 
     fn open_io(&self, depth: u32) -> io::Result<HostIo> {
-        let files = Files::new(Arc::clone(&self.files));
-        Ok(if self.has_ring {
-            HostIo(Access::Uring(
-                Uring::new(files, depth, &Generation::ALL)?.into(),
-            ))
-        } else {
-            HostIo(Access::Psync(Psync::new(files, depth)))
-        })
+        let files = || Files::new(Arc::clone(&self.files));
+        let pieces = || Pieces::new(Arc::clone(&self.pool));
+        let plain = || HostIo(Access::Psync(Psync::new(files(), pieces(), depth)));
+        if self.way == Way::Plain {
+            return Ok(plain());
+        }
+        match Uring::new(files(), pieces(), depth, &Generation::ALL) {
+            Ok(ring) => Ok(HostIo(Access::Uring(ring.into()))),
+            Err(error) if self.way == Way::RingIfPossible && is_out_of_memory(&error) => {
+                log::warn!("{}; this thread uses plain system calls", explain(error));
+                Ok(plain())
+            }
+            Err(error) => Err(explain(error)),
+        }
     }
 
     fn len(&self, file: FileId) -> io::Result<u64> {
@@ -179,7 +243,7 @@ impl Disk for HostDisk {
     }
 
     fn set_len(&self, file: FileId, len: u64) -> io::Result<()> {
-        self.file(file)?.set_len(len)
+        set_len(file, self.file(file)?, len)
     }
 
     fn read_exact_at(&self, file: FileId, bytes: &mut [u8], offset: u64) -> io::Result<()> {
@@ -277,7 +341,7 @@ fn write_blocks(
         blocks = owned(psync::run(around, &mut description)?)?;
         let from = (offset - start) as usize;
         blocks[from..from + bytes.len()].copy_from_slice(bytes);
-        let len = shared.len()?.max(end);
+        let len = shared.len_at_least()?.max(end);
         cut_to = (len < blocks_end).then_some(len);
     }
     let write = Op::Write {
@@ -287,7 +351,17 @@ fn write_blocks(
         dsync: false,
     };
     psync::run(write, &mut description)?;
-    cut_to.map_or(Ok(()), |len| shared.set_len(len))
+    cut_to.map_or(Ok(()), |len| set_len(file, shared, len))
+}
+
+/// Cuts or extends a file to `len` bytes, or a little more, which is zeroed
+/// ([`filesystem::len_to_set`]). Nobody else may write there meanwhile.
+fn set_len(file: FileId, shared: &Arc<SharedFile>, len: u64) -> io::Result<()> {
+    let end = shared.set_len(len)?;
+    if end > len {
+        write_blocks(file, shared, &filesystem::zeroed_tail(), len)?;
+    }
+    Ok(())
 }
 
 /// The memory of an operation that was given memory of our own.

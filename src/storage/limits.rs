@@ -10,22 +10,36 @@ use signal_hook::consts::SIGXFSZ;
 /// called once, at the start of a program.
 ///
 /// Each thread that does I/O has descriptors of its own for the files of a chain; the
-/// usual limit of 1024 is for the sake of `select(2)`, which is not used here. A file
+/// usual limit of 1024 is for the sake of `select(2)`, which is not used here. The memory of
+/// rings is counted as locked memory of the user, on some kernels; who may lift that limit
+/// (root) gives the right away later, so it is done now. A file
 /// that would become larger than the process may make it (`RLIMIT_FSIZE`) is an error
 /// of that operation, `EFBIG`, and not the end of the process, which the signal that
 /// comes with it would be.
 pub fn ease_limits() {
-    let limit = getrlimit(Resource::Nofile);
-    let raised = Rlimit {
-        current: limit.maximum,
-        ..limit
+    raise(Resource::Nofile);
+    let unlimited = Rlimit {
+        current: None,
+        maximum: None,
     };
-    if let Err(error) = setrlimit(Resource::Nofile, raised) {
-        log::debug!("the limit of descriptors stays: {error}");
+    if setrlimit(Resource::Memlock, unlimited).is_err() {
+        raise(Resource::Memlock);
     }
     // That it came is of no interest: the system call says so as well.
     let came = Arc::new(AtomicBool::new(false));
     if let Err(error) = signal_hook::flag::register(SIGXFSZ, came) {
         log::debug!("files that become too large end the program: {error}");
+    }
+}
+
+/// As far as anybody may.
+fn raise(resource: Resource) {
+    let limit = getrlimit(resource);
+    let raised = Rlimit {
+        current: limit.maximum,
+        ..limit
+    };
+    if let Err(error) = setrlimit(resource, raised) {
+        log::debug!("the limit of {resource:?} stays: {error}");
     }
 }

@@ -99,7 +99,7 @@ pub enum LockError {
     #[error("{0} has the image open and does not let others write to it")]
     NoWriters(Holder),
     /// Somebody uses it alone.
-    #[error("{0} has the image locked for itself alone")]
+    #[error("{0} has locked the image exclusively")]
     Exclusive(Holder),
     /// Somebody reads it, and the lock wanted is exclusive.
     #[error("{0} has the image open")]
@@ -130,6 +130,7 @@ impl LockError {
 pub struct ImageLock {
     /// The same description as the caller's file.
     file: File,
+    mode: LockMode,
 }
 
 impl ImageLock {
@@ -140,10 +141,23 @@ impl ImageLock {
     /// [`LockError::Io`] if the file system cannot lock, the other variants if
     /// somebody uses the image in a way that does not go with `mode`.
     pub fn acquire(file: &File, mode: LockMode) -> Result<Self, LockError> {
+        let lock = Self::share(file, mode)?;
+        lock.test(mode)?;
+        Ok(lock)
+    }
+
+    /// Takes the locks for `mode` beside somebody who has them and is going to give the
+    /// image over: others find it locked all the time. Until that one has gone, nothing
+    /// may be done with the image that he could notice.
+    ///
+    /// # Errors
+    /// [`LockError::Io`] if the file system cannot lock.
+    pub fn share(file: &File, mode: LockMode) -> Result<Self, LockError> {
         let (used, denied) = mode.used_and_denied();
         // From here on, dropping it gives back what was taken.
         let lock = Self {
             file: file.try_clone()?,
+            mode,
         };
         for n in used.iter() {
             set(&lock.file, USED_BASE + i64::from(n), 1, libc::F_RDLCK)?;
@@ -151,8 +165,16 @@ impl ImageLock {
         for n in denied.iter() {
             set(&lock.file, DENIED_BASE + i64::from(n), 1, libc::F_RDLCK)?;
         }
-        lock.test(used, denied)?;
         Ok(lock)
+    }
+
+    /// Whether nobody else uses the image in a way that does not go with this lock, as
+    /// there may be since it was [shared](Self::share).
+    ///
+    /// # Errors
+    /// As [`Self::acquire`].
+    pub fn is_alone(&self) -> Result<(), LockError> {
+        self.test(self.mode)
     }
 
     /// Closes the descriptor as the end of the process does, without a word about the
@@ -166,7 +188,8 @@ impl ImageLock {
     }
 
     /// Whether anybody else holds a byte that contradicts ours.
-    fn test(&self, used: Permissions, denied: Permissions) -> Result<(), LockError> {
+    fn test(&self, mode: LockMode) -> Result<(), LockError> {
+        let (used, denied) = mode.used_and_denied();
         for n in used.iter() {
             if let Some(holder) = holder_of(&self.file, DENIED_BASE + i64::from(n))? {
                 return Err(match n {

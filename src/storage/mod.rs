@@ -11,6 +11,8 @@ pub mod filesystem;
 mod host;
 mod limits;
 pub mod lock;
+#[cfg(all(test, not(ploop_loom)))]
+pub(crate) mod one_file_fs;
 mod segments;
 mod shared;
 
@@ -19,7 +21,7 @@ use std::os::fd::RawFd;
 
 use rustix::io::Errno;
 
-pub use host::{Aio, Cache, HostDisk, HostFile, HostIo, HostOptions};
+pub use host::{Aio, Cache, HostDisk, HostFile, HostIo, HostOptions, KnownFile};
 pub use limits::ease_limits;
 pub use segments::{AlignedBuf, Buffer, Segment, Segments};
 pub use shared::SharedWords;
@@ -187,7 +189,8 @@ pub trait Disk: Send + Sync + 'static {
     /// Any of `fstat(2)`.
     fn len(&self, file: FileId) -> io::Result<u64>;
 
-    /// Cuts or extends a file (`ftruncate`).
+    /// Cuts or extends a file (`ftruncate`). Where a cut to that very length could take
+    /// what is in front of it, a block of zeros stays behind it.
     ///
     /// # Errors
     /// Any of `ftruncate(2)`.

@@ -52,7 +52,8 @@ impl Segments {
         Self::default()
     }
 
-    /// Adds a piece at the end. A piece of zero bytes is not added.
+    /// Adds a piece at the end. A piece of zero bytes is not added, and one that
+    /// follows the last in memory becomes part of that.
     ///
     /// # Safety
     /// The `len` bytes at `ptr` must stay mapped, readable and writable, until
@@ -60,20 +61,35 @@ impl Segments {
     /// given to are gone; and nothing in this process may hold a Rust reference
     /// to them meanwhile.
     pub unsafe fn push(&mut self, ptr: *mut u8, len: usize) {
-        if len > 0 {
-            self.list.push(Segment { ptr, len });
-            self.len += len;
+        if len == 0 {
+            return;
+        }
+        self.len += len;
+        match self.list.last_mut() {
+            Some(last) if last.ptr.wrapping_add(last.len) == ptr => last.len += len,
+            _ => self.list.push(Segment { ptr, len }),
         }
     }
 
     /// In bytes, all pieces together.
+    #[inline]
     pub fn len(&self) -> usize {
         self.len
     }
 
     /// Whether there is no byte.
+    #[inline]
     pub fn is_empty(&self) -> bool {
         self.len == 0
+    }
+
+    /// Bytes of memory that the list of the pieces takes beyond this value.
+    pub fn list_bytes(&self) -> usize {
+        if self.list.spilled() {
+            self.list.capacity() * size_of::<Segment>()
+        } else {
+            0
+        }
     }
 
     /// The pieces.
@@ -82,6 +98,7 @@ impl Segments {
     }
 
     /// Cuts the first `len` bytes off and returns them; all, if there are fewer.
+    #[inline]
     pub fn take_front(&mut self, len: usize) -> Self {
         if len >= self.len {
             return std::mem::take(self);
@@ -260,6 +277,22 @@ mod tests {
         std::array::from_fn(|at| at as u8)
     }
 
+    #[test]
+    fn nothing_is_cut_off_as_an_empty_piece() {
+        let mut memory = counting();
+        let mut all = pieces(&mut memory);
+        for (len, front) in [
+            (0, vec![]),
+            (3, vec![3]),
+            (2, vec![2]),
+            (3, vec![3]),
+            (0, vec![]),
+        ] {
+            assert_eq!(lengths(&all.take_front(len)), front);
+        }
+        assert_eq!(lengths(&all), [6]);
+    }
+
     const ALL: [u8; 14] = [0, 1, 2, 4, 5, 6, 7, 8, 10, 11, 12, 13, 14, 15];
 
     #[test]
@@ -275,6 +308,25 @@ mod tests {
             assert_eq!(bytes(&front), ALL[..cut]);
             assert_eq!(bytes(&rest), ALL[cut..]);
         }
+    }
+
+    #[test]
+    fn neighbours_in_memory_are_one_piece_and_cost_nothing() {
+        let mut memory = vec![0_u8; 4096];
+        let mut segments = Segments::new();
+        for at in (0..4096).step_by(4) {
+            // SAFETY: inside `memory`, which is not looked at while the pieces live.
+            unsafe { segments.push(memory.as_mut_ptr().wrapping_add(at), 4) };
+        }
+        assert_eq!(lengths(&segments), [4096]);
+        assert_eq!(segments.list_bytes(), 0);
+        let mut segments = Segments::new();
+        for at in (0..4096).step_by(8) {
+            // SAFETY: the same.
+            unsafe { segments.push(memory.as_mut_ptr().wrapping_add(at), 4) };
+        }
+        assert_eq!(segments.len(), 2048);
+        assert!(segments.list_bytes() >= 512 * 16);
     }
 
     #[test]

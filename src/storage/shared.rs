@@ -73,8 +73,21 @@ impl SharedWords {
         let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
         let file = File::from(rustix::fs::memfd_create("ploop-shared", flags)?);
         file.set_len(len as u64 * WORD)?;
-        rustix::fs::fcntl_add_seals(&file, SealFlags::SHRINK | SealFlags::GROW)?;
+        rustix::fs::fcntl_add_seals(&file, SealFlags::SHRINK)?;
         Self::map(Arc::new(file), 0, len)
+    }
+
+    /// A mapping of the same memory and of what is behind it, `len` words in all; the file
+    /// is made longer if need be.
+    ///
+    /// # Errors
+    /// Any of `ftruncate(2)` and `mmap(2)`.
+    pub fn with_len(&self, len: usize) -> io::Result<Self> {
+        let end = self.offset + len as u64 * WORD;
+        if self.file.metadata()?.len() < end {
+            self.file.set_len(end)?;
+        }
+        Self::map(self.file.clone(), self.offset, len)
     }
 
     /// Another mapping of the same memory.
@@ -177,6 +190,29 @@ mod tests {
         again.clear_from(0).unwrap();
         assert!(words.data().unwrap().is_empty());
         assert_eq!(words.word(5).unwrap().load(Relaxed), 0);
+    }
+
+    #[test]
+    fn a_range_of_the_memory_ends_where_it_ends() {
+        let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+        let file = File::from(rustix::fs::memfd_create("test", flags).unwrap());
+        file.set_len(2 * ALIGNMENT).unwrap();
+        rustix::fs::fcntl_add_seals(&file, SealFlags::SHRINK).unwrap();
+        let file = Arc::new(file);
+        let words = (ALIGNMENT / WORD) as usize;
+        let first = SharedWords::map(file.clone(), 0, words).unwrap();
+        let second = SharedWords::map(file, ALIGNMENT, words).unwrap();
+        assert!(!first.is_same(&second) && !first.is_empty());
+        second.word(0).unwrap().store(7, Relaxed);
+        assert!(first.data().unwrap().is_empty());
+        first.word(words - 1).unwrap().store(9, Relaxed);
+        let [run] = first.data().unwrap().try_into().unwrap();
+        assert_eq!(run.end, words);
+        let [run] = second.data().unwrap().try_into().unwrap();
+        assert_eq!(run.start, 0);
+        first.clear_from(words).unwrap();
+        first.clear_from(0).unwrap();
+        assert_eq!(second.word(0).unwrap().load(Relaxed), 7);
     }
 
     #[test]

@@ -20,7 +20,8 @@ use std::{
 use fuser::{
     BackgroundSession, Config, Errno, FileAttr, FileHandle, FileType, Filesystem, FopenFlags,
     Generation, INodeNo, LockOwner, MountOption, OpenFlags, ReplyAttr, ReplyCreate, ReplyData,
-    ReplyDirectory, ReplyEmpty, ReplyEntry, ReplyWrite, Request, TimeOrNow, WriteFlags,
+    ReplyDirectory, ReplyEmpty, ReplyEntry, ReplyLseek, ReplyOpen, ReplyWrite, Request, TimeOrNow,
+    WriteFlags,
 };
 use rand::SeedableRng;
 use rand::rngs::SmallRng;
@@ -47,10 +48,20 @@ struct State {
     /// Indexed by the number of the inode, from [`FIRST`] on.
     nodes: Vec<Node>,
     rng: SmallRng,
-    /// How many of the next syncs fail.
+    /// How many of the next syncs do not fail, and how many after those do.
+    syncs_to_pass: usize,
     syncs_to_fail: usize,
+    /// Syncs that wait for [`FrailFs::let_syncs_go`], while they are to.
+    held_syncs: Option<Vec<(INodeNo, ReplyEmpty)>>,
     power: Power,
+    /// See [`FrailFs::keep_shards`].
+    shard: Option<u64>,
+    /// See [`FrailFs::be_strict`].
+    direct_block: u64,
 }
+
+/// What was opened for direct I/O.
+const DIRECT: FileHandle = FileHandle(1);
 
 /// Inode of the first file; the root is 1.
 const FIRST: u64 = 2;
@@ -129,6 +140,51 @@ impl State {
         })
     }
 
+    fn sync(&mut self, inode: INodeNo) -> Result<(), Errno> {
+        if let Some(left) = self.syncs_to_pass.checked_sub(1) {
+            self.syncs_to_pass = left;
+        } else if let Some(left) = self.syncs_to_fail.checked_sub(1) {
+            self.syncs_to_fail = left;
+            let mut rng = SmallRng::from_rng(&mut self.rng);
+            self.file(inode)?.fail_sync(&mut rng);
+            return Err(Errno::EIO);
+        }
+        self.file(inode)?.sync();
+        Ok(())
+    }
+
+    fn end_sync(&mut self, inode: INodeNo, reply: ReplyEmpty) {
+        match self.sync(inode) {
+            Ok(()) => reply.ok(),
+            Err(error) => reply.error(error),
+        }
+    }
+
+    /// Refuses what direct I/O cannot do, on what was opened for that.
+    fn check_direct(&self, handle: FileHandle, offset: u64, len: usize) -> Result<(), Errno> {
+        match handle == DIRECT && !(offset | len as u64).is_multiple_of(self.direct_block) {
+            true => Err(Errno::EINVAL),
+            false => Ok(()),
+        }
+    }
+
+    /// Cuts a file or makes it longer.
+    fn set_len(&mut self, inode: INodeNo, len: u64) -> Result<(), Errno> {
+        let shard = self.shard;
+        let file = self.file(inode)?;
+        let old_len = file.live.len() as u64;
+        file.set_len(len);
+        // The piece that would keep `len % shard` bytes if that were not 0.
+        if let Some(shard) = shard
+            && len < old_len
+            && len.is_multiple_of(shard)
+            && len > 0
+        {
+            file.zero(len - shard, shard);
+        }
+        Ok(())
+    }
+
     fn create(&mut self, name: &str) -> INodeNo {
         self.files
             .insert(name.to_owned(), FileState::new(Vec::new()));
@@ -173,8 +229,12 @@ impl FrailFs {
                 .map(|(name, bytes)| (name, FileState::new(bytes)))
                 .collect(),
             rng,
+            syncs_to_pass: 0,
             syncs_to_fail: 0,
+            held_syncs: None,
             power: Power::On,
+            shard: None,
+            direct_block: 1,
         };
         let shared = Arc::new(Shared {
             state: state.into(),
@@ -228,9 +288,47 @@ impl FrailFs {
         Self::with_files(files, rng).expect("it could be mounted before")
     }
 
+    /// From now on files are kept in pieces of so many bytes, as GlusterFS does with
+    /// `features.shard`: it refuses to look for data, and a file that is cut to the end
+    /// of a piece loses all of that piece.
+    pub fn keep_shards(&self, bytes: u64) {
+        self.shared.lock().shard = Some(bytes);
+    }
+
+    /// From now on what is opened with `O_DIRECT` takes whole blocks of so many bytes only,
+    /// whatever becomes of the flag afterwards, as on GlusterFS with `strict-o-direct`.
+    pub fn be_strict(&self, block: u64) {
+        self.shared.lock().direct_block = block;
+    }
+
     /// The next so many syncs fail with `EIO`.
     pub fn fail_syncs(&self, count: usize) {
         self.shared.lock().syncs_to_fail = count;
+    }
+
+    /// The same after so many that do not.
+    pub fn fail_syncs_after(&self, passing: usize, count: usize) {
+        let mut state = self.shared.lock();
+        (state.syncs_to_pass, state.syncs_to_fail) = (passing, count);
+    }
+
+    /// No sync comes to its end from now on.
+    pub fn hold_syncs(&self) {
+        self.shared.lock().held_syncs = Some(Vec::new());
+    }
+
+    /// How many wait for their end.
+    pub fn held_syncs(&self) -> usize {
+        let state = self.shared.lock();
+        state.held_syncs.as_ref().map_or(0, Vec::len)
+    }
+
+    /// All come to their ends.
+    pub fn let_syncs_go(&self) {
+        let mut state = self.shared.lock();
+        for (inode, reply) in state.held_syncs.take().unwrap_or_default() {
+            state.end_sync(inode, reply);
+        }
     }
 
     /// How many syncs are still to fail.
@@ -265,7 +363,12 @@ impl FrailFs {
         if unmount(self.folder.path(), UnmountFlags::FORCE).is_err() {
             let _ = unmount(self.folder.path(), UnmountFlags::DETACH);
         }
-        let ended = session.join();
+        // A request that its reader was taking when the connection was cut ends with
+        // ECONNABORTED (fs/fuse/dev.c, `fuse_dev_do_read`), not with the end of the mount.
+        let ended = session.join().or_else(|error| match error.raw_os_error() {
+            Some(libc::ECONNABORTED) => Ok(()),
+            _ => Err(error),
+        });
         assert!(thread::panicking() || ended.is_ok(), "{ended:?}");
     }
 }
@@ -332,17 +435,23 @@ impl Filesystem for Mounted {
         answer!(reply, {
             let mut state = self.0.enter()?;
             if let Some(size) = size {
-                state.file(inode)?.set_len(size);
+                state.set_len(inode, size)?;
             }
             state.attr(inode)
         }, attr => reply.attr(&FORGET, &attr));
+    }
+
+    fn open(&self, _: &Request, _: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
+        let is_direct = flags.0 & libc::O_DIRECT != 0;
+        let handle = if is_direct { DIRECT } else { FileHandle(0) };
+        reply.opened(handle, FopenFlags::empty());
     }
 
     fn read(
         &self,
         _: &Request,
         inode: INodeNo,
-        _: FileHandle,
+        handle: FileHandle,
         offset: u64,
         size: u32,
         _: OpenFlags,
@@ -351,6 +460,7 @@ impl Filesystem for Mounted {
     ) {
         answer!(reply, {
             let mut state = self.0.enter()?;
+            state.check_direct(handle, offset, size as usize)?;
             let bytes = &state.file(inode)?.live;
             let start = (offset as usize).min(bytes.len());
             let end = (start + size as usize).min(bytes.len());
@@ -362,7 +472,7 @@ impl Filesystem for Mounted {
         &self,
         _: &Request,
         inode: INodeNo,
-        _: FileHandle,
+        handle: FileHandle,
         offset: u64,
         data: &[u8],
         _: WriteFlags,
@@ -371,7 +481,9 @@ impl Filesystem for Mounted {
         reply: ReplyWrite,
     ) {
         answer!(reply, {
-            self.0.enter()?.file(inode)?.write(offset, data);
+            let mut state = self.0.enter()?;
+            state.check_direct(handle, offset, data.len())?;
+            state.file(inode)?.write(offset, data);
             Ok(data.len() as u32)
         }, len => reply.written(len));
     }
@@ -401,18 +513,23 @@ impl Filesystem for Mounted {
         }, () => reply.ok());
     }
 
+    fn lseek(&self, _: &Request, _: INodeNo, _: FileHandle, _: i64, _: i32, reply: ReplyLseek) {
+        let keeps_shards = self.0.lock().shard.is_some();
+        reply.error(match keeps_shards {
+            true => Errno::EOPNOTSUPP,
+            // The kernel does it itself then: all is data.
+            false => Errno::ENOSYS,
+        });
+    }
+
     fn fsync(&self, _: &Request, inode: INodeNo, _: FileHandle, _: bool, reply: ReplyEmpty) {
-        answer!(reply, {
-            let mut state = self.0.enter()?;
-            if let Some(left) = state.syncs_to_fail.checked_sub(1) {
-                state.syncs_to_fail = left;
-                let mut rng = SmallRng::from_rng(&mut state.rng);
-                state.file(inode)?.fail_sync(&mut rng);
-                return Err(Errno::EIO);
-            }
-            state.file(inode)?.sync();
-            Ok(())
-        }, () => reply.ok());
+        match self.0.enter() {
+            Ok(mut state) => match &mut state.held_syncs {
+                Some(held) => held.push((inode, reply)),
+                None => state.end_sync(inode, reply),
+            },
+            Err(error) => reply.error(error),
+        }
     }
 
     fn fsyncdir(&self, _: &Request, _: INodeNo, _: FileHandle, _: bool, reply: ReplyEmpty) {

@@ -3,17 +3,20 @@
 use std::{
     fs,
     ops::Range,
+    path::PathBuf,
     sync::atomic::{AtomicUsize, Ordering},
     thread,
     time::{Duration, Instant},
 };
 
+use serde_json::json;
 use tempfile::TempDir;
 
 use crate::client::{BUFFER, Client, DEPTH, Lane};
 use crate::common::{
     backend::Backend,
     img::ploop_img,
+    qmp::Qmp,
     small_fs::{Ballast, SmallFs},
 };
 use crate::model::Model;
@@ -77,10 +80,17 @@ impl Full {
 
     /// The daemon, and a connection with one queue more than there are lanes.
     fn serve(&self, options: &[&str]) -> (Backend, Client) {
-        let backend = self.rig.serve(options);
+        let control = format!("--control={}", self.control().display());
+        let backend = self.rig.serve(&[&[control.as_str()], options].concat());
         let mut client = Client::connect(backend.socket(), LANES + 1);
         map(&mut client.lanes[LANES]);
         (backend, client)
+    }
+}
+
+impl Full {
+    fn control(&self) -> PathBuf {
+        self.rig.folder.path().join("control")
     }
 }
 
@@ -129,6 +139,7 @@ fn expect_patience(fs: Option<SmallFs>, options: &[&str], seed: u64) {
     };
     let mut full = Full::new(fs, seed);
     let (backend, mut client) = full.serve(options);
+    let mut qmp = Qmp::connect(&full.control());
     let ended = AtomicUsize::new(0);
     let (spare, lanes) = client.lanes.split_last_mut().expect("there are several");
     thread::scope(|scope| {
@@ -140,12 +151,26 @@ fn expect_patience(fs: Option<SmallFs>, options: &[&str], seed: u64) {
             });
         }
         wait_for(&backend, FULL);
+        let event = qmp.event("BLOCK_IO_ERROR");
+        assert_eq!(
+            (&event["action"], &event["nospace"]),
+            (&json!("stop"), &json!(true))
+        );
         expect_service(spare);
+        assert_eq!(qmp.ask("query-status", json!({}))["status"], "io-error");
+        // At times all of them have a try.
+        let parked = |qmp: &mut Qmp| qmp.ask("query-engine", json!({}))["parked"].as_u64();
+        let start = Instant::now();
+        while parked(&mut qmp) == Some(0) {
+            assert!(start.elapsed() < PATIENCE, "nothing waits");
+        }
         assert!(ended.load(Ordering::Relaxed) < LANES, "nothing waits");
         assert_eq!(count(&backend, FULL_NO_MORE), 0);
         full.ballast.remove();
     });
     wait_for(&backend, FULL_NO_MORE);
+    qmp.event("HOST_HAS_SPACE");
+    assert_eq!(qmp.ask("query-status", json!({}))["status"], "running");
     let said = (count(&backend, FULL), count(&backend, FULL_NO_MORE));
     assert_eq!(said, (1, 1), "{}", backend.log());
     let bytes = read_back(&mut client, &mut full.models);
@@ -177,6 +202,7 @@ fn expect_report(fs: Option<SmallFs>, seed: u64) {
     };
     let mut full = Full::new(fs, seed);
     let (backend, mut client) = full.serve(&["--on-enospc", "report"]);
+    let mut qmp = Qmp::connect(&full.control());
     let failed: usize = thread::scope(|scope| {
         let lanes = client.lanes.iter_mut().zip(&mut full.models);
         let loads: Vec<_> = lanes
@@ -185,6 +211,13 @@ fn expect_report(fs: Option<SmallFs>, seed: u64) {
         loads.into_iter().map(|load| load.join().unwrap()).sum()
     });
     assert!(failed > 0, "there was space enough");
+    let event = qmp.event("BLOCK_IO_ERROR");
+    assert_eq!(
+        (&event["action"], &event["nospace"]),
+        (&json!("report"), &json!(true))
+    );
+    let stats = &qmp.ask("query-blockstats", json!({}))[0]["stats"];
+    assert_eq!(stats["failed_wr_operations"], failed);
     assert_eq!(count(&backend, FULL), 1, "{}", backend.log());
     expect_service(&mut client.lanes[LANES]);
     read_back(&mut client, &mut full.models);
@@ -286,4 +319,59 @@ fn a_daemon_ends_though_writes_wait_for_a_full_tmpfs() {
 #[test]
 fn a_daemon_ends_though_writes_wait_for_a_full_ext4() {
     expect_end(SmallFs::ext4(FS_SIZE), 17);
+}
+
+/// Other processes take over while requests wait for space: none is lost or done twice, and
+/// all are done once there is some.
+fn expect_take_overs(fs: Option<SmallFs>, options: &[&str], seed: u64) {
+    const TAKE_OVERS: usize = 4;
+    let Some(fs) = fs else {
+        return;
+    };
+    let mut full = Full::new(fs, seed);
+    let upgrades = full.rig.folder.path().join("upgrade");
+    let socket = ["--upgrade-socket", upgrades.to_str().unwrap()];
+    let (mut backend, mut client) = full.serve(&[&socket, options].concat());
+    let ended = AtomicUsize::new(0);
+    let (spare, lanes) = client.lanes.split_last_mut().expect("there are several");
+    let image = full.rig.image.clone();
+    let backend = thread::scope(|scope| {
+        for (lane, model) in lanes.iter_mut().zip(&mut full.models) {
+            let ended = &ended;
+            scope.spawn(move || {
+                model.load(lane, REQUESTS);
+                ended.fetch_add(1, Ordering::Relaxed);
+            });
+        }
+        wait_for(&backend, FULL);
+        for number in 1..=TAKE_OVERS {
+            backend = backend.taken_over(&image, &upgrades, options);
+            // The one that serves now finds that out for itself.
+            let start = Instant::now();
+            while count(&backend, FULL) == number {
+                let log = backend.log();
+                assert!(start.elapsed() < PATIENCE, "nothing waits:\n{log}");
+                thread::sleep(Duration::from_millis(10));
+            }
+            expect_service(spare);
+            assert!(ended.load(Ordering::Relaxed) < LANES, "nothing waits");
+        }
+        full.ballast.remove();
+        backend
+    });
+    wait_for(&backend, FULL_NO_MORE);
+    let bytes = read_back(&mut client, &mut full.models);
+    drop(client);
+    backend.stop();
+    expect_image(&full.rig, &bytes);
+}
+
+#[test]
+fn writes_that_wait_for_a_full_tmpfs_go_from_process_to_process() {
+    expect_take_overs(SmallFs::tmpfs(FS_SIZE), &[], 18);
+}
+
+#[test]
+fn writes_that_wait_for_a_full_ext4_go_from_process_to_process() {
+    expect_take_overs(SmallFs::ext4(FS_SIZE), &["--aio", "psync"], 19);
 }

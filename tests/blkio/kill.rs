@@ -4,21 +4,18 @@
 
 use std::{
     fs,
-    path::Path,
     sync::atomic::{AtomicBool, Ordering},
     thread,
     time::Duration,
 };
 
-use rand::rngs::SmallRng;
-use rand::{Rng, SeedableRng};
-use serde_json::Value;
-
 use crate::client::{Client, DEPTH, Lane};
-use crate::common::{img, require_tool};
+use crate::common::img::expect_no_corruption;
 use crate::model::Model;
 use crate::write_through::Relay;
 use crate::{Rig, expect_image, models, read_back};
+use rand::rngs::SmallRng;
+use rand::{Rng, SeedableRng};
 
 /// How often the daemon is killed.
 const KILLS: u64 = 50;
@@ -139,23 +136,6 @@ fn load_until(lane: &mut Lane, model: &mut Model, over: &AtomicBool) {
             None if is_over => return,
             None => (),
         }
-    }
-}
-
-/// Apart from the mark that says that its top image is in use, the disk has leaks at most.
-#[track_caller]
-pub fn expect_no_corruption(disk: &Path, top: &Path) {
-    let found = img::ploop_img(["check".as_ref(), "--output=json".as_ref(), disk.as_os_str()]);
-    let report: Value = serde_json::from_str(&found.stdout).unwrap();
-    let marked = found.stdout.contains("not closed cleanly");
-    assert_eq!(report["corruptions"], u64::from(marked), "{found:?}");
-    if require_tool("qemu-img") {
-        let args = ["check", "-f", "parallels", "--output=json"].map(str::as_ref);
-        let found = img::run("qemu-img", args.into_iter().chain([top.as_os_str()]));
-        let report: Value = serde_json::from_str(&found.stdout).unwrap();
-        let corruptions = report["corruptions"].as_u64().unwrap_or(0);
-        assert_eq!(corruptions, u64::from(marked), "{found:?}");
-        assert_eq!(report["check-errors"], 0, "{found:?}");
     }
 }
 

@@ -7,15 +7,21 @@ mod common;
 
 mod client;
 mod clones;
+mod dead_disk;
 mod frail_fs;
 mod full_disk;
 mod gone;
+mod grow;
 mod kill;
+mod limits;
 mod model;
 mod plain;
 mod power_cut;
+mod shards;
 mod stable;
+mod strict;
 mod survivors;
+mod take_over;
 mod write_through;
 
 use std::{
@@ -28,7 +34,12 @@ use std::{
 };
 
 use client::{BUFFER, Client, DEPTH};
-use common::{backend::Backend, fixtures::FIXTURES, require_tool, tool};
+use common::{
+    backend::Backend,
+    fixtures::FIXTURES,
+    img::{qemu_img_check, qemu_img_compare},
+    require_tool, tool,
+};
 use model::{Model, SECTOR};
 use sha2::{Digest, Sha256};
 use tempfile::TempDir;
@@ -120,14 +131,8 @@ fn expect_image(rig: &Rig, bytes: &[u8]) {
     let ploop_img = env!("CARGO_BIN_EXE_ploop-img");
     run(Command::new(ploop_img).arg("check").arg(&rig.image));
     if require_tool("qemu-img") {
-        let format = ["-f", "parallels"];
-        run(tool("qemu-img").arg("check").args(format).arg(&rig.image));
-        let formats = ["-f", "parallels", "-F", "raw"];
-        run(tool("qemu-img")
-            .arg("compare")
-            .args(formats)
-            .arg(&rig.image)
-            .arg(&raw));
+        qemu_img_check(&rig.image);
+        qemu_img_compare(&raw, &rig.image);
     }
 }
 

@@ -7,7 +7,7 @@ use rand::{Rng, SeedableRng};
 use smallvec::{SmallVec, smallvec};
 
 use crate::client::{BUFFER, DEPTH, Lane};
-use crate::survivors::Survivors;
+use crate::survivors::{Survivors, Witness};
 
 pub const SECTOR: usize = 512;
 
@@ -163,6 +163,13 @@ impl Model {
         if matches!(kind, Kind::Read | Kind::Write(_)) {
             count = count.min((BUFFER / SECTOR) as u64);
         }
+        // Before anybody can see the request.
+        let mark = match kind {
+            Kind::Read => 0,
+            Kind::Flush => self.survivors.flush_starts(),
+            Kind::Write(version) => self.may_become(start..start + count, version),
+            Kind::Discard | Kind::Zeroes => self.may_become(start..start + count, ZEROS),
+        };
         let (offset, len) = (start * SECTOR as u64, count * SECTOR as u64);
         match kind {
             Kind::Read => lane.read(offset, len as usize, tag),
@@ -178,12 +185,6 @@ impl Model {
             }
             Kind::Flush => lane.flush(tag),
         }
-        let mark = match kind {
-            Kind::Read => 0,
-            Kind::Flush => self.survivors.flush_starts(),
-            Kind::Write(version) => self.may_become(start..start + count, version),
-            Kind::Discard | Kind::Zeroes => self.may_become(start..start + count, ZEROS),
-        };
         self.busy.push(Busy {
             tag,
             start,
@@ -265,6 +266,19 @@ impl Model {
     /// From now on the daemon promises, or not, that what is completed is stable.
     pub fn set_write_through(&mut self, on: bool) {
         self.survivors.write_through = on;
+    }
+
+    /// From now on somebody is told of all that happens to the sectors.
+    #[allow(dead_code, reason = "tests/replay uses it")]
+    pub fn set_witness(&mut self, witness: Witness) {
+        self.survivors.set_witness(witness);
+    }
+
+    /// All that has ended is stable, for the image was closed.
+    #[allow(dead_code, reason = "tests/replay uses it")]
+    pub fn closed(&mut self) {
+        let all = self.survivors.flush_starts();
+        self.survivors.flush_ends(all);
     }
 
     /// The daemon was killed: sectors hold what was flushed, or anything later.

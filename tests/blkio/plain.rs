@@ -6,7 +6,7 @@ use super::common::{backend::Backend, fixtures::fixture, img::ploop_img, require
 use super::*;
 
 /// The bundle and its only image.
-fn unpack(folder: &TempDir) -> Option<(PathBuf, PathBuf)> {
+pub fn unpack(folder: &TempDir) -> Option<(PathBuf, PathBuf)> {
     let bundle = fixture("plain").unpack(folder.path())?;
     let raw = bundle.join("root.hds");
     Some((bundle, raw))

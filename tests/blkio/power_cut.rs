@@ -11,10 +11,10 @@ use tempfile::TempDir;
 use crate::client::Client;
 use crate::common::{
     backend::Backend,
-    img::{names_in, ploop_img},
+    img::{expect_no_corruption, names_in, ploop_img},
 };
 use crate::frail_fs::FrailFs;
-use crate::kill::{expect_no_corruption, load_and_kill};
+use crate::kill::load_and_kill;
 use crate::model::Model;
 use crate::write_through::Relay;
 use crate::{MIB, REQUESTS, Rig, load, models, read_back};

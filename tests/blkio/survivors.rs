@@ -4,9 +4,27 @@
 use std::collections::VecDeque;
 use std::ops::Range;
 
+use serde::{Deserialize, Serialize};
 use smallvec::{SmallVec, smallvec};
 
 use crate::model::ZEROS;
+
+/// What happens to the sectors. A number is that of a change, or what
+/// [`Survivors::flush_starts`] has returned.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub enum Event {
+    ChangeStarts {
+        change: u64,
+        sectors: Range<u64>,
+        version: u32,
+    },
+    ChangeEnds(u64),
+    FlushStarts(u64),
+    FlushEnds(u64),
+}
+
+/// Who is told of each event: before a request is submitted, and when its end is known.
+pub type Witness = Box<dyn Fn(Event) + Send>;
 
 /// A change of a sector that may be what survives.
 #[derive(Clone, Copy)]
@@ -32,6 +50,7 @@ pub struct Survivors {
     covered: u64,
     /// Changes are stable when they end.
     pub write_through: bool,
+    witness: Option<Witness>,
 }
 
 impl Survivors {
@@ -43,9 +62,21 @@ impl Survivors {
             ended: VecDeque::new(),
             covered: 0,
             write_through: false,
+            witness: None,
         };
         new.reset((0..sectors).map(|_| ZEROS));
         new
+    }
+
+    /// From now on somebody is told of all that happens.
+    pub fn set_witness(&mut self, witness: Witness) {
+        self.witness = Some(witness);
+    }
+
+    fn tell(&self, event: impl FnOnce() -> Event) {
+        if let Some(witness) = &self.witness {
+            witness(event());
+        }
     }
 
     /// Sectors hold just these versions, and that is stable.
@@ -60,6 +91,11 @@ impl Survivors {
     pub fn change_starts(&mut self, sectors: Range<u64>, version: u32) -> u64 {
         let change = self.next_change;
         self.next_change += 1;
+        self.tell(|| Event::ChangeStarts {
+            change,
+            sectors: sectors.clone(),
+            version,
+        });
         for given in &mut self.sectors[sectors.start as usize..sectors.end as usize] {
             given.push(Given { change, version });
         }
@@ -67,7 +103,7 @@ impl Survivors {
     }
 
     pub fn change_ends(&mut self, sectors: Range<u64>, change: u64) {
-        self.ended.push_back(Ended { sectors, change });
+        self.push_ended(sectors, change);
         if self.write_through {
             self.flush_ends(self.flush_starts());
         }
@@ -78,12 +114,19 @@ impl Survivors {
         let change = self.change_starts(sector..sector + 1, version);
         // Not `change_ends`: when a discard is stable is only said of flushes.
         let sectors = sector..sector + 1;
+        self.push_ended(sectors, change);
+    }
+
+    fn push_ended(&mut self, sectors: Range<u64>, change: u64) {
+        self.tell(|| Event::ChangeEnds(change));
         self.ended.push_back(Ended { sectors, change });
     }
 
     /// Returns what [`Self::flush_ends`] is to be told.
     pub fn flush_starts(&self) -> u64 {
-        self.covered + self.ended.len() as u64
+        let until = self.covered + self.ended.len() as u64;
+        self.tell(|| Event::FlushStarts(until));
+        until
     }
 
     /// A flush that covers the first `until` changes that have ended is over.
@@ -95,6 +138,7 @@ impl Survivors {
                 given.retain(|given| given.change >= change);
             }
         }
+        self.tell(|| Event::FlushEnds(until));
     }
 
     /// The versions of which a sector may hold one.

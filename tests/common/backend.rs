@@ -3,6 +3,7 @@
 use std::{
     ffi::OsStr,
     fs::{self, File},
+    os::unix::process::ExitStatusExt,
     path::{Path, PathBuf},
     process::{Child, Command, ExitStatus, Stdio},
     thread,
@@ -21,6 +22,8 @@ pub struct Backend {
     child: Child,
     socket: PathBuf,
     log: PathBuf,
+    /// The socket is made under another name: see [`is_listened_on`].
+    is_moved: bool,
 }
 
 impl Backend {
@@ -36,16 +39,76 @@ impl Backend {
         backend
     }
 
+    /// The same below a limit of `prlimit(1)`.
+    ///
+    /// # Panics
+    ///
+    /// As [`Backend::start`].
+    pub fn start_below(limit: &str, image: &Path, socket: &Path, options: &[String]) -> Self {
+        let mut command = Command::new("prlimit");
+        command.arg(limit);
+        Self::start_by(command, image, socket, options)
+    }
+
+    /// The same by a program that runs the one which its last arguments name.
+    ///
+    /// # Panics
+    ///
+    /// As [`Backend::start`].
+    pub fn start_by<S: AsRef<OsStr>>(
+        mut command: Command,
+        image: &Path,
+        socket: &Path,
+        options: &[S],
+    ) -> Self {
+        command.arg(env!("CARGO_BIN_EXE_vhost-user-ploop"));
+        let mut backend = Self::spawn_as(command, image, socket, options);
+        backend.wait_for_socket();
+        backend
+    }
+
+    /// The same by a command that has more to it.
+    ///
+    /// # Panics
+    ///
+    /// As [`Backend::start`].
+    pub fn start_as<S: AsRef<OsStr>>(
+        command: Command,
+        image: &Path,
+        socket: &Path,
+        options: &[S],
+    ) -> Self {
+        let mut backend = Self::spawn_as(command, image, socket, options);
+        backend.wait_for_socket();
+        backend
+    }
+
     fn spawn<S: AsRef<OsStr>>(image: &Path, socket: &Path, options: &[S]) -> Self {
+        let command = Command::new(env!("CARGO_BIN_EXE_vhost-user-ploop"));
+        Self::spawn_as(command, image, socket, options)
+    }
+
+    fn spawn_as<S: AsRef<OsStr>>(
+        mut command: Command,
+        image: &Path,
+        socket: &Path,
+        options: &[S],
+    ) -> Self {
         let log = socket.with_extension("log");
-        let log_file = File::options()
-            .create(true)
-            .append(true)
-            .open(&log)
-            .expect("the log can be opened");
-        let child = Command::new(env!("CARGO_BIN_EXE_vhost-user-ploop"))
-            .arg("--socket-path")
-            .arg(socket)
+        let log_file = open_log(&log);
+        command.arg("--socket-path").arg(socket);
+        Self::spawn_logging(command, image, socket, log, log_file, options)
+    }
+
+    fn spawn_logging<S: AsRef<OsStr>>(
+        mut command: Command,
+        image: &Path,
+        socket: &Path,
+        log: PathBuf,
+        log_file: File,
+        options: &[S],
+    ) -> Self {
+        let child = command
             .arg("--blk-file")
             .arg(image)
             .args(options)
@@ -58,12 +121,132 @@ impl Backend {
             child,
             socket: socket.to_owned(),
             log,
+            is_moved: options.iter().any(|option| {
+                let option = option.as_ref().to_string_lossy();
+                option.starts_with("--socket-")
+            }),
         }
+    }
+
+    /// Starts a process that is to take over from this one, which listens on `upgrades`.
+    /// Its log is the same.
+    pub fn spawn_successor(&self, image: &Path, upgrades: &Path, options: &[&str]) -> Self {
+        let command = Command::new(env!("CARGO_BIN_EXE_vhost-user-ploop"));
+        self.spawn_successor_by(command, image, upgrades, options)
+    }
+
+    /// The same by what `command` starts, when it is given the daemon's arguments.
+    pub fn spawn_successor_by(
+        &self,
+        mut command: Command,
+        image: &Path,
+        upgrades: &Path,
+        options: &[&str],
+    ) -> Self {
+        command.arg("--take-over").arg(upgrades);
+        let log_file = open_log(&self.log);
+        let (socket, log) = (&self.socket, self.log.clone());
+        Self::spawn_logging(command, image, socket, log, log_file, options)
+    }
+
+    /// The same, which succeeds: returns the other process, when this one has ended.
+    ///
+    /// # Panics
+    ///
+    /// If this one does not end with status 0, or the other one ends.
+    pub fn taken_over(self, image: &Path, upgrades: &Path, options: &[&str]) -> Self {
+        let command = Command::new(env!("CARGO_BIN_EXE_vhost-user-ploop"));
+        self.taken_over_by(command, image, upgrades, options)
+    }
+
+    /// The same by what `command` starts, when it is given the daemon's arguments.
+    ///
+    /// # Panics
+    ///
+    /// As [`Backend::taken_over`].
+    pub fn taken_over_by(
+        self,
+        command: Command,
+        image: &Path,
+        upgrades: &Path,
+        options: &[&str],
+    ) -> Self {
+        let successor = self.spawn_successor_by(command, image, upgrades, options);
+        self.gives_way_to(successor)
+    }
+
+    /// Waits until one that was [spawned](Self::spawn_successor) has taken over.
+    ///
+    /// # Panics
+    ///
+    /// As [`Backend::taken_over`].
+    pub fn gives_way_to(mut self, mut successor: Self) -> Self {
+        let status = self.wait();
+        assert!(status.success(), "{status}:\n{}", self.log());
+        let ended = successor.child.try_wait().expect("it is a child");
+        assert_eq!(ended, None, "{}", self.log());
+        successor
+    }
+
+    /// Waits until one that was [spawned](Self::spawn_successor) has taken over, or cannot.
+    /// Returns which of the two serves, and whether it is that one.
+    ///
+    /// # Panics
+    ///
+    /// If none ends in time, or not as it should.
+    pub fn settle_with(mut self, mut successor: Self) -> (Self, bool) {
+        let start = Instant::now();
+        loop {
+            if let Some(status) = self.child.try_wait().expect("it is a child") {
+                assert!(status.success(), "{status}:\n{}", self.log());
+                return (successor, true);
+            }
+            if let Some(status) = successor.child.try_wait().expect("it is a child") {
+                assert_eq!(status.code(), Some(1), "{status}:\n{}", self.log());
+                return (self, false);
+            }
+            assert!(start.elapsed() < PATIENCE, "{}", self.log());
+            thread::sleep(Duration::from_millis(10));
+        }
+    }
+
+    /// Asks the daemon to end after it has given everything away, and waits for it.
+    ///
+    /// # Panics
+    ///
+    /// If it does not end in time or not with status 0, or takes the socket with it.
+    pub fn stop_leaving_socket(mut self) {
+        self.signal(Signal::TERM);
+        let status = self.wait();
+        assert!(status.success(), "{status}:\n{}", self.log());
+        assert!(self.socket.exists(), "{}", self.log());
+    }
+
+    /// Waits for the end of a daemon that somebody else has asked to end.
+    ///
+    /// # Panics
+    ///
+    /// If it does not end in time or not with status 0, or leaves its socket behind.
+    pub fn ends(mut self) {
+        let status = self.wait();
+        let log = self.log();
+        assert!(status.success(), "the daemon's {status}:\n{log}");
+        assert!(!self.socket.exists(), "the socket was left behind:\n{log}");
+    }
+
+    /// Waits for the end of a process that is to fail.
+    ///
+    /// # Panics
+    ///
+    /// If it does not end in time, or not with status 1.
+    pub fn fails(mut self) {
+        let status = self.wait();
+        assert_eq!(status.code(), Some(1), "{status}:\n{}", self.log());
     }
 
     fn wait_for_socket(&mut self) {
         let start = Instant::now();
-        while !is_listened_on(&self.socket) {
+        while !is_listened_on(&self.socket, self.is_moved) {
             if let Some(status) = self.child.try_wait().expect("a child can be waited for") {
                 panic!("the daemon ended with {status}:\n{}", self.log());
             }
@@ -89,6 +272,20 @@ impl Backend {
     /// What the daemon has said so far.
     pub fn log(&self) -> String {
         fs::read_to_string(&self.log).unwrap_or_default()
+    }
+
+    /// Waits until the daemon has said something: its log is written behind its back.
+    ///
+    /// # Panics
+    ///
+    /// If it does not say it in time.
+    #[track_caller]
+    pub fn expect_to_say(&self, what: &str) {
+        let start = Instant::now();
+        while !self.log().contains(what) {
+            assert!(start.elapsed() < PATIENCE, "{what}?\n{}", self.log());
+            thread::sleep(Duration::from_millis(10));
+        }
     }
 
     /// Asks the daemon to end, as an operator would, and waits for it.
@@ -121,6 +318,16 @@ impl Backend {
         log
     }
 
+    /// The signal that the daemon dies from.
+    ///
+    /// # Panics
+    ///
+    /// If it ends otherwise, or not in time.
+    pub fn wait_for_signal(mut self) -> i32 {
+        let status = self.wait();
+        status.signal().expect("a signal ends it")
+    }
+
     /// That the daemon does not serve `image`. Returns its log.
     ///
     /// # Panics
@@ -150,6 +357,30 @@ impl Backend {
         Corpse(self)
     }
 
+    /// Asks the daemon to end where it cannot end well, and waits until it runs no
+    /// instruction of its own any more; what it has asked the kernel for may go on.
+    ///
+    /// # Panics
+    ///
+    /// If that takes longer than `time`.
+    pub fn terminate(self, time: Duration) -> Corpse {
+        let start = Instant::now();
+        self.signal(Signal::TERM);
+        while !self.is_defunct() {
+            assert!(start.elapsed() < time, "it goes on:\n{}", self.log());
+            thread::sleep(Duration::from_millis(10));
+        }
+        Corpse(self)
+    }
+
+    /// Whether its first thread has ended, as all do when the process does.
+    fn is_defunct(&self) -> bool {
+        let stat = fs::read_to_string(format!("/proc/{}/stat", self.pid()));
+        let stat = stat.expect("it has not been waited for");
+        let (_, fields) = stat.rsplit_once(')').expect("the name ends");
+        fields.trim_start().starts_with('Z')
+    }
+
     fn signal(&self, signal: Signal) {
         let pid = Pid::from_child(&self.child);
         kill_process(pid, signal).expect("a child can be signalled");
@@ -171,8 +402,13 @@ impl Backend {
     }
 }
 
+fn open_log(log: &Path) -> File {
+    let options = File::options().create(true).append(true).open(log);
+    options.expect("the log can be opened")
+}
+
 /// Whether connections to a socket are accepted: it is there a moment before.
-fn is_listened_on(socket: &Path) -> bool {
+fn is_listened_on(socket: &Path, is_moved: bool) -> bool {
     /// `__SO_ACCEPTCON`, as the kernel prints it.
     const LISTENS: &str = "00010000";
     let sockets = fs::read_to_string("/proc/net/unix").expect("the kernel lists its sockets");
@@ -181,7 +417,10 @@ fn is_listened_on(socket: &Path) -> bool {
     let is_it = |line: &str| {
         let fields: Vec<_> = line.split_ascii_whitespace().collect();
         let path = fields.get(7).map(Path::new);
-        let is_here = path.is_some_and(|path| path == socket || path.starts_with("/proc/self/fd"));
+        let is_here = path.is_some_and(|path| match is_moved {
+            true => path.starts_with("/proc/self/fd"),
+            false => path == socket,
+        });
         fields.get(3) == Some(&LISTENS) && is_here
     };
     socket.exists() && sockets.lines().any(is_it)
@@ -189,6 +428,13 @@ fn is_listened_on(socket: &Path) -> bool {
 
 /// A daemon that has been killed. Dropped, it is waited for.
 pub struct Corpse(Backend);
+
+impl Corpse {
+    /// What the daemon has said.
+    pub fn log(&self) -> String {
+        self.0.log()
+    }
+}
 
 impl Drop for Corpse {
     fn drop(&mut self) {

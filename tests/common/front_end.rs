@@ -31,6 +31,9 @@ pub const QUEUES: u16 = 4;
 /// Descriptors in a ring.
 pub const RING_SIZE: u16 = 64;
 
+/// Of events: daemons that other tests start meanwhile shall not inherit them.
+const EVENT_FLAGS: i32 = libc::EFD_NONBLOCK | libc::EFD_CLOEXEC;
+
 const MIB: u64 = 1 << 20;
 
 /// Guest addresses: rings, headers and status bytes in the first region, data in
@@ -133,7 +136,7 @@ impl FrontEnd {
         let protocol = vhost.get_protocol_features().unwrap();
         vhost.set_protocol_features(protocol).unwrap();
         vhost.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
-        vhost.set_features(offered & features).unwrap();
+        vhost.set_features(offered & features & !LOG_ALL).unwrap();
         self.set_memory(3);
     }
 
@@ -156,22 +159,28 @@ impl FrontEnd {
         }
     }
 
-    /// Sets a ring up that goes on at entry `base`. It is not enabled yet.
-    pub fn start_ring_at(&mut self, index: usize, base: u16) {
+    /// Where a ring lies, and whether its used ring is logged.
+    pub fn set_addresses(&mut self, index: usize, is_logged: bool) {
         let ring = &self.rings[index];
         let host = |addr| self.memory.get_host_address(GuestAddress(addr)).unwrap() as u64;
         let config = VringConfigData {
             queue_max_size: RING_SIZE,
             queue_size: RING_SIZE,
-            flags: 0,
+            flags: is_logged.into(),
             desc_table_addr: host(ring.table()),
             used_ring_addr: host(ring.used()),
             avail_ring_addr: host(ring.avail()),
-            log_addr: None,
+            log_addr: is_logged.then_some(ring.used()),
         };
+        self.vhost.set_vring_addr(index, &config).unwrap();
+    }
+
+    /// Sets a ring up that goes on at entry `base`. It is not enabled yet.
+    pub fn start_ring_at(&mut self, index: usize, base: u16) {
+        self.set_addresses(index, false);
+        let ring = &self.rings[index];
         self.vhost.set_vring_num(index, RING_SIZE).unwrap();
         self.vhost.set_vring_base(index, base).unwrap();
-        self.vhost.set_vring_addr(index, &config).unwrap();
         self.vhost.set_vring_call(index, &ring.call).unwrap();
         self.vhost.set_vring_kick(index, &ring.kick).unwrap();
     }
@@ -225,8 +234,8 @@ impl Ring {
         Self {
             index,
             memory,
-            kick: EventFd::new(libc::EFD_NONBLOCK).unwrap(),
-            call: EventFd::new(libc::EFD_NONBLOCK).unwrap(),
+            kick: EventFd::new(EVENT_FLAGS).unwrap(),
+            call: EventFd::new(EVENT_FLAGS).unwrap(),
             next_desc: 0,
             avail_idx: 0,
             used_idx: 0,
@@ -238,11 +247,11 @@ impl Ring {
         RING_STRIDE * self.index as u64
     }
 
-    fn avail(&self) -> u64 {
+    pub fn avail(&self) -> u64 {
         self.table() + AVAIL_OFFSET
     }
 
-    fn used(&self) -> u64 {
+    pub fn used(&self) -> u64 {
         self.table() + USED_OFFSET
     }
 
@@ -261,8 +270,8 @@ impl Ring {
 
     /// Other events for kicks and signals, which the device has not heard of yet.
     pub fn renew_events(&mut self) {
-        self.kick = EventFd::new(libc::EFD_NONBLOCK).unwrap();
-        self.call = EventFd::new(libc::EFD_NONBLOCK).unwrap();
+        self.kick = EventFd::new(EVENT_FLAGS).unwrap();
+        self.call = EventFd::new(EVENT_FLAGS).unwrap();
     }
 
     /// By which the device signals.
@@ -421,6 +430,9 @@ impl Ring {
         (self.status(head), len)
     }
 }
+
+/// The feature bit that turns the log of written memory on.
+pub const LOG_ALL: u64 = 1 << 26;
 
 /// All features but EVENT_IDX.
 pub const WITHOUT_EVENT_IDX: u64 = !(1 << VIRTIO_RING_F_EVENT_IDX);

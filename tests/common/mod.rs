@@ -6,6 +6,7 @@
 pub mod backend;
 pub mod fixtures;
 pub mod img;
+pub mod qmp;
 pub mod small_fs;
 
 use std::{

@@ -45,6 +45,14 @@ impl SmallFs {
         ))
     }
 
+    /// What a file holds already, an ext4 or an XFS. The same.
+    pub fn of(kind: &str, image: &Path) -> Option<Self> {
+        // Other copies of an XFS may be mounted.
+        let options = if kind == "xfs" { "loop,nouuid" } else { "loop" };
+        let image = image.to_str().expect("test paths are UTF-8");
+        Self::mount(&format!("mount -t {kind} -o {options} '{image}' small"))
+    }
+
     /// `script` mounts something on the folder `small`.
     fn mount(script: &str) -> Option<Self> {
         require_tool("unshare").then_some(())?;

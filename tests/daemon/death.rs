@@ -13,13 +13,13 @@ use virtio_bindings::virtio_blk::{VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_IN, VIRTIO_
 
 use crate::common::backend::Backend;
 use crate::front_end::*;
-use crate::{OK, Rig};
+use crate::{OK, Rig, tasks, wait_for};
 
 /// Sectors of a cluster.
-const CLUSTER: u64 = 2048;
+pub const CLUSTER: u64 = 2048;
 
 /// A region and its description.
-type Region = (VhostUserInflight, File);
+pub type Region = (VhostUserInflight, File);
 
 fn ask_for_region(front_end: &mut FrontEnd) -> Region {
     let asked = VhostUserInflight {
@@ -36,7 +36,7 @@ fn set_region(front_end: &mut FrontEnd, region: &Region) -> vhost::Result<()> {
 }
 
 /// A driver and its front-end, from the beginning, with a region.
-fn begin(backend: &Backend) -> (FrontEnd, Region) {
+pub fn begin(backend: &Backend) -> (FrontEnd, Region) {
     let mut front_end = FrontEnd::connect(backend.socket());
     front_end.negotiate(u64::MAX);
     front_end.get_config(0, 60);
@@ -47,7 +47,7 @@ fn begin(backend: &Backend) -> (FrontEnd, Region) {
 }
 
 /// The driver goes on, with another connection.
-fn reconnect(front_end: &mut FrontEnd, backend: &Backend, region: Option<&Region>) {
+pub fn reconnect(front_end: &mut FrontEnd, backend: &Backend, region: Option<&Region>) {
     // Hangs up first: while one is being served, others are turned away.
     let (nowhere, _) = UnixStream::pair().unwrap();
     front_end.vhost = Frontend::from_stream(nowhere, QUEUES.into());
@@ -66,14 +66,14 @@ fn reconnect(front_end: &mut FrontEnd, backend: &Backend, region: Option<&Region
     }
 }
 
-fn write(front_end: &mut FrontEnd, sector: u64, byte: u8) {
+pub fn write(front_end: &mut FrontEnd, sector: u64, byte: u8) {
     front_end.fill(DATA, &[byte; 512]);
     let source = [readable(DATA, 512)];
     let answer = front_end.rings[0].run(VIRTIO_BLK_T_OUT, sector, &source);
     assert_eq!(answer, (OK, 1));
 }
 
-fn expect(front_end: &mut FrontEnd, sector: u64, byte: u8) {
+pub fn expect(front_end: &mut FrontEnd, sector: u64, byte: u8) {
     front_end.fill(DATA, &[0xee; 512]);
     let target = [writable(DATA, 512)];
     let answer = front_end.rings[0].run(VIRTIO_BLK_T_IN, sector, &target);
@@ -93,7 +93,7 @@ fn discard(front_end: &mut FrontEnd, sector: u64) {
     assert_eq!(answer, (OK, 1));
 }
 
-const NEVER: &[&str] = &["--writeback-delay=60000"];
+pub const NEVER: &[&str] = &["--writeback-delay=60000"];
 
 #[test]
 fn what_was_completed_survives_a_kill() {
@@ -113,7 +113,10 @@ fn what_was_completed_survives_a_kill() {
         expect(&mut front_end, 0, 1);
         expect(&mut front_end, first + CLUSTER, 10 + round);
         expect(&mut front_end, first + 2 * CLUSTER, 0);
-        assert!(backend.log().contains("took over"), "{}", backend.log());
+        // All of them have one log.
+        wait_for("what was taken over", || {
+            backend.log().matches("took over").count() == usize::from(round) + 1
+        });
     }
     drop(front_end);
     backend.stop();
@@ -142,6 +145,14 @@ fn a_guest_goes_on_after_a_clean_end() {
     backend.stop();
 }
 
+/// A front-end learns that it is refused before all of it is taken down, and the next one
+/// would be turned away meanwhile.
+fn wait_for_nobody(backend: &Backend) {
+    wait_for("the end of a connection", || {
+        tasks(backend.pid()).iter().all(|task| task != "messages")
+    });
+}
+
 #[test]
 fn a_guest_whose_region_is_gone_is_refused_and_one_that_begins_anew_is_not() {
     let rig = Rig::new();
@@ -154,6 +165,7 @@ fn a_guest_whose_region_is_gone_is_refused_and_one_that_begins_anew_is_not() {
     let base = front_end.rings[0].avail_idx();
     front_end.start_ring_at(0, base);
     front_end.vhost.set_vring_enable(0, true).unwrap_err();
+    wait_for_nobody(&backend);
     // A region without what the process before knew is as good as none.
     reconnect(&mut front_end, &backend, None);
     let other = ask_for_region(&mut front_end);
@@ -166,6 +178,7 @@ fn a_guest_whose_region_is_gone_is_refused_and_one_that_begins_anew_is_not() {
         assert!(start.elapsed() < PATIENCE, "{}", backend.log());
         thread::sleep(A_WHILE);
     }
+    wait_for_nobody(&backend);
     let (mut front_end, _region) = begin(&backend);
     write(&mut front_end, 0, 2);
     expect(&mut front_end, 0, 2);
@@ -189,4 +202,32 @@ fn a_cache_that_is_off_stays_off_over_a_kill() {
     }
     drop(front_end);
     backend.stop();
+}
+
+#[test]
+fn a_guest_goes_on_with_a_disk_that_has_grown_meanwhile() {
+    let rig = Rig::new();
+    let mut backend = rig.serve(NEVER);
+    let (mut front_end, region) = begin(&backend);
+    write(&mut front_end, 0, 3);
+    // The part of the region that is for the map is rounded up; this is beyond.
+    for size in ["8G", "64G"] {
+        backend.stop();
+        crate::ploop_img(["resize", rig.image.to_str().unwrap(), size]).ok();
+        backend = rig.serve(NEVER);
+        reconnect(&mut front_end, &backend, Some(&region));
+        front_end.start_rings();
+        expect(&mut front_end, 0, 3);
+        // At the end of the disk, and what only the process knows of it.
+        let last = u64::from_le_bytes(front_end.get_config(0, 8).try_into().unwrap()) - 1;
+        write(&mut front_end, last, 5);
+        backend.kill();
+        backend = rig.serve(NEVER);
+        reconnect(&mut front_end, &backend, Some(&region));
+        front_end.start_rings();
+        expect(&mut front_end, last, 5);
+    }
+    drop(front_end);
+    backend.stop();
+    crate::ploop_img(["check", rig.image.to_str().unwrap()]).ok();
 }

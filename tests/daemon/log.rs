@@ -1,13 +1,19 @@
 //! What the daemon says, and that it depends on nobody who listens.
 
 use std::fs;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::fs::FileExt;
+use std::thread;
+use std::time::Duration;
 
-use rustix::fs::OFlags;
+use rustix::fs::{MemfdFlags, OFlags, ftruncate, memfd_create};
 use rustix::pipe::PipeFlags;
 use rustix::process::{Pid, Signal, kill_process};
+use vhost::VhostBackend;
+use virtio_bindings::virtio_blk::VIRTIO_BLK_T_IN;
 
 use super::common::img::ploop_img;
+use super::front_end::{A_WHILE, DATA, FAR, FrontEnd, REGION_LEN, SEAM, writable};
 use super::{Rig, daemon, expect_service, refused, start_front_end, wait_for};
 
 /// A pipe whose reader has stopped reading: not one byte more fits.
@@ -106,3 +112,100 @@ fn the_journal_gets_priorities_and_no_control_characters() {
     let said = refused(&["--fd=0", "--blk-file=/nowhere/x"]);
     assert!(said.starts_with("vhost-user-ploop: "), "{said}");
 }
+
+/// What the log says of memory that looks as if nobody shared it.
+const STAYS_EMPTY: &str = "share=on";
+
+/// Longer than it takes until it says so.
+const LONG_ENOUGH: Duration = Duration::from_millis(1500);
+
+#[test]
+fn memory_that_nobody_shares_is_told_of_once() {
+    let rig = Rig::new();
+    let backend = rig.serve(&[]);
+    let mut front_end = FrontEnd::connect(&rig.socket);
+    front_end.negotiate(u64::MAX);
+    // What a front-end has mapped privately, its file never sees.
+    let files = [0, 1, 2].map(|_| memfd_create("guest", MemfdFlags::CLOEXEC).unwrap());
+    let mut regions = [0, 1, 2].map(|index| front_end.region(index));
+    for (region, file) in regions.iter_mut().zip(&files) {
+        ftruncate(file, REGION_LEN).unwrap();
+        region.mmap_handle = file.as_raw_fd();
+    }
+    front_end.vhost.set_mem_table(&regions).unwrap();
+    front_end.start_rings();
+    for ring in &mut front_end.rings[..2] {
+        ring.request(VIRTIO_BLK_T_IN, 0, &[writable(DATA, 512)]);
+        ring.kick();
+    }
+    wait_for("a word of it", || backend.log().contains(STAYS_EMPTY));
+    thread::sleep(A_WHILE);
+    for ring in &front_end.rings[..2] {
+        ring.kick();
+    }
+    thread::sleep(LONG_ENOUGH);
+    let log = backend.log();
+    assert_eq!(log.matches(STAYS_EMPTY).count(), 1, "{log}");
+    drop(front_end);
+    backend.stop();
+}
+
+#[test]
+fn a_guest_that_has_nothing_to_do_is_not_taken_for_one_whose_memory_is_not_shared() {
+    let rig = Rig::new();
+    let backend = rig.serve(&[]);
+    let front_end = start_front_end(&rig.socket);
+    for region in [DATA, SEAM, FAR] {
+        front_end.fill(region, &[1; 512 << 10]);
+    }
+    for ring in &front_end.rings {
+        ring.kick();
+    }
+    thread::sleep(LONG_ENOUGH);
+    assert!(!backend.log().contains(STAYS_EMPTY), "{}", backend.log());
+    drop(front_end);
+    backend.stop();
+}
+
+#[test]
+fn memory_features_and_rings_are_shown_to_who_looks_for_a_fault() {
+    let rig = Rig::new();
+    let backend = rig.serve(&["--log-level=debug"]);
+    let mut front_end = start_front_end(&rig.socket);
+    expect_service(&mut front_end);
+    front_end.vhost.get_vring_base(0).unwrap();
+    for word in [
+        "memory of the guest: 3 regions, 0x100000 bytes at 0x0, 0x100000 bytes at 0x100000",
+        "are accepted",
+        "queue 0 starts: 64 descriptors",
+        "queue 0 has stopped",
+    ] {
+        backend.expect_to_say(word);
+    }
+    drop(front_end);
+    backend.stop();
+}
+
+#[test]
+fn bitmaps_that_are_dropped_are_said() {
+    let rig = Rig::new();
+    let file = fs::File::options().write(true).open(&rig.image).unwrap();
+    // The mark says that an extension is valid; it lies behind the table.
+    file.write_all_at(&0x312e_3276_u32.to_le_bytes(), IN_USE_OFFSET)
+        .unwrap();
+    file.write_all_at(&2048_u64.to_le_bytes(), EXTENSION_OFFSET)
+        .unwrap();
+    for (options, is_said) in [(&["--read-only"][..], false), (&[], true), (&[], false)] {
+        let backend = rig.serve(options);
+        // The line would come before this one.
+        backend.expect_to_say("ready:");
+        let log = backend.log();
+        assert_eq!(log.contains("bitmaps"), is_said, "{options:?}: {log}");
+        backend.stop();
+        fs::remove_file(rig.socket.with_extension("log")).unwrap();
+    }
+}
+
+/// Of the header, in bytes (QEMU's `docs/interop/parallels.rst`).
+const IN_USE_OFFSET: u64 = 44;
+const EXTENSION_OFFSET: u64 = 56;

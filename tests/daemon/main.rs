@@ -2,19 +2,26 @@
 
 #[path = "../common/mod.rs"]
 mod common;
+mod control;
 mod death;
+mod footprint;
 #[path = "../common/front_end.rs"]
 mod front_end;
 mod huge;
 mod log;
 mod nonsense;
 mod options;
+#[cfg(target_arch = "x86_64")]
+mod sandbox;
+mod stat;
+mod upgrade;
+mod vanishing;
 
 use std::{
     fs::{self, Permissions},
     io::{Read, Write},
-    os::fd::{AsRawFd, OwnedFd},
-    os::unix::fs::{FileExt, PermissionsExt},
+    os::fd::{AsRawFd, BorrowedFd, OwnedFd},
+    os::unix::fs::{FileExt, PermissionsExt, chown},
     os::unix::net::{UnixListener, UnixStream},
     os::unix::process::CommandExt,
     path::{Path, PathBuf},
@@ -25,6 +32,7 @@ use std::{
 
 use common::{backend::Backend, img::ploop_img};
 use front_end::*;
+use rustix::fs::{OFlags, fcntl_setfl};
 use rustix::io::{FdFlags, fcntl_setfd};
 use rustix::process::{Pid, Resource, Rlimit, prlimit};
 use tempfile::TempDir;
@@ -37,6 +45,9 @@ use virtio_bindings::virtio_ring::VIRTIO_RING_F_INDIRECT_DESC;
 
 const OK: u8 = 0;
 const IOERR: u8 = 1;
+
+/// Somebody who is not root.
+const NOBODY: u32 = 65_534;
 
 /// How many front-ends talk nonsense, each in its own way.
 const FRONT_ENDS: u64 = 200;
@@ -346,11 +357,8 @@ fn a_second_front_end_is_turned_away_at_once() {
         assert!(hangs_up(&second, PATIENCE));
         assert!(start.elapsed() < Duration::from_secs(1));
     }
-    assert!(
-        backend
-            .log()
-            .contains("is turned away: another front-end is being served")
-    );
+    let said = "is turned away: another front-end is being served";
+    wait_for("the refusal", || backend.log().contains(said));
     expect_service(&mut first);
     drop(first);
     expect_service(&mut start_front_end(backend.socket()));
@@ -513,6 +521,66 @@ fn as_many_descriptors_are_allowed_as_can_be() {
     backend.stop();
 }
 
+/// Some kernels count the memory of rings, for a user who may not lock what he likes.
+#[test]
+fn a_limit_of_locked_memory_costs_no_queue() {
+    let target = Path::new(env!("CARGO_MANIFEST_DIR")).join("target");
+    let folder = tempfile::tempdir_in(target).unwrap();
+    let image = folder.path().join("disk.hds");
+    ploop_img(["create", image.to_str().unwrap(), "64M"]).ok();
+    let mut options = Vec::new();
+    if rustix::process::geteuid().is_root() {
+        let nobody = Some(NOBODY);
+        chown(folder.path(), nobody, nobody).unwrap();
+        chown(&image, nobody, nobody).unwrap();
+        options.push(format!("--user={NOBODY}"));
+    }
+    // Enough to see that there is io_uring, and for no queue.
+    let limit = "--memlock=16384:16384";
+    let socket = folder.path().join("socket");
+    let backend = Backend::start_below(limit, &image, &socket, &options);
+    let mut front_end = start_front_end(backend.socket());
+    expect_service(&mut front_end);
+    drop(front_end);
+    let are_counted = backend.log().contains("LimitMEMLOCK=");
+    backend.stop();
+    if !are_counted {
+        return;
+    }
+    let program = env!("CARGO_BIN_EXE_vhost-user-ploop");
+    let output = Command::new("prlimit")
+        .args([limit, program, "--aio=io_uring", "--socket-path"])
+        .args([socket.as_os_str(), "--blk-file".as_ref(), image.as_os_str()])
+        .args(&options)
+        .output()
+        .unwrap();
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert!(
+        !output.status.success() && said.contains("LimitMEMLOCK="),
+        "{said}"
+    );
+}
+
+/// Else other processes of the user could use it up.
+#[test]
+fn root_has_no_limit_of_locked_memory() {
+    if !rustix::process::geteuid().is_root() {
+        return;
+    }
+    let rig = Rig::new();
+    let backend = rig.serve(&[]);
+    let of = |file: &str, what: &str| {
+        let text = fs::read_to_string(format!("/proc/{}/{file}", backend.pid())).unwrap();
+        let line = text.lines().find_map(|line| line.strip_prefix(what));
+        line.unwrap().split_whitespace().next().unwrap().to_owned()
+    };
+    let capabilities = u64::from_str_radix(&of("status", "CapEff:"), 16).unwrap();
+    let may_lock = capabilities & (1 << 14) != 0;
+    let is_unlimited = of("limits", "Max locked memory") == "unlimited";
+    assert!(may_lock != is_unlimited, "{capabilities:#x}");
+    backend.stop();
+}
+
 #[test]
 fn threads_have_names() {
     let rig = Rig::new();
@@ -662,6 +730,45 @@ fn ending_with_a_front_end_closes_the_image() {
     );
     assert_eq!(front_end.bytes(DATA, 512), [7; 512]);
     backend.stop();
+}
+
+/// Lets the next signal of ring 0 block: its counter is full, and the flag that makes
+/// writes fail then is taken away after the daemon has looked.
+fn block_signals(front_end: &FrontEnd) {
+    let call = front_end.rings[0].call();
+    // SAFETY: the event lives as long as the front-end.
+    let fd = unsafe { BorrowedFd::borrow_raw(call.as_raw_fd()) };
+    fcntl_setfl(fd, OFlags::NONBLOCK).unwrap();
+    let _ = call.read();
+    call.write(u64::MAX - 1).unwrap();
+    fcntl_setfl(fd, OFlags::empty()).unwrap();
+}
+
+#[test]
+fn a_front_end_that_lets_signals_block_cannot_keep_the_daemon_from_its_end() {
+    let rig = Rig::new();
+    let backend = rig.serve(&[]);
+    let mut front_end = start_front_end(backend.socket());
+    expect_service(&mut front_end);
+    block_signals(&front_end);
+    let ring = &mut front_end.rings[0];
+    ring.request(VIRTIO_BLK_T_FLUSH, 0, &[]);
+    ring.kick();
+    wait_for("the answer", || ring.take_used().is_some());
+    // Messages are obeyed all the same.
+    let start = Instant::now();
+    front_end.vhost.get_vring_base(0).unwrap();
+    assert!(start.elapsed() < Duration::from_secs(1));
+    front_end.start_ring_at(0, front_end.rings[0].avail_idx());
+    block_signals(&front_end);
+    let ring = &mut front_end.rings[0];
+    ring.request(VIRTIO_BLK_T_FLUSH, 0, &[]);
+    ring.kick();
+    wait_for("the answer", || ring.take_used().is_some());
+    let start = Instant::now();
+    backend.stop();
+    assert!(start.elapsed() < Duration::from_secs(5));
+    ploop_img(["check".as_ref(), rig.image.as_os_str()]).ok();
 }
 
 #[test]

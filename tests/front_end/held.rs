@@ -80,6 +80,11 @@ impl HeldDisk {
         assert!(!timeout.timed_out(), "{came} of {count} transfers came");
     }
 
+    /// How many transfers of guest memory are being held.
+    pub fn held(&self) -> usize {
+        self.state().waiting
+    }
+
     /// Whether there is space for more than what is allocated.
     pub fn set_full(&self, is_full: bool) {
         self.state().is_full = is_full;

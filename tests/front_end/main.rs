@@ -1,15 +1,19 @@
 //! The device against `vhost`'s own front-end and rings made by hand: what a guest
 //! in QEMU or `blkio` does not do, and what nobody should.
 
+mod dirty_log;
 #[path = "../common/front_end.rs"]
 mod front_end;
 mod held;
 mod rig;
+mod suspended;
 
 use std::{
     fs,
+    io::{Read, Write},
     os::fd::{AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd},
     os::unix::fs::{FileExt, MetadataExt},
+    os::unix::net::UnixStream,
     sync::mpsc,
     thread,
     time::{Duration, Instant},
@@ -19,8 +23,11 @@ use front_end::*;
 use rig::*;
 use vhost::VhostBackend;
 use vhost::vhost_user::VhostUserFrontend;
-use vhost::vhost_user::message::{VhostUserConfigFlags, VhostUserInflight};
+use vhost::vhost_user::message::{
+    VhostUserConfigFlags, VhostUserInflight, VhostUserProtocolFeatures,
+};
 use vhost_user_ploop::device::Parked;
+use vhost_user_ploop::format::Sector;
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH,
     VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES,
@@ -31,6 +38,12 @@ use vmm_sys_util::eventfd::EventFd;
 const OK: u8 = 0;
 const IOERR: u8 = 1;
 const UNSUPP: u8 = 2;
+
+const MIB: u64 = 1 << 20;
+
+/// How many transfers of 1 MiB a queue has under way if no other needs any: all that the
+/// queues share.
+const MOST_PARTS: usize = 16;
 
 /// How many requests a test has in flight.
 const BUSY: usize = 8;
@@ -304,6 +317,199 @@ fn stopping_a_ring_drains_it() {
     assert_eq!(front_end.rings[0].wait_used(), (head, 1));
     expect_service(&mut front_end, 0);
     expect_service(&mut front_end, 1);
+}
+
+/// A transfer of all but the first MiB of the disk, by one page of descriptors that
+/// all point to the same 64 KiB.
+fn huge_request(front_end: &mut FrontEnd, kind: u32) -> u16 {
+    const PIECE: u32 = 64 << 10;
+    const TABLE: u64 = FAR + 0x8_0000;
+    let is_read = kind == VIRTIO_BLK_T_IN;
+    let count = (DISK_SIZE.0 * 512 - MIB) / u64::from(PIECE);
+    let ring = &mut front_end.rings[0];
+    let status = TABLE - 1;
+    let piece = if is_read { writable } else { readable }(FAR, PIECE);
+    let mut parts = vec![piece; count as usize];
+    parts.insert(0, ring.header(kind, MIB / 512));
+    parts.push(writable(status, 1));
+    for (next, part) in (1..).zip(&mut parts) {
+        part.next = next;
+        part.flags |= if part.addr == status { 0 } else { NEXT };
+    }
+    ring.write_table(TABLE, &parts);
+    ring.fill(status, &[UNTOUCHED]);
+    let indirect = Desc {
+        flags: INDIRECT,
+        ..readable(TABLE, 16 * parts.len() as u32)
+    };
+    let head = ring.chain(&[indirect]);
+    ring.kick();
+    head
+}
+
+/// Stops ring 0, whose transfers are let go when that has begun. Returns the entry to go on
+/// at.
+fn stop_and_let_go(rig: &Rig, front_end: &mut FrontEnd) -> u16 {
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            thread::sleep(A_WHILE);
+            rig.disk.let_go();
+        });
+        front_end.vhost.get_vring_base(0).unwrap() as u16
+    })
+}
+
+#[test]
+fn a_stopped_ring_has_back_what_it_could_not_start() {
+    let rig = Rig::new();
+    let (mut front_end, _connection) = rig.start();
+    front_end.fill(FAR, &[0x55; 64 << 10]);
+    let head = huge_request(&mut front_end, VIRTIO_BLK_T_OUT);
+    assert_eq!(front_end.rings[0].wait_used(), (head, 1));
+    rig.disk.hold();
+    front_end.fill(FAR, &[0; 64 << 10]);
+    let head = huge_request(&mut front_end, VIRTIO_BLK_T_IN);
+    rig.disk.wait_for_held(MOST_PARTS);
+    thread::sleep(A_WHILE);
+    assert_eq!(rig.disk.held(), MOST_PARTS);
+    // Two that come behind it stay in the ring.
+    let target = [writable(DATA, 512)];
+    let ring = &mut front_end.rings[0];
+    let behind = [0; 2].map(|_| ring.request(VIRTIO_BLK_T_IN, 2048, &target));
+    ring.kick();
+    let base = stop_and_let_go(&rig, &mut front_end);
+    let ring = &mut front_end.rings[0];
+    assert_eq!(base, ring.avail_idx() - 3);
+    assert_eq!(ring.take_used(), None);
+    restart_ring(&mut front_end, 0, base);
+    let ring = &mut front_end.rings[0];
+    let mut used = [0; 3].map(|_| ring.wait_used().0);
+    let mut expected = [head, behind[0], behind[1]];
+    used.sort_unstable();
+    expected.sort_unstable();
+    assert_eq!(used, expected);
+    assert_eq!(front_end.bytes(FAR, 64 << 10), vec![0x55; 64 << 10]);
+    expect_service(&mut front_end, 0);
+}
+
+/// Stops a ring in whose place limits keep writes back that are far more than the engine
+/// starts at a time, with a flush that was done behind them and one more write behind that.
+/// What the guest does after that must find all of them done or in the ring.
+fn expect_held_writes_done_by(stop: impl FnOnce(&mut FrontEnd) -> Option<u16>) {
+    const WRITES: u64 = 14;
+    const LEN: u64 = 2 * MIB;
+    let rig = Rig::new();
+    let (mut front_end, _connection) = rig.start();
+    let data = pattern(3, MIB as usize);
+    front_end.fill(SEAM, &data);
+    rig.limit("bps_wr=1");
+    let piece = readable(SEAM, MIB as u32);
+    let ring = &mut front_end.rings[0];
+    let write = |index| ring.request(VIRTIO_BLK_T_OUT, index * (LEN / 512), &[piece; 2]);
+    let heads: Vec<_> = (0..WRITES).map(write).collect();
+    ring.kick();
+    assert_eq!(ring.wait_used(), (heads[0], 1), "none is too large");
+    let flush = ring.request(VIRTIO_BLK_T_FLUSH, 0, &[]);
+    let last = ring.request(VIRTIO_BLK_T_OUT, WRITES * (LEN / 512), &[piece]);
+    ring.kick();
+    assert_eq!(ring.wait_used(), (flush, 1), "it is free");
+    thread::sleep(A_WHILE);
+    let base = stop(&mut front_end);
+    let ring = &mut front_end.rings[0];
+    assert_eq!(base.unwrap_or(ring.avail_idx() - 1), ring.avail_idx() - 1);
+    let mut used: Vec<_> = std::iter::from_fn(|| ring.take_used()).collect();
+    used.sort_unstable();
+    let expected: Vec<_> = heads[1..].iter().map(|&head| (head, 1)).collect();
+    assert_eq!(used, expected);
+    for &head in &heads {
+        assert_eq!(ring.status(head), OK);
+    }
+    assert_eq!(ring.status(last), UNTOUCHED);
+
+    rig.limit("");
+    match base {
+        Some(base) => restart_ring(&mut front_end, 0, base),
+        None => front_end.vhost.set_vring_enable(0, true).unwrap(),
+    }
+    assert_eq!(front_end.rings[0].wait_used(), (last, 1));
+    for index in 0..WRITES * LEN / MIB + 1 {
+        front_end.fill(SEAM, &vec![0; MIB as usize]);
+        let target = [writable(SEAM, MIB as u32)];
+        let ring = &mut front_end.rings[0];
+        let read = ring.run(VIRTIO_BLK_T_IN, index * (MIB / 512), &target);
+        assert_eq!(read, (OK, MIB as u32 + 1));
+        assert!(front_end.bytes(SEAM, MIB as usize) == data, "MiB {index}");
+    }
+    expect_service(&mut front_end, 0);
+}
+
+#[test]
+fn a_ring_that_is_stopped_has_done_what_limits_kept_back_or_has_it_back() {
+    expect_held_writes_done_by(|front_end| Some(front_end.vhost.get_vring_base(0).unwrap() as u16));
+}
+
+#[test]
+fn a_ring_that_is_disabled_has_done_what_limits_kept_back_or_has_it_back() {
+    expect_held_writes_done_by(|front_end| {
+        front_end.vhost.set_vring_enable(0, false).unwrap();
+        None
+    });
+}
+
+#[test]
+fn what_limits_keep_back_and_nothing_was_done_behind_stays_in_the_ring() {
+    let rig = Rig::new();
+    let (mut front_end, _connection) = rig.start();
+    rig.limit("bps_wr=1");
+    let ring = &mut front_end.rings[0];
+    let data = [readable(SEAM, MIB as u32)];
+    let heads: Vec<_> = (0..20)
+        .map(|index| ring.request(VIRTIO_BLK_T_OUT, index * (MIB / 512), &data))
+        .collect();
+    ring.kick();
+    assert_eq!(ring.wait_used(), (heads[0], 1));
+    thread::sleep(A_WHILE);
+    let base = front_end.vhost.get_vring_base(0).unwrap();
+    assert_eq!(base, 1);
+    let ring = &mut front_end.rings[0];
+    assert_eq!(ring.take_used(), None);
+    rig.limit("");
+    restart_ring(&mut front_end, 0, 1);
+    let ring = &mut front_end.rings[0];
+    let mut used: Vec<_> = heads[1..].iter().map(|_| ring.wait_used().0).collect();
+    used.sort_unstable();
+    assert_eq!(used, heads[1..]);
+    assert!(heads.iter().all(|&head| ring.status(head) == OK));
+}
+
+#[test]
+fn while_a_ring_stops_the_others_begin_nothing() {
+    let rig = Rig::new();
+    let (mut front_end, _connection) = rig.start();
+    front_end.fill(DATA, &[0x77; 512]);
+    let target = [readable(DATA, 512)];
+    for ring in &mut front_end.rings[..2] {
+        ring.run(VIRTIO_BLK_T_OUT, 0, &target);
+    }
+    rig.disk.hold();
+    let target = [writable(DATA, 512)];
+    front_end.rings[0].request(VIRTIO_BLK_T_IN, 0, &target);
+    front_end.rings[0].kick();
+    rig.disk.wait_for_held(1);
+    let (rings, vhost) = (&mut front_end.rings, &mut front_end.vhost);
+    let other = thread::scope(|scope| {
+        let stop = scope.spawn(|| vhost.get_vring_base(0).unwrap());
+        thread::sleep(A_WHILE);
+        let other = rings[1].request(VIRTIO_BLK_T_IN, 0, &target);
+        rings[1].kick();
+        thread::sleep(A_WHILE);
+        let held = rig.disk.held();
+        rig.disk.let_go();
+        stop.join().unwrap();
+        assert_eq!(held, 1);
+        other
+    });
+    assert_eq!(front_end.rings[1].wait_used(), (other, 513));
 }
 
 fn restart_ring(front_end: &mut FrontEnd, index: usize, base: u16) {
@@ -640,12 +846,14 @@ fn tables_that_loop_or_lead_nowhere_end() {
 fn heads_and_indexes_that_cannot_be_are_survived() {
     let rig = Rig::new();
     let (mut front_end, connection) = rig.start();
-    // A head that does not exist is no chain; the one after it is served.
+    // A head that does not exist is given back as it is; the one after it is served.
     let ring = &mut front_end.rings[0];
     ring.make_available(RING_SIZE);
     ring.make_available(u16::MAX);
     let head = ring.request(VIRTIO_BLK_T_FLUSH, 0, &[]);
     ring.kick();
+    assert_eq!(ring.wait_used(), (RING_SIZE, 0));
+    assert_eq!(ring.wait_used(), (u16::MAX, 0));
     assert_eq!(ring.wait_used(), (head, 1));
     // More entries than the ring has.
     let ring = &front_end.rings[0];
@@ -1026,9 +1234,14 @@ fn memory_that_others_control_is_refused() {
 
 /// A region for rings of this test, set.
 fn with_region(front_end: &mut FrontEnd) -> (VhostUserInflight, fs::File) {
+    region_of(front_end, RING_SIZE)
+}
+
+/// The same for rings of so many descriptors.
+fn region_of(front_end: &mut FrontEnd, queue_size: u16) -> (VhostUserInflight, fs::File) {
     let asked = VhostUserInflight {
         num_queues: QUEUES,
-        queue_size: RING_SIZE,
+        queue_size,
         ..VhostUserInflight::default()
     };
     let (made, file) = front_end.vhost.get_inflight_fd(&asked).unwrap();
@@ -1043,6 +1256,90 @@ fn note_taken(file: &fs::File, heads: &[u16]) {
         let entry = 16 + 16 * u64::from(head);
         file.write_all_at(&count.to_ne_bytes(), entry + 8).unwrap();
         file.write_all_at(&[1], entry).unwrap();
+    }
+}
+
+#[test]
+fn a_stop_amid_what_another_process_had_taken_does_all_of_it() {
+    const COUNT: u64 = 20;
+    let rig = Rig::new();
+    let (mut front_end, _connection) = rig.connect();
+    front_end.negotiate(u64::MAX);
+    front_end.get_config(0, 60);
+    let (_, file) = with_region(&mut front_end);
+    front_end.start_rings();
+    front_end.fill(FAR, &[0x55; 64 << 10]);
+    let head = huge_request(&mut front_end, VIRTIO_BLK_T_OUT);
+    assert_eq!(front_end.rings[0].wait_used(), (head, 1));
+    let base = front_end.vhost.get_vring_base(0).unwrap() as u16;
+    // More than is begun at a time.
+    let target = [writable(SEAM, MIB as u32)];
+    let ring = &mut front_end.rings[0];
+    let read = |index| ring.request(VIRTIO_BLK_T_IN, (1 + index) * (MIB / 512), &target);
+    let heads: Vec<_> = (0..COUNT).map(read).collect();
+    note_taken(&file, &heads);
+    rig.disk.hold();
+    restart_ring(&mut front_end, 0, base);
+    rig.disk.wait_for_held(MOST_PARTS);
+    let base = stop_and_let_go(&rig, &mut front_end);
+    let ring = &mut front_end.rings[0];
+    assert_eq!(base, ring.avail_idx());
+    for _ in 0..COUNT {
+        let (_, len) = ring.take_used().expect("all of them are answered");
+        assert_eq!(u64::from(len), MIB + 1, "with success");
+    }
+}
+
+#[test]
+fn limits_do_not_hold_for_what_another_process_had_taken_once_the_ring_stops() {
+    const COUNT: u64 = 12;
+    let rig = Rig::new();
+    let (mut front_end, _connection) = rig.connect();
+    front_end.negotiate(u64::MAX);
+    front_end.get_config(0, 60);
+    let (_, file) = with_region(&mut front_end);
+    front_end.start_rings();
+    let base = front_end.vhost.get_vring_base(0).unwrap() as u16;
+    rig.limit("bps_wr=1");
+    let ring = &mut front_end.rings[0];
+    let data = [readable(SEAM, MIB as u32)];
+    let write = |index| ring.request(VIRTIO_BLK_T_OUT, index * (MIB / 512), &data);
+    let heads: Vec<_> = (0..COUNT).map(write).collect();
+    note_taken(&file, &heads);
+    restart_ring(&mut front_end, 0, base);
+    assert_eq!(front_end.rings[0].wait_used(), (heads[0], 1));
+    let start = Instant::now();
+    let base = front_end.vhost.get_vring_base(0).unwrap() as u16;
+    let time = start.elapsed();
+    let ring = &mut front_end.rings[0];
+    assert_eq!(base, ring.avail_idx());
+    let mut used: Vec<_> = std::iter::from_fn(|| ring.take_used()).collect();
+    used.sort_unstable();
+    let expected: Vec<_> = heads[1..].iter().map(|&head| (head, 1)).collect();
+    assert_eq!(used, expected);
+    assert!(heads.iter().all(|&head| ring.status(head) == OK));
+    // Less than such a ring may take to go on with them.
+    assert!(time < Duration::from_secs(2), "{time:?}");
+}
+
+/// SLOF, the firmware of QEMU's pseries machines, makes longer rings than it was offered,
+/// and QEMU asks for a region of what it has offered.
+#[test]
+fn a_ring_that_is_longer_than_the_region_is_served() {
+    let rig = Rig::new();
+    let (mut front_end, _connection) = rig.connect();
+    front_end.negotiate(u64::MAX);
+    front_end.get_config(0, 60);
+    region_of(&mut front_end, RING_SIZE / 2);
+    for _ in 0..2 {
+        front_end.start_rings();
+        for index in 0..front_end.rings.len() {
+            // More than the ring has, so that each descriptor was a head.
+            for _ in 0..RING_SIZE {
+                expect_service(&mut front_end, index);
+            }
+            front_end.vhost.get_vring_base(index).unwrap();
+        }
     }
 }
 
@@ -1105,4 +1402,269 @@ fn regions_that_were_not_made_here_are_refused() {
         let _ = front_end.vhost.set_inflight_fd(&made, fd);
         assert!(connection.has_ended_within(PATIENCE), "{case}");
     }
+}
+
+#[test]
+fn heads_that_cannot_be_are_not_found_again() {
+    let rig = Rig::new();
+    let (mut front_end, _connection) = rig.connect();
+    front_end.negotiate(u64::MAX);
+    with_region(&mut front_end);
+    front_end.start_rings();
+    for _ in 0..3 {
+        let ring = &mut front_end.rings[0];
+        ring.make_available(RING_SIZE);
+        let head = ring.request(VIRTIO_BLK_T_FLUSH, 0, &[]);
+        ring.kick();
+        assert_eq!(ring.wait_used(), (RING_SIZE, 0));
+        assert_eq!(ring.wait_used(), (head, 1));
+        let base = front_end.vhost.get_vring_base(0).unwrap() as u16;
+        restart_ring(&mut front_end, 0, base);
+        thread::sleep(A_WHILE);
+        assert_eq!(front_end.rings[0].take_used(), None);
+        expect_service(&mut front_end, 0);
+    }
+}
+
+/// Whether the region says that queue 0 has this request in flight.
+fn is_noted(file: &fs::File, head: u16) -> bool {
+    let mut mark = [0];
+    file.read_exact_at(&mut mark, 16 + 16 * u64::from(head))
+        .unwrap();
+    mark[0] != 0
+}
+
+/// Waits for these answers, in any order.
+fn wait_for_answers(ring: &mut Ring, heads: &[u16]) {
+    let mut used: Vec<_> = heads.iter().map(|_| ring.wait_used()).collect();
+    used.sort_unstable();
+    let expected: Vec<_> = heads.iter().map(|&head| (head, 513)).collect();
+    assert_eq!(used, expected);
+}
+
+#[test]
+fn answers_wait_while_the_memory_of_their_ring_is_away() {
+    let rig = Rig::new();
+    let (mut front_end, _connection) = rig.connect();
+    front_end.negotiate(u64::MAX);
+    let (_, file) = with_region(&mut front_end);
+    front_end.start_rings();
+    let heads = make_busy(&rig, &mut front_end.rings[0]);
+    let memory = front_end.region(0);
+    front_end.vhost.remove_mem_region(&memory).unwrap();
+    rig.disk.let_go();
+    thread::sleep(A_WHILE);
+    assert_eq!(front_end.rings[0].take_used(), None);
+    assert!(heads.iter().all(|&head| is_noted(&file, head)));
+    front_end.vhost.add_mem_region(&memory).unwrap();
+    wait_for_answers(&mut front_end.rings[0], &heads);
+    for &head in &heads {
+        assert_eq!(front_end.rings[0].status(head), OK);
+    }
+    expect_service(&mut front_end, 0);
+    assert!(!heads.iter().any(|&head| is_noted(&file, head)));
+}
+
+#[test]
+fn answers_wait_while_their_ring_is_disabled_and_its_memory_away() {
+    for with_region_kept in [false, true] {
+        let rig = Rig::new();
+        let (mut front_end, _connection) = rig.connect();
+        front_end.negotiate(u64::MAX);
+        if with_region_kept {
+            with_region(&mut front_end);
+        }
+        front_end.start_rings();
+        let heads = make_busy(&rig, &mut front_end.rings[0]);
+        let memory = front_end.region(0);
+        front_end.vhost.remove_mem_region(&memory).unwrap();
+        rig.disk.let_go();
+        front_end.vhost.set_vring_enable(0, false).unwrap();
+        front_end.vhost.add_mem_region(&memory).unwrap();
+        front_end.vhost.set_vring_enable(0, true).unwrap();
+        wait_for_answers(&mut front_end.rings[0], &heads);
+        expect_service(&mut front_end, 0);
+    }
+}
+
+#[test]
+fn no_more_is_taken_again_at_a_time_than_is_taken_anew() {
+    /// Together they are far more than one queue may have under way.
+    const REQUESTS: u16 = 16;
+    /// Of each request, of 1 MiB each.
+    const PARTS: u32 = 62;
+    let rig = Rig::new();
+    let (mut front_end, _connection) = rig.connect();
+    front_end.negotiate(u64::MAX);
+    let (_, file) = with_region(&mut front_end);
+    front_end.start_rings();
+    /// A request of so many parts, each all of the second region.
+    fn indirect(ring: &Ring, kind: u32, access: fn(u64, u32) -> Desc) -> Desc {
+        const TABLE: u64 = DATA + 0x1000;
+        let mut table = vec![ring.header(kind, 0)];
+        table.extend((0..PARTS).map(|_| access(SEAM, REGION_LEN as u32)));
+        for (next, desc) in (1..).zip(&mut table) {
+            desc.flags |= NEXT;
+            desc.next = next;
+        }
+        table.push(writable(DATA, 1));
+        ring.write_table(TABLE, &table);
+        Desc {
+            flags: INDIRECT,
+            ..readable(TABLE, 16 * table.len() as u32)
+        }
+    }
+    // Holes and zeros need no transfers.
+    front_end.fill(SEAM, &pattern(1, REGION_LEN as usize));
+    let ring = &mut front_end.rings[0];
+    let written = ring.chain(&[indirect(ring, VIRTIO_BLK_T_OUT, readable)]);
+    ring.kick();
+    assert_eq!(ring.wait_used(), (written, 1));
+    assert_eq!(front_end.bytes(DATA, 1), [OK]);
+
+    let base = front_end.vhost.get_vring_base(0).unwrap() as u16;
+    let ring = &mut front_end.rings[0];
+    let request = indirect(ring, VIRTIO_BLK_T_IN, writable);
+    let heads: Vec<_> = (0..REQUESTS).map(|_| ring.chain(&[request])).collect();
+    note_taken(&file, &heads);
+    rig.disk.hold();
+    restart_ring(&mut front_end, 0, base);
+    rig.disk.wait_for_held(1);
+    thread::sleep(2 * A_WHILE);
+    let held = rig.disk.held();
+    rig.disk.let_go();
+    let ring = &mut front_end.rings[0];
+    let mut used: Vec<_> = heads.iter().map(|_| ring.wait_used().0).collect();
+    used.sort_unstable();
+    assert_eq!(used, heads);
+    assert_eq!(held, MOST_PARTS);
+    expect_service(&mut front_end, 0);
+}
+
+#[test]
+fn without_the_message_that_enables_rings_there_is_one() {
+    const PROTOCOL_FEATURES: u64 = 1 << 30;
+    let rig = Rig::new();
+    let (mut front_end, _connection) = rig.connect();
+    front_end.negotiate(u64::MAX);
+    let features = front_end.vhost.get_features().unwrap();
+    front_end
+        .vhost
+        .set_features(features & !PROTOCOL_FEATURES)
+        .unwrap();
+    for index in 0..2 {
+        front_end.start_ring_at(index, 0);
+    }
+    expect_service(&mut front_end, 0);
+    let ring = &mut front_end.rings[1];
+    ring.request(VIRTIO_BLK_T_FLUSH, 0, &[]);
+    ring.kick();
+    thread::sleep(A_WHILE);
+    assert_eq!(ring.take_used(), None);
+}
+
+/// The next message on the channel by which the front-end is told of changes.
+fn next_told(channel: &mut UnixStream, patience: Duration) -> Option<[u32; 3]> {
+    channel.set_read_timeout(Some(patience)).unwrap();
+    let mut bytes = [0; 12];
+    channel.read_exact(&mut bytes).ok()?;
+    let word = |at: usize| u32::from_ne_bytes(bytes[at..at + 4].try_into().unwrap());
+    Some([word(0), word(4), word(8)])
+}
+
+/// Stops all rings and starts them again.
+fn restart_rings(front_end: &mut FrontEnd) {
+    for index in 0..front_end.rings.len() {
+        front_end.vhost.get_vring_base(index).unwrap();
+    }
+    front_end.start_rings();
+}
+
+#[test]
+fn a_driver_that_runs_and_was_told_no_size_is_told_to_look() {
+    /// Of the configuration space, without an answer.
+    const CHANGE: [u32; 3] = [2, 1, 0];
+    for with_answers in [true, false] {
+        let rig = Rig::new();
+        let (mut front_end, connection) = rig.connect();
+        let (mut ours, theirs) = UnixStream::pair().unwrap();
+        front_end.negotiate(u64::MAX);
+        if !with_answers {
+            let mut protocol = front_end.vhost.get_protocol_features().unwrap();
+            protocol.remove(VhostUserProtocolFeatures::REPLY_ACK);
+            front_end.vhost.set_protocol_features(protocol).unwrap();
+        }
+        front_end.vhost.set_backend_request_fd(&theirs).unwrap();
+        drop(theirs);
+        assert_eq!(next_told(&mut ours, 3 * A_WHILE), None, "nothing runs");
+        front_end.start_rings();
+        assert_eq!(next_told(&mut ours, PATIENCE), Some(CHANGE));
+        connection.config_changed();
+        assert_eq!(next_told(&mut ours, 3 * A_WHILE), None, "it was told once");
+        expect_service(&mut front_end, 0);
+        // It may not have listened.
+        restart_rings(&mut front_end);
+        assert_eq!(next_told(&mut ours, PATIENCE), Some(CHANGE));
+        // Who has looked knows.
+        front_end.get_config(0, 60);
+        restart_rings(&mut front_end);
+        connection.config_changed();
+        assert_eq!(next_told(&mut ours, 3 * A_WHILE), None);
+        expect_service(&mut front_end, 0);
+    }
+}
+
+#[test]
+fn a_disk_that_grows_tells_its_driver_and_can_be_used_up_to_the_new_end() {
+    let rig = Rig::new();
+    let (mut front_end, connection) = rig.connect();
+    let (mut ours, theirs) = UnixStream::pair().unwrap();
+    front_end.negotiate(u64::MAX);
+    front_end.vhost.set_backend_request_fd(&theirs).unwrap();
+    front_end.start_rings();
+    let capacity = |front_end: &mut FrontEnd| {
+        let space = front_end.get_config(0, 60);
+        u64::from_le_bytes(space[..8].try_into().unwrap())
+    };
+    assert_eq!(capacity(&mut front_end), DISK_SIZE.0);
+    let data = pattern(9, 512);
+    front_end.fill(DATA, &data);
+    let end = 8 << 30 >> 9;
+    let write = |front_end: &mut FrontEnd, sector| {
+        front_end.rings[0].run(VIRTIO_BLK_T_OUT, sector, &[readable(DATA, 512)])
+    };
+    assert_eq!(write(&mut front_end, DISK_SIZE.0).0, IOERR);
+    assert_eq!(rig.grow(&connection, Sector(end - 5)), Sector(end));
+    assert_eq!(next_told(&mut ours, PATIENCE), Some([2, 1, 0]));
+    assert_eq!(capacity(&mut front_end), end);
+    for sector in [DISK_SIZE.0, end - 1] {
+        assert_eq!(write(&mut front_end, sector), (OK, 1));
+    }
+    assert_eq!(write(&mut front_end, end).0, IOERR);
+    expect_service(&mut front_end, 1);
+}
+
+#[test]
+fn a_front_end_that_does_not_listen_holds_nobody_up() {
+    let rig = Rig::new();
+    let (mut front_end, _connection) = rig.connect();
+    let (ours, mut theirs) = UnixStream::pair().unwrap();
+    front_end.negotiate(u64::MAX);
+    theirs.set_nonblocking(true).unwrap();
+    while theirs.write(&[0; 4096]).is_ok() {}
+    theirs.set_nonblocking(false).unwrap();
+    front_end.vhost.set_backend_request_fd(&theirs).unwrap();
+    front_end.start_rings();
+    thread::sleep(3 * A_WHILE);
+    expect_service(&mut front_end, 0);
+    front_end.vhost.get_features().unwrap();
+    // Nor does one that has closed the channel.
+    let (ours_again, theirs) = UnixStream::pair().unwrap();
+    drop((ours, ours_again));
+    front_end.vhost.set_backend_request_fd(&theirs).unwrap();
+    let base = front_end.vhost.get_vring_base(0).unwrap() as u16;
+    restart_ring(&mut front_end, 0, base);
+    thread::sleep(3 * A_WHILE);
+    expect_service(&mut front_end, 0);
+    front_end.vhost.get_features().unwrap();
 }

@@ -1,9 +1,12 @@
 //! A device in this process, on a disk that the test can hold up.
 
-use std::{os::unix::net::UnixListener, sync::Arc, time::Duration};
+use std::{fmt, io, os::unix::net::UnixListener, sync::Arc, time::Duration};
 
 use tempfile::TempDir;
-use vhost_user_ploop::device::{BlockDevice, Connection, Parked, Queues, Serial};
+use vhost_user_ploop::device::{
+    BlockDevice, Connection, ConnectionError, NotSuspended, Parked, Queues, Serial, Suspended,
+    ThrottleLimits,
+};
 use vhost_user_ploop::format::{ClusterSize, Header, Sector};
 use vhost_user_ploop::ploop::{Chain, Engine, Level, Options, Running};
 use vhost_user_ploop::storage::{Disk, FileId};
@@ -54,17 +57,48 @@ impl Rig {
         }
     }
 
+    /// Makes the disk larger while it is served to this front-end.
+    pub fn grow(&self, served: &Served, size: Sector) -> Sector {
+        let engine = self.running.as_ref().expect("it runs").engine();
+        let grown = vhost_user_ploop::served::grow(engine, None, served.connection.as_ref(), size);
+        grown.expect("the disk can grow")
+    }
+
+    /// Lets limits hold, as they are written on the command line; none with an empty text.
+    pub fn limit(&self, limits: &str) {
+        let limits = match limits {
+            "" => ThrottleLimits::default(),
+            limits => limits.parse().unwrap(),
+        };
+        self.device.throttle().set(limits).unwrap();
+    }
+
     /// A front-end with no more than a connection.
     pub fn connect(&self) -> (FrontEnd, Served) {
         let front_end = FrontEnd::connect(&self.folder.path().join("socket"));
         let (socket, _) = self.listener.accept().unwrap();
         let connection =
             Connection::start(Arc::clone(&self.device), socket).expect("a front-end can be served");
-        let served = Served {
+        (front_end, self.served(connection))
+    }
+
+    fn served(&self, connection: Connection) -> Served {
+        Served {
             connection: Some(connection),
             disk: self.disk.clone(),
-        };
-        (front_end, served)
+        }
+    }
+
+    /// Serves a front-end on that was left.
+    pub fn resume(&self, suspended: Suspended) -> Result<Served, ConnectionError> {
+        let resumed = Connection::resume(Arc::clone(&self.device), suspended)?;
+        Ok(self.served(resumed.begin()))
+    }
+
+    /// Makes all ready to serve a front-end on, and does not.
+    pub fn resume_and_drop(&self, suspended: Suspended) {
+        let resumed = Connection::resume(Arc::clone(&self.device), suspended);
+        drop(resumed.expect("it can be served on"));
     }
 
     /// A front-end whose rings run.
@@ -92,11 +126,34 @@ pub struct Served {
     disk: HeldDisk,
 }
 
+/// A connection that was left, or one that could not be, and why.
+pub type Suspension = Result<Suspended, (Served, io::Error)>;
+
 impl Served {
+    /// See [`Connection::suspend`]. The front-end must be there.
+    pub fn suspend(mut self) -> Suspension {
+        let connection = self.connection.take();
+        match connection.expect("it is taken once").suspend() {
+            Ok(suspended) => Ok(suspended.expect("the front-end is there")),
+            Err(NotSuspended { connection, why }) => {
+                self.connection = Some(connection);
+                Err((self, why))
+            }
+        }
+    }
+
     /// See [`Connection::stop`].
     pub fn stop(mut self, parked: Parked) {
         let connection = self.connection.take();
         connection.expect("it is taken once").stop(parked);
+    }
+
+    /// See [`Connection::config_changed`].
+    pub fn config_changed(&self) {
+        let connection = self.connection.as_ref();
+        connection
+            .expect("it is there until it is stopped")
+            .config_changed();
     }
 
     /// Whether all that served the front-end is taken down within that time.
@@ -106,6 +163,12 @@ impl Served {
             .as_ref()
             .expect("it is there until it is stopped");
         is_readable(&connection.ended_fd(), time)
+    }
+}
+
+impl fmt::Debug for Served {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a connection")
     }
 }
 

@@ -6,6 +6,9 @@
 #[path = "../common/mod.rs"]
 mod common;
 mod deaths;
+mod growth;
+mod load;
+mod plugging;
 mod properties;
 mod qemu;
 mod queues;
@@ -13,3 +16,4 @@ mod rig;
 mod snapshots;
 mod space;
 mod survival;
+mod upgrades;

@@ -4,8 +4,12 @@
 //! the serial console: `report NAME VALUE` hands over a value, `meet_host NAME`
 //! waits until the test says to go on. The processor is emulated, so that the
 //! tests need no right to use the machine's virtualisation.
+//!
+//! `tests/replay` has it too, and neither uses everything here.
+#![allow(dead_code)]
 
 use std::{
+    collections::BTreeMap,
     ffi::OsString,
     fs,
     io::{BufRead, BufReader, Read, Write},
@@ -72,9 +76,13 @@ pub struct Guest<'a> {
     image: &'a Image,
     folder: &'a Path,
     cpus: u32,
+    memory_mib: u32,
     devices: Vec<OsString>,
     disks: u32,
+    /// By the paths that it finds them under: files of the host.
+    files: BTreeMap<PathBuf, PathBuf>,
     may_reboot: bool,
+    patience: Duration,
     script: String,
 }
 
@@ -86,9 +94,12 @@ impl<'a> Guest<'a> {
             image,
             folder,
             cpus: 1,
+            memory_mib: 512,
             devices: Vec::new(),
             disks: 0,
+            files: BTreeMap::new(),
             may_reboot: false,
+            patience: PATIENCE,
             script: script.to_owned(),
         }
     }
@@ -96,6 +107,12 @@ impl<'a> Guest<'a> {
     /// Sets the number of processors.
     pub fn cpus(mut self, cpus: u32) -> Self {
         self.cpus = cpus;
+        self
+    }
+
+    /// Sets the memory, half of which the guest's files can take.
+    pub fn memory_mib(mut self, memory_mib: u32) -> Self {
+        self.memory_mib = memory_mib;
         self
     }
 
@@ -130,11 +147,62 @@ impl<'a> Guest<'a> {
         self
     }
 
+    /// Lets it run for longer than others may.
+    pub fn patience(mut self, more: Duration) -> Self {
+        self.patience += more;
+        self
+    }
+
+    /// Adds a slot that a device can be plugged into, by this name.
+    pub fn slot(mut self, name: &str) -> Self {
+        self.devices.push("-device".into());
+        self.devices
+            .push(format!("pcie-root-port,id={name}").into());
+        self
+    }
+
+    /// Adds a disk that QEMU itself serves from a raw file, /dev/vda first. What the
+    /// guest flushes need not get any further than to the host's page cache.
+    pub fn raw_disk(mut self, file: &Path) -> Self {
+        let id = format!("disk{}", self.disks);
+        self.disks += 1;
+        let file = file.to_str().expect("test paths are UTF-8");
+        self.devices.push("-drive".into());
+        self.devices
+            .push(format!("if=none,id={id},format=raw,cache=unsafe,file={file}").into());
+        self.devices.push("-device".into());
+        self.devices
+            .push(format!("virtio-blk-pci,drive={id}").into());
+        self
+    }
+
+    /// Gives the guest a program of the host, under this path, with the libraries that it
+    /// needs.
+    pub fn program(mut self, file: &Path, path: &Path) -> Self {
+        let libraries = libraries(file).into_iter();
+        self.files
+            .extend(libraries.map(|library| (library.clone(), library)));
+        self.files.insert(path.to_owned(), file.to_owned());
+        self
+    }
+
+    /// The archive with the script and what else this guest has of its own.
+    fn archive(&self) -> Vec<u8> {
+        let mut archive = Archive::default();
+        for (path, file) in &self.files {
+            let content = fs::read(file).expect("a program can be read");
+            archive.add(path, 0o755, &content);
+        }
+        let script = format!("set -x\n{}\n", self.script);
+        archive.add(Path::new("/script"), 0o644, script.as_bytes());
+        archive.finish()
+    }
+
     /// Starts QEMU.
     pub fn start(self) -> Running {
         let initramfs = self.folder.join("initramfs");
         let mut bytes = fs::read(&self.image.initramfs).expect("the initramfs can be read");
-        bytes.extend(script_archive(&format!("set -x\n{}\n", self.script)));
+        bytes.extend(self.archive());
         fs::write(&initramfs, bytes).expect("the initramfs can be written");
         let monitor = self.folder.join("monitor");
         // A former guest's, which QEMU would not replace.
@@ -146,8 +214,12 @@ impl<'a> Guest<'a> {
             .args(["-accel", "tcg", "-cpu", "max"])
             .args(["-smp", &self.cpus.to_string()])
             // The back-end reads and writes the guest's memory itself.
-            .args(["-machine", "q35,memory-backend=mem", "-m", "512M"])
-            .args(["-object", "memory-backend-memfd,id=mem,size=512M,share=on"])
+            .args(["-machine", "q35,memory-backend=mem"])
+            .args(["-m", &format!("{}M", self.memory_mib), "-object"])
+            .arg(format!(
+                "memory-backend-memfd,id=mem,size={}M,share=on",
+                self.memory_mib
+            ))
             .args(["-serial", "stdio", "-monitor"])
             .arg(format!("unix:{},server=on,wait=off", monitor.display()))
             .arg("-kernel")
@@ -174,7 +246,7 @@ impl<'a> Guest<'a> {
             monitor,
             lines,
             console: Vec::new(),
-            deadline: Instant::now() + PATIENCE,
+            deadline: Instant::now() + self.patience,
         }
     }
 
@@ -301,7 +373,9 @@ impl Running {
         }
     }
 
-    fn command(&self, command: &str) {
+    /// Has QEMU's monitor do something. Returns what it said, the command and what a
+    /// terminal needs among it.
+    pub fn command(&self, command: &str) -> String {
         let mut monitor = UnixStream::connect(&self.monitor).expect("QEMU's monitor answers");
         monitor
             .set_read_timeout(Some(PATIENCE))
@@ -309,9 +383,10 @@ impl Running {
         // The monitor drops what comes before its prompt.
         read_prompt(&mut monitor);
         writeln!(monitor, "{command}").expect("QEMU's monitor listens");
-        if command != "quit" {
-            read_prompt(&mut monitor);
+        if command == "quit" {
+            return String::new();
         }
+        read_prompt(&mut monitor)
     }
 }
 
@@ -400,7 +475,7 @@ fn forward_lines(stream: impl Read + Send + 'static, lines: Arc<mpsc::Sender<Str
     });
 }
 
-fn read_prompt(monitor: &mut UnixStream) {
+fn read_prompt(monitor: &mut UnixStream) -> String {
     let mut said = Vec::new();
     let mut byte = [0];
     while !said.ends_with(b"(qemu) ") {
@@ -408,13 +483,27 @@ fn read_prompt(monitor: &mut UnixStream) {
         assert_eq!(n, 1, "QEMU's monitor closed after {said:?}");
         said.push(byte[0]);
     }
+    String::from_utf8_lossy(&said).into_owned()
 }
 
-/// An initramfs archive (cpio, "newc") that holds `script` as /script. The
-/// kernel unpacks archives that follow each other one after the other.
-fn script_archive(script: &str) -> Vec<u8> {
-    let mut archive = Vec::new();
-    for (name, mode, content) in [("script", 0o100_644, script), ("TRAILER!!!", 0, "")] {
+/// An initramfs archive (cpio, "newc"). The kernel unpacks archives that follow each
+/// other one after the other.
+#[derive(Default)]
+struct Archive(Vec<u8>);
+
+impl Archive {
+    /// Adds a file, and the folders that it is in.
+    fn add(&mut self, path: &Path, mode: usize, content: &[u8]) {
+        let path = path.strip_prefix("/").unwrap_or(path);
+        let folders: Vec<_> = path.ancestors().skip(1).collect();
+        for folder in folders.into_iter().rev().filter(|f| *f != Path::new("")) {
+            self.entry(folder, 0o040_755, &[]);
+        }
+        self.entry(path, 0o100_000 | mode, content);
+    }
+
+    fn entry(&mut self, path: &Path, mode: usize, content: &[u8]) {
+        let name = path.to_str().expect("test paths are UTF-8");
         let fields = [
             0, // inode
             mode,
@@ -430,13 +519,34 @@ fn script_archive(script: &str) -> Vec<u8> {
             name.len() + 1,
             0, // checksum: none
         ];
+        let archive = &mut self.0;
         archive.extend(b"070701");
         archive.extend(fields.iter().flat_map(|n| format!("{n:08x}").into_bytes()));
         archive.extend(name.as_bytes());
         archive.push(0);
         archive.resize(archive.len().next_multiple_of(4), 0);
-        archive.extend(content.as_bytes());
+        archive.extend(content);
         archive.resize(archive.len().next_multiple_of(4), 0);
     }
-    archive
+
+    /// All of it, with its end.
+    fn finish(mut self) -> Vec<u8> {
+        self.entry(Path::new("TRAILER!!!"), 0, &[]);
+        self.0
+    }
+}
+
+/// The libraries that the dynamic linker loads for a program, itself included.
+fn libraries(program: &Path) -> Vec<PathBuf> {
+    let output = tool("ldd")
+        .arg(program)
+        .output()
+        .expect("ldd can be started");
+    assert!(output.status.success(), "{}: {output:?}", program.display());
+    let said = String::from_utf8_lossy(&output.stdout);
+    let words = said.split_ascii_whitespace();
+    words
+        .filter(|word| word.starts_with('/'))
+        .map(PathBuf::from)
+        .collect()
 }

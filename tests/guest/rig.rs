@@ -38,11 +38,37 @@ impl Rig {
         Self::with_disk("disk")
     }
 
+    /// The same, which `make` makes: it is told of a folder for what it needs, and where.
+    pub fn with_bundle_of(make: &dyn Fn(&Path, &Path)) -> Option<Self> {
+        Self::with(|folder| {
+            let disk = folder.join("disk");
+            make(folder, &disk);
+            disk
+        })
+    }
+
+    /// The disk of [`Rig::new`] in another folder.
+    pub fn on(folder: &Path) -> Option<Self> {
+        Self::with(|_| {
+            let disk = folder.join("disk.hds");
+            create(&disk, "1G");
+            disk
+        })
+    }
+
     fn with_disk(name: &str) -> Option<Self> {
+        Self::with(|folder| {
+            let disk = folder.join(name);
+            create(&disk, "1G");
+            disk
+        })
+    }
+
+    /// With the disk that `make` makes.
+    fn with(make: impl FnOnce(&Path) -> PathBuf) -> Option<Self> {
         let guest = Image::find()?;
         let folder = TempDir::new().expect("a folder can be made");
-        let disk = folder.path().join(name);
-        create(&disk, "1G");
+        let disk = make(folder.path());
         Some(Self {
             guest,
             folder,

@@ -76,6 +76,8 @@ fn odd_disks_are_read_whole_and_stay_as_they_are() {
         create.iter().copied().chain([size.to_string().as_str()]),
     )
     .ok();
+    let info = ploop_img(["info", &image]).ok();
+    assert!(info.contains("'ploop-img resize' to 1048576"), "{info}");
     let write = format!("write -P 5 {} 512", size - 512);
     run("qemu-io", ["-f", "parallels", "-c", &write, &image]).ok();
     assert_eq!(virtual_size(&image), size);

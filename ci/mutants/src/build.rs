@@ -7,13 +7,14 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use anyhow::{Context, bail, ensure};
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::list::Mutant;
 use crate::schemata::{self, Blame, Woven};
 
 /// A test program, and where cargo would run it.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Deserialize, Serialize)]
 pub struct Program {
     /// Of the target: the library's is the package's.
     pub name: String,
@@ -34,6 +35,10 @@ pub struct Built {
 /// Where the names of those are kept that are not to be tried again.
 const UNVIABLE: &str = "unviable.txt";
 const LEFT: &str = "left.txt";
+/// Where the switch becomes a module.
+const ROOT: &str = "src/lib.rs";
+/// Where the names of functions are kept that constants need.
+const CONSTANT: &str = "constant.txt";
 
 /// The numbers of the mutants whose names were kept there.
 fn kept(mutants: &[Mutant], path: &Path) -> BTreeSet<usize> {
@@ -48,12 +53,18 @@ fn kept(mutants: &[Mutant], path: &Path) -> BTreeSet<usize> {
 /// `targets` is what cargo is to build (`--lib`, `--test NAME`).
 pub fn build(mutants: &[Mutant], work: &Path, targets: &[String]) -> anyhow::Result<Built> {
     let tree = work.join("tree");
-    copy_sources(&tree)?;
+    let woven: BTreeSet<&str> = mutants.iter().map(|mutant| mutant.file.as_str()).collect();
+    copy_sources(&tree, &woven)?;
+    // Where tests make their files.
+    fs::create_dir_all(tree.join("target"))?;
     let mut unviable = kept(mutants, &work.join(UNVIABLE));
     let mut left = kept(mutants, &work.join(LEFT));
+    let constant = fs::read_to_string(work.join(CONSTANT)).unwrap_or_default();
+    let mut constant: BTreeSet<String> = constant.lines().map(str::to_owned).collect();
     loop {
         let out = &unviable | &left;
-        let woven = weave_all(mutants, &out, &tree)?;
+        let constants = constant.len();
+        let woven = weave_all(mutants, &out, &constant, &tree)?;
         let inside: BTreeSet<usize> = woven.values().flat_map(Woven::mutants).collect();
         let (programs, complaints) = cargo(&tree, &work.join("target"), targets)?;
         if complaints.is_empty() {
@@ -61,6 +72,8 @@ pub fn build(mutants: &[Mutant], work: &Path, targets: &[String]) -> anyhow::Res
             left = &(&all - &inside) - &unviable;
             keep(mutants, &unviable, &work.join(UNVIABLE))?;
             keep(mutants, &left, &work.join(LEFT))?;
+            let constant: String = constant.iter().map(|name| format!("{name}\n")).collect();
+            fs::write(work.join(CONSTANT), constant)?;
             return Ok(Built {
                 tree,
                 programs,
@@ -79,7 +92,8 @@ pub fn build(mutants: &[Mutant], work: &Path, targets: &[String]) -> anyhow::Res
                 Blame::Nobody => {}
             }
         }
-        if (&unviable | &left).len() == out.len() {
+        constant.extend(complaints.iter().filter_map(Complaint::constant));
+        if (&unviable | &left).len() == out.len() && constant.len() == constants {
             bail!("the sources do not compile: {}", complaints[0].text);
         }
         eprintln!(
@@ -98,8 +112,9 @@ fn keep(mutants: &[Mutant], which: &BTreeSet<usize>, path: &Path) -> anyhow::Res
     fs::write(path, names).with_context(|| format!("cannot write {}", path.display()))
 }
 
-/// Copies what git knows or would take; what is the same keeps its time.
-fn copy_sources(tree: &Path) -> anyhow::Result<()> {
+/// Copies what git knows or would take; what is the same keeps its time. Those that are
+/// written with their mutants are left to that, or they would be new each time.
+fn copy_sources(tree: &Path, woven: &BTreeSet<&str>) -> anyhow::Result<()> {
     let listed = Command::new("git")
         .args([
             "ls-files",
@@ -113,7 +128,7 @@ fn copy_sources(tree: &Path) -> anyhow::Result<()> {
     ensure!(listed.status.success(), "git ls-files failed");
     for name in String::from_utf8(listed.stdout)?.split_terminator('\0') {
         let from = Path::new(name);
-        if from.is_file() {
+        if from.is_file() && name != ROOT && !woven.contains(name) {
             write_if_changed(&tree.join(from), &fs::read(from)?)?;
             fs::set_permissions(tree.join(from), fs::metadata(from)?.permissions())?;
         }
@@ -135,6 +150,7 @@ fn write_if_changed(path: &Path, bytes: &[u8]) -> anyhow::Result<()> {
 fn weave_all(
     mutants: &[Mutant],
     left_out: &BTreeSet<usize>,
+    constant: &BTreeSet<String>,
     tree: &Path,
 ) -> anyhow::Result<HashMap<String, Woven>> {
     let mut by_file: BTreeMap<&str, Vec<(usize, &Mutant)>> = BTreeMap::new();
@@ -147,23 +163,37 @@ fn weave_all(
     let mut all = HashMap::new();
     for (file, in_file) in by_file {
         let source = fs::read_to_string(file).with_context(|| format!("cannot read {file}"))?;
-        let woven = schemata::weave(&source, &in_file).with_context(|| file.to_owned())?;
+        let woven =
+            schemata::weave(&source, &in_file, constant).with_context(|| file.to_owned())?;
         write_if_changed(&tree.join(file), woven.text.as_bytes())?;
         all.insert(file.to_owned(), woven);
     }
     let switch = include_str!("../switch/mutant_switch.rs");
     write_if_changed(&tree.join("src/mutant_switch.rs"), switch.as_bytes())?;
-    let root = fs::read_to_string("src/lib.rs").context("cannot read src/lib.rs")?;
+    let root = fs::read_to_string(ROOT).with_context(|| format!("cannot read {ROOT}"))?;
     let root = format!("{root}\n#[doc(hidden)]\npub mod mutant_switch;\n");
-    write_if_changed(&tree.join("src/lib.rs"), root.as_bytes())?;
+    write_if_changed(&tree.join(ROOT), root.as_bytes())?;
     Ok(all)
 }
 
 /// An error of the compiler.
 struct Complaint {
     text: String,
+    /// In one line.
+    message: String,
     /// Files and ranges of bytes, the primary ones only.
     places: Vec<(String, Range<usize>)>,
+}
+
+impl Complaint {
+    /// The function that a constant needs, if that is what it is about: "cannot call
+    /// non-const method `format::Entry::locked` in constants".
+    fn constant(&self) -> Option<String> {
+        let (_, rest) = self.message.split_once("cannot call non-const ")?;
+        let path = rest.split('`').nth(1)?;
+        let name = path.rsplit("::").find(|part| !part.ends_with('>'))?;
+        Some(name.to_owned())
+    }
 }
 
 fn cargo(
@@ -227,6 +257,7 @@ fn complaint(told: &Value) -> Option<Complaint> {
     }
     (!places.is_empty()).then(|| Complaint {
         text: told["rendered"].as_str().unwrap_or_default().to_owned(),
+        message: told["message"].as_str().unwrap_or_default().to_owned(),
         places,
     })
 }

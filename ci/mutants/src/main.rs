@@ -53,6 +53,9 @@ struct Args {
     /// So many at a time.
     #[arg(long, default_value_t = 1)]
     jobs: usize,
+    /// Tests that take more seconds than this do not judge.
+    #[arg(long)]
+    longest: Option<u64>,
     /// Judge those again that survived before.
     #[arg(long)]
     again: bool,
@@ -103,7 +106,7 @@ fn main() -> anyhow::Result<ExitCode> {
         built.mutants.len(),
         start.elapsed()
     );
-    let tests = judge::tests(&built, mutants.len(), &args.work, &args.skip)?;
+    let tests = judge::tests(&built, mutants.len(), &args.work, &args.skip, args.jobs)?;
     println!("{} tests alone, after {:.0?}", tests.len(), start.elapsed());
     let mut numbers: Vec<usize> = built.mutants.iter().copied().collect();
     if let Some(only) = &args.only {
@@ -123,6 +126,7 @@ fn main() -> anyhow::Result<ExitCode> {
         tests: &tests,
         tree: &built.tree,
         deadline,
+        longest: args.longest.map(Duration::from_secs),
     };
     todo.judge_all(&mut record, args.jobs)?;
     report(&mutants, &built, &record, &args.work)
@@ -134,6 +138,7 @@ struct Todo<'a> {
     tests: &'a [Test],
     tree: &'a Path,
     deadline: Option<Instant>,
+    longest: Option<Duration>,
 }
 
 impl Todo<'_> {
@@ -168,7 +173,7 @@ impl Todo<'_> {
             if lock()?.fate(mutant).is_some() {
                 continue;
             }
-            let fate = judge::judge(number, &mutant.file, self.tests, self.tree)?;
+            let fate = judge::judge(number, &mutant.file, self.tests, self.tree, self.longest)?;
             if let Fate::Survived(tests) = fate {
                 println!("SURVIVED {tests} tests: {}", mutant.name);
             }

@@ -2,10 +2,11 @@
 //!
 //! `a < b` becomes `(if is(7) { a > b } else if is(8) { a == b } else { a < b })`:
 //! with every switch off the program is what it was, and no mutant needs a build
-//! of its own. What cannot be said like that (in a `const fn`, in a chain of
-//! `let`s, a field of a structure) is left to cargo-mutants.
+//! of its own. A `const fn` loses its `const` for that, unless a constant needs it.
+//! What cannot be said like that (what a constant needs, in a chain of `let`s, a field
+//! of a structure) is left to cargo-mutants.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::ops::Range;
 
 use anyhow::Context;
@@ -67,13 +68,19 @@ impl Woven {
 }
 
 /// Puts those of `mutants` (with their numbers) that can be expressed into `source`.
-pub fn weave(source: &str, mutants: &[(usize, &Mutant)]) -> anyhow::Result<Woven> {
+/// Functions with the names of `constant` are evaluated at compile time.
+pub fn weave(
+    source: &str,
+    mutants: &[(usize, &Mutant)],
+    constant: &BTreeSet<String>,
+) -> anyhow::Result<Woven> {
     let file = syn::parse_file(source).context("cannot be parsed")?;
     let mut finder = Finder {
         lines: line_starts(source),
         source,
         wanted: HashMap::new(),
         edits: Vec::new(),
+        constant,
         const_depth: 0,
     };
     for &(number, mutant) in mutants {
@@ -155,6 +162,7 @@ struct Finder<'a> {
     /// By genre and start.
     wanted: HashMap<(u8, Place), Vec<Numbered<'a>>>,
     edits: Vec<Edit>,
+    constant: &'a BTreeSet<String>,
     /// Inside so many functions and items that are evaluated at compile time.
     const_depth: u32,
 }
@@ -224,7 +232,17 @@ impl<'a> Finder<'a> {
         body: &syn::Block,
         visit: impl FnOnce(&mut Self),
     ) {
-        let is_const = signature.constness.is_some();
+        let mut is_const = false;
+        if let Some(constness) = &signature.constness {
+            is_const = self.constant.contains(&signature.ident.to_string());
+            if !is_const {
+                self.edits.push(Edit {
+                    range: self.range(constness),
+                    pieces: Vec::new(),
+                    mutants: Vec::new(),
+                });
+            }
+        }
         self.const_depth += u32::from(is_const);
         if !returns_impl(signature)
             && let Some(first) = body.stmts.first()

@@ -271,6 +271,28 @@ Examples:
         #[command(flatten)]
         letters: Letters,
     },
+    /// Show what a guest does with its disk at present
+    ///
+    /// Asks the process that serves the disk. It is found by itself where the host has a
+    /// run-time folder for that (/run/vhost-user-ploop, or PLOOP_RUNTIME_DIR).
+    #[command(after_help = "\
+Examples:
+  ploop-img stat vm1
+  ploop-img stat vm1 --watch                  a line each second
+  ploop-img stat vm1 --control /run/vm1.qmp")]
+    Stat {
+        /// A bundle's folder, its DiskDescriptor.xml, or a bare image
+        path: PathBuf,
+        /// The socket of the process's --control
+        #[arg(long, value_name = "PATH")]
+        control: Option<PathBuf>,
+        /// Go on, with a line every so many seconds
+        #[arg(long, value_name = "SECONDS", num_args = 0..=1, default_missing_value = "1",
+              value_parser = clap::value_parser!(u64).range(1..=86400))]
+        watch: Option<u64>,
+        #[command(flatten)]
+        format: OutputFormat,
+    },
     /// Give back the space of zeros and of gaps
     Compact {
         /// A bundle's folder, its DiskDescriptor.xml, or a bare image

@@ -7,11 +7,14 @@ mod notes;
 mod progress;
 mod show;
 mod size;
+mod stat;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::time::Duration;
 
 use clap::Parser;
+use vhost_user_ploop::control::{Asker, find_control_socket};
 use vhost_user_ploop::format::{ClusterSize, Guid};
 use vhost_user_ploop::image::{
     self, Access, CheckReport, CompareError, Conversion, Destination, ImageError, OpenMode, Origin,
@@ -71,7 +74,13 @@ fn run(command: Command) -> Result<ExitCode, ImageError> {
             backing_chain,
             format,
         } => {
-            let info = image::info(&disk.path, read_mode(&disk))?;
+            let info = match image::info(&disk.path, read_mode(&disk)) {
+                // Who can be asked can be believed to keep it in order.
+                Err(ImageError::Locked { .. }) if is_served(&disk.path) => {
+                    image::info(&disk.path, mode_for(disk.snapshot, true))?
+                }
+                info => info?,
+            };
             show::info(&info, backing_chain, format.output);
         }
         Command::Check {
@@ -174,6 +183,15 @@ fn run(command: Command) -> Result<ExitCode, ImageError> {
             what: None,
             letters,
         } => snapshot_by_letter(letters)?,
+        Command::Stat {
+            path,
+            control,
+            watch,
+            format,
+        } => {
+            let watch = watch.map(Duration::from_secs);
+            return Ok(stat::run(&path, control, watch, format.output));
+        }
         Command::Compact { path, verbosity } => {
             let gained = image::compact(&path, &Bar::of(&verbosity))?;
             if !verbosity.quiet {
@@ -306,6 +324,12 @@ fn check_code(report: &CheckReport) -> ExitCode {
         CheckReport { leaks: 1.., .. } => ExitCode::from(3),
         _ => ExitCode::SUCCESS,
     }
+}
+
+/// Whether a process serves the disk that can be asked.
+fn is_served(path: &Path) -> bool {
+    let socket = find_control_socket(path).ok().flatten();
+    socket.is_some_and(|socket| Asker::connect(&socket).is_ok())
 }
 
 fn read_mode(disk: &Disk) -> OpenMode {

@@ -25,7 +25,7 @@ macro_rules! say {
     }};
 }
 
-fn json(value: &impl Serialize) {
+pub fn json(value: &impl Serialize) {
     // Our reports have string keys and finite numbers: they serialise.
     if let Ok(text) = serde_json::to_string_pretty(value) {
         for line in text.lines() {
@@ -45,6 +45,11 @@ fn json_printable(line: &str) -> String {
         }
     }
     text
+}
+
+/// One line.
+pub fn print(line: impl std::fmt::Display) {
+    say!("{line}");
 }
 
 /// `info`: the top alone, or the whole chain.
@@ -83,6 +88,13 @@ fn level_info(info: &ImageInfo) {
     say!("disk size: {}", human(info.actual_size));
     if let Some(cluster) = info.cluster_size {
         say!("cluster_size: {cluster}");
+        if !info.virtual_size.is_multiple_of(cluster) {
+            say!(
+                "not a whole number of clusters: other tools leave the end of the disk out; \
+                 'ploop-img resize' to {} makes it whole",
+                info.virtual_size.next_multiple_of(cluster)
+            );
+        }
     }
     if info.dirty_flag {
         say!("not closed cleanly, or in use");

@@ -169,3 +169,162 @@ fn a_queue_that_the_region_has_not_is_none() {
     assert!(InFlightQueue::new(Arc::clone(&words), LAYOUT, 2).is_none());
     assert!(InFlightQueue::new(words, LAYOUT, usize::MAX).is_none());
 }
+
+#[test]
+fn a_region_that_is_shorter_than_it_should_be_has_no_queue_beyond_its_end() {
+    let one = Layout {
+        queues: 1,
+        ..LAYOUT
+    };
+    let words = Arc::new(SharedWords::new(one.words()).unwrap());
+    assert!(InFlightQueue::new(Arc::clone(&words), LAYOUT, 0).is_some());
+    assert!(InFlightQueue::new(words, LAYOUT, 1).is_none());
+}
+
+#[test]
+fn a_longer_region_has_no_more_queues() {
+    let words = Arc::new(SharedWords::new(2 * LAYOUT.words()).unwrap());
+    assert!(InFlightQueue::new(words, LAYOUT, 2).is_none());
+}
+
+#[test]
+fn a_queue_keeps_to_its_own_part() {
+    // No word is left over between the queues.
+    let layout = Layout {
+        queues: 2,
+        entries: 19,
+    };
+    let words = Arc::new(SharedWords::new(layout.words()).unwrap());
+    let mut queue = InFlightQueue::new(Arc::clone(&words), layout, 0).unwrap();
+    assert_eq!(queue.entries(), 19);
+    queue.recover(SIZE, 0, 0);
+    for head in [0, 18, 19, u16::MAX] {
+        queue.take(head);
+    }
+    queue.begin_answer(19);
+    let word = |index| words.word(index).unwrap().load(Ordering::Relaxed);
+    assert!((layout.words() / 2..layout.words()).all(|index| word(index) == 0));
+    assert!(queue.entry(0).0 && queue.entry(18).0 && !queue.entry(17).0);
+}
+
+#[test]
+fn whether_a_ring_was_served_shows_until_it_is_forgotten() {
+    let words = words();
+    assert!(!queue(&words).is_old());
+    let mut served = queue(&words);
+    served.recover(SIZE, 0, 0);
+    served.take(3);
+    assert!(queue(&words).is_old());
+    served.forget();
+    assert!(!queue(&words).is_old());
+    // Another driver has the ring now, at the same place.
+    let mut other = queue(&words);
+    assert_eq!(other.recover(SIZE, 0, 1), Recovery::default());
+    assert!(queue(&words).recover(SIZE, 0, 1).heads.is_empty());
+}
+
+#[test]
+fn what_is_taken_after_a_recovery_comes_after_what_was_left() {
+    let words = words();
+    die_before(&words, 5, 0);
+    let mut risen = queue(&words);
+    assert_eq!(risen.recover(SIZE, 1, 5).heads, [4, 6, 2]);
+    // In this order, and the one that is free again.
+    risen.take(1);
+    assert_eq!(queue(&words).recover(SIZE, 1, 5).heads, [4, 6, 2, 1]);
+}
+
+#[test]
+fn what_was_given_back_is_not_in_flight() {
+    let words = words();
+    let mut writer = queue(&words);
+    writer.recover(SIZE, 0, 0);
+    for head in [4, 1] {
+        writer.take(head);
+    }
+    writer.begin_answer(4);
+    writer.end_answer(4, 1);
+    writer.take(4);
+    writer.give_back(4);
+    let recovery = queue(&words).recover(SIZE, 1, 3);
+    assert_eq!(recovery.heads, [1]);
+    assert!(!recovery.is_stale);
+}
+
+#[test]
+fn an_entry_of_the_used_ring_without_a_request_takes_nothing_out_of_flight() {
+    let words = words();
+    let mut writer = queue(&words);
+    writer.recover(SIZE, 0, 0);
+    for head in [4, 1] {
+        writer.take(head);
+    }
+    writer.begin_answer(4);
+    writer.end_answer(4, 1);
+    writer.note_used(2);
+    let recovery = queue(&words).recover(SIZE, 2, 3);
+    assert_eq!(recovery.heads, [1]);
+    assert!(!recovery.is_stale);
+}
+
+/// A process of another program may note the used index once for many answers.
+#[test]
+fn as_many_may_have_been_answered_at_once_as_the_ring_has_descriptors() {
+    let words = words();
+    let mut writer = queue(&words);
+    writer.recover(SIZE, 0, 0);
+    for head in 0..SIZE {
+        writer.take(head);
+    }
+    for head in 0..SIZE {
+        writer.begin_answer(head);
+    }
+    let recovery = queue(&words).recover(SIZE, SIZE, SIZE);
+    assert_eq!((recovery.heads, recovery.is_stale), (vec![], false));
+}
+
+#[test]
+fn a_ring_may_be_full_of_requests_in_flight_and_no_more() {
+    let all: Vec<u16> = (0..SIZE).collect();
+    for (avail_idx, is_sound) in [(SIZE, true), (SIZE - 1, false), (SIZE + 1, false)] {
+        let words = words();
+        let mut writer = queue(&words);
+        writer.recover(SIZE, 0, 0);
+        for &head in &all {
+            writer.take(head);
+        }
+        let recovery = queue(&words).recover(SIZE, 0, avail_idx);
+        assert_eq!(recovery.heads == all, is_sound, "{avail_idx}");
+        assert_eq!(recovery.is_stale, !is_sound, "{avail_idx}");
+    }
+}
+
+#[test]
+fn a_used_index_that_is_further_than_the_ring_is_long_is_not_believed() {
+    let words = words();
+    queue(&words).recover(SIZE, 0, 0);
+    // Nothing is in flight: more is available than can be.
+    assert!(queue(&words).recover(SIZE, 0, SIZE + 1).is_stale);
+}
+
+/// The first entry that a ring of that size cannot have.
+#[test]
+fn the_entry_behind_the_ring_is_none_of_its() {
+    let harms: [fn(&InFlightQueue); 2] = [
+        |queue| queue.set_entry(SIZE, true, 0),
+        |queue| queue.set_entry(2, true, SIZE),
+    ];
+    for (case, harm) in harms.into_iter().enumerate() {
+        let words = words();
+        let mut writer = queue(&words);
+        writer.recover(SIZE, 0, 0);
+        for head in [4, 2] {
+            writer.take(head);
+        }
+        writer.begin_answer(4);
+        writer.begin_answer(2);
+        harm(&writer);
+        let recovery = queue(&words).recover(SIZE, 2, 4);
+        assert!(recovery.is_stale && recovery.heads.is_empty(), "{case}");
+    }
+}

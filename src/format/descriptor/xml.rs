@@ -26,7 +26,7 @@ pub enum XmlError {
     #[error("elements are nested more than {DEPTH_MAX} deep")]
     Depth,
     /// Text or a second element outside of the root.
-    #[error("something stands outside of the root element")]
+    #[error("there is content outside the root element")]
     OutsideRoot,
     /// It ends before the root element does.
     #[error("the text ends inside an element")]

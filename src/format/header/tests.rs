@@ -265,3 +265,98 @@ fn a_disk_that_may_hold_data_is_not_said_to_be_empty() {
     assert_eq!(flags(&header), before - 1);
     assert!(header.is_converting());
 }
+
+#[test]
+fn a_first_block_offset_that_cannot_be_is_computed_anew() {
+    let cluster = ClusterSize::MIN;
+    // 9000 entries and the header take two clusters, or 71 sectors of them.
+    let bytes_of = |version_1: bool, first_block: u32| {
+        let mut bytes = Header::new(Sector(64 * 9000), cluster).unwrap().to_bytes();
+        if version_1 {
+            bytes[..16].copy_from_slice(SIGNATURE_V1);
+        }
+        bytes[48..52].copy_from_slice(&first_block.to_le_bytes());
+        bytes
+    };
+    let repaired = |version_1, first_block, bat: &[u32]| {
+        let bytes = bytes_of(version_1, first_block);
+        let mut header = Header::parse_for_repair(&bytes).unwrap();
+        header.repair_first_block(100 << 20, bat);
+        assert!(header.first_block_is_wrong());
+        header.accept_first_block();
+        assert!(!header.first_block_is_wrong());
+        let again = Header::parse(&header.to_bytes()).unwrap();
+        assert_eq!(again.geometry(), header.geometry());
+        header.geometry().data_start
+    };
+    for wrong in [1, 127, u32::MAX] {
+        assert!(Header::parse(&bytes_of(false, wrong)).is_err(), "{wrong}");
+        assert_eq!(repaired(false, wrong, &[0, 2, 3]), 2 << 15);
+    }
+    // The entries of version 1 say on which grid the clusters are; those that cannot
+    // be right say nothing.
+    for (bat, sectors) in [
+        (&[][..], 71),
+        (&[0, 5, 70], 71),
+        (&[0, 71], 71),
+        (&[0, 3, 72 + 64 * 9, 90], 72),
+        (&[70 + 64], 70 + 64),
+    ] {
+        assert_eq!(repaired(true, 1, bat), sectors * 512, "{bat:?}");
+    }
+    // One that can be, and lies in the file, stays.
+    let mut header = Header::parse(&bytes_of(true, 90)).unwrap();
+    for (file_len, is_wrong) in [(90 * 512, false), (90 * 512 - 1, true)] {
+        header.repair_first_block(file_len, &[]);
+        assert_eq!(header.first_block_is_wrong(), is_wrong, "{file_len}");
+    }
+    assert_eq!(header.geometry().data_start, 71 * 512);
+}
+
+#[test]
+fn shrinking_keeps_the_grid_and_gives_entries_up() {
+    let large = Header::new(Sector(64 * 9000), ClusterSize::MIN).unwrap();
+    assert_eq!(large.geometry().data_start, 2 << 15);
+    let mut small = large.shrunk(Sector(64 * 3 + 1)).unwrap();
+    assert_eq!(
+        small,
+        Header::new(Sector(64 * 3 + 1), ClusterSize::MIN).unwrap()
+    );
+    assert_eq!(large.shrunk(Sector(64 * 9000)), Ok(large.clone()));
+    for size in [0, 64 * 9000 + 1] {
+        assert_eq!(large.shrunk(Sector(size)), Err(HeaderError::DiskSize(size)));
+    }
+    // Data that starts later than it has to stays where it is; so does version 1.
+    small.geometry.data_start = 5 << 15;
+    small.first_block_sectors = 5 * 64;
+    assert_eq!(
+        small.shrunk(Sector(64)).unwrap().geometry().data_start,
+        5 << 15
+    );
+    let old = large.in_version(Version::V1).unwrap();
+    let shrunk = old.shrunk(Sector(64)).unwrap();
+    assert_eq!(shrunk.geometry().data_start, 2 << 15);
+    assert_eq!(Header::parse(&shrunk.to_bytes()), Ok(shrunk));
+}
+
+#[test]
+fn both_signatures_are_known_and_no_other() {
+    for signature in [SIGNATURE_V1, SIGNATURE_V2] {
+        assert!(Header::has_signature(signature));
+        assert!(!Header::has_signature(&signature[..15]));
+    }
+    assert!(!Header::has_signature(b"QFI\xfb0123456789abcdef"));
+}
+
+#[test]
+fn the_largest_disk_is_too_large_for_its_entries_and_a_larger_one_for_any() {
+    let parse = |sectors: u64| {
+        let mut bytes = small().to_bytes();
+        bytes[36..44].copy_from_slice(&sectors.to_le_bytes());
+        Header::parse(&bytes).unwrap_err()
+    };
+    let largest = i64::MAX as u64 / SECTOR_SIZE;
+    assert!(matches!(parse(largest), HeaderError::TooFewEntries { .. }));
+    assert!(matches!(parse(largest + 1), HeaderError::DiskSize(_)));
+    assert!(matches!(parse(0), HeaderError::DiskSize(0)));
+}

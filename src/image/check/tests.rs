@@ -289,3 +289,30 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn where_nothing_is_leaked_repairing_leaks_writes_nothing() {
+    for version in [Version::V1, Version::V2] {
+        let bytes = image(&header(version, 4), &[At(0), Hole, At(1)], 2);
+        let (medium, mut delta) = load(bytes);
+        check_delta(&mut delta, Some(Repair::Leaks)).unwrap();
+        assert_eq!(medium.cut_everywhere(1, |_| ()), 0);
+    }
+}
+
+#[test]
+fn an_entry_off_the_grid_that_leads_behind_the_end_is_dropped() {
+    let bytes = image(&header(Version::V1, 6), &[At(0), Raw(1_000_003)], 1);
+    let (medium, mut delta) = load(bytes);
+    let report = check_delta(&mut delta, Some(Repair::All)).unwrap();
+    assert_eq!((report.corruptions, report.leaks), (0, 0), "{report:?}");
+    assert_eq!(delta.bat()[1], 0);
+    assert!(read_cluster(&delta, 0) == cluster_content(0));
+    let geometry = delta.geometry();
+    let len = medium.contents()[0].len();
+    assert_eq!(
+        len,
+        geometry.data_start as usize + CLUSTER,
+        "nothing was copied"
+    );
+}

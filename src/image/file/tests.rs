@@ -31,6 +31,64 @@ fn who_does_not_know_holes_has_data_everywhere() {
 }
 
 #[test]
+fn zeros_are_written_where_no_hole_can_be_made() {
+    let folder = folder();
+    let path = folder.path().join("image");
+    for (start, len) in [
+        (0, 1),
+        (7, 0),
+        (100, 64 << 10),
+        (1, (64 << 10) + 1),
+        (0, 200_000),
+    ] {
+        fs::write(&path, vec![1; 200_002]).expect("write");
+        write_zeros(&image(&path), start..start + len).expect("write");
+        let content = fs::read(&path).expect("read");
+        assert_eq!(content.len(), 200_002);
+        let is_right = |(at, byte): (usize, &u8)| {
+            let is_inside = (start..start + len).contains(&(at as u64));
+            *byte == u8::from(!is_inside)
+        };
+        assert!(
+            content.iter().enumerate().all(is_right),
+            "{len} from {start}"
+        );
+    }
+}
+
+#[test]
+fn the_file_is_as_long_as_it_was_made_and_its_data_is_found() {
+    let folder = folder();
+    let path = folder.path().join("image");
+    fs::write(&path, [1; 4096]).expect("write");
+    for image in [image(&path), image(&path).around_the_cache()] {
+        image.set_len(1 << 20).expect("set the length");
+        assert_eq!(image.file_len().expect("length"), 1 << 20);
+        assert_eq!(fs::metadata(&path).expect("look").len(), 1 << 20);
+        image.write_all_at(&[2; 4096], 512 << 10).expect("write");
+        let found = |offset| image.next_data(offset).expect("seek");
+        assert_eq!(found(0), Some(0..4096));
+        assert_eq!(found(5000), Some(512 << 10..(512 << 10) + 4096));
+        assert_eq!(found(600 << 10), None);
+        assert_eq!(found(2 << 20), None);
+        assert!(image.tells_holes());
+        image.punch(512 << 10..(512 << 10) + 4096).expect("punch");
+        assert_eq!(found(5000), None);
+        image.set_len(4096).expect("set the length");
+        assert_eq!(fs::metadata(&path).expect("look").len(), 4096);
+    }
+}
+
+#[test]
+fn a_sync_that_the_kernel_refuses_is_no_success() {
+    // The kernel's own files cannot be synced.
+    let map = File::open("/proc/self/maps").expect("open");
+    let image = HostImage::new(map, "/proc/self/maps".into());
+    let error = image.sync().expect_err("it was never asked");
+    assert_eq!(Errno::from_io_error(&error), Some(Errno::INVAL));
+}
+
+#[test]
 fn what_goes_around_the_cache_is_in_no_cache() {
     let folder = folder();
     let path = folder.path().join("image");
@@ -87,4 +145,13 @@ proptest! {
             prop_assert!(content[0] == content[1]);
         }
     }
+}
+
+#[test]
+fn a_file_that_cannot_be_looked_through_is_an_error() {
+    let (reader, _writer) = rustix::pipe::pipe().expect("a pipe");
+    let pipe = HostImage::new(File::from(reader), "a pipe".into());
+    let error = pipe.next_data(0).expect_err("it cannot be sought in");
+    assert_eq!(Errno::from_io_error(&error), Some(Errno::SPIPE));
+    assert!(pipe.tells_holes());
 }

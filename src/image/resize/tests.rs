@@ -122,6 +122,25 @@ fn what_was_behind_the_end_does_not_come_to_light() {
 }
 
 #[test]
+fn clusters_that_no_sector_of_the_disk_belongs_to_do_not_come_to_light_either() {
+    use Entry::{At, Hole};
+    // Of six entries the disk needs four.
+    let mut bytes = image(
+        &header(Version::V2, OLD),
+        &[Hole, Hole, Hole, At(1), Hole, At(0)],
+        2,
+    );
+    bytes[36..44].copy_from_slice(&(4 * 64_u64).to_le_bytes());
+    let medium = Medium::default();
+    let mut delta = Delta::load(medium.file("image", bytes)).unwrap();
+    grow(&mut delta, Sector(OLD * 64)).unwrap();
+    assert!(read_cluster(&delta, 3) == cluster_content(1));
+    assert!(read_cluster(&delta, 5).iter().all(|byte| *byte == 0));
+    let report = check_delta(&mut delta, None).unwrap();
+    assert_eq!((report.corruptions, report.leaks), (0, 0), "{report:?}");
+}
+
+#[test]
 fn what_is_not_sound_is_not_grown() {
     use Entry::At;
     let mut open = sample(Version::V2);

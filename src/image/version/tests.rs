@@ -117,3 +117,23 @@ fn what_a_version_cannot_express_is_refused() {
     let far = image(&header(Version::V2, 5), &[Raw(1 << 27)], 0);
     refuses(far, Version::V1);
 }
+
+#[test]
+fn a_copy_is_read_to_its_end_and_a_longer_one_is_none() {
+    let medium = Medium::default();
+    let mut delta = Delta::load(medium.file("image", sample(Version::V2))).unwrap();
+    let copy = copy_of(&delta);
+    let longest = copy_len(&delta);
+    assert_eq!(longest, copy.len() as u64);
+    let place = tempfile::tempdir().unwrap();
+    let folder = Folder::open(place.path()).unwrap();
+    let put = |content: &[u8]| std::fs::write(place.path().join("copy"), content).unwrap();
+    let read = || read_copy(&folder, Path::new("copy"), longest).unwrap();
+    put(&copy);
+    assert!(read() == copy);
+    undo(&mut delta, &read()).unwrap();
+    // Whatever it is, it is not read as far as it goes.
+    put(&[&copy[..], &[0; 100]].concat());
+    assert_eq!(read().len(), copy.len() + 1);
+    assert!(undo(&mut delta, &read()).is_err());
+}

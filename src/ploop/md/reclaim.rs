@@ -4,11 +4,14 @@
 //! (b) no I/O that started before the removal is in flight, and (c) its hole is
 //! punched, after (b), and that is stable. Clusters go this way in batches; one
 //! sync serves for (a) and (c).
+//!
+//! What held the data of a guest cluster that has moved, and was not discarded, comes to
+//! its hole only when (a) is over: a power cut before brings the old entry back (I5).
 
 use std::collections::{HashMap, VecDeque};
 
 use super::super::alloc::Extent;
-use super::super::sabotage::{self, Sabotage};
+use super::super::rule::{self, Rule};
 use crate::format::HostCluster;
 
 /// A number of a round of the metadata thread; they count up.
@@ -23,6 +26,11 @@ const LEAKED_BATCHES: usize = 2;
 /// What a batch waits for next.
 #[derive(Debug, PartialEq, Eq)]
 enum Stage {
+    /// The writes of its md pages, and then the start of a sync: the disk may have the
+    /// data of guest clusters here.
+    Moved,
+    /// The end of that sync.
+    MovedSyncing,
     /// I/O of older epochs.
     Grace { epoch: u64 },
     /// Its holes; `left` are being punched.
@@ -76,6 +84,11 @@ impl Reclaim {
         }
     }
 
+    /// How many clusters are in no batch yet, and how many batches there are.
+    pub fn counts(&self) -> (u64, u64) {
+        (self.clusters.len() as u64, self.batches.len() as u64)
+    }
+
     /// A cluster was unmapped; the write of `page` in `round` will contain that.
     pub fn add_freed(&mut self, host: HostCluster, page: u32, round: RoundNumber) {
         self.clusters.push(host.0);
@@ -95,20 +108,17 @@ impl Reclaim {
 
     /// Makes a batch of what was unmapped so far; all of it before `epoch`.
     pub fn close_batch(&mut self, epoch: u64) {
-        let mut clusters = std::mem::take(&mut self.clusters);
-        clusters.sort_unstable();
-        let mut extents: Vec<Extent> = Vec::new();
-        for cluster in clusters {
-            match extents.last_mut() {
-                Some(last) if last.end == cluster => last.end += 1,
-                _ => extents.push(Extent {
-                    start: cluster,
-                    end: cluster + 1,
-                }),
-            }
-        }
+        let clusters = std::mem::take(&mut self.clusters);
         let pages = std::mem::take(&mut self.pages);
-        self.add_batch(Stage::Grace { epoch }, extents, pages);
+        self.add_batch(Stage::Grace { epoch }, extents_of(clusters), pages);
+    }
+
+    /// Clusters that the disk maps for guest clusters which have moved, and no I/O uses;
+    /// writes of `pages` in these rounds will contain where to.
+    pub fn add_moved(&mut self, clusters: Vec<u32>, pages: HashMap<u32, RoundNumber>) {
+        if !clusters.is_empty() {
+            self.add_batch(Stage::Moved, extents_of(clusters), pages);
+        }
     }
 
     fn add_batch(&mut self, stage: Stage, extents: Vec<Extent>, pages: HashMap<u32, RoundNumber>) {
@@ -139,15 +149,25 @@ impl Reclaim {
         self.batches.iter().any(awaits)
     }
 
-    /// The holes to punch now, with the batch that each belongs to.
-    pub fn begin_punching(&mut self, is_reached: impl Fn(u64) -> bool) -> Vec<(u64, Extent)> {
+    /// The holes to punch now, with the batch that each belongs to. What lies in front of
+    /// cluster `first` is given up: the BAT of a larger disk goes there.
+    pub fn begin_punching(
+        &mut self,
+        first: u32,
+        is_reached: impl Fn(u64) -> bool,
+    ) -> Vec<(u64, Extent)> {
         self.batch_leaked();
         let mut holes = Vec::new();
         for batch in &mut self.batches {
-            if matches!(batch.stage, Stage::Grace { epoch } if is_reached(epoch) || sabotage::is(Sabotage::PunchUnderOldIo))
+            if matches!(batch.stage, Stage::Grace { epoch } if is_reached(epoch) || !rule::kept(Rule::OldIoBeforePunch))
             {
-                batch.stage = Stage::Punching {
-                    left: batch.extents.len(),
+                batch.extents = std::mem::take(&mut batch.extents)
+                    .into_iter()
+                    .filter_map(|extent| extent.from(first))
+                    .collect();
+                batch.stage = match batch.extents.len() {
+                    0 => Stage::Punched,
+                    left => Stage::Punching { left },
                 };
                 holes.extend(batch.extents.iter().map(|extent| (batch.id, *extent)));
             }
@@ -182,6 +202,13 @@ impl Reclaim {
         }
     }
 
+    /// Whether clusters wait for the write of a page.
+    #[cfg(all(test, not(ploop_loom)))]
+    pub fn awaits_pages(&self) -> bool {
+        let closed = self.batches.iter().map(|batch| &batch.pages);
+        closed.chain([&self.pages]).any(|pages| !pages.is_empty())
+    }
+
     /// Whether a sync would give clusters back to the allocator.
     pub fn wants_sync(&self) -> bool {
         self.batches.iter().any(Batch::is_ready)
@@ -190,7 +217,10 @@ impl Reclaim {
     /// A sync starts.
     pub fn begin_sync(&mut self) {
         for batch in self.batches.iter_mut().filter(|batch| batch.is_ready()) {
-            batch.stage = Stage::Syncing;
+            batch.stage = match batch.stage {
+                Stage::Moved => Stage::MovedSyncing,
+                _ => Stage::Syncing,
+            };
         }
     }
 
@@ -198,18 +228,44 @@ impl Reclaim {
     pub fn end_sync(&mut self) -> Vec<Extent> {
         let (synced, rest) = std::mem::take(&mut self.batches)
             .into_iter()
-            .partition(|batch| batch.stage == Stage::Syncing);
+            .partition(Batch::is_synced);
         self.batches = rest;
+        for batch in &mut self.batches {
+            if batch.stage == Stage::MovedSyncing {
+                batch.stage = Stage::Grace { epoch: 0 };
+            }
+        }
         let synced: Vec<Batch> = synced;
         synced.into_iter().flat_map(|batch| batch.extents).collect()
     }
 }
 
 impl Batch {
-    fn is_ready(&self) -> bool {
-        let removed = self.pages.is_empty() || sabotage::is(Sabotage::ReuseBeforeRemoval);
-        self.stage == Stage::Punched && removed
+    /// Whether the sync that has just ended began late enough.
+    fn is_synced(&self) -> bool {
+        let is_punched = self.stage == Stage::Punched && self.is_ready();
+        self.stage == Stage::Syncing || (is_punched && !rule::kept(Rule::SyncBeforeReuse))
     }
+
+    fn is_ready(&self) -> bool {
+        let removed = self.pages.is_empty() || !rule::kept(Rule::RemovalBeforeReuse);
+        matches!(self.stage, Stage::Moved | Stage::Punched) && removed
+    }
+}
+
+fn extents_of(mut clusters: Vec<u32>) -> Vec<Extent> {
+    clusters.sort_unstable();
+    let mut extents: Vec<Extent> = Vec::new();
+    for cluster in clusters {
+        match extents.last_mut() {
+            Some(last) if last.end == cluster => last.end += 1,
+            _ => extents.push(Extent {
+                start: cluster,
+                end: cluster + 1,
+            }),
+        }
+    }
+    extents
 }
 
 #[cfg(all(test, not(ploop_loom)))]
@@ -227,8 +283,8 @@ mod tests {
             reclaim.add_freed(HostCluster(host), 5, 2);
         }
         reclaim.close_batch(10);
-        assert!(reclaim.begin_punching(|epoch| epoch < 10).is_empty());
-        let holes = reclaim.begin_punching(|epoch| epoch <= 10);
+        assert!(reclaim.begin_punching(0, |epoch| epoch < 10).is_empty());
+        let holes = reclaim.begin_punching(0, |epoch| epoch <= 10);
         assert_eq!(holes, [(0, extent(3, 4)), (0, extent(7, 10))]);
         for (id, hole) in holes {
             reclaim.punched(id, hole, true);
@@ -247,10 +303,84 @@ mod tests {
     }
 
     #[test]
+    fn where_a_cluster_was_before_it_moved_is_punched_after_a_sync_of_where_it_is() {
+        let mut reclaim = Reclaim::default();
+        reclaim.add_moved(vec![4, 3], HashMap::from([(5, 2)]));
+        for round in [1, 2] {
+            assert!(reclaim.begin_punching(0, |_| true).is_empty());
+            assert!(!reclaim.wants_sync() && reclaim.is_under_way());
+            reclaim.page_written(5, round);
+        }
+        assert!(reclaim.wants_sync());
+        assert!(reclaim.begin_punching(0, |_| true).is_empty());
+        reclaim.begin_sync();
+        assert!(reclaim.begin_punching(0, |_| true).is_empty());
+        assert!(reclaim.end_sync().is_empty());
+        assert_eq!(reclaim.begin_punching(0, |_| true), [(0, extent(3, 5))]);
+        reclaim.punched(0, extent(3, 5), true);
+        reclaim.begin_sync();
+        assert_eq!(reclaim.end_sync(), [extent(3, 5)]);
+        assert!(!reclaim.is_under_way());
+    }
+
+    #[test]
+    fn clusters_are_on_the_way_until_they_are_given_back() {
+        let mut reclaim = Reclaim::default();
+        assert!(!reclaim.is_under_way() && !reclaim.has_leaked());
+        reclaim.add_dropped(HostCluster(3));
+        assert!(reclaim.is_under_way() && !reclaim.awaits_io());
+        reclaim.close_batch(10);
+        assert!(reclaim.is_under_way() && reclaim.awaits_io());
+        assert!(!reclaim.has_open() && !reclaim.has_leaked());
+        for (id, hole) in reclaim.begin_punching(0, |_| true) {
+            assert!(reclaim.is_under_way() && !reclaim.awaits_io());
+            reclaim.punched(id, hole, true);
+        }
+        reclaim.begin_sync();
+        assert!(reclaim.is_under_way());
+        assert_eq!(reclaim.end_sync(), [extent(3, 4)]);
+        assert!(!reclaim.is_under_way());
+
+        // Leaked ones need no page: more than are punched at a time.
+        let count = 1 + LEAKED_AT_ONCE * LEAKED_BATCHES;
+        let apart = |index: usize| extent(2 * index as u32, 2 * index as u32 + 1);
+        let leaked: Vec<Extent> = (0..count).map(apart).collect();
+        reclaim.add_leaked(&leaked);
+        assert!(reclaim.is_under_way() && reclaim.has_leaked());
+        let mut given_back = Vec::new();
+        for at_once in [LEAKED_AT_ONCE * LEAKED_BATCHES, 1] {
+            let holes = reclaim.begin_punching(0, |_| true);
+            assert_eq!(holes.len(), at_once);
+            for (id, hole) in holes {
+                assert!(reclaim.is_under_way() && reclaim.has_leaked());
+                reclaim.punched(id, hole, true);
+            }
+            reclaim.begin_sync();
+            given_back.extend(reclaim.end_sync());
+        }
+        assert_eq!(given_back, leaked);
+        assert!(!reclaim.is_under_way() && !reclaim.has_leaked());
+    }
+
+    #[test]
+    fn what_lies_where_the_bat_goes_is_not_punched() {
+        let mut reclaim = Reclaim::default();
+        reclaim.add_leaked(&[extent(1, 2), extent(3, 6)]);
+        assert_eq!(reclaim.begin_punching(4, |_| true), [(0, extent(4, 6))]);
+        reclaim.punched(0, extent(4, 6), true);
+        reclaim.begin_sync();
+        assert_eq!(reclaim.end_sync(), [extent(4, 6)]);
+        reclaim.add_leaked(&[extent(2, 3)]);
+        assert!(reclaim.begin_punching(4, |_| true).is_empty());
+        reclaim.begin_sync();
+        assert!(reclaim.end_sync().is_empty() && !reclaim.is_under_way());
+    }
+
+    #[test]
     fn what_could_not_be_punched_does_not_come_back() {
         let mut reclaim = Reclaim::default();
         reclaim.add_leaked(&[extent(1, 2), extent(4, 6)]);
-        for (id, hole) in reclaim.begin_punching(|_| true) {
+        for (id, hole) in reclaim.begin_punching(0, |_| true) {
             reclaim.punched(id, hole, hole.start != 4);
         }
         reclaim.begin_sync();
@@ -261,7 +391,7 @@ mod tests {
     fn what_is_punched_after_the_start_of_a_sync_waits_for_the_next() {
         let mut reclaim = Reclaim::default();
         reclaim.add_leaked(&[extent(1, 2)]);
-        let holes = reclaim.begin_punching(|_| true);
+        let holes = reclaim.begin_punching(0, |_| true);
         reclaim.begin_sync();
         reclaim.punched(holes[0].0, holes[0].1, true);
         assert!(reclaim.end_sync().is_empty());

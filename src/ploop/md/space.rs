@@ -54,12 +54,15 @@ pub(super) struct Space {
 
 impl Space {
     /// A pio has come that needs space. `full`: the host said that it has none.
-    pub fn park(&mut self, pio: Pio, full: bool, policy: OnEnospc, now: Duration) {
+    pub fn park(&mut self, mut pio: Pio, full: bool, policy: OnEnospc, now: Duration) {
         if full {
             self.is_full(policy, now);
-            if pio.last_try || policy == OnEnospc::Report {
-                return self.hopeless.push(pio);
-            }
+        }
+        if self.announced {
+            pio.home.uncharge();
+        }
+        if full && (pio.last_try || policy == OnEnospc::Report) {
+            return self.hopeless.push(pio);
         }
         // Who does not wait for space does not wait to hear that there is none.
         self.ask_again |= policy == OnEnospc::Report;
@@ -75,6 +78,9 @@ impl Space {
         }
         if !self.announced {
             self.announced = true;
+            for pio in &mut self.parked {
+                pio.home.uncharge();
+            }
             match policy {
                 OnEnospc::Stop => log::warn!(
                     "the host file system is full: writes that need space wait until there is some"
@@ -104,7 +110,18 @@ impl Space {
         std::mem::take(&mut self.parked)
     }
 
-    /// The file was not made longer, and that had nothing to do with space.
+    /// Whether the file is being made longer.
+    pub fn is_extending(&self) -> bool {
+        self.extending
+    }
+
+    /// The file is being made longer for another reason.
+    pub fn begin_other_extension(&mut self) {
+        self.extending = true;
+    }
+
+    /// The file was not made longer, or not for who waits, or that had nothing to do with
+    /// space.
     pub fn extension_ended(&mut self) {
         self.extending = false;
     }
@@ -223,6 +240,16 @@ impl Space {
     /// Whether anybody waits.
     pub fn has_parked(&self) -> bool {
         !self.parked.is_empty()
+    }
+
+    /// How many wait.
+    pub fn parked(&self) -> u64 {
+        self.parked.len() as u64
+    }
+
+    /// Whether the host is full.
+    pub fn is_host_full(&self) -> bool {
+        self.announced
     }
 
     /// When [`Self::due`] or [`Self::step`] has something.

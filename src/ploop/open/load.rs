@@ -4,7 +4,7 @@
 use std::io;
 use std::ops::Range;
 
-use super::super::bat::Bat;
+use super::super::bat::{Bat, BatSize};
 use super::super::engine::LevelMap;
 use super::super::entry::Entry;
 use super::super::error::OpenError;
@@ -66,7 +66,9 @@ pub(super) fn load(disk: &impl Disk, chain: &Chain) -> Result<Loaded, OpenError>
         }
     };
     let entries = top_geometry.entries;
-    let bat = Bat::holes(entries, top_geometry.md_pages()).ok_or(OpenError::Memory { entries })?;
+    let size = BatSize::of(&top_geometry);
+    let largest = BatSize::largest(&top_geometry);
+    let bat = Bat::holes(size, largest).ok_or(OpenError::Memory { entries })?;
     let mut levels = Vec::with_capacity(count);
     let mut image = None;
     for (level, file) in chain.levels.iter().zip((0..).map(FileId)) {

@@ -14,12 +14,12 @@ use std::collections::VecDeque;
 
 use rustix::io::Errno;
 
-use super::super::engine::{Engine, MdMessage};
+use super::super::engine::{Engine, Grid, MdMessage};
 use super::super::entry::{Entry, Place};
 use super::super::pio::{Pio, Work};
-use super::super::sabotage::{self, Sabotage};
+use super::super::rule::{self, Rule};
 use super::{Job, Runner};
-use crate::format::{Geometry, GuestCluster, HostCluster};
+use crate::format::{GuestCluster, HostCluster};
 use crate::storage::{AlignedBuf, Buffer, Completion, Disk, Op, Segments};
 
 /// Reads of a lower level are made at whole blocks, as direct I/O likes it.
@@ -50,7 +50,7 @@ impl CopyBuffers {
     }
 
     /// With anything in it.
-    fn take(&mut self) -> AlignedBuf {
+    pub(super) fn take(&mut self) -> AlignedBuf {
         self.kept.pop().unwrap_or_else(|| {
             let mut buffer = AlignedBuf::with_capacity(BLOCK as usize, self.cluster);
             buffer.resize(self.cluster, 0);
@@ -65,7 +65,7 @@ impl CopyBuffers {
         buffer
     }
 
-    fn give_back(&mut self, op: Op) {
+    pub(super) fn give_back(&mut self, op: Op) {
         if let Op::Write {
             buffer: Buffer::Owned(bytes),
             ..
@@ -91,6 +91,11 @@ pub(super) struct Cow {
 }
 
 impl Cow {
+    /// Whether the new cluster lies in front of this one.
+    pub fn is_below(&self, first: u32) -> bool {
+        self.host.0 < first
+    }
+
     /// The read of what the first write does not cover; `None` if that is nothing.
     fn read<D: Disk>(
         &self,
@@ -101,17 +106,14 @@ impl Cow {
         let Place::In(file, host) = self.from.place() else {
             return None;
         };
-        let geometry = engine.geometry();
+        let grid = engine.grid();
         let level = engine.level(file);
         // Beyond the size that the disk had then, the lower level counts as zeros.
         let valid = level
             .disk_bytes()
-            .saturating_sub(geometry.cluster_start(cluster))
-            .min(geometry.cluster.bytes());
-        let covered = self
-            .pios
-            .first()
-            .map(|pio| covered(pio, cluster, geometry))?;
+            .saturating_sub(grid.cluster_start(cluster))
+            .min(grid.cluster().bytes());
+        let covered = self.pios.first().map(|pio| covered(pio, cluster, grid))?;
         let wanted = match covered {
             (0, end) => end - end % BLOCK..valid,
             (start, end) if end >= valid => 0..start.next_multiple_of(BLOCK).min(valid),
@@ -120,7 +122,7 @@ impl Cow {
         (wanted.start < wanted.end).then(|| Op::Read {
             file,
             offset: level.offset(host) + wanted.start,
-            buffer: if wanted == (0..geometry.cluster.bytes()) {
+            buffer: if wanted == (0..grid.cluster().bytes()) {
                 Buffer::Owned(buffers.take())
             } else {
                 Buffer::zeroed((wanted.end - wanted.start) as usize)
@@ -144,8 +146,8 @@ impl Cow {
         {
             self.pios.extend(waiting.pop_front());
         }
-        let geometry = engine.geometry();
-        let size = geometry.cluster.bytes() as usize;
+        let grid = engine.grid();
+        let size = grid.cluster().bytes() as usize;
         let mut bytes = match read {
             Some((0, mut bytes)) => {
                 bytes.resize(size, 0);
@@ -160,11 +162,11 @@ impl Cow {
             None => buffers.take_zeroed(),
         };
         for pio in &self.pios {
-            let (start, end) = covered(pio, cluster, geometry);
+            let (start, end) = covered(pio, cluster, grid);
             let place = &mut bytes[start as usize..end as usize];
             match &pio.work {
                 Work::Write { data, .. } => data.copy_to(0, place),
-                Work::Zero { .. } => place.fill(0),
+                _ => place.fill(0),
             }
         }
         self.touched = true;
@@ -182,10 +184,10 @@ impl Cow {
         let Place::In(from, lower) = self.from.place() else {
             return None;
         };
-        let geometry = engine.geometry();
-        let size = geometry.cluster.bytes();
+        let grid = engine.grid();
+        let size = grid.cluster().bytes();
         let pio = self.pios.first()?;
-        let (start, end) = covered(pio, cluster, geometry);
+        let (start, end) = covered(pio, cluster, grid);
         let aligned = (start | end).is_multiple_of(u64::from(engine.write_alignment()));
         if size < engine.options.smallest_clone || (start, end) == (0, size) || !aligned {
             return None;
@@ -194,10 +196,10 @@ impl Cow {
             return None;
         };
         let level = engine.level(from);
-        let (from_offset, offset) = (level.offset(lower), geometry.host_offset(self.host));
+        let (from_offset, offset) = (level.offset(lower), grid.host_offset(self.host));
         let valid = level
             .disk_bytes()
-            .saturating_sub(geometry.cluster_start(cluster))
+            .saturating_sub(grid.cluster_start(cluster))
             .min(size);
         if valid == 0 || !(from_offset | offset | valid).is_multiple_of(unit) {
             return None;
@@ -219,7 +221,7 @@ impl Cow {
         };
         Some(Op::Write {
             file: engine.top(),
-            offset: engine.geometry().host_offset(self.host) + u64::from(*offset),
+            offset: engine.grid().host_offset(self.host) + u64::from(*offset),
             buffer: Buffer::Client(std::mem::take(data)),
             dsync: false,
         })
@@ -234,15 +236,17 @@ impl Cow {
 }
 
 /// The bytes of the cluster that a pio writes.
-fn covered(pio: &Pio, cluster: GuestCluster, geometry: &Geometry) -> (u64, u64) {
+fn covered(pio: &Pio, cluster: GuestCluster, grid: Grid<'_>) -> (u64, u64) {
     match &pio.work {
         Work::Write { offset, data, .. } => {
             (u64::from(*offset), u64::from(*offset) + data.len() as u64)
         }
         Work::Zero { start, len, .. } => {
-            let start = start - geometry.cluster_start(cluster);
-            (start, (start + len).min(geometry.cluster.bytes()))
+            let start = start - grid.cluster_start(cluster);
+            (start, (start + len).min(grid.cluster().bytes()))
         }
+        // None of them makes a copy from a lower delta necessary.
+        Work::EndCopies | Work::Move { .. } | Work::EndMove { .. } => (0, 0),
     }
 }
 
@@ -250,7 +254,7 @@ impl<D: Disk> Runner<D> {
     /// How many copies may be under way: a guest shall not decide how much memory
     /// they take.
     pub(super) fn copies_max(&self) -> usize {
-        let cluster = self.engine.geometry().cluster.bytes();
+        let cluster = self.engine.grid().cluster().bytes();
         ((COPIES_BYTES / cluster) as usize).max(1)
     }
 
@@ -349,8 +353,8 @@ impl<D: Disk> Runner<D> {
         match result {
             Ok(()) => {
                 let copy = Entry::mapped(self.engine.top(), cow.host);
-                let is_hidden = sabotage::is(Sabotage::MapUnstableCopy);
-                let copy = if is_hidden { copy } else { copy.unstable() };
+                let waits = rule::kept(Rule::CopyBeforeMapping);
+                let copy = if waits { copy.unstable() } else { copy };
                 let published = self.engine.change(cluster, cow.from.locked(), copy);
                 debug_assert!(published, "nobody else changes a locked entry");
                 for pio in cow.pios {
@@ -380,8 +384,8 @@ impl<D: Disk> Runner<D> {
 
     /// A pio of a copy is done; one that zeroes may have more to do behind.
     fn finish_copied(&mut self, mut pio: Pio, cluster: GuestCluster) {
-        let geometry = self.engine.geometry();
-        let end = geometry.cluster_start(cluster) + geometry.cluster.bytes();
+        let grid = self.engine.grid();
+        let end = grid.cluster_start(cluster) + grid.cluster().bytes();
         if let Work::Zero { start, len, .. } = &mut pio.work {
             let done = (*len).min(end - *start);
             *start += done;
@@ -391,5 +395,42 @@ impl<D: Disk> Runner<D> {
             }
         }
         self.complete(pio, Ok(()));
+    }
+}
+
+#[cfg(all(test, not(ploop_loom)))]
+mod tests {
+    use super::*;
+    use crate::storage::FileId;
+
+    fn write_of(bytes: AlignedBuf) -> Op {
+        Op::Write {
+            file: FileId(1),
+            offset: 0,
+            buffer: Buffer::Owned(bytes),
+            dsync: false,
+        }
+    }
+
+    #[test]
+    fn a_few_buffers_of_a_cluster_are_kept_and_nothing_else() {
+        let cluster = KEPT_BYTES / 4;
+        let mut buffers = CopyBuffers::new(cluster);
+        let taken: Vec<AlignedBuf> = (0..6).map(|_| buffers.take()).collect();
+        for mut buffer in taken {
+            assert_eq!(buffer.len() as u64, cluster);
+            buffer.fill(7);
+            buffers.give_back(write_of(buffer));
+        }
+        assert_eq!(buffers.kept.len(), 4);
+        assert!(buffers.take_zeroed().iter().all(|byte| *byte == 0));
+        assert_eq!(buffers.kept.len(), 3, "it was one of those");
+        let short = AlignedBuf::from_iter(4096, std::iter::repeat_n(0, 4096));
+        buffers.give_back(write_of(short));
+        let file = FileId(1);
+        buffers.give_back(Op::Sync { file });
+        assert_eq!(buffers.kept.len(), 3);
+        // One is kept however large it is.
+        assert_eq!(CopyBuffers::new(2 * KEPT_BYTES).most, 1);
     }
 }

@@ -7,10 +7,10 @@
 
 use std::collections::VecDeque;
 
+use super::super::engine::Engine;
 use super::super::entry::{Entry, Place};
 use super::super::pio::{Pio, Work};
-use super::super::sabotage::{self, Sabotage};
-use super::{Busy, Job, Runner};
+use super::{Busy, Job, Runner, Then};
 use crate::format::GuestCluster;
 use crate::storage::{Buffer, Completion, Disk, Op};
 
@@ -23,6 +23,17 @@ pub(super) struct Rmw {
     /// Where in them its data goes.
     inset: usize,
     writing: bool,
+}
+
+impl Rmw {
+    /// The read of the blocks.
+    pub fn read<D: Disk>(&self, engine: &Engine<D>) -> Op {
+        Op::Read {
+            file: engine.top(),
+            offset: self.start,
+            buffer: Buffer::zeroed(self.len),
+        }
+    }
 }
 
 impl<D: Disk> Runner<D> {
@@ -56,7 +67,7 @@ impl<D: Disk> Runner<D> {
         };
         let job = Job::AwaitIo {
             epoch: self.engine.epochs.advance(),
-            rmw,
+            then: Then::Rmw(rmw),
         };
         let waiting = VecDeque::new();
         self.busy.insert(cluster, Busy { job, waiting });
@@ -75,37 +86,6 @@ impl<D: Disk> Runner<D> {
             self.engine.put_back(host);
         }
         self.run(pio);
-    }
-
-    /// Starts the read-modify-writes before which no older I/O is left.
-    pub(super) fn end_graces(&mut self) {
-        let epochs = &self.engine.epochs;
-        let is_over = |busy: &Busy| match busy.job {
-            Job::AwaitIo { epoch, .. } => {
-                epochs.all_reached(epoch) || sabotage::is(Sabotage::ModifyUnderOldIo)
-            }
-            _ => false,
-        };
-        let over: Vec<_> = self
-            .busy
-            .iter()
-            .filter(|(_, busy)| is_over(busy))
-            .map(|(cluster, _)| *cluster)
-            .collect();
-        for cluster in over {
-            if let Some(Busy {
-                job: Job::AwaitIo { rmw, .. },
-                waiting,
-            }) = self.busy.remove(&cluster)
-            {
-                let op = Op::Read {
-                    file: self.engine.top(),
-                    offset: rmw.start,
-                    buffer: Buffer::zeroed(rmw.len),
-                };
-                self.queue_job(cluster, Job::Rmw(rmw), waiting, op);
-            }
-        }
     }
 
     pub(super) fn step_rmw(

@@ -27,7 +27,7 @@ impl<D: Disk> Runner<D> {
             if *len == 0 {
                 return self.complete(pio, Ok(()));
             }
-            let shift = self.engine.geometry().cluster.shift();
+            let shift = self.engine.grid().cluster().shift();
             let cluster = GuestCluster((*start >> shift) as u32);
             if let Some(busy) = self.busy.get_mut(&cluster) {
                 return busy.waiting.push_back(pio);
@@ -47,10 +47,12 @@ impl<D: Disk> Runner<D> {
     /// What zeroing a piece of a cluster takes; unmaps or maps it where that does.
     fn plan_zero(&self, cluster: GuestCluster, from: u64, len: u64, kind: ZeroKind) -> ZeroPlan {
         let engine = &self.engine;
-        let geometry = engine.geometry();
-        let offset = from - geometry.cluster_start(cluster);
+        let grid = engine.grid();
+        let offset = from - grid.cluster_start(cluster);
+        // Read inside the epoch: a disk that has become larger is not used beyond its old
+        // end before this is over.
         let is_whole = offset == 0
-            && (len == geometry.cluster.bytes() || from + len == geometry.disk_size.bytes());
+            && (len == grid.cluster().bytes() || from + len == engine.disk_size().bytes());
         loop {
             let entry = engine.rely_on(cluster);
             match entry.place() {

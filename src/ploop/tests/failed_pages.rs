@@ -126,3 +126,31 @@ fn clusters_whose_sync_waits_for_the_time_of_a_retry_are_not_forgotten() {
     let after = rig.md.borrow_mut().poll(rig.now.get());
     assert!(after.is_some(), "nothing would wake the metadata thread");
 }
+
+/// A sync for something else says nothing of a page whose write has failed.
+#[test]
+fn what_a_failed_page_contained_is_not_on_disk_after_the_next_sync_either() {
+    const CLUSTERS: u64 = 24;
+    let rig = Rig::new(CLUSTERS * CLUSTER);
+    assert!(rig.engine.begin_write_through(true).is_some());
+    rig.turns(100);
+    let metadata_len = rig.engine.geometry().metadata_len();
+    rig.disk.change_medium(|medium| {
+        medium.metadata_len = metadata_len;
+        medium.faults.page = 1.0;
+    });
+    // The file grows meanwhile, which is synced before its clusters are mapped.
+    for cluster in 0..CLUSTERS {
+        assert!(rig.write(cluster * CLUSTER, &[6; 512]).is_err());
+    }
+    for cluster in 0..CLUSTERS {
+        let again = rig.write(cluster * CLUSTER, &[7; 512]);
+        assert!(again.is_err(), "{cluster}: no disk has it mapped");
+    }
+    rig.disk.change_medium(|medium| medium.faults.page = 0.0);
+    rig.turns(RETRY);
+    // Somebody hears of it, and then all is well.
+    let _ = rig.write(0, &[8; 512]);
+    rig.write(0, &[8; 512]).unwrap();
+    assert_eq!(rig.cut().read(0, 512), [8; 512]);
+}

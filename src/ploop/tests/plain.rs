@@ -186,3 +186,25 @@ fn the_first_flush_covers_what_a_process_before_has_written() {
     rig.flush().unwrap();
     assert!(!disk.is_unsynced());
 }
+
+/// Else its last block could not be written without what is behind it.
+#[test]
+fn only_a_raw_disk_that_ends_within_a_block_is_not_written_directly() {
+    let alignment = |level: Level, bytes: u64| {
+        let medium = Medium {
+            write_alignment: 4096,
+            ..Medium::default()
+        };
+        let disk = match level {
+            Level::Ploop => empty_image(medium, 1, bytes),
+            Level::Plain { .. } => file(medium, bytes),
+        };
+        let _rig = Rig::open_chain(&disk, vec![level], options());
+        disk.write_alignment()
+    };
+    assert_eq!(alignment(level(SIZE), SIZE), 1);
+    assert_eq!(alignment(level(4 * CLUSTER), 4 * CLUSTER), 4096);
+    for bytes in [SIZE, 4 * CLUSTER] {
+        assert_eq!(alignment(Level::Ploop, bytes), 4096);
+    }
+}

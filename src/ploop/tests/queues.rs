@@ -1,4 +1,7 @@
-//! What queues have to do with each other: nothing (S24).
+//! What queues have to do with each other: nothing (S24). When one may sleep, and how
+//! much it has under way.
+
+use std::sync::atomic::Ordering;
 
 use super::*;
 
@@ -52,4 +55,154 @@ fn a_queue_that_is_stuck_holds_up_no_other() {
         assert_eq!(rig.read(0, 512), [1; 512]);
     }
     assert!(had_ended.iter().all(|count| *count > 0), "{had_ended:?}");
+}
+
+/// Whether something would wake the thread of the queue.
+fn is_woken(queue: &Queue<SimDisk>) -> bool {
+    use std::os::fd::BorrowedFd;
+
+    use rustix::event::{PollFd, PollFlags, Timespec, poll};
+
+    let [inbox] = queue.fds()[..] else {
+        panic!("a disk without a ring has no descriptor");
+    };
+    // SAFETY: of the queue's inbox, which lives as long as the queue.
+    let inbox = unsafe { BorrowedFd::borrow_raw(inbox) };
+    let mut fds = [PollFd::from_borrowed_fd(inbox, PollFlags::IN)];
+    poll(&mut fds, Some(&Timespec::default())).unwrap() == 1
+}
+
+#[test]
+fn a_queue_sleeps_only_if_there_is_nothing_to_do_and_is_woken_by_what_comes() {
+    let rig = Rig::new(4 * CLUSTER);
+    rig.write(0, &[1; 512]).unwrap();
+    rig.flush().unwrap();
+    // What a runner does without the disk.
+    let discard = || {
+        let ranges = smallvec![range(CLUSTER, CLUSTER)];
+        rig.push(Command::Discard { ranges })
+    };
+    let queue = &rig.queues[0];
+    let may_sleep = || queue.borrow_mut().may_sleep();
+    assert!(may_sleep());
+    assert!(!is_woken(&queue.borrow()));
+    let done = discard();
+    rig.poll_runners();
+    assert!(is_woken(&queue.borrow()), "it slept");
+    rig.poll_queue(0);
+    assert_eq!(rig.ended(done), Some(Ok(())));
+    assert!(may_sleep());
+    assert!(!is_woken(&queue.borrow()));
+
+    rig.poll_queue(0);
+    let done = discard();
+    rig.poll_runners();
+    assert!(!is_woken(&queue.borrow()), "it looks by itself");
+    assert!(!may_sleep(), "a message has come");
+    rig.poll_queue(0);
+    assert_eq!(rig.ended(done), Some(Ok(())));
+    assert!(may_sleep());
+
+    rig.flush().unwrap();
+    assert!(may_sleep());
+    let flush = rig.push(Command::Flush);
+    assert!(!may_sleep(), "it has ended at once, and nobody knows");
+    rig.poll_queue(0);
+    assert_eq!(rig.ended(flush), Some(Ok(())));
+
+    let data = rig.segments(&[0; 512]);
+    let start = Sector(0);
+    let read = rig.push(Command::Read { start, data });
+    assert!(!may_sleep(), "nobody would tell of the end of the read");
+    assert_eq!(rig.result(read), Ok(()));
+    assert!(may_sleep());
+}
+
+/// An image over a raw base that has everything, with such clusters.
+fn over_a_base(cluster: ClusterSize, clusters: u64) -> Rig {
+    let disk = SimDisk::new(2, Medium::default(), 1);
+    let size = Sector(clusters * cluster.bytes() / 512);
+    disk.prepare(FileId(0), size.bytes() - 512, &[7; 512]);
+    let header = Header::new(size, cluster).unwrap();
+    disk.prepare(FileId(1), 0, &header.to_bytes());
+    disk.set_len(FileId(1), header.geometry().data_start)
+        .unwrap();
+    let levels = vec![Level::Plain { size, cluster }, Level::Ploop];
+    Rig::open_chain(&disk, levels, options())
+}
+
+/// How many parts runners have to do when a queue has started all that it may.
+fn parts_begun(rig: &Rig, commands: impl IntoIterator<Item = Command>) -> usize {
+    for command in commands {
+        rig.push(command);
+    }
+    for _ in 0..100 {
+        rig.poll_queue(0);
+    }
+    rig.engine.dispatched.load(Ordering::Relaxed)
+}
+
+/// One queue alone may have work for 16.25 MiB of the disk under way.
+#[test]
+fn what_runners_have_to_do_for_a_queue_is_bounded_by_what_it_costs() {
+    const MIB: u64 = 1 << 20;
+    // 64 clusters are a part, and each costs 4 KiB.
+    let rig = Rig::new(70 * 64 * CLUSTER);
+    let ranges = smallvec![range(0, 70 * 64 * CLUSTER)];
+    assert_eq!(parts_begun(&rig, [Command::Discard { ranges }]), 65);
+    // What stays allocated may have to be written.
+    let rig = Rig::new(70 * 64 * CLUSTER);
+    let ranges = smallvec![range(0, 70 * 64 * CLUSTER)];
+    let unmap = false;
+    let zero = Command::WriteZeroes { ranges, unmap };
+    assert_eq!(parts_begun(&rig, [zero]), 16);
+
+    // A copy is read and written.
+    let cluster = ClusterSize::from_bytes(MIB).unwrap();
+    let chain = || over_a_base(cluster, 32);
+    let rig = chain();
+    let writes = (0..32).map(|at| write(&rig, at * MIB, &[3; 4096]));
+    assert_eq!(parts_begun(&rig, writes), 8);
+    // So is one for either end of what is zeroed that is inside a cluster.
+    for (from, to, parts) in [(512, MIB, 8), (0, 512, 8), (512, 1024, 4)] {
+        let rig = chain();
+        let zero = |at| {
+            let ranges = smallvec![range(at * MIB + from, to - from)];
+            Command::WriteZeroes {
+                ranges,
+                unmap: true,
+            }
+        };
+        assert_eq!(parts_begun(&rig, (0..32).map(zero)), parts);
+    }
+    // Of which a discard makes none.
+    let rig = chain();
+    let discard = |at| {
+        let ranges = smallvec![range(at * MIB + 512, 512)];
+        Command::Discard { ranges }
+    };
+    assert_eq!(parts_begun(&rig, (0..32).map(discard)), 32);
+}
+
+#[test]
+fn a_queue_has_room_for_more_behind_a_long_discard_and_not_behind_a_transfer() {
+    let rig = Rig::new(200 * 64 * CLUSTER);
+    let has_room = || rig.queues[0].borrow().has_room();
+    let data = rig.segments(&vec![1; 6 << 20]);
+    let start = Sector(0);
+    let read = rig.push(Command::Read { start, data });
+    assert!(!has_room());
+    assert_eq!(rig.result(read), Ok(()));
+    assert!(has_room());
+    let discard = || {
+        let ranges = smallvec![range(0, 200 * 64 * CLUSTER)];
+        rig.push(Command::Discard { ranges })
+    };
+    let first = discard();
+    assert!(has_room());
+    let second = discard();
+    assert!(!has_room());
+    assert_eq!(rig.result(first), Ok(()));
+    assert_eq!(rig.result(second), Ok(()));
+    assert!(has_room());
 }

@@ -44,3 +44,50 @@ fn no_hole_is_punched_under_a_write_that_was_looked_up_before_the_discard() {
     }
     assert!(is_punched(&rig), "it is not");
 }
+
+/// The write of a page that was under way when a cluster was unmapped need not contain
+/// that, and the next one may fail.
+#[test]
+fn a_page_that_was_being_written_before_a_discard_gives_no_cluster_back() {
+    let rig = Rig::new(16 * CLUSTER);
+    rig.write(0, &[5; 512]).unwrap();
+    rig.flush().unwrap();
+    // Space is short, and stays so.
+    rig.disk
+        .change_medium(|medium| medium.faults.allocate = 1.0);
+    while rig.engine.alloc.available() > rig.engine.options.low_water {
+        rig.engine.alloc.take();
+    }
+    rig.write(CLUSTER, &[6; 512]).unwrap();
+    let before = rig.engine.alloc.available();
+    rig.disk.start_trace();
+    rig.engine.bat.mark_urgent(0);
+    rig.poll_md();
+    let trace = rig.disk.take_trace();
+    assert!(trace.iter().any(|line| line.contains("write file 0 0x0+")));
+    let ranges = smallvec![range(0, CLUSTER)];
+    let discard = rig.push(Command::Discard { ranges });
+    while rig.engine.mapped_here().len() > 1 {
+        rig.poll_queue(0);
+        rig.poll_runners();
+    }
+    rig.poll_md();
+    while rig.disk.is_busy() {
+        rig.disk.step();
+    }
+    let metadata_len = rig.engine.geometry().metadata_len();
+    rig.disk.change_medium(|medium| {
+        medium.metadata_len = metadata_len;
+        medium.faults.page = 1.0;
+    });
+    rig.result(discard).unwrap();
+    for _ in 0..3_000 {
+        rig.turn();
+    }
+    assert_eq!(rig.engine.alloc.available(), before);
+    rig.disk.change_medium(|medium| medium.faults.page = 0.0);
+    for _ in 0..3_000 {
+        rig.turn();
+    }
+    assert_eq!(rig.engine.alloc.available(), before + 1);
+}

@@ -1,6 +1,8 @@
 //! What completed survives the death of the process (I13).
 
+use super::grow::{NEW, OLD, content, full, sectors};
 use super::*;
+use crate::format::GuestCluster;
 use crate::ploop::TakeOverError;
 use crate::storage::SharedWords;
 
@@ -121,6 +123,21 @@ fn without_the_memory_the_same_write_is_gone() {
 }
 
 #[test]
+fn a_process_that_nobody_came_to_leaves_it_to_the_next_one() {
+    let mortal = Mortal::single();
+    mortal.rig.write(0, &[7; SECTOR]).unwrap();
+    let levels = mortal.levels.clone();
+    let (rig, memory) = mortal.die();
+    rig.control(Control::Close).unwrap();
+    let disk = rig.disk.clone();
+    drop(rig);
+    let rig = Rig::open_chain(&disk, levels, awaiting());
+    assert!(rig.engine.awaits_take_over());
+    rig.engine.take_over(again(&memory)).unwrap();
+    assert_eq!(rig.read(0, SECTOR), [7; SECTOR]);
+}
+
+#[test]
 fn a_discard_survives_the_process_and_its_cluster_comes_back() {
     let mortal = Mortal::single();
     mortal.rig.write(0, &vec![7; 2 * CLUSTER as usize]).unwrap();
@@ -220,6 +237,180 @@ fn after_a_failed_sync_a_copy_is_not_mapped_by_the_next_process_either() {
     assert_eq!(mortal.rig.disk.read_live(FileId(1), 64, 4), [0; 4]);
 }
 
+/// The entry of a cluster, as the file of the top has it.
+fn entry_on_disk(rig: &Rig, cluster: u64) -> u32 {
+    let top = FileId((rig.engine.levels.len() - 1) as u8);
+    let bytes = rig.disk.read_live(top, 64 + 4 * cluster, 4);
+    u32::from_le_bytes(bytes.try_into().expect("four bytes"))
+}
+
+/// Also where the file is long enough for sure, since the disk maps what lies behind it.
+#[test]
+fn after_a_failed_sync_a_copy_in_front_of_mapped_clusters_is_not_mapped_either() {
+    // With its entry in a page that is no neighbour of the first.
+    const OTHER: u64 = 2100;
+    let disk = empty_image(Medium::default(), 2, (OTHER + 1) * CLUSTER);
+    let base = Rig::open(&disk, 1, options());
+    for cluster in [0, OTHER] {
+        base.write(cluster * CLUSTER, &[1; SECTOR]).unwrap();
+    }
+    base.control(Control::Close).unwrap();
+    drop(base);
+    let mortal = Mortal::new(&disk, vec![Level::Ploop; 2]);
+    for cluster in [0, OTHER] {
+        let at = cluster * CLUSTER + SECTOR as u64;
+        mortal.rig.write(at, &[7; SECTOR]).unwrap();
+    }
+    mortal.rig.engine.bat.mark_urgent(2);
+    mortal.rig.turns_of(Duration::from_millis(100));
+    let copies = [0, OTHER].map(|cluster| entry_on_disk(&mortal.rig, cluster));
+    assert_eq!(copies[0], 0);
+    assert_ne!(copies[1], 0);
+    mortal
+        .rig
+        .disk
+        .change_medium(|medium| medium.faults.sync = 1.0);
+    assert_eq!(mortal.rig.flush(), Err(EngineError::SyncFailed));
+    mortal
+        .rig
+        .disk
+        .change_medium(|medium| medium.faults.sync = 0.0);
+    let mortal = mortal.die_and_rise();
+    mortal.rig.turns_of(Duration::from_secs(3));
+    assert_eq!(entry_on_disk(&mortal.rig, 0), 0);
+    assert_eq!(mortal.rig.read(0, SECTOR), [1; SECTOR]);
+    assert_eq!(mortal.rig.read(SECTOR as u64, SECTOR), [7; SECTOR]);
+}
+
+/// Where nothing can be a copy, a failed sync keeps back only what the file may be too
+/// short for.
+#[test]
+fn after_a_failed_sync_the_next_process_goes_on_mapping_what_was_in_the_file() {
+    let mortal = Mortal::single();
+    for cluster in [0, 1] {
+        mortal.rig.write(cluster * CLUSTER, &[7; SECTOR]).unwrap();
+    }
+    mortal.rig.flush().unwrap();
+    let first = entry_on_disk(&mortal.rig, 0);
+    mortal.rig.discard(0, CLUSTER).unwrap();
+    mortal.rig.turns_of(Duration::from_millis(100));
+    mortal.rig.flush().unwrap();
+    // The first of these gets the cluster that has come back, and the last ones some
+    // that the file has got since it was synced.
+    for cluster in 5..14 {
+        mortal.rig.write(cluster * CLUSTER, &[8; SECTOR]).unwrap();
+    }
+    mortal
+        .rig
+        .disk
+        .change_medium(|medium| medium.faults.sync = 1.0);
+    assert_eq!(mortal.rig.flush(), Err(EngineError::SyncFailed));
+    mortal
+        .rig
+        .disk
+        .change_medium(|medium| medium.faults.sync = 0.0);
+    assert_eq!(entry_on_disk(&mortal.rig, 5), 0);
+    let mortal = mortal.die_and_rise();
+    mortal.rig.turns_of(Duration::from_secs(3));
+    assert_eq!(entry_on_disk(&mortal.rig, 5), first);
+    for cluster in 6..14 {
+        assert_eq!(entry_on_disk(&mortal.rig, cluster), 0, "{cluster}");
+        assert_eq!(mortal.rig.read(cluster * CLUSTER, SECTOR), [8; SECTOR]);
+    }
+    assert_eq!(mortal.rig.flush(), Err(EngineError::SyncFailed));
+}
+
+/// Of the disk of one file or two, just when the first cluster has moved, since the disk
+/// grows: memory knows, and the file has the entry that is returned.
+fn moved(files: usize) -> (Mortal, u32) {
+    let disk = match files {
+        1 => full(2),
+        _ => {
+            let disk = empty_image(Medium::default(), files, OLD * CLUSTER);
+            for levels in 1..=files {
+                let rig = Rig::open(&disk, levels, options());
+                for cluster in 0..OLD {
+                    let byte = if levels == files {
+                        cluster as u8 + 1
+                    } else {
+                        0xaa
+                    };
+                    let data = vec![byte; CLUSTER as usize];
+                    rig.write(cluster * CLUSTER, &data).unwrap();
+                }
+                rig.control(Control::Close).unwrap();
+            }
+            disk
+        }
+    };
+    let mortal = Mortal::new(&disk, vec![Level::Ploop; files]);
+    let place = || mortal.rig.engine.bat.get(GuestCluster(0)).place();
+    let (before, on_disk) = (place(), entry_on_disk(&mortal.rig, 0));
+    mortal
+        .rig
+        .engine
+        .control(Control::PrepareGrowth(sectors(NEW)));
+    for _ in 0..10_000 {
+        mortal.rig.poll_runners();
+        if place() != before {
+            break;
+        }
+        mortal.rig.poll_md();
+        mortal.rig.step_disk();
+    }
+    assert_ne!(place(), before);
+    assert_eq!(entry_on_disk(&mortal.rig, 0), on_disk);
+    (mortal, on_disk)
+}
+
+/// What the file of the top has where the entry says.
+fn data_at(rig: &Rig, entry: u32) -> Vec<u8> {
+    let top = FileId((rig.engine.levels.len() - 1) as u8);
+    rig.disk
+        .read_live(top, u64::from(entry) * CLUSTER, CLUSTER as usize)
+}
+
+/// A power cut may bring back the entry.
+#[test]
+fn what_has_moved_stays_where_it_was_until_the_disk_knows() {
+    for files in [1, 2] {
+        let (mortal, before) = moved(files);
+        let mortal = mortal.die_and_rise();
+        mortal.rig.turns_of(Duration::from_millis(100));
+        assert_eq!(entry_on_disk(&mortal.rig, 0), before);
+        assert!(data_at(&mortal.rig, before) == content(0));
+        // And it is punched in the end, when a cut brings back nothing.
+        let mut turns = 0;
+        while data_at(&mortal.rig, before) == content(0) {
+            turns += 1;
+            assert!(turns < 10_000, "it is never punched");
+            if turns == 5000 {
+                mortal.rig.flush().unwrap();
+            }
+            mortal.rig.turn();
+        }
+        mortal.rig.check_full();
+        mortal.rig.cut().check_full();
+    }
+}
+
+#[test]
+fn after_a_failed_sync_what_has_moved_is_still_mapped_where_it_was() {
+    for files in [1, 2] {
+        let (mortal, before) = moved(files);
+        mortal.rig.engine.set_sync_failed("a sync in a test");
+        let mut mortal = mortal.die_and_rise();
+        for _ in 0..2 {
+            mortal.rig.turns_of(Duration::from_secs(8));
+            mortal.rig.check_full();
+            assert_eq!(mortal.rig.flush(), Err(EngineError::SyncFailed));
+            assert_eq!(entry_on_disk(&mortal.rig, 0), before, "{files} files");
+            assert!(data_at(&mortal.rig, before) == content(0));
+            mortal = mortal.die_and_rise();
+        }
+    }
+}
+
 #[test]
 fn after_a_clean_end_there_is_nothing_to_take_over() {
     let mortal = Mortal::single();
@@ -295,7 +486,7 @@ fn damaged_memory_is_refused() {
     const FIRST: usize = 512;
     let mapped = |level: u64, host: u64| 1 << 43 | 1 << 40 | level << 32 | host | 1 << 46;
     // First host cluster 1; the file has 9 clusters then.
-    let cases: [&[(usize, u64)]; 8] = [
+    let cases: [&[(usize, u64)]; 9] = [
         &[(FIRST, u64::MAX)],
         &[(FIRST, 1)],
         &[(FIRST, mapped(0, 0))],
@@ -304,6 +495,8 @@ fn damaged_memory_is_refused() {
         &[(FIRST, mapped(1, 2))],
         &[(FIRST + 4, mapped(0, 5)), (FIRST + 5, mapped(0, 5))],
         &[(0, 1)],
+        // It belongs to no opening.
+        &[(6, 0)],
     ];
     for case in cases {
         let mortal = Mortal::single();
@@ -321,6 +514,27 @@ fn damaged_memory_is_refused() {
         rig.engine.take_over(again(&memory)).unwrap();
         assert_eq!(rig.read(0, SECTOR), [7; SECTOR]);
     }
+}
+
+/// Nor is a hole where the disk would show what lies below.
+#[test]
+fn memory_that_would_bring_a_lower_delta_to_light_is_refused() {
+    use std::sync::atomic::Ordering::Relaxed;
+    const FIRST: usize = 512;
+    const HOLE: u64 = 1 << 43 | 1 << 46;
+    let mortal = Mortal::chain();
+    mortal.rig.write(0, &[7; SECTOR]).unwrap();
+    let (rig, memory) = mortal.die();
+    let word = memory.word(FIRST + 1).unwrap();
+    word.store(HOLE, Relaxed);
+    let error = rig.engine.take_over(again(&memory)).unwrap_err();
+    assert!(matches!(error, TakeOverError::Damaged { cluster: 1, .. }));
+    // Of a cluster that nothing has below it is one.
+    word.store(0, Relaxed);
+    memory.word(FIRST + 3).unwrap().store(HOLE, Relaxed);
+    rig.engine.take_over(again(&memory)).unwrap();
+    assert_eq!(rig.read(0, SECTOR), [7; SECTOR]);
+    assert_eq!(rig.read(CLUSTER, SECTOR), [1; SECTOR]);
 }
 
 #[test]
@@ -400,6 +614,36 @@ fn a_stable_write_in_doubt_counts_as_a_failed_sync() {
     assert_eq!(mortal.rig.flush(), Err(EngineError::SyncFailed));
 }
 
+/// As if it had grown between the mapping of the memory and this.
+#[test]
+fn memory_that_is_shorter_than_a_disk_which_has_grown_is_made_longer() {
+    for is_old in [false, true] {
+        let disk = full(2);
+        let mortal = Mortal::new(&disk, vec![Level::Ploop]);
+        let short = again(&mortal.memory);
+        mortal.rig.control(Control::Close).unwrap();
+        let levels = mortal.levels.clone();
+        let (rig, memory) = mortal.die();
+        rig.control(Control::PrepareGrowth(sectors(NEW))).unwrap();
+        rig.control(Control::CommitGrowth).unwrap();
+        match is_old {
+            true => rig.engine.take_over(short).unwrap(),
+            false => rig.engine.remember_in(short).unwrap(),
+        }
+        rig.write((NEW - 1) * CLUSTER, &[9; SECTOR]).unwrap();
+        let words = rig.engine.remembered_len() as usize / 8;
+        let memory = memory.with_len(words).unwrap();
+        let mortal = Mortal {
+            rig,
+            memory,
+            levels,
+        };
+        let mortal = mortal.die_and_rise();
+        assert_eq!(mortal.rig.read((NEW - 1) * CLUSTER, SECTOR), [9; SECTOR]);
+        mortal.rig.check_full();
+    }
+}
+
 #[test]
 fn a_clean_end_is_one_though_the_image_has_another_shape_since() {
     use std::sync::atomic::Ordering::Relaxed;
@@ -415,4 +659,53 @@ fn a_clean_end_is_one_though_the_image_has_another_shape_since() {
     assert_eq!(rig.engine.note(), Some(5));
     assert_eq!(rig.read(0, SECTOR), [7; SECTOR]);
     assert_eq!(memory.word(LEVELS).unwrap().load(Relaxed), 1);
+}
+
+#[test]
+fn a_process_takes_back_what_another_one_has_had_and_not_served() {
+    use std::sync::atomic::Ordering::Relaxed;
+    const MAGIC: usize = 0;
+    // How far the other process has come, and whether attributes are kept.
+    for (is_begun, is_cleared) in [(false, false), (true, false), (true, true)] {
+        for keeps_names in [true, false] {
+            let mortal = Mortal::single();
+            mortal.rig.write(0, &[7; SECTOR]).unwrap();
+            mortal.rig.engine.set_note(5);
+            mortal.rig.control(Control::Close).unwrap();
+            let levels = mortal.levels.clone();
+            let (rig, memory) = mortal.die();
+            if is_begun {
+                rig.engine.take_over(again(&memory)).unwrap();
+            }
+            if is_cleared {
+                memory.word(MAGIC).unwrap().store(0, Relaxed);
+            }
+            let disk = rig.disk.clone();
+            disk.kill();
+            drop(rig);
+            disk.restart();
+            if !keeps_names {
+                disk.set_opening(FileId(0), 0).unwrap();
+            }
+            let rig = Rig::open_chain(&disk, levels.clone(), awaiting());
+            assert!(rig.engine.awaits_take_over());
+            if is_begun && !keeps_names {
+                rig.engine.take_over(again(&memory)).unwrap_err();
+            }
+            rig.engine.take_back(again(&memory)).unwrap();
+            assert!(!rig.engine.awaits_take_over());
+            assert_eq!(rig.engine.note(), Some(5));
+            assert_eq!(rig.read(0, SECTOR), [7; SECTOR]);
+            // And on it goes.
+            rig.write(CLUSTER, &[8; SECTOR]).unwrap();
+            let mortal = Mortal {
+                rig,
+                memory,
+                levels,
+            }
+            .die_and_rise();
+            assert_eq!(mortal.rig.read(CLUSTER, SECTOR), [8; SECTOR]);
+            assert_eq!(mortal.rig.engine.note(), Some(5));
+        }
+    }
 }

@@ -1,6 +1,7 @@
 //! When and how the pages of the BAT are written.
 
 use super::*;
+use crate::ploop::bat::{Bat, BatSize};
 use crate::ploop::preempt;
 
 /// One cluster of each of so many md pages is on the disk.
@@ -77,6 +78,45 @@ fn pages_that_somebody_waits_for_are_written_first() {
 }
 
 #[test]
+fn every_dirty_page_of_a_large_disk_is_found() {
+    const PAGES: u32 = 200;
+    let size = BatSize {
+        entries: PAGES * 1024,
+        pages: PAGES,
+    };
+    let bat = Bat::holes(size, size).unwrap();
+    let dirty = || bat.dirty_pages().collect::<Vec<_>>();
+    assert!(dirty().is_empty());
+    let pages = [0, 1, 63, 64, 65, 130, PAGES - 1];
+    for page in pages.into_iter().rev() {
+        assert!(bat.mark_dirty(page));
+    }
+    assert_eq!(dirty(), pages);
+    assert!(!bat.mark_dirty(64));
+    bat.begin_writeback(64);
+    assert!(!dirty().contains(&64));
+    bat.end_writeback(64, false);
+    assert_eq!(dirty(), pages);
+}
+
+#[test]
+fn the_thread_is_not_called_for_nothing() {
+    let rig = rig();
+    turns(&rig, DELAY);
+    let next_call = || rig.md.borrow_mut().poll(rig.now.get());
+    assert_eq!(next_call(), None);
+    change(&rig, 1);
+    let delay = rig.engine.options.writeback_delay;
+    let due = next_call().expect("a page is dirty");
+    assert!(Duration::ZERO < due && due <= delay, "{due:?}");
+    // What is under way does not tell of its end here.
+    rig.now.set(rig.now.get() + delay);
+    assert_eq!(next_call(), Some(Duration::ZERO));
+    turns(&rig, DELAY);
+    assert_eq!(next_call(), None);
+}
+
+#[test]
 fn an_urgent_page_does_not_wait_for_its_delay_and_the_others_do() {
     let rig = rig();
     for page in [0, 2] {
@@ -86,6 +126,39 @@ fn an_urgent_page_does_not_wait_for_its_delay_and_the_others_do() {
     turns(&rig, 100);
     let pages = vec!["0x2000+0x1000".to_owned()];
     assert_eq!(writes_and_syncs(&rig), (pages, 0));
+}
+
+#[test]
+fn clusters_on_their_way_back_hurry_no_page_while_there_are_others() {
+    let rig = rig();
+    rig.discard(CLUSTER, CLUSTER).unwrap();
+    for page in [2, 4] {
+        change(&rig, page);
+    }
+    assert!(rig.engine.alloc.available() > rig.engine.options.low_water);
+    rig.engine.bat.mark_urgent(2);
+    turns(&rig, 100);
+    let pages = vec!["0x2000+0x1000".to_owned()];
+    assert_eq!(writes_and_syncs(&rig), (pages, 0));
+}
+
+#[test]
+fn where_space_is_short_the_next_write_of_a_page_brings_clusters_back() {
+    let rig = rig();
+    // The file grows no more.
+    rig.disk
+        .change_medium(|medium| medium.faults.allocate = 1.0);
+    while rig.engine.alloc.available() > rig.engine.options.low_water {
+        rig.engine.alloc.take();
+    }
+    let before = rig.engine.alloc.available();
+    rig.discard(CLUSTER, CLUSTER).unwrap();
+    change(&rig, 2);
+    rig.engine.bat.mark_urgent(2);
+    turns(&rig, 100);
+    let pages = ["0x2000+0x1000", "0x0+0x1000"].map(String::from);
+    assert_eq!(writes_and_syncs(&rig), (pages.into(), 1));
+    assert_eq!(rig.engine.alloc.available(), before, "one goes, one comes");
 }
 
 /// A round for one page, for which nobody waits, ends with a sync, because space became

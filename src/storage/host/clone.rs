@@ -8,7 +8,7 @@ use std::io;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::sync::atomic::{AtomicI32, Ordering};
 use std::sync::{Arc, mpsc};
-use std::thread::{self, JoinHandle};
+use std::thread::JoinHandle;
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 use rustix::io::Errno;
@@ -16,6 +16,7 @@ use rustix::io::Errno;
 use super::errno;
 use super::file::SharedFile;
 use crate::storage::Op;
+use crate::threads::{self, Role};
 
 /// What to clone, and where to.
 #[derive(Debug)]
@@ -131,7 +132,7 @@ impl Cloner {
     /// When there can be no more threads.
     pub(super) fn start() -> io::Result<Self> {
         let (work, inbox) = mpsc::channel::<(CloneRange, Arc<Cloning>)>();
-        let thread = thread::Builder::new().name("clone".into()).spawn(move || {
+        let thread = threads::start(Role::Clone, "clone", move || {
             for (range, cloning) in inbox {
                 cloning.end(range.run());
             }

@@ -7,12 +7,12 @@
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
-use rustix::fs::{AtFlags, OFlags, StatxFlags, XattrFlags};
+use rustix::fs::{AtFlags, OFlags, Statx, StatxFlags, XattrFlags};
 use rustix::io::Errno;
 
 use super::{Cache, HostFile};
@@ -102,6 +102,9 @@ impl Fallocation {
 pub(super) struct SharedFile {
     /// For the methods that block, and for threads that cannot have their own.
     file: File,
+    /// In its place since direct I/O was given up. `file` stays: what was written to it
+    /// has to be synced there, see [`Description::given_up`].
+    buffered: OnceLock<File>,
     /// The caller's description, to which locks belong.
     given: File,
     path: PathBuf,
@@ -122,6 +125,8 @@ pub(super) struct SharedFile {
     /// How long the file was made or seen to be, in bytes. Nobody else may make it
     /// shorter.
     known_len: AtomicU64,
+    /// What it took on the disk when that was looked at last, in units of 512 bytes.
+    known_blocks: AtomicU64,
     /// How long it was when it was found that somebody had; `NOT_CUT` as long as
     /// nobody has.
     cut_at: AtomicU64,
@@ -163,10 +168,13 @@ impl SharedFile {
             // GlusterFS says that it has zeroed, and has not.
             refused[Fallocation::ZeroRange as usize].store(true, Relaxed);
         }
+        let metadata = file.metadata()?;
         Ok(Self {
-            known_len: AtomicU64::new(file.metadata()?.len()),
+            known_len: AtomicU64::new(metadata.len()),
+            known_blocks: AtomicU64::new(metadata.blocks()),
             cut_at: AtomicU64::new(NOT_CUT),
             file,
+            buffered: OnceLock::new(),
             given,
             path,
             writable,
@@ -184,7 +192,7 @@ impl SharedFile {
     pub(super) fn reserve(&self, offset: u64, len: u64) -> io::Result<()> {
         self.require_uncut()?;
         let keep = rustix::fs::FallocateFlags::KEEP_SIZE;
-        match rustix::fs::fallocate(&self.file, keep, offset, len) {
+        match rustix::fs::fallocate(self.file(), keep, offset, len) {
             Err(Errno::OPNOTSUPP | Errno::NOSYS) => Ok(()),
             result => Ok(result?),
         }
@@ -195,9 +203,11 @@ impl SharedFile {
     pub(super) fn pretend_direct(file: File, alignment: Alignment) -> Self {
         Self {
             known_len: AtomicU64::new(file.metadata().expect("it is open").len()),
+            known_blocks: AtomicU64::new(0),
             cut_at: AtomicU64::new(NOT_CUT),
             given: file.try_clone().expect("a descriptor can be copied"),
             file,
+            buffered: OnceLock::new(),
             path: PathBuf::from("pretended"),
             writable: true,
             opened_direct: true,
@@ -237,21 +247,29 @@ impl SharedFile {
         Ok(self.file.metadata()?.len())
     }
 
-    /// Cuts or extends it to `len` bytes.
-    pub(super) fn set_len(&self, len: u64) -> io::Result<()> {
+    /// In bytes, and no less than it is known to be: a server can be late to say (GlusterFS's
+    /// client for a second or so).
+    pub(super) fn len_at_least(&self) -> io::Result<u64> {
+        Ok(self.len()?.max(self.known_len.load(Relaxed)))
+    }
+
+    /// Cuts or extends it to `len` bytes, or a little more: the caller then zeroes what
+    /// is behind ([`filesystem::len_to_set`]). Says how long it is.
+    pub(super) fn set_len(&self, len: u64) -> io::Result<u64> {
         let _guard = self.length.lock().unwrap_or_else(PoisonError::into_inner);
         self.require_uncut()?;
-        self.file.set_len(len)?;
+        let len = filesystem::len_to_set(self.file(), len, self.known_len.load(Relaxed))?;
+        self.file().set_len(len)?;
         self.known_len.store(len, Relaxed);
-        Ok(())
+        Ok(len)
     }
 
     /// Extends it to `len` bytes if it is shorter.
     pub(super) fn extend_to(&self, len: u64) -> io::Result<()> {
         let _guard = self.length.lock().unwrap_or_else(PoisonError::into_inner);
         self.require_uncut()?;
-        if self.len()? < len {
-            self.file.set_len(len)?;
+        if self.len_at_least()? < len {
+            self.file().set_len(len)?;
         }
         self.has_grown_to(len);
         Ok(())
@@ -298,17 +316,40 @@ impl SharedFile {
     }
 
     /// Whether the file is shorter than it was known to be, or was found cut. What
-    /// it has grown is taken note of.
+    /// it has grown, and what it takes on the disk, is taken note of.
     pub(super) fn seems_cut(&self) -> bool {
         let _guard = self.length.lock().unwrap_or_else(PoisonError::into_inner);
-        let is_short = |len| len < self.known_len.fetch_max(len, Relaxed);
-        self.is_cut() || filesystem::len_now(&self.file).is_ok_and(is_short)
+        let is_short = |stat: Statx| {
+            self.known_blocks.store(stat.stx_blocks, Relaxed);
+            stat.stx_size < self.known_len.fetch_max(stat.stx_size, Relaxed)
+        };
+        self.is_cut() || filesystem::stat_now(&self.file).is_ok_and(is_short)
+    }
+
+    /// What it takes on the disk, in bytes, as it was found last.
+    pub(super) fn known_allocation(&self) -> u64 {
+        self.known_blocks.load(Relaxed).saturating_mul(512)
+    }
+
+    /// Whether it is written to.
+    pub(super) fn is_writable(&self) -> bool {
+        self.writable
+    }
+
+    /// Whether its transfers go around the host's page cache at present.
+    pub(super) fn is_direct(&self) -> bool {
+        self.direct.load(Relaxed)
     }
 
     /// Whether a read that met the end of the file at `position` should have found
     /// data there.
     pub(super) fn misses_data_at(&self, position: u64) -> bool {
         position < self.known_len.load(Relaxed) && self.is_found_cut()
+    }
+
+    /// Whether the file is known to be longer than that.
+    pub(super) fn reaches_beyond(&self, position: u64) -> bool {
+        position < self.known_len.load(Relaxed)
     }
 
     /// Whether it was found to have been made shorter by somebody else.
@@ -365,9 +406,27 @@ impl SharedFile {
         }
     }
 
-    /// Of the description that all threads share.
+    /// The description that all threads share.
+    fn file(&self) -> &File {
+        self.buffered.get().unwrap_or(&self.file)
+    }
+
+    /// Its descriptor. Another one takes its place at most once, and both are open as long
+    /// as this lives.
     pub(super) fn raw_fd(&self) -> RawFd {
-        self.file.as_raw_fd()
+        self.file().as_raw_fd()
+    }
+
+    /// Puts a description without direct I/O in the place of the one that all threads
+    /// share.
+    fn open_buffered(&self) -> io::Result<()> {
+        if self.buffered.get().is_none() {
+            let file = reopen(&self.file, self.writable, false)?;
+            // Of threads that come at once one is the first; nothing was written to the
+            // others' descriptions.
+            let _ = self.buffered.set(file);
+        }
+        Ok(())
     }
 
     /// The unit in bytes, a power of two, in which space is given back.
@@ -412,8 +471,12 @@ pub(super) struct Description {
     shared: Arc<SharedFile>,
     /// `None`: the shared one is used.
     own: Option<File>,
+    /// The direct one that was there before `own`.
+    own_given_up: Option<File>,
     /// Whether `O_DIRECT` is set.
     direct: bool,
+    /// See [`Self::take_reopened`].
+    reopened: bool,
 }
 
 impl Description {
@@ -421,14 +484,18 @@ impl Description {
     /// rights given up meanwhile, too many descriptors), the shared one: it
     /// serves as well, with less speed.
     pub(super) fn open(shared: &Arc<SharedFile>) -> Self {
-        let own = reopen(&shared.file, shared.writable, shared.opened_direct);
-        if let Err(error) = &own {
-            let path = shared.path.display();
-            log::debug!("{path}: cannot be opened again ({error}), sharing a description");
-        }
-        Self {
-            own: own.ok(),
-            ..Self::share(shared)
+        let direct = shared.direct.load(Relaxed);
+        match reopen(&shared.file, shared.writable, direct) {
+            Ok(own) => Self {
+                own: Some(own),
+                direct,
+                ..Self::share(shared)
+            },
+            Err(error) => {
+                let path = shared.path.display();
+                log::debug!("{path}: cannot be opened again ({error}), sharing a description");
+                Self::share(shared)
+            }
         }
     }
 
@@ -437,7 +504,9 @@ impl Description {
         Self {
             shared: Arc::clone(shared),
             own: None,
-            direct: shared.opened_direct,
+            own_given_up: None,
+            direct: shared.opened_direct && shared.buffered.get().is_none(),
+            reopened: false,
         }
     }
 
@@ -466,12 +535,46 @@ impl Description {
         }
     }
 
+    /// Whether the descriptor is another one since this was asked for the last time.
+    pub(super) fn take_reopened(&mut self) -> bool {
+        std::mem::take(&mut self.reopened)
+    }
+
+    /// Who has asked for that could not make use of it, and will ask again.
+    pub(super) fn put_back_reopened(&mut self) {
+        self.reopened = true;
+    }
+
+    /// The description that was used until direct I/O was given up. A sync must include it:
+    /// a server may have taken writes and lost them since, or lose later what is still in
+    /// flight, and tell only who syncs or closes the description that they were made by
+    /// (GlusterFS's write-behind). So it is neither closed nor forgotten.
+    pub(super) fn given_up(&self) -> Option<BorrowedFd<'_>> {
+        let file = match self.own {
+            Some(_) => self.own_given_up.as_ref(),
+            None => self.shared.buffered.get().map(|_| &self.shared.file),
+        };
+        file.map(AsFd::as_fd)
+    }
+
+    /// Opens the file anew: a server that has opened it for direct I/O (GlusterFS with
+    /// `strict-o-direct`) does not learn of what `fcntl` changes here, and goes on refusing
+    /// what direct I/O cannot do. The locks stay where they are, with the caller's
+    /// description.
     fn clear_direct(&mut self) {
         // Even if it fails: the transfers then fail with their own error, and
         // are not tried for ever.
         self.direct = false;
-        if let Err(error) = set_direct(self.as_fd(), false) {
-            let path = self.shared.path.display();
+        let shared = &self.shared;
+        let opened = match &mut self.own {
+            Some(own) => reopen(own, shared.writable, false)
+                .map(|new| self.own_given_up = Some(std::mem::replace(own, new))),
+            None => shared.open_buffered(),
+        };
+        if opened.is_ok() {
+            self.reopened = true;
+        } else if let Err(error) = set_direct(self.as_fd(), false) {
+            let path = shared.path.display();
             log::error!("{path}: cannot turn direct I/O off: {error}");
         }
     }
@@ -479,7 +582,7 @@ impl Description {
 
 impl AsFd for Description {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.own.as_ref().unwrap_or(&self.shared.file).as_fd()
+        self.own.as_ref().unwrap_or(self.shared.file()).as_fd()
     }
 }
 
@@ -672,6 +775,57 @@ mod tests {
         }
         assert!(alignment.fits_memory(4, 512) && alignment.fits_memory(8, 1024));
         assert!(!alignment.fits_memory(2, 512) && !alignment.fits_memory(4, 8));
+    }
+
+    #[test]
+    fn where_the_file_system_does_not_say_it_what_direct_reads_need_is_found_by_trying() {
+        let target = Path::new(env!("CARGO_MANIFEST_DIR")).join("target");
+        let folder = tempfile::tempdir_in(target).expect("a folder");
+        let path = folder.path().join("image");
+        let found = |len: usize| {
+            std::fs::write(&path, vec![1; len]).expect("write");
+            let open = OpenOptions::new()
+                .read(true)
+                .custom_flags(libc::O_DIRECT)
+                .open(&path);
+            let file = open.expect("direct I/O");
+            (find_alignment(&file).expect("tried"), alignment_of(&file))
+        };
+        // What the file system says has nothing to do with what is in the file.
+        let said_of_long = found(1 << 20).1.expect("this file system says it");
+        // Too short to tell.
+        for len in [0, 4096, 8191] {
+            let (found, said) = found(len);
+            assert_eq!((found.memory, found.offset), (4096, 4096), "{len}");
+            assert_eq!(said.expect("it says it"), said_of_long, "{len}");
+        }
+        for len in [8192, 1 << 20] {
+            let (found, said) = found(len);
+            let said = said.expect("this file system says it");
+            assert!([512, 4096].contains(&found.offset), "{found:?}");
+            assert!(found.offset >= said.offset, "{found:?} {said:?}");
+            assert_eq!(
+                found.offset == 512,
+                said.offset <= 512,
+                "{found:?} {said:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_read_that_fails_for_another_reason_says_nothing_of_direct_io() {
+        let alignment = Alignment {
+            memory: 512,
+            offset: 512,
+        };
+        // Nothing is mapped at its start.
+        let memory = File::open("/proc/self/mem").expect("open");
+        let mut bytes = [0; 512];
+        let error = memory
+            .read_at(&mut bytes, 512)
+            .expect_err("nothing is there");
+        assert!(!is_refusal_of_direct(&error));
+        assert!(try_read(&memory, alignment).is_ok());
     }
 
     #[test]

@@ -9,19 +9,20 @@
 #[cfg(test)]
 mod tests;
 
+use std::os::fd::{AsRawFd, RawFd};
+
 use rustix::io::Errno;
 
 use super::errno;
 use super::file::{Alignment, Description, Fallocation, SharedFile, refuses_direct};
-use crate::storage::{AlignedBuf, Buffer, FileId, Op, Segment, ZeroMode};
+use super::pieces::{PIECE_LEN, Piece, Pieces};
+use crate::storage::{Buffer, FileId, Op, Segment, ZeroMode};
 
 /// How many segments the kernel takes at once (`IOV_MAX`).
 const MAX_SEGMENTS: usize = 1024;
 /// How many bytes are taken at once: what Linux transfers at most, which is also
 /// a multiple of every alignment.
 const MAX_TRANSFER: usize = 0x7fff_f000;
-/// The most that is zeroed by one write, in bytes.
-const MAX_ZEROES: usize = 256 << 10;
 /// How often a step may make no progress before that is an error.
 const PATIENCE: u8 = 100;
 
@@ -43,7 +44,13 @@ pub(super) enum Step {
         len: u64,
     },
     /// `fdatasync(2)`.
-    Sync,
+    Sync {
+        /// Not of the description at present but of this, which was used before.
+        given_up: Option<RawFd>,
+    },
+    /// Nothing yet: there is no piece of memory that it can go through. It is to be
+    /// asked again when another operation of this thread has given one back.
+    Wait,
     /// Nothing: the operation ends like this.
     Nothing(Result<(), Errno>),
 }
@@ -77,6 +84,8 @@ pub(super) struct Job {
     direct: Option<Alignment>,
     /// Steps in a row that made no progress.
     stalls: u8,
+    /// A sync has included the description that was given up.
+    given_up_synced: bool,
 }
 
 /// The way that the bytes take.
@@ -93,11 +102,16 @@ enum Route {
     ZeroFill(Box<ZeroFill>),
 }
 
+/// What is left of a transfer, a piece of memory at a time.
 #[derive(Debug)]
 struct Bounce {
-    memory: AlignedBuf,
-    /// Where in the file it starts.
+    /// Absent until there is one.
+    piece: Option<Piece>,
+    /// The current part, in bytes of the file.
     start: u64,
+    len: usize,
+    /// Of the last part.
+    end: u64,
 }
 
 /// Zeros from `at` to `end`, one chunk at a time. Where only whole blocks can be
@@ -106,13 +120,36 @@ struct Bounce {
 struct ZeroFill {
     at: u64,
     end: u64,
-    /// All zero, but for a chunk whose block is kept in part.
-    memory: AlignedBuf,
+    /// All zero, but for a chunk whose block is kept in part. Absent until there is
+    /// one.
+    piece: Option<Piece>,
     /// The current chunk, in bytes.
     chunk_start: u64,
     chunk_len: usize,
     /// The chunk is a block that is zeroed in part: it is being read first.
     reading: bool,
+}
+
+/// Why no step can be taken.
+enum Obstacle {
+    /// See [`Step::Wait`].
+    NoPiece,
+    Error(Errno),
+}
+
+impl From<Errno> for Obstacle {
+    fn from(error: Errno) -> Self {
+        Self::Error(error)
+    }
+}
+
+impl From<Obstacle> for Step {
+    fn from(obstacle: Obstacle) -> Self {
+        match obstacle {
+            Obstacle::NoPiece => Self::Wait,
+            Obstacle::Error(error) => Self::Nothing(Err(error)),
+        }
+    }
 }
 
 impl Job {
@@ -123,6 +160,7 @@ impl Job {
             through: 0,
             direct: None,
             stalls: 0,
+            given_up_synced: false,
         }
     }
 
@@ -136,6 +174,15 @@ impl Job {
         &self.op
     }
 
+    /// What it has of [`Pieces`], to be given back when it has ended.
+    pub(super) fn take_piece(&mut self) -> Option<Piece> {
+        match &mut self.route {
+            Route::Bounce(bounce) => bounce.piece.take(),
+            Route::ZeroFill(fill) => fill.piece.take(),
+            Route::Straight | Route::Rest(_) => None,
+        }
+    }
+
     /// Gives the operation back.
     pub(super) fn into_op(self) -> Op {
         self.op
@@ -147,8 +194,8 @@ impl Job {
     }
 
     /// What to do next. Until [`Self::ended`] says otherwise, asking again gives
-    /// the same step.
-    pub(super) fn step(&mut self, file: &mut Description) -> Step {
+    /// the same step. If it takes memory of our own, that is one of `pieces`.
+    pub(super) fn step(&mut self, file: &mut Description, pieces: &mut Pieces) -> Step {
         if let Some(end) = self.nothing_to_do() {
             return Step::Nothing(end);
         }
@@ -156,18 +203,20 @@ impl Job {
             return Step::Nothing(Err(Errno::IO));
         }
         match self.op {
-            Op::Read { .. } | Op::Write { .. } => self.transfer(file),
+            Op::Read { .. } | Op::Write { .. } => {
+                self.transfer(file, pieces).unwrap_or_else(Step::from)
+            }
             Op::Zero {
                 offset, len, mode, ..
             } => {
                 let what = Self::fallocation(mode);
                 if matches!(self.route, Route::ZeroFill(_)) {
-                    self.zero_fill(file)
+                    self.zero_fill(file, pieces).unwrap_or_else(Step::from)
                 } else if file.shared().can(what) {
                     Step::Fallocate { what, offset, len }
                 } else {
                     match self.start_zero_fill(file) {
-                        Verdict::Again => self.zero_fill(file),
+                        Verdict::Again => self.zero_fill(file, pieces).unwrap_or_else(Step::from),
                         Verdict::Done(end) => Step::Nothing(end),
                     }
                 }
@@ -180,7 +229,12 @@ impl Job {
                     Step::Nothing(extend(file, offset + len))
                 }
             }
-            Op::Sync { .. } => Step::Sync,
+            Op::Sync { .. } => Step::Sync {
+                given_up: file
+                    .given_up()
+                    .filter(|_| !self.given_up_synced)
+                    .map(|fd| fd.as_raw_fd()),
+            },
             Op::Clone { .. } => Step::Nothing(Err(Errno::OPNOTSUPP)),
         }
     }
@@ -198,6 +252,11 @@ impl Job {
             (Op::Allocate { offset, len, .. }, _) => {
                 file.shared().has_grown_to(offset + len);
                 Verdict::Done(Ok(()))
+            }
+            // If it was given up since the step was taken, that was its sync as well.
+            (Op::Sync { .. }, _) if !self.given_up_synced && file.given_up().is_some() => {
+                self.given_up_synced = true;
+                Verdict::Again
             }
             _ => Verdict::Done(Ok(())),
         }
@@ -281,14 +340,13 @@ impl Job {
 /// Transfers.
 impl Job {
     /// The next part of a read or a write.
-    fn transfer(&mut self, file: &mut Description) -> Step {
+    fn transfer(&mut self, file: &mut Description, pieces: &mut Pieces) -> Result<Step, Obstacle> {
         self.direct = file.direct();
         if let Some(alignment) = self.direct
             && matches!(self.route, Route::Straight)
             && !is_usable(&self.op, alignment)
-            && let Err(error) = self.bounce(alignment)
         {
-            return Step::Nothing(Err(error));
+            self.bounce(alignment)?;
         }
         let through = self.through;
         let (start, memory) = match (&mut self.op, &mut self.route) {
@@ -297,40 +355,46 @@ impl Job {
                 Route::Straight,
             ) => (*offset, memory_of(buffer)),
             (op, Route::Rest(rest)) => (op_offset(op), memory_of_list(rest)),
-            (_, Route::Bounce(bounce)) => (bounce.start, memory_from(&mut bounce.memory, through)),
+            (op, Route::Bounce(bounce)) => (bounce.start, bounce.memory(op, through, pieces)?),
             // Not reached: these are not transfers of the operation's own bytes.
-            _ => return Step::Nothing(Err(Errno::INVAL)),
+            _ => return Err(Errno::INVAL.into()),
         };
         let offset = start + through as u64;
-        match self.op {
+        Ok(match self.op {
             Op::Write { dsync, .. } => Step::Write {
                 offset,
                 memory,
                 dsync,
             },
             _ => Step::Read { offset, memory },
-        }
+        })
     }
 
     /// Changes to memory of our own. A write can only be bounced if it starts
     /// and ends where a transfer may: what else is in its first and last block
     /// is the caller's to know, since it must not change between.
     fn bounce(&mut self, alignment: Alignment) -> Result<(), Errno> {
-        let (start, memory) = match &self.op {
-            Op::Read { offset, buffer, .. } => {
-                let start = alignment.floor(*offset);
-                let end = alignment.ceil(*offset + buffer.len() as u64);
-                (start, zeroed((end - start) as usize))
-            }
+        let (start, end) = match &self.op {
+            Op::Read { offset, buffer, .. } => (
+                alignment.floor(*offset),
+                alignment.ceil(*offset + buffer.len() as u64),
+            ),
             Op::Write { offset, buffer, .. } => {
                 if !alignment.fits(*offset) || !alignment.fits(buffer.len() as u64) {
                     return Err(Errno::INVAL);
                 }
-                (*offset, copy_of(buffer))
+                (*offset, *offset + buffer.len() as u64)
             }
             _ => return Err(Errno::INVAL),
         };
-        self.route = Route::Bounce(Box::new(Bounce { memory, start }));
+        let mut bounce = Box::new(Bounce {
+            piece: None,
+            start,
+            len: 0,
+            end,
+        });
+        bounce.choose_len();
+        self.route = Route::Bounce(bounce);
         Ok(())
     }
 
@@ -339,7 +403,7 @@ impl Job {
     fn extent(&self) -> (u64, usize, bool) {
         let is_read = matches!(self.op, Op::Read { .. });
         match (&self.op, &self.route) {
-            (_, Route::Bounce(bounce)) => (bounce.start, bounce.memory.len(), is_read),
+            (_, Route::Bounce(bounce)) => (bounce.start, bounce.len, is_read),
             (_, Route::ZeroFill(fill)) => (fill.chunk_start, fill.chunk_len, fill.reading),
             (Op::Read { offset, buffer, .. } | Op::Write { offset, buffer, .. }, _) => {
                 (*offset, buffer.len(), is_read)
@@ -400,12 +464,24 @@ impl Job {
     fn reached_end_of_file(&mut self, file: &mut Description) -> Verdict {
         let through = self.through;
         let (start, ..) = self.extent();
-        if file.shared().misses_data_at(start + through as u64) {
+        let position = start + through as u64;
+        if file.shared().misses_data_at(position) {
             return Verdict::Done(Err(Errno::IO));
         }
+        if file.shared().reaches_beyond(position) {
+            // The end was behind that all the time, and a server late (GlusterFS with shards),
+            // or the file has become longer meanwhile. These are no zeros of ours to make up.
+            return self.stalled(Errno::IO);
+        }
         match (&mut self.op, &mut self.route) {
-            (_, Route::Bounce(bounce)) => bounce.memory[through..].fill(0),
-            (_, Route::ZeroFill(fill)) => fill.memory[through..fill.chunk_len].fill(0),
+            (_, Route::Bounce(bounce)) => {
+                let len = bounce.len;
+                zero(&mut bounce.piece, through, len);
+            }
+            (_, Route::ZeroFill(fill)) => {
+                let len = fill.chunk_len;
+                zero(&mut fill.piece, through, len);
+            }
             (Op::Read { buffer, .. }, _) => fill_zero_from(buffer, through),
             _ => {}
         }
@@ -414,10 +490,16 @@ impl Job {
 
     fn transfer_is_whole(&mut self, file: &mut Description) -> Verdict {
         match (&mut self.op, &mut self.route) {
-            (Op::Read { offset, buffer, .. }, Route::Bounce(bounce)) => {
-                let skip = (*offset - bounce.start) as usize;
-                copy_to(buffer, &bounce.memory[skip..]);
-                Verdict::Done(Ok(()))
+            (op, Route::Bounce(bounce)) => {
+                bounce.copy_out(op);
+                self.through = 0;
+                if bounce.is_last() {
+                    Verdict::Done(Ok(()))
+                } else {
+                    bounce.go_on();
+                    bounce.copy_in(op);
+                    Verdict::Again
+                }
             }
             (_, Route::ZeroFill(fill)) => {
                 self.through = 0;
@@ -432,6 +514,52 @@ impl Job {
     }
 }
 
+impl Bounce {
+    /// The memory of the current part without its first `through` bytes.
+    fn memory(&mut self, op: &Op, through: usize, pieces: &mut Pieces) -> Result<Memory, Obstacle> {
+        if self.piece.is_none() {
+            self.piece = Some(pieces.take()?.ok_or(Obstacle::NoPiece)?);
+            self.copy_in(op);
+        }
+        let piece = self.piece.as_mut().ok_or(Obstacle::NoPiece)?;
+        Ok(memory_from(&mut piece.memory[..self.len], through))
+    }
+
+    fn choose_len(&mut self) {
+        // Start and end are aligned, and so is the length of a piece.
+        self.len = (self.end - self.start).min(PIECE_LEN as u64) as usize;
+    }
+
+    fn is_last(&self) -> bool {
+        self.start + self.len as u64 == self.end
+    }
+
+    fn go_on(&mut self) {
+        self.start += self.len as u64;
+        self.choose_len();
+    }
+
+    /// The bytes of a write into the piece.
+    fn copy_in(&mut self, op: &Op) {
+        if let (Op::Write { offset, buffer, .. }, Some(piece)) = (op, &mut self.piece) {
+            let from = (self.start - offset) as usize;
+            copy_from_buffer(buffer, from, &mut piece.memory[..self.len]);
+        }
+    }
+
+    /// The bytes of a read from the piece, without what is around them in the first
+    /// and the last block.
+    fn copy_out(&self, op: &mut Op) {
+        if let (Op::Read { offset, buffer, .. }, Some(piece)) = (op, &self.piece) {
+            let part_end = self.start + self.len as u64;
+            let from = self.start.max(*offset);
+            let to = part_end.min(*offset + buffer.len() as u64);
+            let bytes = &piece.memory[(from - self.start) as usize..(to - self.start) as usize];
+            copy_to_buffer(buffer, (from - *offset) as usize, bytes);
+        }
+    }
+}
+
 /// Zeros by writing.
 impl Job {
     fn start_zero_fill(&mut self, file: &mut Description) -> Verdict {
@@ -439,7 +567,7 @@ impl Job {
             return Verdict::Done(Err(Errno::INVAL));
         };
         // Writes beyond the end would make the file longer.
-        let file_len = match file.shared().len() {
+        let file_len = match file.shared().len_at_least() {
             Ok(len) => len,
             Err(error) => return Verdict::Done(Err(errno(error))),
         };
@@ -447,31 +575,28 @@ impl Job {
         if offset >= end {
             return Verdict::Done(Ok(()));
         }
-        let alignment = file.direct();
-        let block = alignment.map_or(1, |alignment| alignment.offset as usize);
-        let size = (end - offset).min(MAX_ZEROES as u64) as usize;
         let mut fill = ZeroFill {
             at: offset,
             end,
-            memory: zeroed(size.next_multiple_of(block)),
+            piece: None,
             chunk_start: 0,
             chunk_len: 0,
             reading: false,
         };
-        fill.plan_chunk(alignment);
+        fill.plan_chunk(file.direct());
         self.route = Route::ZeroFill(Box::new(fill));
         Verdict::Again
     }
 
-    fn zero_fill(&mut self, file: &mut Description) -> Step {
+    fn zero_fill(&mut self, file: &mut Description, pieces: &mut Pieces) -> Result<Step, Obstacle> {
         let through = self.through;
         let Route::ZeroFill(fill) = &mut self.route else {
-            return Step::Nothing(Err(Errno::INVAL));
+            return Err(Errno::INVAL.into());
         };
         self.direct = file.direct();
         let offset = fill.chunk_start + through as u64;
-        let memory = memory_from(&mut fill.memory[..fill.chunk_len], through);
-        if fill.reading {
+        let memory = fill.memory(through, pieces)?;
+        Ok(if fill.reading {
             Step::Read { offset, memory }
         } else {
             Step::Write {
@@ -479,11 +604,21 @@ impl Job {
                 memory,
                 dsync: false,
             }
-        }
+        })
     }
 }
 
 impl ZeroFill {
+    /// The memory of the current chunk without its first `through` bytes.
+    fn memory(&mut self, through: usize, pieces: &mut Pieces) -> Result<Memory, Obstacle> {
+        if self.piece.is_none() {
+            self.piece = Some(pieces.take()?.ok_or(Obstacle::NoPiece)?);
+            zero(&mut self.piece, 0, PIECE_LEN);
+        }
+        let piece = self.piece.as_mut().ok_or(Obstacle::NoPiece)?;
+        Ok(memory_from(&mut piece.memory[..self.chunk_len], through))
+    }
+
     /// Chooses the chunk at `at`: a block that is zeroed in part, or as many
     /// whole ones as there is memory for.
     fn plan_chunk(&mut self, alignment: Option<Alignment>) {
@@ -495,7 +630,7 @@ impl ZeroFill {
         self.chunk_len = if self.reading {
             block as usize
         } else {
-            let whole = (self.memory.len() as u64).min(len);
+            let whole = (PIECE_LEN as u64).min(len);
             (whole - whole % block) as usize
         };
     }
@@ -505,11 +640,11 @@ impl ZeroFill {
         if self.reading {
             let from = (self.at - self.chunk_start) as usize;
             let to = (self.end - self.chunk_start).min(self.chunk_len as u64) as usize;
-            self.memory[from..to].fill(0);
+            zero(&mut self.piece, from, to);
             self.reading = false;
             return true;
         }
-        self.memory[..self.chunk_len].fill(0);
+        zero(&mut self.piece, 0, self.chunk_len);
         self.at = self.chunk_start + self.chunk_len as u64;
         if self.at >= self.end {
             return false;
@@ -549,31 +684,25 @@ fn is_usable(op: &Op, alignment: Alignment) -> bool {
         }
 }
 
-fn zeroed(len: usize) -> AlignedBuf {
-    let mut bytes = AlignedBuf::new(4096);
-    bytes.resize(len, 0);
-    bytes
-}
-
-fn copy_of(buffer: &Buffer) -> AlignedBuf {
-    match buffer {
-        Buffer::Client(segments) => {
-            let mut bytes = zeroed(segments.len());
-            segments.copy_to(0, &mut bytes);
-            bytes
-        }
-        Buffer::Owned(bytes) => bytes.clone(),
+fn zero(piece: &mut Option<Piece>, from: usize, to: usize) {
+    if let Some(piece) = piece {
+        piece.memory[from..to].fill(0);
     }
 }
 
-/// Fills the buffer from the start of `bytes`.
-fn copy_to(buffer: &mut Buffer, bytes: &[u8]) {
+/// Fills `bytes` from the buffer, from its byte `from` on.
+fn copy_from_buffer(buffer: &Buffer, from: usize, bytes: &mut [u8]) {
     match buffer {
-        Buffer::Client(segments) => segments.copy_from(0, &bytes[..segments.len()]),
-        Buffer::Owned(to) => {
-            let len = to.len();
-            to.copy_from_slice(&bytes[..len]);
-        }
+        Buffer::Client(segments) => segments.copy_to(from, bytes),
+        Buffer::Owned(own) => bytes.copy_from_slice(&own[from..from + bytes.len()]),
+    }
+}
+
+/// Puts `bytes` into the buffer, from its byte `to` on.
+fn copy_to_buffer(buffer: &mut Buffer, to: usize, bytes: &[u8]) {
+    match buffer {
+        Buffer::Client(segments) => segments.copy_from(to, bytes),
+        Buffer::Owned(own) => own[to..to + bytes.len()].copy_from_slice(bytes),
     }
 }
 

@@ -5,6 +5,7 @@
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, RawFd};
+use std::sync::Arc;
 
 use rustix::io::Errno;
 
@@ -12,12 +13,14 @@ use super::Files;
 use super::clone::CloneRange;
 use super::file::Description;
 use super::job::{Job, Memory, Step, Verdict};
+use super::pieces::Pieces;
 use crate::storage::{Completion, Op, Segment};
 
 /// One thread's access by plain system calls.
 #[derive(Debug)]
 pub struct Psync {
     files: Files,
+    pieces: Pieces,
     /// First those that are done, then those that were queued since.
     completions: Vec<Completion>,
     done: usize,
@@ -25,9 +28,10 @@ pub struct Psync {
 }
 
 impl Psync {
-    pub(super) fn new(files: Files, depth: u32) -> Self {
+    pub(super) fn new(files: Files, pieces: Pieces, depth: u32) -> Self {
         Self {
             files,
+            pieces,
             completions: Vec::new(),
             done: 0,
             depth: depth.max(1) as usize,
@@ -58,7 +62,7 @@ impl Psync {
             };
             let mut job = Job::new(std::mem::replace(&mut completion.op, stand_in));
             completion.result = match self.files.get(job.file()) {
-                Ok(file) => perform(&mut job, file),
+                Ok(file) => perform(&mut job, file, &mut self.pieces),
                 Err(error) => Err(error),
             };
             completion.op = job.into_op();
@@ -85,14 +89,25 @@ impl Psync {
 /// Does an operation and gives it back.
 pub(super) fn run(op: Op, file: &mut Description) -> Result<Op, Errno> {
     let mut job = Job::new(op);
-    perform(&mut job, file)?;
+    // Rare, and of the file's owner, so it has a piece for itself.
+    perform(&mut job, file, &mut Pieces::new(Arc::default()))?;
     Ok(job.into_op())
 }
 
-fn perform(job: &mut Job, file: &mut Description) -> Result<(), Errno> {
+fn perform(job: &mut Job, file: &mut Description, pieces: &mut Pieces) -> Result<(), Errno> {
+    let result = take_steps(job, file, pieces);
+    if let Some(piece) = job.take_piece() {
+        pieces.give(piece);
+    }
+    result
+}
+
+fn take_steps(job: &mut Job, file: &mut Description, pieces: &mut Pieces) -> Result<(), Errno> {
     loop {
-        let result = match job.step(file) {
+        let result = match job.step(file, pieces) {
             Step::Nothing(end) => return end,
+            // Not reached: it is the only one, and the thread has a piece of its own.
+            Step::Wait => return Err(Errno::AGAIN),
             step => call(&step, file),
         };
         if let Verdict::Done(end) = job.ended(result, file) {
@@ -119,8 +134,8 @@ pub(super) fn call(step: &Step, file: &Description) -> i32 {
             unsafe { libc::fallocate(fd, what.mode(), offset as i64, len as i64) as isize }
         }
         // SAFETY: no memory is passed.
-        Step::Sync => unsafe { libc::fdatasync(fd) as isize },
-        Step::Nothing(_) => 0,
+        Step::Sync { given_up } => unsafe { libc::fdatasync(given_up.unwrap_or(fd)) as isize },
+        Step::Wait | Step::Nothing(_) => 0,
     };
     match result {
         -1 => -io::Error::last_os_error()

@@ -13,6 +13,7 @@ use rand::{Rng, SeedableRng};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::file::{Alignment, Fallocation};
+use super::job::{Job, Step, Verdict};
 use super::*;
 use crate::storage::ZeroMode;
 use crate::storage::lock::{ImageLock, LockError, LockMode};
@@ -24,11 +25,17 @@ enum Way {
     Ring(Generation),
 }
 
-const WAYS: [Way; 3] = [
+const WAYS: [Way; 4] = [
     Way::Psync,
     Way::Ring(Generation::Cooperative),
+    Way::Ring(Generation::Restricted),
     Way::Ring(Generation::Plain),
 ];
+
+/// Of a thread of a disk that has no other.
+fn pieces() -> Pieces {
+    Pieces::new(Arc::default())
+}
 
 fn only(generation: Generation) -> &'static [Generation] {
     let at = Generation::ALL.iter().position(|&g| g == generation);
@@ -37,10 +44,22 @@ fn only(generation: Generation) -> &'static [Generation] {
 
 /// Access in a certain way; `None`, said aloud, if the kernel is too old for it.
 fn open_way(disk: &HostDisk, way: Way, depth: u32) -> Option<HostIo> {
-    let files = Files::new(Arc::clone(&disk.files));
+    access(Files::new(Arc::clone(&disk.files)), way, depth)
+}
+
+/// The same of a thread that cannot open the only file for itself.
+fn share_way(disk: &HostDisk, way: Way) -> Option<HostIo> {
+    let files = Files {
+        open: vec![Some(Description::share(&disk.files[0]))],
+        shared: Arc::clone(&disk.files),
+    };
+    access(files, way, 4)
+}
+
+fn access(files: Files, way: Way, depth: u32) -> Option<HostIo> {
     match way {
-        Way::Psync => Some(HostIo(Access::Psync(Psync::new(files, depth)))),
-        Way::Ring(generation) => match Uring::new(files, depth, only(generation)) {
+        Way::Psync => Some(HostIo(Access::Psync(Psync::new(files, pieces(), depth)))),
+        Way::Ring(generation) => match Uring::new(files, pieces(), depth, only(generation)) {
             Ok(ring) => Some(HostIo(Access::Uring(Box::new(ring)))),
             Err(error) => {
                 eprintln!("LEFT OUT: io_uring, {generation:?}: {error}");
@@ -557,7 +576,7 @@ fn a_batch_of_cached_reads_is_one_system_call() {
     disk.read_exact_at(TOP, &mut vec![0; bytes.len()], 0)
         .expect("now it is cached");
     let files = Files::new(Arc::clone(&disk.files));
-    let mut ring = Uring::new(files, 64, &Generation::ALL).expect("io_uring");
+    let mut ring = Uring::new(files, pieces(), 64, &Generation::ALL).expect("io_uring");
     for round in 1..=3 {
         for n in 0..32_u64 {
             ring.queue(n, read_op(n * 8192, 4096)).expect("room");
@@ -579,6 +598,41 @@ fn a_batch_of_cached_reads_is_one_system_call() {
 }
 
 #[test]
+fn a_ring_does_nothing_but_what_it_is_there_for() {
+    use io_uring::{opcode, squeue, types};
+
+    let folder = &folders()[0];
+    let (path, _) = new_file(folder, 1 << 20, 9);
+    let given = host_file(&path, true);
+    let disk = HostDisk::new(vec![given], HostOptions::default()).expect("disk");
+    let files = Files::new(Arc::clone(&disk.files));
+    let mut ring = Uring::new(files, pieces(), 8, only(Generation::Restricted)).expect("io_uring");
+    let there = c"/proc/version";
+    let here = types::Fd(libc::AT_FDCWD);
+    let others = [
+        opcode::OpenAt::new(here, there.as_ptr()).build(),
+        opcode::Socket::new(libc::AF_UNIX, libc::SOCK_STREAM, 0).build(),
+        opcode::UnlinkAt::new(here, there.as_ptr()).build(),
+        opcode::Nop::new().build().flags(squeue::Flags::IO_DRAIN),
+    ];
+    for entry in &others {
+        // SAFETY: what it points to is static.
+        unsafe { ring.ring.submission().push(entry) }.expect("there is room");
+        ring.ring.submit_and_wait(1).expect("submitted");
+        let end = ring.ring.completion().next().expect("waited for");
+        assert_eq!(end.result(), -libc::EACCES, "{entry:?}");
+    }
+
+    let refused = ring.ring.submitter().register_eventfd(0);
+    let refused = refused
+        .expect_err("not one of those that are used")
+        .raw_os_error();
+    assert_eq!(refused, Some(libc::EACCES));
+    let refused = ring.ring.submitter().register_files(&[0]);
+    assert!(refused.is_err());
+}
+
+#[test]
 fn a_ring_keeps_the_locks_until_it_is_gone() {
     let folder = &folders()[0];
     let (path, _) = new_file(folder, 1 << 20, 9);
@@ -586,7 +640,7 @@ fn a_ring_keeps_the_locks_until_it_is_gone() {
     let lock = ImageLock::acquire(&given.file, LockMode::ReadWrite).expect("nobody else");
     let disk = HostDisk::new(vec![given], HostOptions::default()).expect("disk");
     let files = Files::new(Arc::clone(&disk.files));
-    let ring = Uring::new(files, 4, &Generation::ALL).expect("io_uring");
+    let ring = Uring::new(files, pieces(), 4, &Generation::ALL).expect("io_uring");
     // What a ring with requests in flight is when its process has been killed: all
     // descriptors are closed, and it is still there.
     // SAFETY: the ring is open.
@@ -659,7 +713,7 @@ fn a_file_opened_for_reading_is_not_written_to() {
 fn an_io_error_of_the_kernel_goes_to_its_operation_alone() {
     let memory = host_file(Path::new("/proc/self/mem"), false);
     let shared = SharedFile::new(memory, Cache::Writeback).expect("open");
-    let disk = HostDisk::of_shared(vec![Arc::new(shared)], false);
+    let disk = HostDisk::of_shared(vec![Arc::new(shared)], super::Way::Plain);
     let good = [42_u8; 64];
     for way in WAYS {
         let Some(mut io) = open_way(&disk, way, 4) else {
@@ -735,7 +789,7 @@ fn direct_io_that_does_not_work_is_given_up_by_all_threads() {
                 offset: 1,
             };
             let shared = Arc::new(SharedFile::pretend_direct(file, none));
-            let disk = HostDisk::of_shared(vec![shared], false);
+            let disk = HostDisk::of_shared(vec![shared], super::Way::Plain);
             let (Some(mut io), Some(mut other)) =
                 (open_way(&disk, way, 4), open_way(&disk, way, 4))
             else {
@@ -754,12 +808,233 @@ fn direct_io_that_does_not_work_is_given_up_by_all_threads() {
     }
 }
 
+/// A server with a file that is opened for direct I/O and taken to be direct.
+#[cfg(not(ploop_loom))]
+fn direct_at_server() -> Option<(crate::storage::one_file_fs::OneFileFs, HostDisk)> {
+    let served = crate::storage::one_file_fs::OneFileFs::mount()?;
+    let file = File::options()
+        .read(true)
+        .write(true)
+        .custom_flags(libc::O_DIRECT)
+        .open(served.path())
+        .expect("it takes that");
+    let none = Alignment {
+        memory: 1,
+        offset: 1,
+    };
+    let shared = Arc::new(SharedFile::pretend_direct(file, none));
+    let disk = HostDisk::of_shared(vec![shared], super::Way::Plain);
+    served.take_uses();
+    Some((served, disk))
+}
+
+/// A server may tell of a lost write only where that was made.
+#[cfg(not(ploop_loom))]
+#[test]
+fn without_direct_io_what_is_written_is_synced_where_it_was_written() {
+    use crate::storage::one_file_fs::{Answers, Use};
+    let Some((served, disk)) = direct_at_server() else {
+        return;
+    };
+    disk.forgo_direct();
+    for _ in 0..2 {
+        disk.write_all_at(TOP, b"mark", 0).expect("write");
+        disk.sync(TOP).expect("sync");
+    }
+    let uses = served.take_uses();
+    let is_open = |what: &&Use| matches!(what, Use::Open(_));
+    assert_eq!(uses.iter().filter(is_open).count(), 1, "{uses:?}");
+    assert_eq!(
+        uses.iter().filter(|what| **what == Use::Write(1)).count(),
+        2
+    );
+    assert_eq!(uses.iter().filter(|what| **what == Use::Sync(1)).count(), 2);
+    served.answer(Answers {
+        loses_writes: true,
+        ..Answers::default()
+    });
+    disk.write_all_at(TOP, b"mark", 0).expect("write");
+    disk.sync(TOP).expect_err("it is lost");
+    disk.sync(TOP).expect("it was told");
+}
+
+#[cfg(not(ploop_loom))]
+#[test]
+fn what_was_written_directly_is_synced_after_direct_io_was_given_up() {
+    use crate::storage::one_file_fs::Answers;
+    let loses = Answers {
+        loses_writes: true,
+        ..Answers::default()
+    };
+    let Some((served, disk)) = direct_at_server() else {
+        return;
+    };
+    served.answer(loses);
+    disk.write_all_at(TOP, b"mark", 0).expect("write");
+    served.answer(Answers::default());
+    disk.forgo_direct();
+    disk.write_all_at(TOP, b"mark", 0).expect("write");
+    disk.sync(TOP).expect_err("the first is lost");
+    disk.sync(TOP).expect("it was told");
+
+    for way in WAYS {
+        let (served, disk) = direct_at_server().expect("as before");
+        let Some(mut io) = open_way(&disk, way, 4) else {
+            continue;
+        };
+        served.answer(loses);
+        assert_eq!(run_one(&mut io, write_op(0, b"data", false)).0, Ok(()));
+        served.answer(Answers::default());
+        disk.forgo_direct();
+        assert_eq!(run_one(&mut io, write_op(0, b"data", false)).0, Ok(()));
+        let sync = || Op::Sync { file: TOP };
+        assert_eq!(run_one(&mut io, sync()).0, Err(Errno::IO), "{way:?}");
+        assert_eq!(run_one(&mut io, sync()).0, Ok(()), "{way:?}");
+        // And what is written now.
+        served.answer(loses);
+        assert_eq!(run_one(&mut io, write_op(0, b"data", false)).0, Ok(()));
+        assert_eq!(run_one(&mut io, sync()).0, Err(Errno::IO), "{way:?}");
+    }
+}
+
+/// A thread that could not open the file for itself goes on with what all have.
+#[cfg(not(ploop_loom))]
+#[test]
+fn a_shared_description_is_synced_before_and_after_direct_io_was_given_up() {
+    use crate::storage::one_file_fs::Answers;
+    let loses = Answers {
+        loses_writes: true,
+        ..Answers::default()
+    };
+    for way in WAYS {
+        let Some((served, disk)) = direct_at_server() else {
+            return;
+        };
+        let Some(mut io) = share_way(&disk, way) else {
+            continue;
+        };
+        let sync = || Op::Sync { file: TOP };
+        served.answer(loses);
+        assert_eq!(run_one(&mut io, write_op(0, b"data", false)).0, Ok(()));
+        served.answer(Answers::default());
+        disk.forgo_direct();
+        // All switch with the first; this thread does not know yet.
+        disk.write_all_at(TOP, b"mark", 0).expect("write");
+        assert_eq!(run_one(&mut io, sync()).0, Err(Errno::IO), "{way:?}");
+        served.answer(loses);
+        assert_eq!(run_one(&mut io, write_op(0, b"data", false)).0, Ok(()));
+        assert_eq!(run_one(&mut io, sync()).0, Err(Errno::IO), "{way:?}");
+        assert_eq!(run_one(&mut io, sync()).0, Ok(()), "{way:?}");
+    }
+}
+
+/// The ring is told of what was opened as soon as it listens.
+#[cfg(not(ploop_loom))]
+#[test]
+fn a_description_that_a_ring_could_not_be_told_of_is_told_later() {
+    use crate::storage::one_file_fs::Answers;
+    for way in &WAYS[1..] {
+        let Some((served, disk)) = direct_at_server() else {
+            return;
+        };
+        let Some(mut io) = open_way(&disk, *way, 4) else {
+            continue;
+        };
+        served.answer(Answers {
+            direct_write: Some(fuser::Errno::EINVAL),
+            ..Answers::default()
+        });
+        disk.forgo_direct();
+        let register = libc::SYS_io_uring_register;
+        let refused = where_io_uring_fails(register, libc::ENOMEM, || {
+            run_one(&mut io, write_op(0, b"data", false)).0
+        });
+        assert_eq!(refused, Err(Errno::NOMEM), "{way:?}");
+        let result = run_one(&mut io, write_op(0, b"data", false)).0;
+        assert_eq!(result, Ok(()), "{way:?}");
+    }
+    // The same of a lower file that is opened when it is read.
+    let folder = &folders()[0];
+    let (path, bytes) = new_file(folder, 8192, 25);
+    let shared = || {
+        let file = SharedFile::new(host_file(&path, false), Cache::Writeback);
+        Arc::new(file.expect("opens"))
+    };
+    let disk = HostDisk::of_shared(vec![shared(), shared()], super::Way::Plain);
+    for way in &WAYS[1..] {
+        let Some(mut io) = open_way(&disk, *way, 4) else {
+            continue;
+        };
+        let read = || Op::Read {
+            file: FileId(0),
+            offset: 0,
+            buffer: Buffer::Owned(AlignedBuf::from_slice(4096, &[0; 8192])),
+        };
+        let register = libc::SYS_io_uring_register;
+        let refused = where_io_uring_fails(register, libc::ENOMEM, || run_one(&mut io, read()).0);
+        assert_eq!(refused, Err(Errno::NOMEM), "{way:?}");
+        let (result, op) = run_one(&mut io, read());
+        assert_eq!(result, Ok(()), "{way:?}");
+        assert!(bytes_of(op) == bytes);
+    }
+}
+
+/// As long as a shard is at least.
+#[cfg(not(ploop_loom))]
+const SHARD: u64 = 4 << 20;
+
+#[cfg(not(ploop_loom))]
+#[test]
+fn a_file_whose_tail_could_not_be_zeroed_is_not_taken_for_cut() {
+    use crate::storage::one_file_fs::{Answers, OneFileFs};
+    let Some(served) = OneFileFs::mount() else {
+        return;
+    };
+    // From the start: the kernel remembers a server that knows no `lseek` at all.
+    served.answer(Answers {
+        keeps_shards: true,
+        write: Some(fuser::Errno::EIO),
+        ..Answers::default()
+    });
+    let disk = disk_with(&served.path(), Cache::Writeback);
+    disk.set_len(TOP, 2 * SHARD).expect("extend");
+    disk.set_len(TOP, SHARD).expect_err("old data may be there");
+    assert_eq!(served.len(), SHARD + crate::storage::filesystem::KEPT_TAIL);
+    let file = &disk.files[0];
+    assert!(!file.seems_cut() && !file.is_found_cut());
+}
+
+#[cfg(not(ploop_loom))]
+#[test]
+fn a_tail_that_direct_io_cannot_zero_is_zeroed_without() {
+    use crate::storage::one_file_fs::{Answers, OneFileFs, Use};
+    let Some(served) = OneFileFs::mount() else {
+        return;
+    };
+    served.answer(Answers {
+        keeps_shards: true,
+        direct_write: Some(fuser::Errno::EINVAL),
+        ..Answers::default()
+    });
+    let disk = disk_with(&served.path(), Cache::None);
+    assert_ne!(disk.write_alignment(), 1, "it is direct");
+    disk.set_len(TOP, 2 * SHARD).expect("extend");
+    served.take_uses();
+    disk.set_len(TOP, SHARD).expect("cut");
+    assert_eq!(served.len(), SHARD + crate::storage::filesystem::KEPT_TAIL);
+    let uses = served.take_uses();
+    assert!(
+        matches!(uses[..], [Use::Write(_), Use::Open(new), Use::Write(last)] if last == new),
+        "{uses:?}"
+    );
+}
+
 /// Files of proc cannot be opened with `O_DIRECT`.
 #[test]
 fn a_file_that_cannot_be_opened_directly_is_served_through_the_cache() {
     let memory = host_file(Path::new("/proc/self/mem"), false);
     let shared = SharedFile::new(memory, Cache::None).expect("opens without");
-    let disk = HostDisk::of_shared(vec![Arc::new(shared)], false);
+    let disk = HostDisk::of_shared(vec![Arc::new(shared)], super::Way::Plain);
     assert_eq!(disk.write_alignment(), 1);
     let secret = *b"secret";
     for way in WAYS {
@@ -896,18 +1171,10 @@ fn a_file_that_cannot_be_opened_again_is_shared() {
         let (path, bytes) = new_file(folder, 8192, 16);
         let given = host_file(&path, true);
         let shared = Arc::new(SharedFile::new(given, Cache::None).expect("open"));
-        let disk = HostDisk::of_shared(vec![shared], false);
+        let disk = HostDisk::of_shared(vec![shared], super::Way::Plain);
         for way in WAYS {
-            let files = Files {
-                open: vec![Some(Description::share(&disk.files[0]))],
-                shared: Arc::clone(&disk.files),
-            };
-            let mut io = match way {
-                Way::Psync => HostIo(Access::Psync(Psync::new(files, 4))),
-                Way::Ring(generation) => match Uring::new(files, 4, only(generation)) {
-                    Ok(ring) => HostIo(Access::Uring(Box::new(ring))),
-                    Err(_) => continue,
-                },
+            let Some(mut io) = share_way(&disk, way) else {
+                continue;
             };
             let (result, op) = run_one(&mut io, read_op(0, 8192));
             assert_eq!(result, Ok(()));
@@ -922,7 +1189,7 @@ fn a_broken_ring_fails_its_operations_and_does_not_hang() {
     let (path, _) = new_file(folder, 8192, 17);
     let disk = disk_with(&path, Cache::None);
     let files = Files::new(Arc::clone(&disk.files));
-    let mut ring = Uring::new(files, 4, &Generation::ALL).expect("io_uring");
+    let mut ring = Uring::new(files, pieces(), 4, &Generation::ALL).expect("io_uring");
     ring.queue(1, read_op(0, 4096)).expect("room");
     ring.give_up(Errno::NOMEM);
     ring.queue(2, read_op(0, 4096)).expect("room");
@@ -947,6 +1214,286 @@ fn auto_takes_plain_calls_for_files_in_memory_and_the_ring_for_others() {
             let disk = HostDisk::new(vec![host_file(&path, true)], options).expect("disk");
             let io = disk.open_io(8).expect("open_io");
             assert_eq!(io.completion_fd().is_none(), in_memory, "{folder:?}");
+        }
+    }
+}
+
+/// In a thread of its own, in which the kernel has no io_uring.
+fn without_io_uring<R: Send>(test: impl FnOnce() -> R + Send) -> R {
+    where_io_uring_fails(libc::SYS_io_uring_setup, libc::ENOSYS, test)
+}
+
+/// In a thread of its own, in which this system call fails so.
+fn where_io_uring_fails<R: Send>(call: i64, error: i32, test: impl FnOnce() -> R + Send) -> R {
+    use seccompiler::{BpfProgram, SeccompAction, SeccompFilter};
+    std::thread::scope(|scope| {
+        let thread = scope.spawn(|| {
+            let refused = [(call, Vec::new())];
+            let refusal = SeccompAction::Errno(error as u32);
+            let arch = std::env::consts::ARCH.try_into().expect("a known one");
+            let filter = SeccompFilter::new(refused.into(), SeccompAction::Allow, refusal, arch);
+            let filter: BpfProgram = filter.and_then(BpfProgram::try_from).expect("a filter");
+            seccompiler::apply_filter(&filter).expect("a thread may restrict itself");
+            test()
+        });
+        thread.join().expect("no panic")
+    })
+}
+
+#[test]
+fn a_kernel_without_io_uring_is_found_out_before_anything_is_served() {
+    let folder = &folders()[0];
+    let (path, bytes) = new_file(folder, 8192, 19);
+    let open = |aio| {
+        let cache = Cache::None;
+        HostDisk::new(vec![host_file(&path, true)], HostOptions { cache, aio })
+    };
+    open(Aio::IoUring).expect("this kernel has it");
+    without_io_uring(|| {
+        open(Aio::IoUring).expect_err("it was asked for by name");
+        let disk = open(Aio::Auto).expect("there is another way");
+        let mut io = disk.open_io(8).expect("open_io");
+        assert_eq!(io.completion_fd(), None);
+        let (result, op) = run_one(&mut io, read_op(0, 8192));
+        assert_eq!(result, Ok(()));
+        assert!(bytes_of(op) == bytes);
+    });
+}
+
+#[test]
+fn a_disk_says_what_clones_and_writes_must_be_multiples_of_until_they_need_not() {
+    let folder = &folders()[0];
+    let (path, _) = new_file(folder, 64 << 10, 20);
+    let disk = disk_with(&path, Cache::None);
+    let block = disk.zero_granularity();
+    assert!(block.is_power_of_two() && block >= 512);
+    assert_eq!(disk.clone_unit(), Some(block));
+    disk.files[0].cannot_clone(Errno::XDEV);
+    assert_eq!(disk.clone_unit(), None);
+    if disk.write_alignment() == 1 {
+        eprintln!("LEFT OUT: {folder:?} takes writes of any alignment");
+    }
+    disk.forgo_direct();
+    assert_eq!(disk.write_alignment(), 1);
+}
+
+#[test]
+fn only_a_lack_of_memory_is_explained_as_one() {
+    let of = |code| explain(io::Error::from_raw_os_error(code));
+    assert!(of(libc::ENOMEM).to_string().contains("RLIMIT_MEMLOCK"));
+    for other in [libc::EPERM, libc::ENOSYS, libc::EINVAL] {
+        assert_eq!(of(other).raw_os_error(), Some(other));
+    }
+}
+
+#[test]
+fn a_clone_ends_in_all_ways_and_is_not_tried_where_it_was_refused() {
+    in_all_ways(Cache::None, 8, |disk, mut io, bytes| {
+        let len = 16 << 10;
+        let clone = || Op::Clone {
+            from: TOP,
+            from_offset: 0,
+            file: TOP,
+            offset: len,
+            len,
+        };
+        let (result, _) = run_one(&mut io, clone());
+        let (read, op) = run_one(&mut io, read_op(len, len as usize));
+        read.expect("read");
+        let len = len as usize;
+        match result {
+            Ok(()) => assert!(bytes_of(op) == bytes[..len]),
+            Err(error) => {
+                assert_eq!(error, Errno::OPNOTSUPP);
+                assert!(bytes_of(op) == bytes[len..2 * len]);
+                assert_eq!(disk.clone_unit(), None);
+                assert_eq!(run_one(&mut io, clone()).0, Err(Errno::OPNOTSUPP));
+            }
+        }
+    });
+}
+
+#[test]
+fn of_a_file_that_was_cut_the_front_is_zeroed_and_nothing_behind() {
+    in_all_ways(Cache::None, 8, |disk, mut io, bytes| {
+        let half = bytes.len() as u64 / 2;
+        let path = disk.files[0].path().to_owned();
+        let by_others = std::fs::File::options().write(true).open(path);
+        by_others.expect("open").set_len(half).expect("cut");
+        assert!(disk.files[0].is_found_cut());
+        let mut zero = |offset, len| {
+            let mode = ZeroMode::KeepAllocated;
+            let file = TOP;
+            let op = Op::Zero {
+                file,
+                offset,
+                len,
+                mode,
+            };
+            run_one(&mut io, op).0
+        };
+        assert_eq!(zero(4096, 8192), Ok(()));
+        assert_eq!(zero(half - 4096, 4096), Ok(()));
+        for (offset, len) in [(half - 4096, 8192), (half, 4096), (0, half + 4096)] {
+            assert_eq!(zero(offset, len), Err(Errno::IO), "{len} from {offset}");
+        }
+        assert_eq!(disk.len(TOP).expect("length"), half);
+    });
+}
+
+#[test]
+fn a_thread_for_whose_ring_there_is_no_memory_does_without_unless_it_must_not() {
+    let folder = &folders()[0];
+    let (path, bytes) = new_file(folder, 8192, 21);
+    let open = |aio| {
+        let cache = Cache::None;
+        let options = HostOptions { cache, aio };
+        HostDisk::new(vec![host_file(&path, true)], options).expect("disk")
+    };
+    let (auto, by_name) = (open(Aio::Auto), open(Aio::IoUring));
+    let setup = libc::SYS_io_uring_setup;
+    where_io_uring_fails(setup, libc::ENOMEM, || {
+        let mut io = auto.open_io(8).expect("plain calls");
+        assert_eq!(io.completion_fd(), None);
+        let (result, op) = run_one(&mut io, read_op(0, 8192));
+        assert_eq!(result, Ok(()));
+        assert!(bytes_of(op) == bytes);
+        let error = by_name.open_io(8).expect_err("it was asked for by name");
+        assert!(error.to_string().contains("RLIMIT_MEMLOCK"), "{error}");
+    });
+    where_io_uring_fails(setup, libc::EPERM, || {
+        auto.open_io(8).expect_err("that is no matter of memory");
+    });
+}
+
+#[test]
+fn a_kernel_that_is_busy_is_asked_again_for_a_while() {
+    let folder = &folders()[0];
+    let (path, _) = new_file(folder, 8192, 22);
+    let disk = disk_with(&path, Cache::None);
+    let enter = libc::SYS_io_uring_enter;
+    let (result, waited) = where_io_uring_fails(enter, libc::EBUSY, || {
+        let files = Files::new(Arc::clone(&disk.files));
+        let mut ring = Uring::new(files, pieces(), 4, &Generation::ALL).expect("io_uring");
+        ring.queue(1, read_op(0, 4096)).expect("room");
+        let start = Instant::now();
+        ring.submit();
+        let mut done = Vec::new();
+        ring.reap(&mut done);
+        (done.pop().map(|done| done.result), start.elapsed())
+    });
+    assert_eq!(result, Some(Err(Errno::BUSY)));
+    assert!(waited >= Duration::from_millis(500), "{waited:?}");
+}
+
+#[test]
+fn space_is_taken_ahead_and_the_length_stays() {
+    use std::os::unix::fs::MetadataExt;
+    for folder in folders() {
+        let path = folder.path().join("sparse");
+        let file = std::fs::File::create(&path).expect("create");
+        file.set_len(1 << 20).expect("set the length");
+        let disk = disk_with(&path, Cache::None);
+        let space = || std::fs::metadata(&path).expect("look").blocks() * 512;
+        assert!(space() < 64 << 10);
+        disk.allocate(TOP, 0, 512 << 10).expect("allocate");
+        let taken = space();
+        // GlusterFS with shards says that a file takes nothing, whatever it takes.
+        let is_known = !filesystem::is_fuse(&file) || taken > 0;
+        assert!(
+            !is_known || (512 << 10..768 << 10).contains(&taken),
+            "{taken}"
+        );
+        assert_eq!(disk.len(TOP).expect("length"), 1 << 20);
+    }
+}
+
+#[test]
+fn how_long_a_file_was_made_is_known_and_no_more() {
+    in_all_ways(Cache::None, 8, |disk, mut io, bytes| {
+        let len = bytes.len() as u64;
+        let op = Op::Allocate {
+            file: TOP,
+            offset: len,
+            len: 8192,
+        };
+        assert_eq!(run_one(&mut io, op).0, Ok(()));
+        let file = &disk.files[0];
+        assert!(file.reaches_beyond(len + 8191) && !file.reaches_beyond(len + 8192));
+        assert!(!file.seems_cut() && !file.is_found_cut());
+        assert_eq!(disk.len(TOP).expect("length"), len + 8192);
+    });
+}
+
+#[test]
+fn what_is_more_than_a_piece_goes_where_it_belongs() {
+    for folder in folders() {
+        let (path, _) = new_file(&folder, 5 << 20, 23);
+        let disk = disk_with(&path, Cache::None);
+        let bytes: Vec<u8> = (0..(2 << 20) + 512).map(|at| (at >> 9) as u8).collect();
+        for offset in [0, 4096, 1 << 20] {
+            disk.write_all_at(TOP, &bytes, offset).expect("write");
+            let mut read = vec![0; bytes.len()];
+            disk.read_exact_at(TOP, &mut read, offset).expect("read");
+            assert!(read == bytes, "at {offset}");
+            let content = std::fs::read(&path).expect("read");
+            assert!(content[offset as usize..][..bytes.len()] == bytes);
+        }
+    }
+}
+
+#[cfg(not(ploop_loom))]
+#[test]
+fn a_file_of_a_server_that_cannot_be_asked_not_to_wait_has_a_ring_all_the_same() {
+    use crate::storage::one_file_fs::OneFileFs;
+    let Some(served) = OneFileFs::mount() else {
+        return;
+    };
+    let file = SharedFile::new(host_file(&served.path(), false), Cache::Writeback);
+    assert!(!file.expect("open").is_served_best_by_plain_calls());
+}
+
+/// The server hears of each write, and of the sync that a stable one asks for.
+#[cfg(not(ploop_loom))]
+#[test]
+fn a_stable_write_is_followed_by_a_sync_in_all_ways_and_another_is_not() {
+    use crate::storage::one_file_fs::OneFileFs;
+    let Some(served) = OneFileFs::mount() else {
+        return;
+    };
+    let disk = disk_with(&served.path(), Cache::Writeback);
+    for way in WAYS {
+        let Some(mut io) = open_way(&disk, way, 4) else {
+            continue;
+        };
+        let mut memory = vec![7_u8; 8192];
+        let start = memory.as_mut_ptr();
+        let in_two = |dsync| {
+            let mut pieces = Segments::new();
+            for at in [0, 4096] {
+                // SAFETY: inside `memory`, which outlives the operation.
+                unsafe { pieces.push(start.wrapping_add(at), 2048) };
+            }
+            let buffer = Buffer::Client(pieces);
+            let (file, offset) = (TOP, 0);
+            Op::Write {
+                file,
+                offset,
+                buffer,
+                dsync,
+            }
+        };
+        for (op, syncs) in [
+            (write_op(0, &[7; 4096], false), 0),
+            (write_op(0, &[7; 4096], true), 1),
+            (in_two(false), 0),
+            (in_two(true), 1),
+            (Op::Sync { file: TOP }, 1),
+        ] {
+            let before = served.syncs();
+            let (result, op) = run_one(&mut io, op);
+            assert_eq!(result, Ok(()), "{way:?} {op:?}");
+            assert_eq!(served.syncs() - before, syncs, "{way:?} {op:?}");
         }
     }
 }
@@ -1095,4 +1642,160 @@ fn a_file_keeps_the_name_of_its_opening() {
     disk.set_opening(FileId(0), 5).unwrap();
     disk.set_opening(FileId(0), 7).unwrap();
     assert_eq!(disk.opening(FileId(0)).unwrap(), Some(7));
+}
+
+/// A read or write to memory that direct I/O cannot use, of `len` bytes.
+fn odd(memory: &mut [u8], len: usize) -> Buffer {
+    let mut segments = Segments::new();
+    // SAFETY: inside `memory`, which outlives the operation and is not looked at
+    // meanwhile.
+    unsafe { segments.push(memory.as_mut_ptr().wrapping_add(1), len) };
+    Buffer::Client(segments)
+}
+
+/// Many long transfers at odd addresses at a time, on two threads' rings, of which the
+/// first takes all that is shared: all of them end, and right.
+#[test]
+fn transfers_at_odd_addresses_share_memory_that_is_bounded() {
+    const LEN: usize = (384 << 10) + 4096;
+    const COUNT: usize = 140;
+    let folder = &folders()[0];
+    let (path, bytes) = new_file(folder, LEN, 23);
+    for aio in [Aio::IoUring, Aio::Psync] {
+        let file = host_file(&path, true);
+        let options = HostOptions {
+            cache: Cache::None,
+            aio,
+        };
+        let disk = HostDisk::new(vec![file], options).expect("disk");
+        let mut memory: Vec<_> = (0..2 * COUNT).map(|_| vec![0; LEN + 1]).collect();
+        let mut ios = [disk.open_io(256).unwrap(), disk.open_io(256).unwrap()];
+        for (index, memory) in memory.iter_mut().enumerate() {
+            let op = Op::Read {
+                file: TOP,
+                offset: 0,
+                buffer: odd(memory, LEN),
+            };
+            ios[index / COUNT].queue(index as u64, op).expect("room");
+        }
+        let mut done = Vec::new();
+        ios.iter_mut().for_each(Io::submit);
+        let start = std::time::Instant::now();
+        // The second first: the first holds what it has, as its ends are not looked at.
+        for io in ios.iter_mut().rev() {
+            while io.in_flight() > 0 {
+                io.reap(&mut done);
+                assert!(start.elapsed().as_secs() < 60, "{} have ended", done.len());
+            }
+        }
+        let ends: Vec<_> = done
+            .into_iter()
+            .map(|done| (done.tag, done.result))
+            .collect();
+        assert_eq!(ends.len(), 2 * COUNT);
+        assert!(ends.iter().all(|(_, result)| result.is_ok()));
+        assert!(memory.iter().all(|memory| memory[1..] == bytes[..LEN]));
+
+        let [io, _] = &mut ios;
+        let other: Vec<u8> = memory[0].iter().map(|byte| !byte).collect();
+        memory[0].copy_from_slice(&other);
+        let op = Op::Write {
+            file: TOP,
+            offset: 0,
+            buffer: odd(&mut memory[0], LEN),
+            dsync: false,
+        };
+        let (result, _) = run_one(io, op);
+        assert_eq!(result, Ok(()));
+        assert!(std::fs::read(&path).unwrap()[..LEN] == other[1..]);
+        std::fs::write(&path, &bytes).unwrap();
+    }
+}
+
+/// A server can be late to know how long a file is.
+#[test]
+fn a_read_that_ends_before_the_file_does_is_made_again() {
+    let folder = &folders()[0];
+    let (path, _) = new_file(folder, 1 << 13, 11);
+    let shared = SharedFile::new(host_file(&path, false), Cache::Writeback).expect("opens");
+    let mut file = Description::share(&Arc::new(shared));
+    let mut pieces = pieces();
+    let mut end_of_file_at = |offset| {
+        let mut job = Job::new(read_op(offset, 4096));
+        let mut verdicts = Vec::new();
+        loop {
+            let step = job.step(&mut file, &mut pieces);
+            assert!(matches!(step, Step::Read { .. }));
+            match job.ended(0, &mut file) {
+                Verdict::Again => verdicts.push(()),
+                Verdict::Done(end) => return (verdicts.len(), end),
+            }
+        }
+    };
+    let (tries, end) = end_of_file_at(4096);
+    assert!(tries > 10);
+    assert_eq!(end, Err(Errno::IO));
+    assert_eq!(end_of_file_at(8192), (0, Ok(())));
+}
+
+/// What lies in front of a cut stays, also where a file system takes more (GlusterFS with
+/// shards, of 64 MiB if nobody has chosen).
+#[test]
+fn a_file_that_is_cut_keeps_what_is_in_front_of_the_cut() {
+    const SHARD: u64 = 64 << 20;
+    for folder in &folders() {
+        let (path, block) = new_file(folder, 1 << 16, 12);
+        let disk = disk_with(&path, Cache::None);
+        let places = [0, SHARD - (1 << 16), 2 * SHARD - (1 << 16), 2 * SHARD];
+        for end in [2 * SHARD, SHARD] {
+            disk.set_len(TOP, end + (1 << 17)).expect("extend");
+            let kept = |place: &&u64| **place < end;
+            for place in places.iter().filter(kept).chain(&[end]) {
+                disk.write_all_at(TOP, &block, *place).expect("write");
+            }
+            disk.set_len(TOP, end).expect("cut");
+            let len = disk.len(TOP).expect("a length");
+            assert!((end..end + (1 << 16)).contains(&len), "{len}");
+            let mut found = vec![0; 1 << 16];
+            for place in places.iter().filter(kept) {
+                disk.read_exact_at(TOP, &mut found, *place).expect("read");
+                assert!(
+                    found == block,
+                    "{place} of {end} in {}",
+                    folder.path().display()
+                );
+            }
+            // What is left behind the cut, if anything, is no old data.
+            disk.set_len(TOP, end + (1 << 16)).expect("extend");
+            disk.read_exact_at(TOP, &mut found, end).expect("read");
+            assert!(found.iter().all(|byte| *byte == 0), "{end}");
+        }
+    }
+}
+
+/// A server can be late to know how long a file is: what this process has made it counts.
+#[test]
+fn zeros_are_written_up_to_where_the_file_is_known_to_reach() {
+    for (fallocation, mode) in [
+        (Fallocation::Punch, ZeroMode::Punch),
+        (Fallocation::ZeroRange, ZeroMode::KeepAllocated),
+    ] {
+        let folder = &folders()[0];
+        let (path, _) = new_file(folder, 4096, 13);
+        let shared = SharedFile::new(host_file(&path, true), Cache::Writeback).expect("opens");
+        shared.has_grown_to(1 << 13);
+        shared.cannot(fallocation, Errno::OPNOTSUPP);
+        let disk = HostDisk::of_shared(vec![Arc::new(shared)], super::Way::Plain);
+        let mut io = open_way(&disk, Way::Psync, 1).expect("plain calls");
+        let zero = Op::Zero {
+            file: TOP,
+            offset: 2048,
+            len: 1 << 14,
+            mode,
+        };
+        assert_eq!(run_one(&mut io, zero).0, Ok(()));
+        let bytes = std::fs::read(&path).expect("read");
+        assert_eq!(bytes.len(), 1 << 13, "not beyond");
+        assert!(bytes[2048..].iter().all(|byte| *byte == 0));
+    }
 }

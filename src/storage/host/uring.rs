@@ -10,19 +10,26 @@
 //! thread asks (`IORING_SETUP_DEFER_TASKRUN`) would need an eventfd, since work
 //! that is deferred wakes nobody who polls the ring; with that it costs as much as
 //! it saves, and a ring could not pass from one thread to another.
+//!
+//! What a ring does, the kernel does without asking the filters of system calls that
+//! a process may have. So each ring is [restricted](restrict) to what is used here.
 
+use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, RawFd};
-use std::sync::Arc;
+use std::sync::{Arc, Once};
 use std::thread;
 use std::time::Duration;
 
+use io_uring::register::Restriction;
 use io_uring::{EnterFlags, IoUring, Probe, opcode, squeue, types};
 use rustix::io::Errno;
 
 use super::clone::{CloneRange, Cloner, Cloning};
+use super::file::Description;
 use super::job::{Job, Memory, Step, Verdict};
-use super::{Files, errno};
+use super::pieces::Pieces;
+use super::{Files, errno, psync};
 use crate::storage::{Completion, Op};
 
 /// The most operations that one thread can have in flight: what the kernel
@@ -43,6 +50,10 @@ pub struct Uring {
     free: Vec<u32>,
     /// Slots with an entry in the ring that the kernel has not taken, in order.
     staged: Vec<u32>,
+    /// Memory for transfers that cannot be made from where they are.
+    pieces: Pieces,
+    /// Slots that wait for a piece, in order. While there are any, others have some.
+    waiting: VecDeque<u32>,
     /// Slots that ended without the kernel, because the ring is broken.
     failed: Vec<u32>,
     /// Entries that the kernel has taken and not completed.
@@ -80,38 +91,46 @@ impl std::fmt::Debug for Uring {
 
 /// Whether this kernel has an io_uring that can be used here.
 pub(super) fn try_out() -> io::Result<()> {
-    let ring = build(1, &Generation::ALL)?;
+    let (ring, _) = build(1, &Generation::ALL)?;
     let mut probe = Probe::new();
     ring.submitter().register_probe(&mut probe)?;
-    let needed = [
-        opcode::Nop::CODE,
-        opcode::Read::CODE,
-        opcode::Readv::CODE,
-        opcode::Write::CODE,
-        opcode::Writev::CODE,
-        opcode::Fallocate::CODE,
-        opcode::Fsync::CODE,
-        opcode::PollAdd::CODE,
-    ];
-    if needed.iter().all(|&code| probe.is_supported(code)) {
+    if OPERATIONS.iter().all(|&code| probe.is_supported(code)) {
         Ok(())
     } else {
         Err(io::ErrorKind::Unsupported.into())
     }
 }
 
+/// The operations that a ring is used for.
+const OPERATIONS: [u8; 8] = [
+    opcode::Nop::CODE,
+    opcode::Read::CODE,
+    opcode::Readv::CODE,
+    opcode::Write::CODE,
+    opcode::Writev::CODE,
+    opcode::Fallocate::CODE,
+    opcode::Fsync::CODE,
+    opcode::PollAdd::CODE,
+];
+
+/// `IORING_REGISTER_FILES_UPDATE` of io_uring_register(2), which the crate keeps to
+/// itself: the only registration after the start.
+const REGISTER_FILES_UPDATE: u8 = 6;
+
 /// What a kernel can give a ring, by how new it is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Generation {
     /// The beginnings.
     Plain,
+    /// Linux 5.10: it does only what was agreed on before it was enabled.
+    Restricted,
     /// Linux 5.19: completions do not interrupt the thread.
     Cooperative,
 }
 
 impl Generation {
     /// Newest first.
-    pub(super) const ALL: [Self; 2] = [Self::Cooperative, Self::Plain];
+    pub(super) const ALL: [Self; 3] = [Self::Cooperative, Self::Restricted, Self::Plain];
 
     fn build(self, entries: u32) -> io::Result<IoUring> {
         let mut builder = IoUring::builder();
@@ -122,18 +141,26 @@ impl Generation {
                 .setup_coop_taskrun()
                 .setup_taskrun_flag();
         }
+        if self.starts_disabled() {
+            builder.setup_r_disabled();
+        }
         builder.build(entries)
+    }
+
+    /// Whether a ring does nothing until [`restrict`].
+    fn starts_disabled(self) -> bool {
+        self != Self::Plain
     }
 }
 
 /// A ring of the newest of these generations that the kernel can make.
-fn build(entries: u32, generations: &[Generation]) -> io::Result<IoUring> {
+fn build(entries: u32, generations: &[Generation]) -> io::Result<(IoUring, Generation)> {
     let mut refused = io::ErrorKind::Unsupported.into();
-    for generation in generations {
+    for &generation in generations {
         match generation.build(entries) {
             // Without this, completions could be lost.
             Ok(ring) if !ring.params().is_feature_nodrop() => break,
-            Ok(ring) => return Ok(ring),
+            Ok(ring) => return Ok((ring, generation)),
             Err(error) if error.raw_os_error() == Some(libc::EINVAL) => refused = error,
             Err(error) => return Err(error),
         }
@@ -144,13 +171,23 @@ fn build(entries: u32, generations: &[Generation]) -> io::Result<IoUring> {
 impl Uring {
     /// `depth` is in operations. The ring is of the newest of `generations` that
     /// the kernel can make.
-    pub(super) fn new(files: Files, depth: u32, generations: &[Generation]) -> io::Result<Self> {
+    pub(super) fn new(
+        files: Files,
+        pieces: Pieces,
+        depth: u32,
+        generations: &[Generation],
+    ) -> io::Result<Self> {
         let depth = depth.clamp(1, MAX_DEPTH);
-        let ring = build(depth, generations)?;
+        let (ring, generation) = build(depth, generations)?;
         register_files(&ring, &files)?;
+        if generation.starts_disabled() {
+            restrict(&ring)?;
+        }
         Ok(Self {
             ring,
             files,
+            pieces,
+            waiting: VecDeque::new(),
             slots: Vec::with_capacity(depth as usize),
             free: Vec::new(),
             staged: Vec::with_capacity(depth as usize),
@@ -244,7 +281,10 @@ impl Uring {
             self.failed.push(index);
             return;
         }
-        let entry = self.entry(index).user_data(u64::from(index));
+        let Some(entry) = self.entry(index) else {
+            return self.waiting.push_back(index);
+        };
+        let entry = entry.user_data(u64::from(index));
         // SAFETY: the task owns or vouches for what the entry points to. It stays
         // in its slot, which does not move, until the kernel has completed the
         // entry; if we go first, `drop` waits for that.
@@ -256,27 +296,32 @@ impl Uring {
         }
     }
 
-    /// What the kernel shall do next for a task.
-    fn entry(&mut self, index: u32) -> squeue::Entry {
+    /// What the kernel shall do next for a task; `None` if it waits for a piece.
+    fn entry(&mut self, index: u32) -> Option<squeue::Entry> {
         let Some(task) = &mut self.slots[index as usize] else {
-            return opcode::Nop::new().build();
+            return Some(opcode::Nop::new().build());
         };
         if let Some(range) = CloneRange::of(task.job.op(), &self.files.shared) {
-            return match begin_clone(&mut self.cloner, range) {
+            return Some(match begin_clone(&mut self.cloner, range) {
                 Ok(cloning) => {
                     let over = types::Fd(cloning.raw_fd());
                     task.cloning = Some(cloning);
                     opcode::PollAdd::new(over, libc::POLLIN as u32).build()
                 }
                 Err(_) => self.decide(index, Errno::OPNOTSUPP),
-            };
+            });
         }
         let id = task.job.file();
-        let newly_open = !self.files.is_open(id);
+        let mut is_new = !self.files.is_open(id);
         let step = match self.files.get(id) {
-            Ok(file) => task.job.step(file),
+            Ok(file) => {
+                let step = task.job.step(file, &mut self.pieces);
+                is_new |= file.take_reopened();
+                step
+            }
             Err(error) => Step::Nothing(Err(error)),
         };
+        let is_waiting = matches!(step, Step::Wait);
         let entry = entry_for(&step, types::Fixed(u32::from(id.0)));
         let entry = if task.job.may_block() {
             entry.flags(squeue::Flags::ASYNC)
@@ -285,10 +330,11 @@ impl Uring {
         };
         if let Step::Nothing(end) = step {
             task.decided = Some(end);
-        } else if newly_open && let Err(error) = self.register_file(id) {
-            return self.decide(index, error);
         }
-        entry
+        if is_new && let Err(error) = self.register_file(id) {
+            return Some(self.decide(index, error));
+        }
+        (!is_waiting).then_some(entry)
     }
 
     /// Makes a task end with an error, by way of a no-op.
@@ -317,14 +363,25 @@ impl Uring {
             return Verdict::Done(cloning.wait());
         }
         match self.files.get(task.job.file()) {
-            Ok(file) => task.job.ended(result, file),
+            Ok(file) => match task.job.ended(result, file) {
+                Verdict::Done(Err(Errno::CANCELED)) => {
+                    do_here(&mut task.job, file, &mut self.pieces)
+                }
+                verdict => verdict,
+            },
             Err(error) => Verdict::Done(Err(error)),
         }
     }
 
     fn give_out(&mut self, index: u32, result: Result<(), Errno>, done: &mut Vec<Completion>) {
-        if let Some(task) = self.slots[index as usize].take() {
+        if let Some(mut task) = self.slots[index as usize].take() {
             self.free.push(index);
+            if let Some(piece) = task.job.take_piece() {
+                self.pieces.give(piece);
+                if let Some(next) = self.waiting.pop_front() {
+                    self.stage(next);
+                }
+            }
             if let Some(cloning) = &task.cloning {
                 // Of a broken ring it may not be over, and who gets the operation
                 // back relies on that.
@@ -364,17 +421,23 @@ impl Uring {
     /// The ring does not take entries any more. What it has taken goes on; all
     /// else fails from now on.
     pub(super) fn give_up(&mut self, error: Errno) {
-        log::error!("io_uring does not take I/O any more: {error}");
+        log::error!("io_uring no longer accepts I/O: {error}");
         self.broken = Some(error);
         self.failed.append(&mut self.staged);
+        self.failed.extend(self.waiting.drain(..));
     }
 
     fn register_file(&mut self, id: super::FileId) -> Result<(), Errno> {
-        let fd = self.files.get(id)?.as_fd().as_raw_fd();
+        let file = self.files.get(id)?;
+        let fd = file.as_fd().as_raw_fd();
         let submitter = self.ring.submitter();
         match submitter.register_files_update(u32::from(id.0), &[fd]) {
             Ok(_) => Ok(()),
-            Err(error) => Err(errno(error)),
+            Err(error) => {
+                // The ring still has another description, or none.
+                file.put_back_reopened();
+                Err(errno(error))
+            }
         }
     }
 }
@@ -389,6 +452,25 @@ impl Drop for Uring {
             }
             while self.next_completion().is_some() {}
         }
+    }
+}
+
+/// Takes a step by a plain system call. The kernel has given it up untouched: it would
+/// have had to block, and there can be no more threads for that (`RLIMIT_NPROC`). A sync
+/// that is said to have failed is never made good again, so it must not fail for this.
+#[cold]
+fn do_here(job: &mut Job, file: &mut Description, pieces: &mut Pieces) -> Verdict {
+    static SAID: Once = Once::new();
+    SAID.call_once(|| {
+        log::warn!(
+            "the kernel finds no threads for I/O that blocks, most likely because of a limit \
+             (RLIMIT_NPROC): it is done without, which is slower"
+        );
+    });
+    match job.step(file, pieces) {
+        Step::Nothing(end) => Verdict::Done(end),
+        Step::Wait => Verdict::Again,
+        step => job.ended(psync::call(&step, file), file),
     }
 }
 
@@ -428,6 +510,19 @@ fn register_files(ring: &IoUring, files: &Files) -> io::Result<()> {
     ring.submitter().register_files(&fds)
 }
 
+/// From now on the ring does what it is used for here, and nothing else: whoever takes
+/// this process over cannot open files or sockets by way of it. Files need not be
+/// registered ones, since a poll waits for an eventfd that comes and goes, and a sync can
+/// be of a description that was given up.
+fn restrict(ring: &IoUring) -> io::Result<()> {
+    let used = squeue::Flags::FIXED_FILE | squeue::Flags::ASYNC;
+    let mut allowed: Vec<_> = OPERATIONS.map(Restriction::sqe_op).into();
+    allowed.push(Restriction::register_op(REGISTER_FILES_UPDATE));
+    allowed.push(Restriction::sqe_flags_allowed(used.bits()));
+    ring.submitter().register_restrictions(&mut allowed)?;
+    ring.submitter().register_enable_rings()
+}
+
 fn entry_for(step: &Step, fd: types::Fixed) -> squeue::Entry {
     match *step {
         Step::Read { offset, memory } => match memory {
@@ -457,9 +552,12 @@ fn entry_for(step: &Step, fd: types::Fixed) -> squeue::Entry {
             .offset(offset)
             .mode(what.mode())
             .build(),
-        Step::Sync => opcode::Fsync::new(fd)
-            .flags(types::FsyncFlags::DATASYNC)
-            .build(),
-        Step::Nothing(_) => opcode::Nop::new().build(),
+        Step::Sync { given_up } => match given_up {
+            Some(fd) => opcode::Fsync::new(types::Fd(fd)),
+            None => opcode::Fsync::new(fd),
+        }
+        .flags(types::FsyncFlags::DATASYNC)
+        .build(),
+        Step::Wait | Step::Nothing(_) => opcode::Nop::new().build(),
     }
 }

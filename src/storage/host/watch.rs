@@ -14,7 +14,9 @@ use rustix::fs::Statx;
 use rustix::io::Errno;
 
 use super::file::SharedFile;
+use crate::notices::{Notice, Notices};
 use crate::storage::filesystem::{stat_now, stat_path_now};
+use crate::threads::{self, Role};
 
 /// Between two looks: soon enough for a person, and next to nothing for an idle
 /// process.
@@ -34,6 +36,16 @@ enum Gone {
     Moved,
 }
 
+impl Gone {
+    fn word(self) -> &'static str {
+        match self {
+            Self::Deleted => "deleted",
+            Self::Replaced => "replaced",
+            Self::Moved => "moved",
+        }
+    }
+}
+
 /// A file that is looked at. Does not keep it open.
 #[derive(Debug)]
 struct Watched {
@@ -43,7 +55,11 @@ struct Watched {
     /// It was shorter than it should be at the last look. A file system of several
     /// hosts may be late, so one look is no proof.
     looked_cut: bool,
+    /// That it was cut has been told.
+    told_cut: bool,
     said: bool,
+    /// Who is told of what is said.
+    notices: Option<Arc<Notices>>,
 }
 
 impl Watched {
@@ -53,7 +69,9 @@ impl Watched {
             has_path: stat_path_now(file.path()).is_ok_and(names_it),
             file: Arc::downgrade(file),
             looked_cut: false,
+            told_cut: false,
             said: false,
+            notices: None,
         }
     }
 
@@ -62,10 +80,20 @@ impl Watched {
         let Some(file) = self.file.upgrade() else {
             return false;
         };
+        let tell = |how| {
+            if let Some(notices) = &self.notices {
+                let path = file.path().to_owned();
+                notices.post(Notice::ImageVanished { path, how });
+            }
+        };
         let is_shorter = file.seems_cut();
         if is_shorter && self.looked_cut {
             // Says it itself.
             file.is_found_cut();
+        }
+        if !self.told_cut && file.is_cut() {
+            self.told_cut = true;
+            tell("cut");
         }
         self.looked_cut = is_shorter;
         if !self.said
@@ -73,6 +101,7 @@ impl Watched {
         {
             self.said = true;
             say(&file, gone);
+            tell(gone.word());
         }
         true
     }
@@ -145,14 +174,18 @@ fn say(file: &SharedFile, gone: Gone) {
     }
 }
 
-/// Starts the thread. It ends by itself at the first look after the files have been
-/// closed.
+/// Starts the thread, which tells `notices` of what it says in the log. It ends by itself
+/// at the first look after the files have been closed.
 ///
 /// # Errors
 /// When there can be no more threads.
-pub(super) fn start(files: &[Arc<SharedFile>]) -> io::Result<()> {
-    let mut watched: Vec<_> = files.iter().map(Watched::new).collect();
-    thread::Builder::new().name("watch".into()).spawn(move || {
+pub(super) fn start(files: &[Arc<SharedFile>], notices: Option<Arc<Notices>>) -> io::Result<()> {
+    let watch = |file: &Arc<SharedFile>| Watched {
+        notices: notices.clone(),
+        ..Watched::new(file)
+    };
+    let mut watched: Vec<_> = files.iter().map(watch).collect();
+    threads::start(Role::Watch, "watch", move || {
         while !watched.is_empty() {
             let in_doubt = watched.iter().any(|file| file.looked_cut && !file.is_cut());
             thread::sleep(if in_doubt { DOUBT } else { INTERVAL });

@@ -66,6 +66,27 @@ fn readers_share_and_writers_do_not() {
 }
 
 #[test]
+fn locks_that_are_shared_are_locks_and_show_when_they_are_gone() {
+    use LockMode::{ReadOnly, ReadWrite};
+    for mode in [ReadOnly, ReadWrite] {
+        let image = image();
+        let one = lock(image.path(), mode).expect("nobody else is there");
+        one.is_alone().expect("nobody else is there");
+        let other = ImageLock::share(&open(image.path()), mode).expect("it can be locked");
+        if mode == ReadWrite {
+            one.is_alone().expect_err("the other one has it too");
+        }
+        drop(other);
+        one.is_alone().expect("the other one is gone");
+        let other = ImageLock::share(&open(image.path()), mode).expect("it can be locked");
+        drop(one);
+        lock(image.path(), ReadWrite).expect_err("the other one has it");
+        drop(other);
+        lock(image.path(), ReadWrite).expect("it is free");
+    }
+}
+
+#[test]
 fn the_error_says_what_the_other_does() {
     let image = image();
     let error = |first, second| {
@@ -88,7 +109,7 @@ fn the_error_says_what_the_other_does() {
     );
     assert_eq!(
         error(LockMode::Exclusive, LockMode::ReadOnly),
-        "another process has the image locked for itself alone"
+        "another process has locked the image exclusively"
     );
     assert_eq!(
         error(LockMode::ReadOnly, LockMode::Exclusive),
@@ -273,4 +294,16 @@ fn we_refuse_what_qemu_writes_and_read_what_qemu_reads() {
     }
     drop(reader);
     lock(image.path(), LockMode::Exclusive).expect("free again");
+}
+
+/// Who says no more than that it reads, as other programs may.
+#[test]
+fn a_reader_that_denies_nothing_is_named_as_one() {
+    let image = image();
+    let reader = open(image.path());
+    let byte = USED_BASE + i64::from(Permissions::CONSISTENT_READ);
+    set(&reader, byte, 1, libc::F_RDLCK).expect("lock");
+    let error = lock(image.path(), LockMode::Exclusive).expect_err("somebody reads it");
+    assert!(matches!(error, LockError::Reader(_)), "{error}");
+    lock(image.path(), LockMode::ReadWrite).expect("it may be written meanwhile");
 }

@@ -27,7 +27,7 @@ fn begin(space: &mut Space, now: Duration) -> Option<u32> {
 fn pio() -> Pio {
     let inbox = Arc::new(Inbox::new().unwrap());
     Pio {
-        home: Home::new(inbox, 0),
+        home: Home::new(inbox, 0, 0),
         work: Work::Zero {
             start: 0,
             len: 0,
@@ -112,4 +112,20 @@ fn the_host_is_said_to_be_full_though_who_waits_is_on_the_way() {
     assert_eq!(begin(&mut space, later), Some(1));
     assert!(!space.extension_failed(1, OnEnospc::Stop, later));
     assert!(space.announced);
+}
+
+#[test]
+fn fast_writers_get_larger_steps() {
+    let mut space = Space {
+        needed: true,
+        ..Space::default()
+    };
+    let mut now = Duration::ZERO;
+    for factor in [1, 2, 4, 8, 8] {
+        assert_eq!(begin(&mut space, now), Some(factor * STEP));
+        let _ = space.extended(factor * STEP, STEP);
+        now += FAST / 2;
+    }
+    now += FAST;
+    assert_eq!(begin(&mut space, now), Some(STEP));
 }

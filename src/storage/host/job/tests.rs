@@ -14,7 +14,7 @@ use rand::{Rng, SeedableRng};
 use super::*;
 use crate::storage::Segments;
 use crate::storage::host::file::SharedFile;
-use crate::storage::host::psync;
+use crate::storage::host::{pieces, psync};
 
 /// The real kernel, made difficult.
 struct Kernel {
@@ -99,8 +99,9 @@ impl Kernel {
 
     fn run(&mut self, op: Op, file: &mut Description) -> (Result<(), Errno>, Op) {
         let mut job = Job::new(op);
+        let mut pieces = pieces();
         let result = loop {
-            let result = match job.step(file) {
+            let result = match job.step(file, &mut pieces) {
                 Step::Nothing(result) => break result,
                 step => self.call(step, file),
             };
@@ -111,6 +112,11 @@ impl Kernel {
         };
         (result, job.into_op())
     }
+}
+
+/// Of a thread that has no other job.
+fn pieces() -> pieces::Pieces {
+    pieces::Pieces::new(Arc::default())
 }
 
 const BLOCK: Alignment = Alignment {
@@ -381,7 +387,10 @@ fn each_refusal_of_direct_io_ends_it_once() {
         // Without direct I/O the error is one like any other.
         kernel.calls = 0;
         let mut job = Job::new(read_op(0, 512));
-        assert!(matches!(job.step(&mut description), Step::Read { .. }));
+        assert!(matches!(
+            job.step(&mut description, &mut pieces()),
+            Step::Read { .. }
+        ));
         assert_eq!(
             job.ended(-error.raw_os_error(), &mut description),
             Verdict::Done(Err(error))
@@ -415,9 +424,12 @@ fn a_direct_write_that_is_not_whole_blocks_is_refused_before_the_kernel() {
 fn nothing_written_is_an_error_and_not_a_loop() {
     let (mut description, _look) = eight_blocks();
     let mut job = Job::new(write_op(0, 1024));
-    assert!(matches!(job.step(&mut description), Step::Write { .. }));
+    assert!(matches!(
+        job.step(&mut description, &mut pieces()),
+        Step::Write { .. }
+    ));
     assert_eq!(job.ended(512, &mut description), Verdict::Again);
-    match job.step(&mut description) {
+    match job.step(&mut description, &mut pieces()) {
         Step::Write {
             offset: 512,
             memory: Memory::One { len: 512, .. },
@@ -435,9 +447,9 @@ fn nothing_written_is_an_error_and_not_a_loop() {
 fn a_write_that_stops_for_want_of_space_fails_with_that() {
     let (mut description, _look) = eight_blocks();
     let mut job = Job::new(write_op(0, 1024));
-    job.step(&mut description);
+    job.step(&mut description, &mut pieces());
     assert_eq!(job.ended(512, &mut description), Verdict::Again);
-    job.step(&mut description);
+    job.step(&mut description, &mut pieces());
     assert_eq!(
         job.ended(-Errno::NOSPC.raw_os_error(), &mut description),
         Verdict::Done(Err(Errno::NOSPC))
@@ -451,7 +463,7 @@ fn progress_that_is_no_whole_block_does_not_go_on_for_ever() {
         let mut job = Job::new(op);
         let mut tries = 0;
         let verdict = loop {
-            job.step(&mut description);
+            job.step(&mut description, &mut pieces());
             match job.ended(100, &mut description) {
                 Verdict::Again => tries += 1,
                 done => break done,
@@ -466,7 +478,7 @@ fn progress_that_is_no_whole_block_does_not_go_on_for_ever() {
 fn a_step_that_always_would_block_ends() {
     let (mut description, _look) = eight_blocks();
     let mut job = Job::new(read_op(0, 1024));
-    job.step(&mut description);
+    job.step(&mut description, &mut pieces());
     assert!(!job.may_block());
     let again = -Errno::AGAIN.raw_os_error();
     assert_eq!(job.ended(again, &mut description), Verdict::Again);
@@ -540,10 +552,11 @@ fn what_the_file_system_lacks_is_asked_for_once() {
 #[test]
 fn more_segments_than_the_kernel_takes() {
     let (mut description, look) = eight_blocks();
-    let mut memory: Vec<u8> = (0..5000).map(|n| (n % 251) as u8).collect();
-    let expected = memory.clone();
+    // With gaps: neighbours would be one segment.
+    let mut memory: Vec<u8> = (0..10_000).map(|n| (n % 251) as u8).collect();
+    let expected: Vec<u8> = memory.iter().copied().step_by(2).collect();
     let mut segments = Segments::new();
-    for byte in &mut memory {
+    for byte in memory.iter_mut().step_by(2) {
         // SAFETY: the memory lives until the end of the test.
         unsafe { segments.push(byte, 1) };
     }

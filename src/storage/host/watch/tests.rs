@@ -102,3 +102,28 @@ fn a_file_is_taken_to_be_cut_at_the_second_look() {
     drop(file);
     assert!(!watched.look());
 }
+
+#[test]
+fn a_file_that_was_made_longer_is_missed_at_its_new_end() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("served");
+    fs::write(&path, [1; 100]).expect("write");
+    let file = shared(&path);
+    file.extend_to(200).expect("extend");
+    assert!(file.reaches_beyond(199) && !file.reaches_beyond(200));
+    assert!(!file.seems_cut());
+    // It is still longer than it was at first.
+    let by_others = File::options().write(true).open(&path).expect("open");
+    by_others.set_len(150).expect("cut");
+    assert!(file.seems_cut());
+}
+
+#[test]
+fn the_descriptor_of_a_file_is_that_of_the_file() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("served");
+    fs::write(&path, [1; 100]).expect("write");
+    let file = shared(&path);
+    let by_descriptor = fs::read_link(format!("/proc/self/fd/{}", file.raw_fd()));
+    assert_eq!(by_descriptor.expect("it is open"), path);
+}

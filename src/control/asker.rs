@@ -1,0 +1,100 @@
+//! The other end of a control socket: a program that asks a running disk.
+
+use std::io::{self, BufRead, BufReader, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use serde_json::{Value, json};
+use thiserror::Error;
+
+/// How long an answer may take.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// Longest line that is read, in bytes.
+const MAX_LINE: u64 = 16 << 20;
+
+/// Why nothing was heard.
+#[derive(Debug, Error)]
+pub enum AskError {
+    /// Nobody listens there, most likely.
+    #[error("cannot connect to {}: {source}", path.display())]
+    Connect {
+        /// The socket.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// It has gone, or does not answer.
+    #[error("the process that serves the disk does not answer: {0}")]
+    Io(#[from] io::Error),
+    /// It speaks another language.
+    #[error("what listens there does not answer as a control socket does")]
+    Odd,
+    /// It says why.
+    #[error("{0}")]
+    Refused(String),
+}
+
+/// A connection.
+#[derive(Debug)]
+pub struct Asker {
+    socket: UnixStream,
+    lines: BufReader<UnixStream>,
+}
+
+impl Asker {
+    /// Connects and introduces itself.
+    ///
+    /// # Errors
+    /// See [`AskError`].
+    pub fn connect(path: &Path) -> Result<Self, AskError> {
+        let failed = |source| AskError::Connect {
+            path: path.to_owned(),
+            source,
+        };
+        let socket = UnixStream::connect(path).map_err(failed)?;
+        socket.set_read_timeout(Some(PATIENCE))?;
+        socket.set_write_timeout(Some(PATIENCE))?;
+        let lines = BufReader::new(socket.try_clone()?);
+        let mut asker = Self { socket, lines };
+        if asker.hear()?["QMP"].is_null() {
+            return Err(AskError::Odd);
+        }
+        asker.ask("qmp_capabilities")?;
+        Ok(asker)
+    }
+
+    /// What a command without arguments returns.
+    ///
+    /// # Errors
+    /// See [`AskError`].
+    pub fn ask(&mut self, command: &str) -> Result<Value, AskError> {
+        let request = json!({ "execute": command });
+        self.socket.write_all(format!("{request}\n").as_bytes())?;
+        loop {
+            let mut line = self.hear()?;
+            if !line["event"].is_null() {
+                continue;
+            }
+            if let Some(desc) = line["error"]["desc"].as_str() {
+                return Err(AskError::Refused(desc.to_owned()));
+            }
+            return match line.get_mut("return") {
+                Some(value) => Ok(value.take()),
+                None => Err(AskError::Odd),
+            };
+        }
+    }
+
+    fn hear(&mut self) -> Result<Value, AskError> {
+        let mut line = Vec::new();
+        (&mut self.lines)
+            .take(MAX_LINE)
+            .read_until(b'\n', &mut line)?;
+        if !line.ends_with(b"\n") {
+            return Err(io::Error::from(io::ErrorKind::UnexpectedEof).into());
+        }
+        serde_json::from_slice(&line).map_err(|_| AskError::Odd)
+    }
+}

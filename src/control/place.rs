@@ -1,0 +1,85 @@
+//! Where a running disk is asked by whoever knows its image.
+//!
+//! In a run-time folder of the host each process has a folder of its own, named by the
+//! file that it serves, with its control socket in it: `DEVICE-INODE/control`. A folder
+//! for each, since a process may remove what is in the folder of its socket. Nobody makes
+//! the run-time folder but whoever sets up the host: without it there are no such sockets.
+
+use std::env;
+use std::fs::{self, Metadata};
+use std::io;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{AtFlags, CWD, Gid, Mode, Uid, chownat, mkdirat};
+use rustix::io::Errno;
+
+use super::sandbox::RunAs;
+use crate::image::{self, Access, ImageError, OpenMode};
+use crate::storage::HostFile;
+
+/// Of the whole host.
+const HOST: &str = "/run/vhost-user-ploop";
+
+/// Names another one.
+const VARIABLE: &str = "PLOOP_RUNTIME_DIR";
+
+/// In which a user's programs have theirs.
+const OF_USER: &str = "XDG_RUNTIME_DIR";
+
+/// Where sockets may be, the place where they are made first.
+fn folders() -> Vec<PathBuf> {
+    let named = |variable: &str| env::var_os(variable).filter(|value| !value.is_empty());
+    if let Some(folder) = named(VARIABLE) {
+        return vec![folder.into()];
+    }
+    let is_root = rustix::process::geteuid().is_root();
+    let of_user = named(OF_USER).filter(|_| !is_root);
+    let of_user = of_user.map(|folder| Path::new(&folder).join("vhost-user-ploop"));
+    of_user.into_iter().chain([HOST.into()]).collect()
+}
+
+fn socket_in(folder: &Path, file: &Metadata) -> PathBuf {
+    let name = format!("{:x}-{:x}", file.dev(), file.ino());
+    folder.join(name).join("control")
+}
+
+/// Where the control socket of a process that serves these files is to be made; `None` if
+/// the host has no place for it. The folder is there then.
+///
+/// # Errors
+/// Any of `mkdir(2)` and `chown(2)`.
+pub(super) fn make(files: &[HostFile], run_as: RunAs) -> io::Result<Option<PathBuf>> {
+    let (Some(top), Some(folder)) = (files.last(), folders().into_iter().find(|it| it.is_dir()))
+    else {
+        return Ok(None);
+    };
+    let socket = socket_in(&folder, &top.file.metadata()?);
+    let own = super::upgrade::folder_of(&socket);
+    match mkdirat(CWD, &own, Mode::RWXU) {
+        // Of a process that has served it before, maybe as somebody else.
+        Err(Errno::EXIST) if fs::symlink_metadata(&own)?.is_dir() => {}
+        made => made?,
+    }
+    if run_as.is_other() {
+        let (user, group) = (
+            run_as.user.map(Uid::from_raw),
+            run_as.group.map(Gid::from_raw),
+        );
+        chownat(CWD, &own, user, group, AtFlags::SYMLINK_NOFOLLOW)?;
+    }
+    Ok(Some(socket))
+}
+
+/// The control socket of the process that serves the disk at `path`, if there is one where
+/// it would be.
+///
+/// # Errors
+/// Whatever keeps the disk from being looked at.
+pub fn find(path: &Path) -> Result<Option<PathBuf>, ImageError> {
+    let image = image::open(path, OpenMode::new(Access::Read).force_share(true))?;
+    let top = image.files.last().and_then(|top| top.file.metadata().ok());
+    let sockets = top.map(|top| folders().into_iter().map(move |it| socket_in(&it, &top)));
+    let mut sockets = sockets.into_iter().flatten();
+    Ok(sockets.find(|socket| socket.exists()))
+}

@@ -1,0 +1,38 @@
+//! The control socket: what a running disk is asked and told, in QMP, QEMU's protocol.
+//!
+//! - `framing`: from a stream of bytes to objects;
+//! - `message`: from an object to a request, and from its end to the answer;
+//! - `arguments`: those of a request;
+//! - `commands`: what is done for each;
+//! - `shapes`: answers as QEMU shapes them;
+//! - `names`: of the disk and its levels;
+//! - `event`: what clients are told unasked;
+//! - `session`: one client's talk, without a socket;
+//! - `client`: its socket;
+//! - `monitor`: all clients;
+//! - `subject`: the disk, as all of these see it.
+//!
+//! Everything runs in the main loop and waits for nothing: clients are other programs of
+//! the host, which may stall, flood and send rubbish, and none of that may touch a guest.
+//! `docs/control.md` describes commands and events. Knows JSON and QMP. Must not know how
+//! a disk is served: what it says of one it asks a [`Subject`].
+
+mod arguments;
+mod client;
+mod commands;
+mod event;
+mod framing;
+mod message;
+mod monitor;
+mod names;
+mod session;
+mod shapes;
+mod subject;
+#[cfg(test)]
+mod tests;
+
+pub use commands::Wish;
+pub(super) use event::Event;
+pub(super) use monitor::Monitor;
+pub use session::Session;
+pub use subject::{Level, Subject};

@@ -1,0 +1,193 @@
+//! One client: its socket, and what waits on either side of it.
+//!
+//! Nothing is waited for. A client that does not read its answers is not asked for more
+//! commands, and one that stays so, or that events pile up for, is hung up on.
+
+use std::collections::VecDeque;
+use std::os::fd::{AsRawFd, RawFd};
+use std::os::unix::net::UnixStream;
+use std::time::{Duration, Instant};
+
+use event_manager::{EventSet, Events};
+use rustix::io::Errno;
+use rustix::net::{RecvFlags, SendFlags, recv, send};
+
+use super::commands::Wish;
+use super::session::Session;
+use super::subject::Subject;
+
+/// Bytes that are read at once.
+const CHUNK: usize = 16 << 10;
+
+/// With so many bytes waiting for the client to read them, no command of it is obeyed.
+const HIGH_WATER: usize = 64 << 10;
+
+/// With so many it is hung up on.
+const MAX_WAITING: usize = 1 << 20;
+
+/// How long a client may read nothing of what there is for it.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// Whether a client stays.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(in crate::control) enum Stay {
+    Stays,
+    /// It has gone, or has to go.
+    Goes,
+}
+
+/// See the module's text.
+pub(in crate::control) struct Client {
+    socket: UnixStream,
+    session: Session,
+    /// What has come and was not looked at.
+    input: VecDeque<u8>,
+    output: VecDeque<u8>,
+    /// Since when it has read nothing though there is something.
+    stalled_since: Option<Instant>,
+    /// It sends no more.
+    has_ended: bool,
+}
+
+impl Client {
+    /// Greets one that has connected.
+    pub fn new(socket: UnixStream) -> std::io::Result<Self> {
+        socket.set_nonblocking(true)?;
+        let mut client = Self {
+            socket,
+            session: Session::default(),
+            input: VecDeque::new(),
+            output: VecDeque::new(),
+            stalled_since: None,
+            has_ended: false,
+        };
+        client.put(&Session::greeting());
+        Ok(client)
+    }
+
+    /// Does what can be done for it now.
+    pub fn serve(&mut self, subject: &dyn Subject) -> (Stay, Wish) {
+        let stay = self.send();
+        if stay == Stay::Goes {
+            return (stay, Wish::Nothing);
+        }
+        if self.wants_input() && self.receive() == Stay::Goes {
+            return (Stay::Goes, Wish::Nothing);
+        }
+        loop {
+            let wish = self.answer(subject);
+            if self.send() == Stay::Goes || self.is_over() {
+                return (Stay::Goes, wish);
+            }
+            // What is left waits for the client to read.
+            let is_full = self.output.len() >= HIGH_WATER;
+            if self.input.is_empty() || is_full || wish != Wish::Nothing {
+                return (Stay::Stays, wish);
+            }
+        }
+    }
+
+    /// Whether it has said all that it wanted, and has been answered.
+    fn is_over(&self) -> bool {
+        self.has_ended && self.input.is_empty() && self.output.is_empty()
+    }
+
+    /// Tells it of an event, if it wants to hear of any.
+    pub fn tell(&mut self, event: &str) -> Stay {
+        if !self.session.hears_events() {
+            return Stay::Stays;
+        }
+        self.put(event);
+        match self.send() {
+            Stay::Stays if self.output.len() <= MAX_WAITING => Stay::Stays,
+            _ => Stay::Goes,
+        }
+    }
+
+    /// When it has to go unless it reads something before.
+    pub fn until(&self) -> Option<Instant> {
+        self.stalled_since.map(|since| since + PATIENCE)
+    }
+
+    /// What is to be waited for.
+    pub fn interest(&self) -> EventSet {
+        let mut events = EventSet::empty();
+        if self.wants_input() {
+            events |= EventSet::IN;
+        }
+        if !self.output.is_empty() {
+            events |= EventSet::OUT;
+        }
+        events
+    }
+
+    /// The same in the event manager's terms.
+    pub fn events(&self, data: u32) -> Events {
+        Events::with_data(self, data, self.interest())
+    }
+
+    fn wants_input(&self) -> bool {
+        !self.has_ended && self.input.is_empty() && self.output.len() < HIGH_WATER
+    }
+
+    fn put(&mut self, line: &str) {
+        self.output.extend(line.as_bytes());
+    }
+
+    fn receive(&mut self) -> Stay {
+        let mut chunk = [0; CHUNK];
+        match recv(&self.socket, &mut chunk, RecvFlags::DONTWAIT) {
+            Ok((0, _)) => self.has_ended = true,
+            Ok((len, _)) => self.input.extend(&chunk[..len]),
+            Err(Errno::AGAIN | Errno::INTR) => {}
+            Err(_) => return Stay::Goes,
+        }
+        Stay::Stays
+    }
+
+    /// Answers what has come, as long as there is room for answers.
+    fn answer(&mut self, subject: &dyn Subject) -> Wish {
+        while self.output.len() < HIGH_WATER && !self.input.is_empty() {
+            let input = self.input.make_contiguous();
+            let mut rest = &*input;
+            let answer = self.session.answer_next(&mut rest, subject);
+            let taken = input.len() - rest.len();
+            self.input.drain(..taken);
+            if let Some((line, wish)) = answer {
+                self.put(&line);
+                if wish != Wish::Nothing {
+                    return wish;
+                }
+            }
+        }
+        Wish::Nothing
+    }
+
+    fn send(&mut self) -> Stay {
+        let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
+        while !self.output.is_empty() {
+            let (first, _) = self.output.as_slices();
+            match send(&self.socket, first, flags) {
+                Ok(sent) => {
+                    self.output.drain(..sent);
+                    self.stalled_since = None;
+                }
+                Err(Errno::INTR) => {}
+                Err(Errno::AGAIN) => {
+                    self.stalled_since.get_or_insert_with(Instant::now);
+                    return Stay::Stays;
+                }
+                Err(_) => return Stay::Goes,
+            }
+        }
+        // Kept memory would stay as large as the longest answer.
+        self.output.shrink_to(HIGH_WATER);
+        Stay::Stays
+    }
+}
+
+impl AsRawFd for Client {
+    fn as_raw_fd(&self) -> RawFd {
+        self.socket.as_raw_fd()
+    }
+}

@@ -1,0 +1,229 @@
+//! The commands, each in a function of its own.
+//!
+//! Those with a name of QEMU's mean what they mean in QEMU; `docs/control.md` says where
+//! one says less.
+
+use serde_json::{Value, json};
+
+use super::arguments::Arguments;
+use super::message::{Answer, Class, Failure, Request};
+use super::names::DISK;
+use super::shapes;
+use super::subject::Subject;
+use crate::device::ThrottleLimits;
+
+/// What a command wants of the program besides its answer.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Wish {
+    /// Nothing.
+    #[default]
+    Nothing,
+    /// It is to end.
+    Quit,
+}
+
+/// What a command works with.
+pub(super) struct Context<'a> {
+    pub subject: &'a dyn Subject,
+    pub wish: Wish,
+}
+
+type Run = fn(Arguments, &mut Context<'_>) -> Answer;
+
+const COMMANDS: &[(&str, Run)] = &[
+    ("block-latency-histogram-set", set_latency_histogram),
+    ("block_set_io_throttle", set_io_throttle),
+    ("query-block", query_block),
+    ("query-block-jobs", no_jobs),
+    ("query-blockstats", query_blockstats),
+    ("query-commands", query_commands),
+    ("query-engine", query_engine),
+    ("query-jobs", no_jobs),
+    ("query-latencies", query_latencies),
+    ("query-named-block-nodes", query_named_block_nodes),
+    ("query-status", query_status),
+    ("query-version", query_version),
+    ("quit", quit),
+];
+
+/// The one by which a client ends its introduction.
+pub(super) const NEGOTIATE: &str = "qmp_capabilities";
+
+/// Does what is asked for.
+pub(super) fn run(request: Request, context: &mut Context<'_>) -> Answer {
+    let name = request.command.as_str();
+    match COMMANDS.iter().find(|(known, _)| *known == name) {
+        Some((_, run)) => run(Arguments::new(request.arguments), context),
+        None => Err(Failure::new(
+            Class::CommandNotFound,
+            format!("The command {name} has not been found"),
+        )),
+    }
+}
+
+/// The end of the introduction: nothing is on offer that could be enabled.
+pub(super) fn negotiate(mut arguments: Arguments) -> Answer {
+    let enable = arguments.texts("enable")?;
+    arguments.end()?;
+    match enable.unwrap_or_default().first() {
+        Some(capability) => Err(Failure::generic(format!(
+            "Capability '{capability}' is not available"
+        ))),
+        None => Ok(json!({})),
+    }
+}
+
+/// What the programs that were made for QEMU know by its number.
+pub(super) fn version() -> Value {
+    json!({
+        "qemu": { "major": 10, "minor": 0, "micro": 2 },
+        "package": concat!("vhost-user-ploop-", env!("CARGO_PKG_VERSION")),
+    })
+}
+
+fn query_version(arguments: Arguments, _: &mut Context<'_>) -> Answer {
+    arguments.end()?;
+    Ok(version())
+}
+
+fn query_commands(arguments: Arguments, _: &mut Context<'_>) -> Answer {
+    arguments.end()?;
+    let names = COMMANDS.iter().map(|(name, _)| *name).chain([NEGOTIATE]);
+    Ok(names.map(|name| json!({ "name": name })).collect())
+}
+
+fn query_status(arguments: Arguments, context: &mut Context<'_>) -> Answer {
+    arguments.end()?;
+    let engine = context.subject.engine();
+    let status = match (engine.is_host_full, engine.is_suspended) {
+        (true, _) => "io-error",
+        (_, true) => "paused",
+        _ => "running",
+    };
+    Ok(json!({ "status": status, "running": status == "running" }))
+}
+
+fn query_block(arguments: Arguments, context: &mut Context<'_>) -> Answer {
+    arguments.end()?;
+    Ok(json!([shapes::device(context.subject)]))
+}
+
+fn query_named_block_nodes(mut arguments: Arguments, context: &mut Context<'_>) -> Answer {
+    // What is below a node is never repeated in it.
+    arguments.bool("flat")?;
+    arguments.end()?;
+    Ok(shapes::nodes(context.subject))
+}
+
+fn query_blockstats(mut arguments: Arguments, context: &mut Context<'_>) -> Answer {
+    let of_nodes = arguments.bool("query-nodes")?.unwrap_or_default();
+    arguments.end()?;
+    let (totals, bins) = (context.subject.totals(), context.subject.bins());
+    Ok(json!([shapes::statistics(&totals, &bins, of_nodes)]))
+}
+
+fn query_engine(arguments: Arguments, context: &mut Context<'_>) -> Answer {
+    arguments.end()?;
+    let (report, queues) = (context.subject.engine(), context.subject.queues());
+    Ok(shapes::engine(&report, &queues))
+}
+
+fn query_latencies(arguments: Arguments, context: &mut Context<'_>) -> Answer {
+    arguments.end()?;
+    Ok(shapes::latencies(&context.subject.latencies()))
+}
+
+/// Takes the name of the device.
+fn require_disk(name: &str) -> Result<(), Failure> {
+    match name == DISK {
+        true => Ok(()),
+        false => Err(Failure::no_device(name)),
+    }
+}
+
+/// Most boundaries of a histogram.
+const MAX_BOUNDARIES: usize = 1024;
+
+fn set_latency_histogram(mut arguments: Arguments, context: &mut Context<'_>) -> Answer {
+    let id = arguments.required_text("id")?;
+    let all = arguments.counts("boundaries")?;
+    let kinds = ["read", "write", "flush"];
+    let mut own = Vec::new();
+    for kind in kinds {
+        own.push(arguments.counts(&format!("boundaries-{kind}"))?);
+    }
+    // There are no zones to append to.
+    arguments.counts("boundaries-zap")?;
+    arguments.end()?;
+    require_disk(&id)?;
+    let is_given = |list: &Option<Vec<u64>>| list.is_some();
+    // Kinds that are not named keep theirs, and without any name all are given up.
+    let mut boundaries = match is_given(&all) || own.iter().any(is_given) {
+        true => context.subject.boundaries(),
+        false => [const { None }; 3],
+    };
+    for ((kind, new), now) in kinds.into_iter().zip(own).zip(&mut boundaries) {
+        let Some(list) = new.or_else(|| all.clone()) else {
+            continue;
+        };
+        let ascends = list.windows(2).all(|pair| pair[0] < pair[1]);
+        if list.is_empty() || list.len() > MAX_BOUNDARIES || list[0] == 0 || !ascends {
+            let desc = format!("Device '{id}' set {kind} boundaries fail");
+            return Err(Failure::generic(desc));
+        }
+        *now = Some(list);
+    }
+    context.subject.ask_for_bins(boundaries);
+    Ok(json!({}))
+}
+
+fn set_io_throttle(mut arguments: Arguments, context: &mut Context<'_>) -> Answer {
+    let names = (arguments.text("id")?, arguments.text("device")?);
+    let mut limits = ThrottleLimits::default();
+    for name in ThrottleLimits::NAMES {
+        set(&mut limits, name, arguments.required_count(name)?);
+    }
+    for name in ThrottleLimits::NAMES {
+        for part in ["max", "max_length"] {
+            let name = format!("{name}_{part}");
+            if let Some(value) = arguments.count(&name)? {
+                set(&mut limits, &name, value);
+            }
+        }
+    }
+    limits.iops_size = arguments.count("iops_size")?.unwrap_or_default();
+    let group = arguments.text("group")?;
+    arguments.end()?;
+    let name = match names {
+        (Some(name), None) | (None, Some(name)) => name,
+        _ => {
+            let desc = "Need exactly one of 'device' and 'id'";
+            return Err(Failure::generic(desc));
+        }
+    };
+    require_disk(&name)?;
+    if group.is_some() {
+        return Err(Failure::generic("Groups of disks cannot be limited here"));
+    }
+    let set = context.subject.set_limits(limits);
+    set.map_err(|error| Failure::generic(error.to_string()))?;
+    Ok(json!({}))
+}
+
+fn set(limits: &mut ThrottleLimits, name: &str, value: u64) {
+    if let Some(field) = limits.field(name) {
+        *field = value;
+    }
+}
+
+/// There are none that a client could have started.
+fn no_jobs(arguments: Arguments, _: &mut Context<'_>) -> Answer {
+    arguments.end()?;
+    Ok(json!([]))
+}
+
+fn quit(arguments: Arguments, context: &mut Context<'_>) -> Answer {
+    arguments.end()?;
+    context.wish = Wish::Quit;
+    Ok(json!({}))
+}

@@ -1,0 +1,95 @@
+//! What clients are told unasked.
+
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use serde_json::{Value, json};
+
+use super::message;
+use super::names::DISK;
+
+/// Something that has happened.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(in crate::control) enum Event {
+    /// A front-end is being served.
+    FrontEndConnected {
+        /// Its process, if the kernel knows.
+        pid: Option<i32>,
+    },
+    /// It is not any more.
+    FrontEndGone,
+    /// The host has no space left: writes that need some wait, or fail.
+    HostFull {
+        /// Whether they wait.
+        waits: bool,
+    },
+    /// It has space again.
+    HostHasSpace,
+    /// A request has failed, and the guest was told.
+    IoError {
+        /// Whether it was a read.
+        is_read: bool,
+        /// Whether for want of space.
+        no_space: bool,
+        /// For people.
+        reason: String,
+    },
+    /// A file of the image cannot be reached any more by its path.
+    ImageVanished {
+        /// That path.
+        file: String,
+        /// What became of it.
+        how: &'static str,
+    },
+}
+
+impl Event {
+    fn name(&self) -> &'static str {
+        match self {
+            Self::FrontEndConnected { .. } => "FRONT_END_CONNECTED",
+            Self::FrontEndGone => "FRONT_END_GONE",
+            Self::HostFull { .. } | Self::IoError { .. } => "BLOCK_IO_ERROR",
+            Self::HostHasSpace => "HOST_HAS_SPACE",
+            Self::ImageVanished { .. } => "IMAGE_VANISHED",
+        }
+    }
+
+    fn data(&self) -> Value {
+        match self {
+            Self::FrontEndConnected { pid } => json!({ "pid": pid }),
+            Self::FrontEndGone | Self::HostHasSpace => json!({}),
+            Self::HostFull { waits } => {
+                let action = if *waits { "stop" } else { "report" };
+                let reason = "No space left on device";
+                io_error(false, action, true, reason)
+            }
+            Self::IoError {
+                is_read,
+                no_space,
+                reason,
+            } => io_error(*is_read, "report", *no_space, reason),
+            Self::ImageVanished { file, how } => json!({ "file": file, "how": how }),
+        }
+    }
+
+    /// As it goes out.
+    pub(super) fn line(&self) -> String {
+        let now = SystemTime::now();
+        let now = now.duration_since(UNIX_EPOCH).unwrap_or_default();
+        message::line(&json!({
+            "timestamp": { "seconds": now.as_secs(), "microseconds": now.subsec_micros() },
+            "event": self.name(),
+            "data": self.data(),
+        }))
+    }
+}
+
+fn io_error(is_read: bool, action: &str, no_space: bool, reason: &str) -> Value {
+    json!({
+        "device": DISK,
+        "node-name": DISK,
+        "operation": if is_read { "read" } else { "write" },
+        "action": action,
+        "nospace": no_space,
+        "reason": reason,
+    })
+}

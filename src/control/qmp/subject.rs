@@ -1,0 +1,66 @@
+//! What commands are about, as this server sees it.
+//!
+//! It knows numbers and names; what is behind them is another's.
+
+use std::path::PathBuf;
+
+use crate::device::{Latencies, LatencyBins, LimitsError, QueueReport, ThrottleLimits, Totals};
+use crate::ploop::EngineReport;
+
+/// A disk that is being served.
+pub trait Subject {
+    /// Its levels, base first; there is one at least.
+    fn levels(&self) -> Vec<Level>;
+
+    /// Whether the guest's writes may be kept in a cache until it flushes.
+    fn has_write_cache(&self) -> bool;
+
+    /// What guests have done with it.
+    fn totals(&self) -> Totals;
+
+    /// The same by queues, those that have never run left out.
+    fn queues(&self) -> Vec<QueueReport>;
+
+    /// How the engine is doing.
+    fn engine(&self) -> EngineReport;
+
+    /// How long requests took.
+    fn latencies(&self) -> Latencies;
+
+    /// What of that was [asked for](Self::ask_for_bins).
+    fn bins(&self) -> LatencyBins;
+
+    /// The boundaries of reads, writes and flushes that were asked for.
+    fn boundaries(&self) -> [Option<Vec<u64>>; 3];
+
+    /// Asks for others.
+    fn ask_for_bins(&self, boundaries: [Option<Vec<u64>>; 3]);
+
+    /// What guests may do.
+    fn limits(&self) -> ThrottleLimits;
+
+    /// Changes that.
+    ///
+    /// # Errors
+    /// If there cannot be such limits.
+    fn set_limits(&self, limits: ThrottleLimits) -> Result<(), LimitsError>;
+}
+
+/// One level of the disk.
+#[derive(Clone, Debug)]
+pub struct Level {
+    /// Its file, as it was opened.
+    pub file: PathBuf,
+    /// Whether it is a ploop image; else a raw one.
+    pub is_ploop: bool,
+    /// Whether it is written to.
+    pub is_writable: bool,
+    /// Whether its file is used around the host's page cache.
+    pub is_direct: bool,
+    /// What of the disk it can have, in bytes.
+    pub virtual_size: u64,
+    /// What it takes on the host, in bytes, as of some seconds ago.
+    pub actual_size: u64,
+    /// In bytes.
+    pub cluster_size: u64,
+}

@@ -1,0 +1,416 @@
+//! Clients, well-behaved and not, against a disk that is none.
+
+use std::io::{BufRead, BufReader, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::time::{Duration, Instant};
+
+use event_manager::EventSet;
+use serde_json::{Value, json};
+
+use super::client::{Client, Stay};
+use super::*;
+use crate::device::{
+    KindCounts, Latencies, LatencyBins, LimitsError, QueueReport, Statistics, Throttle,
+    ThrottleLimits, Totals,
+};
+use crate::ploop::EngineReport;
+
+/// A disk with a snapshot.
+#[derive(Default)]
+struct Fake {
+    engine: EngineReport,
+    statistics: Statistics,
+    throttle: Throttle,
+}
+
+impl Subject for Fake {
+    fn levels(&self) -> Vec<Level> {
+        let level = |name: &str, is_writable| Level {
+            file: format!("/vz/{name}").into(),
+            is_ploop: true,
+            is_writable,
+            is_direct: true,
+            virtual_size: 1 << 30,
+            actual_size: 12 << 20,
+            cluster_size: 1 << 20,
+        };
+        vec![level("base.hds", false), level("top.hds", true)]
+    }
+
+    fn has_write_cache(&self) -> bool {
+        true
+    }
+
+    fn totals(&self) -> Totals {
+        let reads = KindCounts {
+            operations: 3,
+            bytes: 4096,
+            ..KindCounts::default()
+        };
+        Totals {
+            reads,
+            idle_time_ns: Some(5),
+            ..Totals::default()
+        }
+    }
+
+    fn queues(&self) -> Vec<QueueReport> {
+        vec![QueueReport {
+            index: 1,
+            runs: true,
+            in_flight: 2,
+            totals: self.totals(),
+        }]
+    }
+
+    fn engine(&self) -> EngineReport {
+        self.engine
+    }
+
+    fn latencies(&self) -> Latencies {
+        self.statistics.latencies()
+    }
+
+    fn bins(&self) -> LatencyBins {
+        self.statistics.bins()
+    }
+
+    fn boundaries(&self) -> [Option<Vec<u64>>; 3] {
+        self.statistics.boundaries()
+    }
+
+    fn ask_for_bins(&self, boundaries: [Option<Vec<u64>>; 3]) {
+        self.statistics.ask_for_bins(boundaries);
+    }
+
+    fn limits(&self) -> ThrottleLimits {
+        self.throttle.limits()
+    }
+
+    fn set_limits(&self, limits: ThrottleLimits) -> Result<(), LimitsError> {
+        self.throttle.set(limits)
+    }
+}
+
+/// All that is answered to this.
+fn answers(session: &mut Session, input: &str, subject: &Fake) -> Vec<(Value, Wish)> {
+    let mut input = input.as_bytes();
+    let mut answers = Vec::new();
+    while let Some((line, wish)) = session.answer_next(&mut input, subject) {
+        let line = line.strip_suffix("\r\n").expect("it ends a line");
+        assert!(line.bytes().all(|byte| (b' '..=b'~').contains(&byte)));
+        answers.push((serde_json::from_str(line).unwrap(), wish));
+    }
+    answers
+}
+
+fn ask(session: &mut Session, input: &str) -> Value {
+    ask_of(session, input, &Fake::default())
+}
+
+fn ask_of(session: &mut Session, input: &str, subject: &Fake) -> Value {
+    let mut answers = answers(session, input, subject);
+    assert_eq!(answers.len(), 1, "{answers:?}");
+    answers.remove(0).0
+}
+
+fn negotiated() -> Session {
+    let mut session = Session::default();
+    let answer = ask(&mut session, r#"{"execute":"qmp_capabilities"}"#);
+    assert_eq!(answer, json!({ "return": {} }));
+    session
+}
+
+#[test]
+fn nothing_is_done_before_the_introduction() {
+    let greeting: Value = serde_json::from_str(&Session::greeting()).unwrap();
+    assert_eq!(greeting["QMP"]["version"]["qemu"]["major"], 10);
+    assert_eq!(greeting["QMP"]["capabilities"], json!([]));
+    let mut session = Session::default();
+    assert!(!session.hears_events());
+    let refused = ask(&mut session, r#"{"execute":"quit","id":1}"#);
+    assert_eq!(refused["error"]["class"], "CommandNotFound");
+    assert_eq!(refused["id"], 1);
+    let with = |enable: &str| {
+        format!(r#"{{"execute":"qmp_capabilities","arguments":{{"enable":{enable}}}}}"#)
+    };
+    for odd in [r#"["oob"]"#, "[1]", "1"] {
+        let refused = ask(&mut session, &with(odd));
+        assert_eq!(refused["error"]["class"], "GenericError", "{refused}");
+        assert!(!session.hears_events());
+    }
+    assert_eq!(ask(&mut session, &with("[]")), json!({ "return": {} }));
+    assert!(session.hears_events());
+    let again = ask(&mut session, &with("[]"));
+    assert_eq!(again["error"]["class"], "CommandNotFound");
+}
+
+#[test]
+fn unknown_commands_and_arguments_are_errors_with_the_clients_name_for_them() {
+    let mut session = negotiated();
+    let answer = ask(&mut session, r#"{"execute":"no-such","id":{"a":[1]}}"#);
+    let expected = json!({
+        "error": {
+            "class": "CommandNotFound",
+            "desc": "The command no-such has not been found",
+        },
+        "id": { "a": [1] },
+    });
+    assert_eq!(answer, expected);
+    let commands = ask(&mut session, r#"{"execute":"query-commands"}"#);
+    let names = commands["return"].as_array().unwrap().iter();
+    for name in names.map(|command| command["name"].as_str().unwrap()) {
+        if name == "qmp_capabilities" || name.starts_with("block") {
+            continue;
+        }
+        let input = format!(r#"{{"execute":"{name}","arguments":{{"z":1}},"id":7}}"#);
+        let found = answers(&mut session, &input, &Fake::default());
+        let (answer, wish) = &found[0];
+        assert_eq!(
+            answer["error"]["desc"], "Parameter 'z' is unexpected",
+            "{name}"
+        );
+        assert_eq!(answer["id"], 7);
+        assert_eq!(*wish, Wish::Nothing, "{name}");
+    }
+}
+
+#[test]
+fn the_disk_is_described_in_qemus_shapes() {
+    let mut session = negotiated();
+    let block = &ask(&mut session, r#"{"execute":"query-block"}"#)["return"][0];
+    assert_eq!(block["device"], "disk");
+    assert_eq!(block["io-status"], "ok");
+    let top = &block["inserted"];
+    assert_eq!(top["file"], "/vz/top.hds");
+    assert_eq!(top["backing_file"], "/vz/base.hds");
+    assert_eq!(top["backing_file_depth"], 1);
+    assert_eq!(top["image"]["virtual-size"], 1 << 30);
+    let nodes = &ask(&mut session, r#"{"execute":"query-named-block-nodes"}"#)["return"];
+    let names: Vec<_> = (0..2).map(|at| &nodes[at]["node-name"]).collect();
+    assert_eq!(names, ["disk", "level-0"]);
+    assert_eq!(
+        (&nodes[0]["ro"], &nodes[1]["ro"]),
+        (&json!(false), &json!(true))
+    );
+    let stats = &ask(&mut session, r#"{"execute":"query-blockstats"}"#)["return"][0];
+    assert_eq!(stats["device"], "disk");
+    assert_eq!(stats["stats"]["rd_bytes"], 4096);
+    assert_eq!(stats["stats"]["idle_time_ns"], 5);
+    let engine = &ask(&mut session, r#"{"execute":"query-engine"}"#)["return"];
+    assert_eq!(engine["queues"][0]["in-flight"], 2);
+}
+
+/// The answer to a command with these arguments.
+fn obey(session: &mut Session, fake: &Fake, command: &str, arguments: Value) -> Value {
+    let request = json!({ "execute": command, "arguments": arguments });
+    ask_of(session, &request.to_string(), fake)
+}
+
+#[test]
+fn limits_are_set_and_shown_as_in_qemu() {
+    let mut session = negotiated();
+    let fake = Fake::default();
+    let mut set = |arguments: Value| {
+        let command = "block_set_io_throttle";
+        let answer = obey(&mut session, &fake, command, arguments);
+        answer["error"]["desc"].as_str().map(str::to_owned)
+    };
+    let with = |more: Value| {
+        let mut arguments = json!({
+            "id": "disk", "bps": 0, "bps_rd": 0, "bps_wr": 0,
+            "iops": 100, "iops_rd": 0, "iops_wr": 0,
+        });
+        for (name, value) in more.as_object().unwrap() {
+            arguments[name] = value.clone();
+        }
+        arguments
+    };
+    let missing = set(json!({ "id": "disk", "bps": 0 }));
+    assert_eq!(missing.as_deref(), Some("Parameter 'bps_rd' is missing"));
+    for (more, expected) in [
+        (json!({ "id": "x" }), "Device 'x' not found"),
+        (json!({ "device": "disk" }), "Need exactly one"),
+        (json!({ "iops_rd": 5 }), "at the same time"),
+        (json!({ "iops_max": 50 }), "cannot be lower"),
+        (json!({ "bps_max": 50 }), "require corresponding"),
+        (json!({ "iops_max_length": 5 }), "without burst rate"),
+        (
+            json!({ "iops_max": 200, "iops_max_length": 0 }),
+            "cannot be 0",
+        ),
+        (
+            json!({ "iops": 0, "iops_size": 5 }),
+            "requires an iops value",
+        ),
+        (
+            json!({ "iops": 2_000_000_000_000_000_u64 }),
+            "must be within",
+        ),
+        (json!({ "iops": -1 }), "negative"),
+        (json!({ "group": "all" }), "Groups"),
+        (json!({ "z": 1 }), "'z' is unexpected"),
+    ] {
+        let desc = set(with(more)).expect("it is refused");
+        assert!(desc.contains(expected), "{desc}");
+        assert_eq!(fake.limits(), ThrottleLimits::default());
+    }
+    assert_eq!(
+        set(with(json!({ "iops_max": 500, "iops_max_length": 3 }))),
+        None
+    );
+    let node =
+        &ask_of(&mut session, r#"{"execute":"query-block"}"#, &fake)["return"][0]["inserted"];
+    let shown = ["iops", "iops_max", "iops_max_length", "bps"].map(|name| node[name].as_u64());
+    assert_eq!(shown, [Some(100), Some(500), Some(3), Some(0)]);
+    assert!(node["bps_max"].is_null());
+}
+
+#[test]
+fn latencies_are_counted_by_intervals_that_a_client_has_set() {
+    let mut session = negotiated();
+    let fake = Fake::default();
+    let command = "block-latency-histogram-set";
+    let mut set =
+        |arguments: Value| obey(&mut session, &fake, command, arguments)["error"]["desc"].clone();
+    for odd in [json!([]), json!([0]), json!([5, 5]), json!([9, 3])] {
+        let refused = set(json!({ "id": "disk", "boundaries": odd }));
+        assert_eq!(refused, "Device 'disk' set read boundaries fail");
+    }
+    let unset = [const { None }; 3];
+    assert_eq!(fake.boundaries(), unset);
+    assert!(
+        set(json!({ "id": "disk", "boundaries": [10, 50], "boundaries-write": [7] })).is_null()
+    );
+    assert_eq!(
+        fake.boundaries(),
+        [Some(vec![10, 50]), Some(vec![7]), Some(vec![10, 50])]
+    );
+    assert!(set(json!({ "id": "disk", "boundaries-read": [1] })).is_null());
+    assert_eq!(
+        fake.boundaries(),
+        [Some(vec![1]), Some(vec![7]), Some(vec![10, 50])]
+    );
+    let query = json!({ "execute": "query-blockstats" }).to_string();
+    let stats = ask_of(&mut session, &query, &fake)["return"][0]["stats"].clone();
+    let expected = json!({ "boundaries": [7], "bins": [0, 0] });
+    assert_eq!(stats["wr_latency_histogram"], expected);
+    let answer = obey(&mut session, &fake, command, json!({ "id": "disk" }));
+    assert_eq!(answer, json!({ "return": {} }));
+    assert_eq!(fake.boundaries(), unset);
+}
+
+#[test]
+fn a_disk_that_waits_for_space_does_not_run() {
+    let mut session = negotiated();
+    let mut fake = Fake::default();
+    let status = |session: &mut Session, fake: &Fake| {
+        ask_of(session, r#"{"execute":"query-status"}"#, fake)["return"].clone()
+    };
+    let running = json!({ "status": "running", "running": true });
+    assert_eq!(status(&mut session, &fake), running);
+    fake.engine.is_host_full = true;
+    let full = json!({ "status": "io-error", "running": false });
+    assert_eq!(status(&mut session, &fake), full);
+}
+
+/// A client and its other end.
+fn connected() -> (Client, UnixStream) {
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    theirs
+        .set_read_timeout(Some(Duration::from_secs(10)))
+        .unwrap();
+    (Client::new(ours).unwrap(), theirs)
+}
+
+fn negotiate(client: &mut Client, theirs: &mut UnixStream) {
+    theirs
+        .write_all(br#"{"execute":"qmp_capabilities"}"#)
+        .unwrap();
+    assert_eq!(client.serve(&Fake::default()), (Stay::Stays, Wish::Nothing));
+    let mut lines = BufReader::new(theirs).lines();
+    assert!(lines.next().unwrap().unwrap().contains("QMP"));
+    assert!(lines.next().unwrap().unwrap().contains("return"));
+}
+
+#[test]
+fn a_client_hears_the_answer_to_quit_and_one_that_has_sent_all_goes() {
+    let (mut client, mut theirs) = connected();
+    negotiate(&mut client, &mut theirs);
+    theirs
+        .write_all(br#"{"execute":"quit","id":1} {"execute":"query-status"}"#)
+        .unwrap();
+    theirs.shutdown(std::net::Shutdown::Write).unwrap();
+    assert_eq!(client.serve(&Fake::default()), (Stay::Stays, Wish::Quit));
+    drop(client);
+    let mut rest = String::new();
+    theirs.read_to_string(&mut rest).unwrap();
+    assert_eq!(rest, "{\"id\":1,\"return\":{}}\r\n");
+
+    let (mut client, mut theirs) = connected();
+    theirs.write_all(b"{").unwrap();
+    theirs.shutdown(std::net::Shutdown::Write).unwrap();
+    let start = Instant::now();
+    while client.serve(&Fake::default()).0 == Stay::Stays {
+        assert!(start.elapsed() < Duration::from_secs(10));
+    }
+}
+
+#[test]
+fn a_client_that_never_reads_is_not_asked_for_more_and_then_hung_up_on() {
+    let (mut client, mut theirs) = connected();
+    negotiate(&mut client, &mut theirs);
+    theirs.set_nonblocking(true).unwrap();
+    let question = br#"{"execute":"query-commands"}"#.repeat(100);
+    // Until nothing of it goes in any more.
+    let mut turns = 0;
+    while client.interest().contains(EventSet::IN) {
+        let _ = theirs.write(&question);
+        assert_eq!(client.serve(&Fake::default()), (Stay::Stays, Wish::Nothing));
+        turns += 1;
+        assert!(turns < 100_000, "it is asked on and on");
+    }
+    assert_eq!(client.interest(), EventSet::OUT);
+    assert!(client.until().is_some());
+    // Events do not wait for it for ever.
+    let event = "x".repeat(1000);
+    let told = (0..100_000).take_while(|_| client.tell(&event) == Stay::Stays);
+    let told = told.count() * event.len();
+    assert!((500_000..2_000_000).contains(&told), "{told}");
+}
+
+#[test]
+fn a_client_that_reads_late_misses_nothing() {
+    let (mut client, mut theirs) = connected();
+    negotiate(&mut client, &mut theirs);
+    let (count, at_once) = (5_000, 250);
+    let writer = std::thread::spawn({
+        let mut theirs = theirs.try_clone().unwrap();
+        move || {
+            let ids: Vec<_> = (0..count).collect();
+            for ids in ids.chunks(at_once) {
+                let request = |id| format!(r#"{{"execute":"query-commands","id":{id}}}"#);
+                let requests: String = ids.iter().map(request).collect();
+                theirs.write_all(requests.as_bytes()).unwrap();
+            }
+        }
+    });
+    let reader = std::thread::spawn(move || {
+        let mut lines = BufReader::new(theirs).lines();
+        for id in 0..count {
+            if id % 500 == 0 {
+                std::thread::sleep(Duration::from_millis(5));
+            }
+            let line = lines.next().unwrap().unwrap();
+            let answer: Value = serde_json::from_str(&line).unwrap();
+            assert_eq!(answer["id"], id);
+        }
+    });
+    // Until both of them have gone.
+    while client.serve(&Fake::default()).0 == Stay::Stays {
+        let something = !client.interest().is_empty();
+        assert!(something, "it would be waited for in vain");
+    }
+    reader.join().unwrap();
+    writer.join().unwrap();
+}

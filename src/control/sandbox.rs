@@ -1,0 +1,117 @@
+//! What the process gives up, so that a guest that takes it over gains little.
+//!
+//! In this order: system calls that are never needed, before there are threads;
+//! capabilities, files other than the disk's and its socket's, and the eyes of other
+//! processes, once the image is open; the rest of what only a start needs, before the
+//! first front-end. Each thread gives up more with its first step.
+//! `docs/sandbox.md` says what is left, and why.
+//!
+//! Knows how Linux takes rights away. Must not know what is served.
+
+mod files;
+mod privileges;
+mod syscalls;
+
+use std::io;
+use std::path::PathBuf;
+
+use thiserror::Error;
+
+pub use privileges::RunAs;
+pub use syscalls::SeccompMode;
+
+use crate::storage::HostFile;
+
+/// Why the process could not give something up. It then serves nobody.
+#[derive(Debug, Error)]
+pub enum SandboxError {
+    /// `PR_SET_NO_NEW_PRIVS`, without which nobody may restrict himself.
+    #[error("cannot give up the right to gain privileges")]
+    NoNewPrivileges(#[source] io::Error),
+    /// The kernel took no filter.
+    #[error("cannot restrict system calls; --seccomp none does without it")]
+    Seccomp(#[source] seccompiler::Error),
+    /// The kernel took no rules, though it has Landlock.
+    #[error("cannot restrict access to files; --sandbox none does without it")]
+    Landlock(#[from] landlock::RulesetError),
+    /// What the rules are about cannot be opened.
+    #[error("cannot restrict access to {}", path.display())]
+    Path {
+        /// The file or folder.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// Capabilities stayed.
+    #[error("cannot give capabilities up")]
+    Capabilities(#[source] io::Error),
+    /// The process is still who it was.
+    #[error("cannot become another user or group (only root can)")]
+    RunAs(#[source] io::Error),
+    /// Others can still look into the process.
+    #[error("cannot keep others from looking into the process")]
+    Dumpable(#[source] io::Error),
+}
+
+/// What is to be given up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SandboxOptions {
+    /// System calls.
+    pub seccomp: SeccompMode,
+    /// Files, capabilities, visibility.
+    pub confines: bool,
+    /// Who to be from then on.
+    pub run_as: RunAs,
+}
+
+/// The process, on its way to fewer rights.
+#[derive(Debug)]
+#[must_use = "the rest is given up later"]
+pub struct Sandbox(SandboxOptions);
+
+impl Sandbox {
+    /// The first step, to be done before there are threads.
+    ///
+    /// # Errors
+    /// See [`SandboxError`].
+    pub fn begin(options: SandboxOptions) -> Result<Self, SandboxError> {
+        rustix::thread::set_no_new_privs(true)
+            .map_err(|errno| SandboxError::NoNewPrivileges(errno.into()))?;
+        syscalls::begin(options.seccomp, options.run_as.is_other())?;
+        Ok(Self(options))
+    }
+
+    /// The second: `files` are open, and reached from now on, as are the folders of the
+    /// sockets; other files are not. To be done before there are threads that serve.
+    ///
+    /// # Errors
+    /// See [`SandboxError`].
+    pub fn confine(
+        &self,
+        files: &[HostFile],
+        folders: &[PathBuf],
+        gives_socket_away: bool,
+    ) -> Result<(), SandboxError> {
+        if self.0.seccomp != SeccompMode::None && !syscalls::is_supported() {
+            log::warn!("system calls are not restricted on this kind of machine");
+        }
+        self.0.run_as.apply().map_err(SandboxError::RunAs)?;
+        if !self.0.confines {
+            return Ok(());
+        }
+        let own = privileges::are_all_ours(files, folders);
+        privileges::drop_capabilities(own, gives_socket_away)
+            .map_err(SandboxError::Capabilities)?;
+        privileges::hide().map_err(SandboxError::Dumpable)?;
+        files::restrict(files, folders)
+    }
+
+    /// The last: the start is over.
+    ///
+    /// # Errors
+    /// See [`SandboxError`].
+    pub fn settle(&self) -> Result<(), SandboxError> {
+        syscalls::settle(self.0.seccomp)
+    }
+}

@@ -1,0 +1,60 @@
+//! Which files can be reached: Landlock.
+
+use std::path::{Path, PathBuf};
+
+use landlock::{
+    ABI, Access, AccessFs, AccessNet, BitFlags, CompatLevel, Compatible, PathBeneath, PathFd,
+    PathFdError, Ruleset, RulesetAttr, RulesetCreatedAttr, RulesetStatus, Scope,
+};
+
+use super::SandboxError;
+use crate::storage::HostFile;
+
+/// The newest set of rights that this was written against. An older kernel restricts
+/// what it can.
+const NEWEST: ABI = ABI::V6;
+
+/// Files that are open already stay so. To open one again takes a rule, as does making
+/// the socket and removing it.
+pub(super) fn restrict(files: &[HostFile], folders: &[PathBuf]) -> Result<(), SandboxError> {
+    let mut rules = Ruleset::default()
+        .set_compatibility(CompatLevel::BestEffort)
+        .handle_access(AccessFs::from_all(NEWEST))?
+        .handle_access(AccessNet::from_all(NEWEST))?
+        .scope(Scope::from_all(NEWEST))?
+        .create()?;
+    for file in files {
+        let mut access: BitFlags<AccessFs> = AccessFs::ReadFile.into();
+        if file.writable {
+            access |= AccessFs::WriteFile | AccessFs::Truncate;
+        }
+        rules = rules.add_rule(PathBeneath::new(&file.file, access))?;
+    }
+    for folder in folders {
+        // A link within the folder counts as making a socket.
+        let access: BitFlags<AccessFs> = AccessFs::MakeSock | AccessFs::RemoveFile;
+        let opened = PathFd::new(folder).map_err(|error| unreachable_folder(folder, error))?;
+        rules = rules.add_rule(PathBeneath::new(opened, access))?;
+    }
+    let status = rules.restrict_self()?;
+    if status.ruleset == RulesetStatus::NotEnforced {
+        log::warn!(
+            "this kernel has no Landlock (Linux 5.13 and later have, unless it is switched off): \
+             access to files is restricted by permissions alone"
+        );
+    }
+    Ok(())
+}
+
+fn unreachable_folder(folder: &Path, error: PathFdError) -> SandboxError {
+    let PathFdError::OpenCall { source, .. } = error else {
+        return SandboxError::Path {
+            path: folder.to_owned(),
+            source: std::io::Error::other(error),
+        };
+    };
+    SandboxError::Path {
+        path: folder.to_owned(),
+        source,
+    }
+}

@@ -1,0 +1,248 @@
+//! The disk that is served: its image, and the engine and the device on it.
+//!
+//! The image stays open and locked as long as the process has anything to do with it. The
+//! engine comes and goes: who hands the disk to another process closes it, and opens it
+//! again from the same files if the other one cannot serve it.
+
+use std::io;
+use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use super::qmp::{Level, Subject};
+use super::{Args, Error};
+use crate::device::{
+    BlockDevice, Latencies, LatencyBins, LimitsError, QueueReport, Queues, Statistics, Throttle,
+    ThrottleLimits, Totals,
+};
+use crate::format::Geometry;
+use crate::image::OpenImage;
+use crate::notices::Notices;
+use crate::ploop::{Chain, Engine, EngineError, EngineReport, Running};
+use crate::storage::lock::{ImageLock, LockError};
+use crate::storage::{HostDisk, HostFile, KnownFile};
+
+/// How long one that has ended may still have I/O under way.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// The pause between two looks.
+const PAUSE: Duration = Duration::from_millis(10);
+
+/// The files of a disk, and what they are. Drop it last: the locks are in it.
+pub(super) struct Image {
+    files: Vec<HostFile>,
+    chain: Chain,
+    locks: Vec<ImageLock>,
+    /// What goes on while engines come and go.
+    statistics: Arc<Statistics>,
+    throttle: Arc<Throttle>,
+    notices: Arc<Notices>,
+}
+
+impl Image {
+    pub fn new(image: OpenImage) -> io::Result<Self> {
+        Ok(Self {
+            files: image.files,
+            chain: image.chain,
+            locks: image.locks,
+            statistics: Arc::default(),
+            throttle: Arc::default(),
+            notices: Arc::new(Notices::new()?),
+        })
+    }
+
+    /// What guests may do with the disk.
+    pub fn throttle(&self) -> &Throttle {
+        &self.throttle
+    }
+
+    /// What is to be told of the disk.
+    pub fn notices(&self) -> &Arc<Notices> {
+        &self.notices
+    }
+
+    /// Of all levels, base first.
+    pub fn files(&self) -> &[HostFile] {
+        &self.files
+    }
+
+    /// Gives the files to the engine's disk.
+    pub fn disk(&mut self, args: &Args) -> Result<HostDisk, Error> {
+        let files = match args.can_be_upgraded() {
+            true => self.copies().map_err(Error::Setup)?,
+            false => std::mem::take(&mut self.files),
+        };
+        let disk = HostDisk::new(files, args.host_options()).map_err(Error::Setup)?;
+        let notices = Some(Arc::clone(&self.notices));
+        disk.watch_files(notices).map_err(Error::Setup)?;
+        Ok(disk)
+    }
+
+    fn copies(&self) -> io::Result<Vec<HostFile>> {
+        let copy = |file: &HostFile| {
+            Ok(HostFile {
+                file: file.file.try_clone()?,
+                path: file.path.clone(),
+                writable: file.writable,
+            })
+        };
+        self.files.iter().map(copy).collect()
+    }
+
+    /// Reads the image and makes the device on it.
+    pub fn serve(&self, disk: HostDisk, args: &Args, cpus: usize) -> Result<Served, Error> {
+        let mut options = args.engine_options();
+        options.notices = Some(Arc::clone(&self.notices));
+        let opened = Engine::open(disk, &self.chain, options);
+        let opened = opened.map_err(|source| Error::Engine {
+            path: args.blk_file.clone(),
+            source,
+        })?;
+        let running = Running::start(opened).map_err(Error::Setup)?;
+        let device = self.device(args, cpus, &running);
+        match device {
+            Ok(device) => Ok(Served {
+                device: Arc::new(device),
+                running,
+            }),
+            Err(error) => {
+                // Says itself what goes wrong.
+                drop(running);
+                Err(error)
+            }
+        }
+    }
+
+    fn device(
+        &self,
+        args: &Args,
+        cpus: usize,
+        running: &Running<HostDisk>,
+    ) -> Result<BlockDevice<HostDisk>, Error> {
+        let queues = Queues::new(args.num_queues, args.queue_size)?;
+        let engine = Arc::clone(running.engine());
+        let device = BlockDevice::new(engine, args.serial_number(), queues)
+            .with_cpus(cpus)
+            .with_poll(args.longest_poll())
+            .with_statistics(Arc::clone(&self.statistics))
+            .with_throttle(Arc::clone(&self.throttle))
+            .with_notices(Arc::clone(&self.notices))
+            .with_logical_block(args.logical_block_size)?;
+        Ok(device)
+    }
+
+    /// Waits until nobody else uses the image: a process that was to take it over has
+    /// ended, and its last I/O has, too.
+    pub fn wait_until_alone(&self) -> Result<(), LockError> {
+        let start = Instant::now();
+        loop {
+            match self.locks.iter().try_for_each(ImageLock::is_alone) {
+                Err(_) if start.elapsed() < PATIENCE => thread::sleep(PAUSE),
+                result => return result,
+            }
+        }
+    }
+}
+
+/// An engine that runs, and the device that shows it.
+pub(super) struct Served {
+    device: Arc<BlockDevice<HostDisk>>,
+    running: Running<HostDisk>,
+}
+
+/// What has become of an image that was to be passed on.
+pub(super) enum Passed {
+    Closed,
+    /// It has everything, and could not be marked as closed.
+    Unmarked(EngineError),
+    /// Not everything could be made stable. The disk can be served on.
+    Kept(Served, EngineError),
+}
+
+impl Served {
+    pub fn device(&self) -> &Arc<BlockDevice<HostDisk>> {
+        &self.device
+    }
+
+    pub fn engine(&self) -> &Engine<HostDisk> {
+        self.running.engine()
+    }
+
+    /// Closes the image for somebody who opens it at once. Nobody is served any more.
+    pub fn pass(self) -> Passed {
+        let Self { device, running } = self;
+        match running.pass() {
+            Ok(()) => Passed::Closed,
+            Err((None, error)) => Passed::Unmarked(error),
+            Err((Some(running), error)) => Passed::Kept(Self { device, running }, error),
+        }
+    }
+
+    /// Closes the image. Nobody is served any more.
+    pub fn close(self) -> Result<(), Error> {
+        drop(self.device);
+        self.running.close().map_err(Error::Close)
+    }
+}
+
+impl Subject for Served {
+    fn levels(&self) -> Vec<Level> {
+        let files = self.engine().disk().known_files();
+        let levels = files.zip(self.engine().level_geometries());
+        let level = |(file, (geometry, is_ploop)): (KnownFile<'_>, (&Geometry, bool))| Level {
+            file: file.path.to_owned(),
+            is_ploop,
+            is_writable: file.is_writable && !self.engine().is_read_only(),
+            is_direct: file.is_direct,
+            virtual_size: geometry.disk_size.bytes(),
+            actual_size: file.allocation,
+            cluster_size: geometry.cluster.bytes(),
+        };
+        let mut levels: Vec<_> = levels.map(level).collect();
+        if let Some(top) = levels.last_mut() {
+            // It may have grown since it was opened.
+            top.virtual_size = self.engine().disk_size().bytes();
+        }
+        levels
+    }
+
+    fn has_write_cache(&self) -> bool {
+        !self.engine().report().is_write_through
+    }
+
+    fn totals(&self) -> Totals {
+        self.device.statistics().totals()
+    }
+
+    fn queues(&self) -> Vec<QueueReport> {
+        self.device.statistics().queues()
+    }
+
+    fn engine(&self) -> EngineReport {
+        Self::engine(self).report()
+    }
+
+    fn latencies(&self) -> Latencies {
+        self.device.statistics().latencies()
+    }
+
+    fn bins(&self) -> LatencyBins {
+        self.device.statistics().bins()
+    }
+
+    fn boundaries(&self) -> [Option<Vec<u64>>; 3] {
+        self.device.statistics().boundaries()
+    }
+
+    fn ask_for_bins(&self, boundaries: [Option<Vec<u64>>; 3]) {
+        self.device.statistics().ask_for_bins(boundaries);
+    }
+
+    fn limits(&self) -> ThrottleLimits {
+        self.device.throttle().limits()
+    }
+
+    fn set_limits(&self, limits: ThrottleLimits) -> Result<(), LimitsError> {
+        self.device.throttle().set(limits)
+    }
+}

@@ -1,0 +1,199 @@
+//! The process that takes over.
+
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use rustix::io::Errno;
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, socket_with};
+
+use super::{
+    ANSWER_TIME, State, Terms, UpgradeError, VERSION, bound_at, folder_of, kind, read_path, say,
+};
+use crate::control::bound::Bound;
+use crate::control::main_loop::{Carried, Room};
+use crate::control::served::{Image, Served};
+use crate::control::signals::Signals;
+use crate::control::{Args, Doors, Error, Sandbox, deadline, own_user};
+use crate::device::Connection;
+use crate::parcel::{ParcelError, Reader, Writer};
+use crate::peer::Peer;
+
+/// How long the process that serves may need to drain its rings and close the image.
+const DRAIN: Duration = Duration::from_secs(60);
+
+/// The pause between two tries to connect to a process that has much to accept.
+const CONNECT_PAUSE: Duration = Duration::from_millis(10);
+
+/// How long the guest may wait for this process. Afterwards the other one goes on.
+const TIME_TO_SERVE: Duration = Duration::from_secs(5);
+
+/// What has been taken over, and is being served.
+pub(in crate::control) struct Taken {
+    pub image: Image,
+    pub served: Served,
+    pub doors: Doors,
+    pub carried: Carried,
+    /// For the main loop.
+    pub room: Option<Room>,
+}
+
+/// Goes on in the place of the process that listens on `path`.
+///
+/// # Errors
+/// Whatever keeps this process from it; the other one goes on.
+pub(in crate::control) fn take_over(
+    path: &Path,
+    mut image: Image,
+    (args, cpus): (&Args, usize),
+    sandbox: &Sandbox,
+    signals: &Signals,
+) -> Result<Taken, Error> {
+    let socket = connect(path, args)?;
+    let signal_fd = signal_fd(signals);
+    let receive =
+        |time| Reader::receive(&socket, Some(signal_fd), time).map_err(UpgradeError::from);
+    let terms = Terms::of(args, image.files()).map_err(Error::Setup)?;
+    let paths = introduce(&socket, &terms, receive)?;
+    // Only where a socket is of that process, its folder is to be reached from here.
+    let [front_ends, control] = paths.map(|path| path.as_deref().and_then(bound_at));
+    let upgrades = bound_at(path);
+    let folders = [&front_ends, &control].map(|it| it.as_ref().map(Bound::path));
+    let folders = folders.into_iter().chain([Some(path)]);
+    let folders: Vec<PathBuf> = folders.flatten().map(folder_of).collect();
+    sandbox.confine(image.files(), &folders, false)?;
+    let user = own_user();
+    // The start is over: to open the image is what the other process can do as well, if
+    // this one fails.
+    sandbox.settle()?;
+    say(&socket, kind::READY).map_err(UpgradeError::from)?;
+    let state = expect(receive(DRAIN)?, kind::STATE)?;
+    let state = State::read(state).map_err(UpgradeError::from)?;
+    state.front_ends.check(front_ends.as_ref())?;
+    let others = [(&state.upgrades, None), (&state.control, control.as_ref())];
+    for (socket, bound) in others {
+        socket.as_ref().map_or(Ok(()), |it| it.check(bound))?;
+    }
+    say(&socket, kind::PREPARED).map_err(UpgradeError::from)?;
+    expect(receive(ANSWER_TIME)?, kind::GO)?;
+
+    let limit = deadline::Limit::start(TIME_TO_SERVE).map_err(Error::Setup)?;
+    // Not before: what it knows of the files would be old.
+    let disk = image.disk(args)?;
+    let served = image.serve(disk, args, cpus)?;
+    let (here, there) = (served.engine().disk_size().bytes(), state.size.bytes());
+    if here != there {
+        return Err(UpgradeError::OtherSize { here, there }.into());
+    }
+    let device = served.device();
+    let resume = |suspended| Connection::resume(Arc::clone(device), suspended);
+    let resumed = state.connection.map(resume).transpose();
+    let resumed = resumed.map_err(Error::Connection)?;
+    let room = Room::keep().map_err(Error::Setup)?;
+    if !limit.lift() {
+        return Err(UpgradeError::from(ParcelError::Late).into());
+    }
+    // From here on nothing fails. If the other process has gone, nobody else serves.
+    let _ = say(&socket, kind::SERVING);
+    // Not before: dropped, they remove their files.
+    let upgrades = state.upgrades.map(|it| {
+        // The connection came from there, perhaps by way of somebody else.
+        let bound = upgrades.filter(|bound| it.is(bound));
+        it.own(bound)
+    });
+    let mut doors = Doors::new(
+        state.front_ends.own(front_ends),
+        upgrades,
+        state.control.map(|it| it.own(control)),
+        user,
+    );
+    doors.terms = Some(terms);
+    Ok(Taken {
+        doors,
+        carried: Carried {
+            connection: resumed.map(crate::device::Resumed::begin),
+            waiting: state.waiting,
+        },
+        image,
+        served,
+        room: Some(room),
+    })
+}
+
+fn signal_fd(signals: &Signals) -> BorrowedFd<'_> {
+    // SAFETY: it is open as long as `signals` is borrowed.
+    unsafe { BorrowedFd::borrow_raw(signals.as_raw_fd()) }
+}
+
+fn connect(path: &Path, args: &Args) -> Result<UnixStream, UpgradeError> {
+    let failed = |source| UpgradeError::Connect {
+        path: path.to_owned(),
+        source,
+    };
+    let socket = connect_in_time(path).map_err(failed)?;
+    let Peer { uid, .. } = Peer::of(&socket).map_err(failed)?;
+    let own = own_user();
+    let later = args.user.map(|user| user.user);
+    if uid != 0 && uid != own && Some(uid) != later {
+        let path = path.to_owned();
+        return Err(UpgradeError::Stranger { path, uid });
+    }
+    Ok(socket)
+}
+
+/// Does not wait for ever for a process that accepts nobody.
+fn connect_in_time(path: &Path) -> io::Result<UnixStream> {
+    let until = Instant::now() + ANSWER_TIME;
+    let address = SocketAddrUnix::new(path)?;
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+    loop {
+        match rustix::net::connect(&socket, &address) {
+            Ok(()) => return Ok(socket.into()),
+            Err(Errno::AGAIN) if Instant::now() < until => thread::sleep(CONNECT_PAUSE),
+            Err(Errno::AGAIN) => return Err(io::ErrorKind::TimedOut.into()),
+            Err(Errno::INTR) => {}
+            Err(errno) => return Err(errno.into()),
+        }
+    }
+}
+
+/// Comes to terms. Returns where the sockets of front-ends and of control clients are, if
+/// they were made.
+fn introduce(
+    socket: &UnixStream,
+    terms: &Terms,
+    receive: impl Fn(Duration) -> Result<Reader, UpgradeError>,
+) -> Result<[Option<PathBuf>; 2], UpgradeError> {
+    let mut hello = Writer::default();
+    hello.u32(VERSION);
+    terms.write(&mut hello);
+    hello.send(socket, kind::HELLO, ANSWER_TIME)?;
+    let mut welcome = expect(receive(ANSWER_TIME)?, kind::WELCOME)?;
+    let mut path = || {
+        let path = welcome.optional(read_path)?;
+        // Another one would be looked up from here.
+        Ok::<_, UpgradeError>(path.filter(|path| path.is_absolute()))
+    };
+    let paths = [path()?, path()?];
+    welcome.end()?;
+    Ok(paths)
+}
+
+/// The message, if it is of this kind.
+fn expect(mut message: Reader, kind: u32) -> Result<Reader, UpgradeError> {
+    if message.kind == kind {
+        return Ok(message);
+    }
+    if message.kind == kind::REFUSED {
+        let why = message.text()?;
+        return Err(UpgradeError::Refused(
+            String::from_utf8_lossy(&why).into_owned(),
+        ));
+    }
+    Err(ParcelError::Invalid("a message out of order").into())
+}

@@ -1,0 +1,201 @@
+//! Clusters that have to move because a larger BAT goes where they are.
+//!
+//! The cluster is locked, I/O that started before is waited for, and its data is copied
+//! to a cluster of zeros behind the BAT. It stays locked until the copy is stable, which
+//! the metadata thread sees to, together with others; then it is mapped there. So the new
+//! mapping may reach the disk at any time, like every other. Reads go on where the data
+//! was; what would change the cluster waits with its runner, and nothing else does.
+
+use std::collections::VecDeque;
+
+use rustix::io::Errno;
+
+use super::super::EngineError;
+use super::super::engine::{Engine, MdMessage};
+use super::super::entry::Place;
+use super::super::pio::Pio;
+use super::super::rule::{self, Rule};
+use super::cow::CopyBuffers;
+use super::{Busy, Job, Runner, Then};
+use crate::format::{GuestCluster, HostCluster};
+use crate::storage::{Buffer, Completion, Disk, Op};
+
+/// A cluster on its way.
+pub(super) struct Relocation {
+    old: HostCluster,
+    to: HostCluster,
+    /// As many bytes of it as belong to the disk.
+    keep: u64,
+    /// The new cluster may not read as zeros any more.
+    touched: bool,
+    /// Who wants it copied; `None` when it is.
+    pio: Option<Pio>,
+}
+
+impl Relocation {
+    /// The read of the whole cluster.
+    pub fn read<D: Disk>(&self, engine: &Engine<D>, buffers: &mut CopyBuffers) -> Op {
+        Op::Read {
+            file: engine.top(),
+            offset: engine.grid().host_offset(self.old),
+            buffer: Buffer::Owned(buffers.take()),
+        }
+    }
+}
+
+impl<D: Disk> Runner<D> {
+    /// Begins the copy of a cluster, unless it is not there any more or may stay.
+    pub(super) fn begin_relocation(
+        &mut self,
+        pio: Pio,
+        cluster: GuestCluster,
+        to: HostCluster,
+        keep: u64,
+    ) {
+        let engine = self.engine.clone();
+        let is_cut = keep < engine.grid().cluster().bytes();
+        let entry = engine.bat.get(cluster);
+        let old = match entry.place() {
+            Place::In(file, old) if file == engine.top() => old,
+            // Discarded meanwhile.
+            _ => return self.end_unmoved(pio, to),
+        };
+        if old.0 >= engine.alloc.first() && !is_cut {
+            // Discarded and written anew.
+            return self.end_unmoved(pio, to);
+        }
+        if !self.lock(cluster, entry) {
+            return self.run(pio);
+        }
+        let relocation = Relocation {
+            old,
+            to,
+            keep,
+            touched: false,
+            pio: Some(pio),
+        };
+        let job = Job::AwaitIo {
+            epoch: engine.epochs.advance(),
+            then: Then::Relocation(relocation),
+        };
+        let waiting = VecDeque::new();
+        self.busy.insert(cluster, Busy { job, waiting });
+    }
+
+    /// Nothing is to be copied: the new cluster can be had by others.
+    fn end_unmoved(&self, pio: Pio, to: HostCluster) {
+        self.engine.put_back(to);
+        self.complete(pio, Ok(()));
+    }
+
+    pub(super) fn step_relocation(
+        &mut self,
+        cluster: GuestCluster,
+        mut relocation: Relocation,
+        waiting: VecDeque<Pio>,
+        completion: Completion,
+    ) {
+        let result = completion.result;
+        match (result, completion.op) {
+            (
+                Ok(()),
+                Op::Read {
+                    file,
+                    buffer: Buffer::Owned(mut bytes),
+                    ..
+                },
+            ) => {
+                if rule::kept(Rule::EndIsCut) {
+                    bytes[relocation.keep as usize..].fill(0);
+                }
+                relocation.touched = true;
+                let op = Op::Write {
+                    file,
+                    offset: self.engine.grid().host_offset(relocation.to),
+                    buffer: Buffer::Owned(bytes),
+                    dsync: false,
+                };
+                self.queue_job(cluster, Job::Relocation(relocation), waiting, op);
+            }
+            (Ok(()), op) => {
+                self.buffers.give_back(op);
+                let pio = relocation.pio.take();
+                let job = Job::Relocation(relocation);
+                self.busy.insert(cluster, Busy { job, waiting });
+                if let Some(pio) = pio {
+                    self.complete(pio, Ok(()));
+                }
+            }
+            (Err(errno), op) => {
+                self.buffers.give_back(op);
+                let error = match errno {
+                    Errno::NOSPC | Errno::DQUOT => EngineError::NoSpace,
+                    errno => EngineError::Io(errno),
+                };
+                let pio = relocation.pio.take();
+                self.drop_relocation(cluster, &relocation, waiting);
+                if let Some(pio) = pio {
+                    self.complete(pio, Err(error));
+                }
+            }
+        }
+    }
+
+    /// The cluster stays where it is.
+    fn drop_relocation(
+        &mut self,
+        cluster: GuestCluster,
+        relocation: &Relocation,
+        waiting: VecDeque<Pio>,
+    ) {
+        if relocation.touched {
+            let host = relocation.to;
+            self.engine.md.post(MdMessage::Dropped { host });
+        } else {
+            self.engine.put_back(relocation.to);
+        }
+        self.unlock(cluster, waiting);
+    }
+
+    /// If the cluster was copied: maps it there, or not.
+    pub(super) fn end_relocation(&mut self, pio: Pio, cluster: GuestCluster, is_stable: bool) {
+        let is_copied = |busy: &Busy| matches!(&busy.job, Job::Relocation(relocation) if relocation.pio.is_none());
+        if self.busy.get(&cluster).is_some_and(is_copied)
+            && let Some(Busy {
+                job: Job::Relocation(relocation),
+                waiting,
+            }) = self.busy.remove(&cluster)
+        {
+            if is_stable {
+                self.engine.relocate(cluster, relocation.to);
+                let host = relocation.old;
+                self.engine.md.post(MdMessage::Moved { host });
+                self.run_waiting(waiting);
+            } else {
+                self.drop_relocation(cluster, &relocation, waiting);
+            }
+        }
+        self.complete(pio, Ok(()));
+    }
+
+    /// Waits for copies from lower deltas whose new cluster lies where the BAT goes.
+    pub(super) fn await_end_of_copies(&mut self, pio: Pio) {
+        self.awaits_end.push(pio);
+        self.end_waits_for_copies();
+    }
+
+    pub(super) fn end_waits_for_copies(&mut self) {
+        if self.awaits_end.is_empty() {
+            return;
+        }
+        let first = self.engine.alloc.first();
+        let is_in_the_way = |busy: &Busy| matches!(&busy.job, Job::Cow(cow) if cow.is_below(first));
+        let must_wait = rule::kept(Rule::CopiesInTheWayEnd);
+        if must_wait && self.busy.values().any(is_in_the_way) {
+            return;
+        }
+        for pio in std::mem::take(&mut self.awaits_end) {
+            self.complete(pio, Ok(()));
+        }
+    }
+}

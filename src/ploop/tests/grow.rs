@@ -1,0 +1,389 @@
+//! A disk becomes larger while it is in use.
+
+use super::*;
+use crate::format::{Header, InUse};
+use crate::sim::checker::Image;
+use crate::storage::SharedWords;
+
+/// Takes one cluster for header and BAT.
+pub(super) const OLD: u64 = 16;
+/// Takes three.
+pub(super) const NEW: u64 = 20_000;
+
+pub(super) fn sectors(clusters: u64) -> Sector {
+    Sector(clusters * CLUSTER / 512)
+}
+
+pub(super) fn content(cluster: u64) -> Vec<u8> {
+    vec![cluster as u8 + 1; CLUSTER as usize]
+}
+
+fn header(disk: &SimDisk) -> Header {
+    let bytes = disk.read_live(FileId(0), 0, Header::LEN);
+    Header::parse(&bytes.try_into().unwrap()).unwrap()
+}
+
+/// An image of either version whose clusters are all mapped.
+pub(super) fn full(version: u8) -> SimDisk {
+    let disk = SimDisk::new(1, Medium::default(), 1);
+    let cluster = ClusterSize::from_bytes(CLUSTER).unwrap();
+    let header = Header::new(sectors(OLD), cluster).unwrap();
+    let mut bytes = header.to_bytes();
+    if version == 1 {
+        bytes[..16].copy_from_slice(b"WithoutFreeSpace");
+        // The data area starts right behind the BAT, off the clusters' grid.
+        bytes[48..52].fill(0);
+    }
+    let header = Header::parse(&bytes).unwrap();
+    disk.prepare(FileId(0), header.geometry().data_start - 512, &[0; 512]);
+    disk.prepare(FileId(0), 0, &bytes);
+    let rig = Rig::open(&disk, 1, options());
+    for cluster in 0..OLD {
+        rig.write(cluster * CLUSTER, &content(cluster)).unwrap();
+    }
+    rig.control(Control::Close).unwrap();
+    disk
+}
+
+impl Rig {
+    fn grow(&self, size: Sector) -> Result<(), EngineError> {
+        self.control(Control::PrepareGrowth(size))?;
+        self.control(Control::CommitGrowth)
+    }
+
+    pub(super) fn check_full(&self) {
+        for cluster in 0..OLD {
+            let read = self.read(cluster * CLUSTER, CLUSTER as usize);
+            assert!(read == content(cluster), "cluster {cluster}");
+        }
+    }
+}
+
+/// That another tool finds nothing wrong.
+fn check_image(disk: &SimDisk) {
+    disk.view(|view| Image::read(view, FileId(0))).unwrap();
+}
+
+#[test]
+fn a_disk_grows_and_what_was_in_the_way_has_moved() {
+    for version in [1, 2] {
+        let disk = full(version);
+        let before = header(&disk);
+        let rig = Rig::open(&disk, 1, options());
+        rig.grow(Sector(sectors(NEW).0 - 1)).unwrap();
+        assert_eq!(rig.engine.disk_size(), sectors(NEW), "in whole clusters");
+        rig.check_full();
+        assert_eq!(rig.read((NEW - 1) * CLUSTER, 512), [0; 512]);
+        rig.write((NEW - 1) * CLUSTER, &content(99)).unwrap();
+        rig.write(OLD * CLUSTER - 512, &[7; 1024]).unwrap();
+        rig.control(Control::Close).unwrap();
+        drop(rig);
+        check_image(&disk);
+        let after = header(&disk);
+        let geometry = after.geometry();
+        assert_eq!(after.in_use, InUse::Closed);
+        assert_eq!(
+            (geometry.disk_size, geometry.entries),
+            (sectors(NEW), NEW as u32)
+        );
+        assert!(geometry.data_start >= geometry.metadata_len());
+        let moved_by = geometry.data_start - before.geometry().data_start;
+        assert!(moved_by == 2 * CLUSTER || moved_by == 3 * CLUSTER);
+        let rig = Rig::open(&disk, 1, options());
+        assert!(rig.read((NEW - 1) * CLUSTER, CLUSTER as usize) == content(99));
+        assert_eq!(
+            rig.read(OLD * CLUSTER, 1024)[..],
+            [[7; 512], [0; 512]].concat()
+        );
+        rig.write(OLD * CLUSTER - 512, &[OLD as u8; 512]).unwrap();
+        rig.check_full();
+    }
+}
+
+#[test]
+fn a_disk_grows_again_and_again_as_far_as_the_format_goes() {
+    let disk = full(1);
+    let rig = Rig::open(&disk, 1, options());
+    let largest = sectors(u64::from(u32::MAX) * 512 / CLUSTER);
+    for size in [sectors(OLD), sectors(8000), sectors(9000), largest] {
+        rig.grow(size).unwrap();
+        assert_eq!(rig.engine.disk_size(), size);
+        rig.check_full();
+    }
+    let error = rig.grow(Sector(largest.0 + 1)).unwrap_err();
+    assert!(matches!(error, EngineError::TooLarge(_)), "{error}");
+    let error = rig.grow(sectors(9000)).unwrap_err();
+    assert!(matches!(error, EngineError::Smaller { .. }), "{error}");
+    let error = rig.control(Control::CommitGrowth).unwrap_err();
+    assert_eq!(error, EngineError::NotPrepared);
+    rig.control(Control::Close).unwrap();
+    drop(rig);
+    check_image(&disk);
+}
+
+#[test]
+fn what_others_write_meanwhile_is_there() {
+    let disk = full(2);
+    let rig = Rig::open(&disk, 1, options()).and_a_queue();
+    let growth = rig.engine.control(Control::PrepareGrowth(sectors(NEW)));
+    let mut round = 0;
+    while growth.get().is_none() {
+        round += 1;
+        assert!(round < 10_000, "it does not end");
+        let cluster = round % OLD;
+        let written = vec![round as u8; 4096];
+        let tag = rig.push_write_to(1, cluster * CLUSTER + 512, &written);
+        rig.result(tag).unwrap();
+        assert_eq!(rig.read(cluster * CLUSTER + 512, 4096), written);
+        if round % 7 == 0 {
+            rig.discard(cluster * CLUSTER, CLUSTER).unwrap();
+            assert_eq!(rig.read(cluster * CLUSTER, 4096), [0; 4096]);
+        }
+        rig.write(cluster * CLUSTER, &content(cluster)).unwrap();
+    }
+    assert_eq!(growth.get(), Some(Ok(())));
+    assert!(round > 0);
+    assert_eq!(rig.engine.disk_size(), sectors(OLD), "not yet");
+    assert!(rig.write(OLD * CLUSTER, &[1; 512]).is_err());
+    rig.control(Control::CommitGrowth).unwrap();
+    rig.check_full();
+    let rig = rig.reopen();
+    rig.check_full();
+    assert_eq!(rig.engine.disk_size(), sectors(NEW));
+}
+
+#[test]
+fn clusters_above_a_lower_delta_move_too_and_it_stays_as_it_is() {
+    let disk = empty_image(Medium::default(), 2, OLD * CLUSTER);
+    let base = Rig::open(&disk, 1, options());
+    for cluster in 0..OLD {
+        base.write(cluster * CLUSTER, &content(cluster)).unwrap();
+    }
+    base.control(Control::Close).unwrap();
+    drop(base);
+    let rig = Rig::open(&disk, 2, options());
+    for cluster in (0..OLD).step_by(3) {
+        rig.write(cluster * CLUSTER, &content(cluster)[..512])
+            .unwrap();
+    }
+    let before = disk.read_live(FileId(0), 0, disk.live_len(FileId(0)) as usize);
+    rig.grow(sectors(NEW)).unwrap();
+    rig.check_full();
+    assert_eq!(rig.read(OLD * CLUSTER, 512), [0; 512]);
+    rig.write((OLD + 1) * CLUSTER, &content(OLD + 1)).unwrap();
+    rig.write(CLUSTER, &content(1)[..512]).unwrap();
+    let rig = rig.reopen();
+    rig.check_full();
+    assert!(rig.read((OLD + 1) * CLUSTER, CLUSTER as usize) == content(OLD + 1));
+    assert!(before == disk.read_live(FileId(0), 0, before.len()));
+}
+
+#[test]
+fn a_raw_file_becomes_longer_and_what_was_behind_the_disk_is_gone() {
+    let disk = SimDisk::new(1, Medium::default(), 1);
+    disk.prepare(FileId(0), 0, &vec![5; 3 * CLUSTER as usize + 1536]);
+    let level = |bytes: u64| Level::Plain {
+        size: Sector(bytes / 512),
+        cluster: ClusterSize::from_bytes(CLUSTER).unwrap(),
+    };
+    let rig = Rig::open_chain(&disk, vec![level(3 * CLUSTER + 512)], options());
+    rig.control(Control::PrepareGrowth(sectors(9))).unwrap();
+    assert_eq!(disk.live_len(FileId(0)), 9 * CLUSTER);
+    assert!(!disk.is_unsynced());
+    assert!(rig.write(3 * CLUSTER, &[1; 1024]).is_err());
+    rig.control(Control::CommitGrowth).unwrap();
+    assert_eq!(rig.read(3 * CLUSTER, 512), [5; 512]);
+    assert_eq!(rig.read(3 * CLUSTER + 512, 4096), [0; 4096]);
+    rig.write(8 * CLUSTER, &content(8)).unwrap();
+    rig.control(Control::Close).unwrap();
+    assert!(disk.read_live(FileId(0), 8 * CLUSTER, CLUSTER as usize) == content(8));
+}
+
+#[test]
+fn what_is_read_only_does_not_grow() {
+    let disk = full(2);
+    let read_only = Options {
+        read_only: true,
+        ..options()
+    };
+    let rig = Rig::open(&disk, 1, read_only);
+    assert_eq!(rig.grow(sectors(NEW)), Err(EngineError::ReadOnly));
+}
+
+#[test]
+fn without_space_the_disk_stays_as_it_is_and_can_grow_later() {
+    let disk = full(2);
+    let rig = Rig::open(&disk, 1, options());
+    let used = disk.used_blocks();
+    disk.change_medium(|medium| medium.capacity = Some(used));
+    assert_eq!(rig.grow(sectors(NEW)), Err(EngineError::NoSpace));
+    assert_eq!(rig.engine.disk_size(), sectors(OLD));
+    rig.check_full();
+    disk.change_medium(|medium| medium.capacity = None);
+    rig.grow(sectors(NEW)).unwrap();
+    rig.check_full();
+    rig.reopen().check_full();
+}
+
+/// Its file is shorter than the larger BAT.
+#[test]
+fn a_growth_that_comes_to_nothing_leaves_the_guest_its_space() {
+    const HUGE: u64 = 1 << 20;
+    let options = Options {
+        on_enospc: OnEnospc::Report,
+        ..options()
+    };
+    for is_full in [true, false] {
+        let disk = empty_image(Medium::default(), 1, OLD * CLUSTER);
+        let rig = Rig::open(&disk, 1, options.clone());
+        rig.write(0, &content(0)).unwrap();
+        rig.flush().unwrap();
+        let space = disk.used_blocks();
+        if is_full {
+            let more = 2 * OLD * CLUSTER / 4096;
+            disk.change_medium(|medium| medium.capacity = Some(space + more));
+            assert_eq!(rig.grow(sectors(HUGE)), Err(EngineError::NoSpace));
+        } else {
+            rig.control(Control::PrepareGrowth(sectors(HUGE))).unwrap();
+            rig.control(Control::AbandonGrowth).unwrap();
+            let used = disk.used_blocks();
+            disk.change_medium(|medium| medium.capacity = Some(used));
+        }
+        for cluster in 1..OLD {
+            rig.write(cluster * CLUSTER, &content(cluster)).unwrap();
+        }
+        rig.flush().unwrap();
+        rig.check_full();
+        disk.change_medium(|medium| medium.capacity = None);
+        rig.grow(sectors(HUGE)).unwrap();
+        rig.check_full();
+        rig.reopen().check_full();
+    }
+}
+
+#[test]
+fn a_suspended_disk_keeps_its_size_and_nobody_waits() {
+    let disk = full(2);
+    let rig = Rig::open(&disk, 1, options());
+    rig.control(Control::Suspend).unwrap();
+    let prepared = rig.control(Control::PrepareGrowth(sectors(NEW)));
+    assert_eq!(prepared, Err(EngineError::Suspended));
+    rig.control(Control::Resume).unwrap();
+    rig.control(Control::PrepareGrowth(sectors(NEW))).unwrap();
+    rig.control(Control::Suspend).unwrap();
+    let committed = rig.control(Control::CommitGrowth);
+    assert_eq!(committed, Err(EngineError::Suspended));
+    rig.control(Control::Resume).unwrap();
+    assert_eq!(rig.engine.disk_size(), sectors(OLD));
+    // One that was begun before ends.
+    rig.control(Control::PrepareGrowth(sectors(NEW))).unwrap();
+    let growth = rig.engine.control(Control::CommitGrowth);
+    rig.control(Control::Suspend).unwrap();
+    while growth.get().is_none() {
+        rig.turn();
+    }
+    assert_eq!(growth.get(), Some(Ok(())));
+    assert_eq!(rig.engine.disk_size(), sectors(NEW));
+    rig.control(Control::Resume).unwrap();
+    rig.check_full();
+}
+
+#[test]
+fn one_grows_at_a_time_and_one_that_is_given_up_leaves_nothing() {
+    let disk = full(2);
+    let rig = Rig::open(&disk, 1, options());
+    let first = rig.engine.control(Control::PrepareGrowth(sectors(NEW)));
+    let second = rig.control(Control::PrepareGrowth(sectors(NEW)));
+    assert_eq!(second, Err(EngineError::Growing));
+    assert_eq!(
+        rig.control(Control::CommitGrowth),
+        Err(EngineError::Growing)
+    );
+    rig.control(Control::AbandonGrowth).unwrap();
+    while first.get().is_none() {
+        rig.turn();
+    }
+    assert_eq!(first.get(), Some(Err(EngineError::Stopped)));
+    rig.check_full();
+    let rig = rig.reopen();
+    rig.check_full();
+    assert_eq!(rig.engine.disk_size(), sectors(OLD));
+    rig.grow(sectors(NEW)).unwrap();
+    rig.check_full();
+}
+
+#[test]
+fn a_header_that_could_not_be_written_can_be_committed_again() {
+    let disk = full(2);
+    let rig = Rig::open(&disk, 1, options());
+    rig.control(Control::PrepareGrowth(sectors(NEW))).unwrap();
+    disk.change_medium(|medium| medium.faults.write = 1.0);
+    let error = rig.control(Control::CommitGrowth).unwrap_err();
+    assert_eq!(error, EngineError::Metadata(Errno::IO));
+    assert_eq!(rig.engine.disk_size(), sectors(OLD));
+    disk.change_medium(|medium| medium.faults.write = 0.0);
+    rig.grow(sectors(NEW)).unwrap();
+    assert_eq!(rig.engine.disk_size(), sectors(NEW));
+    rig.check_full();
+    rig.reopen().check_full();
+}
+
+#[test]
+fn an_image_that_is_closed_meanwhile_is_as_it_was() {
+    for turns in 0..60 {
+        let disk = full(2);
+        let rig = Rig::open(&disk, 1, options());
+        let growth = rig.engine.control(Control::PrepareGrowth(sectors(NEW)));
+        (0..turns).for_each(|_| rig.turn());
+        rig.control(Control::Close).unwrap();
+        assert!(growth.get().is_some());
+        drop(rig);
+        check_image(&disk);
+        assert_eq!(header(&disk).geometry().disk_size, sectors(OLD));
+        Rig::open(&disk, 1, options()).check_full();
+    }
+}
+
+#[test]
+fn it_waits_while_the_engine_is_suspended() {
+    for turns in 0..40 {
+        let disk = full(2);
+        let rig = Rig::open(&disk, 1, options());
+        let growth = rig.engine.control(Control::PrepareGrowth(sectors(NEW)));
+        (0..turns).for_each(|_| rig.turn());
+        rig.control(Control::Suspend).unwrap();
+        rig.control(Control::Resume).unwrap();
+        while growth.get().is_none() {
+            rig.turn();
+        }
+        assert_eq!(growth.get(), Some(Ok(())));
+        rig.control(Control::CommitGrowth).unwrap();
+        rig.check_full();
+    }
+}
+
+#[test]
+fn what_is_written_behind_the_old_end_survives_the_process() {
+    let disk = full(2);
+    let options = Options {
+        awaits_take_over: true,
+        ..options()
+    };
+    let rig = Rig::open(&disk, 1, options.clone());
+    let words = rig.engine.remembered_len() as usize / 8;
+    let memory = SharedWords::new(words).unwrap();
+    rig.engine.remember_in(memory.map_again().unwrap()).unwrap();
+    rig.grow(sectors(NEW)).unwrap();
+    rig.write((NEW - 1) * CLUSTER, &content(9)).unwrap();
+    rig.write(0, &content(0)).unwrap();
+    disk.kill();
+    drop(rig);
+    disk.restart();
+    let rig = Rig::open(&disk, 1, options);
+    let words = rig.engine.remembered_len() as usize / 8;
+    rig.engine
+        .take_over(memory.with_len(words).unwrap())
+        .unwrap();
+    assert!(rig.read((NEW - 1) * CLUSTER, CLUSTER as usize) == content(9));
+    rig.check_full();
+}

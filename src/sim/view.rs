@@ -1,0 +1,115 @@
+//! What the files of a disk hold: as readers see them, or as a power cut would leave
+//! them.
+
+use std::cell::RefCell;
+
+use smallvec::SmallVec;
+
+use super::disk::for_sectors;
+use super::file::{ContentId, Contents, Left, SECTOR, SimFile};
+use super::pattern::{self, Value};
+use crate::storage::FileId;
+
+/// See the module's text.
+pub struct View<'a> {
+    files: SmallVec<[(&'a [ContentId], u64); 8]>,
+    contents: &'a Contents,
+    origins: &'a Origins,
+}
+
+impl<'a> View<'a> {
+    /// Of what readers see, but for files of which a cut has `left` something else.
+    pub fn new(
+        files: &'a [SimFile],
+        left: &'a [Option<Left>],
+        contents: &'a Contents,
+        origins: &'a Origins,
+    ) -> Self {
+        let left = left
+            .iter()
+            .map(Option::as_ref)
+            .chain(std::iter::repeat(None));
+        let files = files.iter().zip(left).map(|(file, left)| match left {
+            Some(left) => (&left.sectors[..], left.len),
+            None => (file.sectors(), file.len()),
+        });
+        Self {
+            files: files.collect(),
+            contents,
+            origins,
+        }
+    }
+
+    /// Bytes of a file.
+    pub fn len(&self, file: FileId) -> u64 {
+        self.files[usize::from(file.0)].1
+    }
+
+    /// The bytes of a range; zeros beyond the end.
+    pub fn read(&self, file: FileId, offset: u64, len: usize) -> Vec<u8> {
+        let mut bytes = vec![0; len];
+        for_sectors(offset, len as u64, |sector, within, range| {
+            let content = self.contents.get(self.content(file, sector));
+            bytes[range].copy_from_slice(&content[within]);
+        });
+        bytes
+    }
+
+    /// What the sector at this byte holds, read as `sector` of the guest's disk; `None`
+    /// if nobody ever wrote that there.
+    pub fn value(&self, file: FileId, offset: u64, sector: u64) -> Option<Value> {
+        debug_assert!(offset.is_multiple_of(SECTOR as u64), "data is in sectors");
+        match self.content(file, offset / SECTOR as u64) {
+            ContentId::ZEROS => Some(Value::ZEROS),
+            id => match self.origins.of(id, self.contents)? {
+                (value, of) if of == sector => Some(value),
+                _ => None,
+            },
+        }
+    }
+
+    /// Whether readers of the file see the same as those of another, but for the first
+    /// sector.
+    pub fn has_data_of(&self, file: FileId, other: &SimFile) -> bool {
+        let (sectors, len) = self.files[usize::from(file.0)];
+        len == other.len() && sectors.get(1..) == other.sectors().get(1..)
+    }
+
+    fn content(&self, file: FileId, sector: u64) -> ContentId {
+        let content = self.files[usize::from(file.0)].0.get(sector as usize);
+        content.copied().unwrap_or(ContentId::ZEROS)
+    }
+}
+
+/// Which write each content came from, as far as anybody has asked.
+#[derive(Default)]
+pub struct Origins {
+    known: RefCell<Vec<Origin>>,
+}
+
+#[derive(Clone, Copy)]
+enum Origin {
+    NotAsked,
+    Foreign,
+    Write(Value, u64),
+}
+
+impl Origins {
+    fn of(&self, id: ContentId, contents: &Contents) -> Option<(Value, u64)> {
+        let mut known = self.known.borrow_mut();
+        if known.len() < contents.len() {
+            known.resize(contents.len(), Origin::NotAsked);
+        }
+        let origin = &mut known[id.index()];
+        if let Origin::NotAsked = origin {
+            *origin = match pattern::origin(contents.get(id)) {
+                Some((value, sector)) => Origin::Write(value, sector),
+                None => Origin::Foreign,
+            };
+        }
+        match *origin {
+            Origin::Write(value, sector) => Some((value, sector)),
+            _ => None,
+        }
+    }
+}

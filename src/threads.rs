@@ -1,0 +1,112 @@
+//! How threads start: under a name, and restricted from their first step on.
+//!
+//! Each thread has a [`Role`], and a role needs little of what a process may ask of
+//! the kernel. Whoever knows what that is [says it once](restrict_with), before there
+//! are threads; from then on each thread gives up the rest before it does anything.
+//!
+//! Knows nothing of what threads do, or of the ways to restrict one.
+
+use std::io;
+use std::panic;
+use std::sync::OnceLock;
+use std::sync::mpsc::sync_channel;
+use std::thread::{Builder, JoinHandle};
+
+use crate::headroom;
+
+/// What a thread is there for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Role {
+    /// Writes the log.
+    Log,
+    /// Ends the program when its time is over.
+    Deadline,
+    /// Looks whether the files of the image are still what they were.
+    Watch,
+    /// Writes the image's metadata.
+    Metadata,
+    /// Makes new mappings.
+    Runner,
+    /// Waits for a sync of the image.
+    Sync,
+    /// Answers the messages of a front-end.
+    Messages,
+    /// Serves a virtqueue.
+    Queue,
+    /// Clones ranges of files.
+    Clone,
+}
+
+impl Role {
+    /// Each of them once.
+    pub const ALL: [Self; 9] = [
+        Self::Log,
+        Self::Deadline,
+        Self::Watch,
+        Self::Metadata,
+        Self::Runner,
+        Self::Sync,
+        Self::Messages,
+        Self::Queue,
+        Self::Clone,
+    ];
+}
+
+/// Takes from the calling thread what one of this role does not need.
+pub type Restrict = fn(Role) -> io::Result<()>;
+
+static RESTRICT: OnceLock<Restrict> = OnceLock::new();
+
+/// From now on each thread that is started here calls this first. The first one of the
+/// process counts.
+pub fn restrict_with(restrict: Restrict) {
+    let _ = RESTRICT.set(restrict);
+}
+
+/// Starts a thread of this role.
+///
+/// # Errors
+/// When there can be no more threads, there is no memory left for one, or it could not
+/// be restricted.
+pub fn start<F, T>(role: Role, name: impl Into<String>, body: F) -> io::Result<JoinHandle<T>>
+where
+    F: FnOnce() -> T + Send + 'static,
+    T: Send + 'static,
+{
+    headroom::check()?;
+    let builder = Builder::new().name(name.into());
+    let Some(&restrict) = RESTRICT.get() else {
+        return builder.spawn(body);
+    };
+    let (tell, told) = sync_channel(1);
+    let thread = builder.spawn(move || {
+        let restricted = restrict(role);
+        let goes_on = restricted.is_ok();
+        // Who started it waits for this.
+        let _ = tell.send(restricted);
+        if !goes_on {
+            // Ends the thread, and says nothing.
+            panic::resume_unwind(Box::new(()));
+        }
+        body()
+    })?;
+    told.recv().map_err(io::Error::other)??;
+    Ok(thread)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::mpsc::channel;
+
+    #[test]
+    fn a_thread_has_its_name() {
+        let (tell, told) = channel();
+        let thread = start(Role::Watch, "watch", move || {
+            let name = std::thread::current().name().map(str::to_owned);
+            tell.send(name).unwrap();
+        });
+        assert_eq!(told.recv().unwrap().as_deref(), Some("watch"));
+        thread.unwrap().join().unwrap();
+    }
+}

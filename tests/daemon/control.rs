@@ -1,0 +1,250 @@
+//! The control socket: its clients, good and bad, while a disk is served.
+
+use std::fs;
+use std::io::{Read, Write};
+use std::net::Shutdown;
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use serde_json::json;
+use virtio_bindings::virtio_blk::{VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT};
+
+use crate::common::backend::Backend;
+use crate::common::qmp::Qmp;
+use crate::front_end::*;
+use crate::{IOERR, OK, Rig, descriptors, expect_service, start_front_end, wait_for};
+
+fn control(rig: &Rig) -> PathBuf {
+    rig.folder.path().join("control")
+}
+
+fn serve(rig: &Rig, options: &[&str]) -> Backend {
+    let socket = format!("--control={}", control(rig).display());
+    rig.serve(&[&[socket.as_str()], options].concat())
+}
+
+#[test]
+fn the_disk_can_be_asked_and_told_to_end() {
+    let rig = Rig::new();
+    let backend = serve(&rig, &[]);
+    let mode = fs::metadata(control(&rig)).unwrap().permissions().mode();
+    assert_eq!(mode & 0o7777, 0o600);
+    let mut qmp = Qmp::connect(&control(&rig));
+    let status = qmp.ask("query-status", json!({}));
+    assert_eq!(status, json!({ "status": "running", "running": true }));
+    let block = &qmp.ask("query-block", json!({}))[0];
+    assert_eq!(block["inserted"]["file"], rig.image.to_str().unwrap());
+    assert_eq!(block["inserted"]["ro"], false);
+    assert_eq!(block["inserted"]["image"]["virtual-size"], 64 << 20);
+    assert_eq!(block["inserted"]["image"]["format"], "ploop");
+    assert_eq!(
+        qmp.ask("query-named-block-nodes", json!({}))[0]["drv"],
+        "ploop"
+    );
+    let version = qmp.ask("query-version", json!({}));
+    assert!(version["package"].as_str().unwrap().contains("ploop"));
+    let mut front_end = start_front_end(backend.socket());
+    expect_service(&mut front_end);
+    // It is answered before the process ends.
+    let status = qmp.ask("quit", json!({}));
+    assert_eq!(status, json!({}));
+    while qmp.hear().is_some() {}
+    // By then all is closed.
+    crate::ploop_img(["check", rig.image.to_str().unwrap()]).ok();
+    drop(front_end);
+    backend.ends();
+    assert!(!control(&rig).exists());
+}
+
+#[test]
+fn what_a_guest_does_is_counted() {
+    let rig = Rig::new();
+    let backend = serve(&rig, &[]);
+    let mut qmp = Qmp::connect(&control(&rig));
+    let stats = |qmp: &mut Qmp| qmp.ask("query-blockstats", json!({}))[0]["stats"].clone();
+    assert_eq!(stats(&mut qmp)["rd_operations"], 0);
+    assert!(stats(&mut qmp)["idle_time_ns"].is_null());
+    let mut front_end = start_front_end(backend.socket());
+    let connected = qmp.event("FRONT_END_CONNECTED");
+    assert_eq!(connected["pid"], std::process::id());
+    // Of 64 MiB.
+    let end = 64 << 11;
+    let [first, second, ..] = &mut front_end.rings[..] else {
+        panic!("there are several");
+    };
+    for sector in [8, 80] {
+        let source = [readable(DATA, 4096)];
+        assert_eq!(first.run(VIRTIO_BLK_T_OUT, sector, &source).0, OK);
+        let target = [writable(DATA, 512)];
+        assert_eq!(second.run(VIRTIO_BLK_T_IN, sector, &target).0, OK);
+    }
+    assert_eq!(first.run(VIRTIO_BLK_T_FLUSH, 0, &[]).0, OK);
+    let beyond = [writable(DATA, 512)];
+    assert_eq!(second.run(VIRTIO_BLK_T_IN, end, &beyond).0, IOERR);
+    let now = stats(&mut qmp);
+    for (name, expected) in [
+        ("wr_operations", 2),
+        ("wr_bytes", 8192),
+        ("rd_operations", 2),
+        ("rd_bytes", 1024),
+        ("flush_operations", 1),
+        ("unmap_operations", 0),
+        ("failed_rd_operations", 0),
+        ("invalid_rd_operations", 1),
+        ("wr_highest_offset", 80 * 512 + 4096),
+    ] {
+        assert_eq!(now[name], expected, "{name} in {now}");
+    }
+    assert!(now["wr_total_time_ns"].as_u64() > Some(1_000), "{now}");
+    assert!(now["idle_time_ns"].as_u64() > Some(0), "{now}");
+    let engine = qmp.ask("query-engine", json!({}));
+    let queues = engine["queues"].as_array().unwrap();
+    assert_eq!(queues.len(), usize::from(QUEUES));
+    assert!(
+        queues
+            .iter()
+            .all(|queue| queue["runs"] == true && queue["in-flight"] == 0)
+    );
+    assert_eq!(
+        (&queues[0]["writes"], &queues[1]["reads"]),
+        (&json!(2), &json!(2))
+    );
+    assert!(engine["syncs"].as_u64() > Some(0), "{engine}");
+    drop(front_end);
+    qmp.event("FRONT_END_GONE");
+    // The numbers outlive the front-end.
+    assert_eq!(stats(&mut qmp)["wr_operations"], 2);
+    let engine = qmp.ask("query-engine", json!({}));
+    assert_eq!(engine["queues"][0]["runs"], false);
+    expect_service(&mut start_front_end(backend.socket()));
+    assert_eq!(stats(&mut qmp)["wr_operations"], 3);
+    backend.stop();
+}
+
+#[test]
+fn an_image_that_vanishes_is_told_of() {
+    let rig = Rig::new();
+    let backend = serve(&rig, &[]);
+    let mut qmp = Qmp::connect(&control(&rig));
+    fs::remove_file(&rig.image).unwrap();
+    let gone = qmp.event("IMAGE_VANISHED");
+    assert_eq!(
+        gone,
+        json!({ "file": rig.image.to_str().unwrap(), "how": "deleted" })
+    );
+    backend.stop();
+}
+
+/// What a client sends that means no good.
+fn nonsense() -> Vec<Vec<u8>> {
+    vec![
+        b"{".repeat(1_000_000),
+        b"[".repeat(100_000),
+        b"1".repeat(1_000_000),
+        [&b"{\"a\":\""[..], &b"x".repeat(1_000_000)].concat(),
+        vec![0; 100_000],
+        vec![0xff; 100_000],
+        b"{\"execute\":\"\xc3\x28\xf0\x90\"}".to_vec(),
+        b"{\"execute\": \"query-st".to_vec(),
+        b"{} ".repeat(50_000),
+        b"{\"execute\":\"qmp_capabilities\"}{\"execute\":1}{\"id\":[[[[]]]]}".to_vec(),
+        b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n".to_vec(),
+    ]
+}
+
+#[test]
+fn nonsense_is_answered_with_errors_and_disturbs_nobody() {
+    let rig = Rig::new();
+    let backend = serve(&rig, &[]);
+    let mut good = Qmp::connect(&control(&rig));
+    let mut front_end = start_front_end(backend.socket());
+    for bytes in nonsense() {
+        let mut bad = UnixStream::connect(control(&rig)).unwrap();
+        let reader = bad.try_clone().unwrap();
+        let heard = thread::spawn(move || {
+            let mut heard = Vec::new();
+            let mut reader = reader;
+            reader.set_read_timeout(Some(PATIENCE)).unwrap();
+            // It may be hung up on while it sends.
+            let _ = reader.read_to_end(&mut heard);
+            heard
+        });
+        bad.write_all(&bytes).unwrap();
+        bad.shutdown(Shutdown::Write).unwrap();
+        let heard = heard.join().unwrap();
+        let start = String::from_utf8_lossy(&bytes[..bytes.len().min(20)]).into_owned();
+        let text = String::from_utf8(heard).expect("answers are ASCII");
+        let lines: Vec<_> = text.split_terminator("\r\n").collect();
+        assert!(lines[0].contains("\"QMP\""), "{start}: {text}");
+        let is_error = |line: &&str| line.contains("\"error\"");
+        if start.contains("qmp_capa") {
+            assert!(!is_error(&lines[1]), "{text}");
+            assert!(lines[2..].iter().all(is_error), "{text}");
+        } else {
+            assert!(lines[1..].iter().all(is_error), "{start}: {text}");
+        }
+        expect_service(&mut front_end);
+        good.ask("query-status", json!({}));
+    }
+    backend.stop();
+}
+
+#[test]
+fn clients_that_read_nothing_come_and_go_and_stay_too_many_disturb_nobody() {
+    let rig = Rig::new();
+    let backend = serve(&rig, &[]);
+    let mut good = Qmp::connect(&control(&rig));
+    let mut front_end = start_front_end(backend.socket());
+    // One that never reads, and asks as long as it is let.
+    let mut deaf = UnixStream::connect(control(&rig)).unwrap();
+    deaf.set_nonblocking(true).unwrap();
+    deaf.write_all(b"{\"execute\":\"qmp_capabilities\"}")
+        .unwrap();
+    let start = Instant::now();
+    while start.elapsed() < Duration::from_secs(1) {
+        let _ = deaf.write(&b"{\"execute\":\"query-commands\"}".repeat(50));
+        good.ask("query-status", json!({}));
+    }
+    expect_service(&mut front_end);
+    let before = descriptors(backend.pid());
+    for round in 0..200 {
+        let mut client = UnixStream::connect(control(&rig)).unwrap();
+        if round % 2 == 0 {
+            let _ = client.write_all(b"{\"execute\":");
+        }
+    }
+    let crowd: Vec<_> = (0..40)
+        .map(|_| UnixStream::connect(control(&rig)).unwrap())
+        .collect();
+    good.ask("query-status", json!({}));
+    wait_for("the line that says so", || {
+        backend.log().contains("a control client is turned away")
+    });
+    expect_service(&mut front_end);
+    drop(crowd);
+    wait_for("their end", || descriptors(backend.pid()) <= before);
+    Qmp::connect(&control(&rig)).ask("query-version", json!({}));
+    backend.stop();
+}
+
+#[test]
+fn who_takes_over_is_asked_at_the_same_place() {
+    let rig = Rig::new();
+    let upgrades = rig.folder.path().join("upgrade");
+    let backend = serve(&rig, &[&format!("--upgrade-socket={}", upgrades.display())]);
+    let mut front_end = start_front_end(backend.socket());
+    expect_service(&mut front_end);
+    let mut qmp = Qmp::connect(&control(&rig));
+    let backend = backend.taken_over(&rig.image, &upgrades, &[]);
+    assert_eq!(qmp.hear(), None, "its server has gone");
+    expect_service(&mut front_end);
+    let mut qmp = Qmp::connect(&control(&rig));
+    let stats = &qmp.ask("query-blockstats", json!({}))[0]["stats"];
+    assert_eq!(stats["wr_operations"], 1, "{stats}");
+    drop(front_end);
+    backend.stop();
+    assert!(!control(&rig).exists());
+}

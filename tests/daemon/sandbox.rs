@@ -1,0 +1,303 @@
+//! The daemon as one that a guest has taken over: its own threads are made to ask the
+//! kernel for what they never ask for themselves.
+
+use std::ffi::c_long;
+use std::fs;
+
+use nix::sys::ptrace;
+use nix::sys::signal::Signal;
+use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
+use nix::unistd::Pid;
+
+use super::{FrontEnd, Rig, expect_service, start_front_end};
+use crate::common::backend::Backend;
+
+/// What became of a system call.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Outcome {
+    /// The kernel has ended the process.
+    Killed,
+    Returned(i64),
+}
+use Outcome::{Killed, Returned};
+
+/// A system call and its arguments.
+type Call<'a> = (c_long, [Argument<'a>; 6]);
+
+#[derive(Clone, Copy)]
+enum Argument<'a> {
+    Number(i64),
+    Text(&'a str),
+}
+use Argument::{Number, Text};
+
+const NOTHING: Argument<'static> = Number(0);
+
+/// The thread of that name, which must be asleep in a system call.
+fn thread_of(process: u32, name: &str) -> Pid {
+    let tasks = fs::read_dir(format!("/proc/{process}/task")).unwrap();
+    let found = tasks.map(|task| task.unwrap()).find(|task| {
+        let comm = fs::read_to_string(task.path().join("comm"));
+        comm.is_ok_and(|comm| comm.trim_end() == name)
+    });
+    let id = found.unwrap_or_else(|| panic!("there is no thread {name}"));
+    Pid::from_raw(id.file_name().to_str().unwrap().parse().unwrap())
+}
+
+fn wait_for_stop(thread: Pid) -> WaitStatus {
+    waitpid(thread, Some(WaitPidFlag::__WALL)).unwrap()
+}
+
+/// Makes a thread of the daemon do this.
+fn inject(process: u32, thread: &str, (number, arguments): Call<'_>) -> Outcome {
+    /// `syscall`, where a thread that sleeps has come from.
+    const SYSCALL: u16 = u16::from_le_bytes([0x0f, 0x05]);
+    /// Below what the thread has on its stack.
+    const SCRATCH: u64 = 4096;
+    let thread = thread_of(process, thread);
+    ptrace::attach(thread).unwrap();
+    wait_for_stop(thread);
+    let before = ptrace::getregs(thread).unwrap();
+    let mut regs = before;
+    regs.rip -= 2;
+    let there = ptrace::read(thread, regs.rip as ptrace::AddressType).unwrap();
+    assert_eq!(there as u16, SYSCALL, "the thread is not in a system call");
+    let mut scratch = (before.rsp - SCRATCH) & !7;
+    let mut values = arguments.map(|argument| match argument {
+        Number(number) => number as u64,
+        Text(text) => {
+            let at = scratch;
+            let mut bytes = text.as_bytes().to_vec();
+            bytes.resize(bytes.len() + 8 - bytes.len() % 8, 0);
+            for word in bytes.chunks(8) {
+                let word = i64::from_le_bytes(word.try_into().unwrap());
+                ptrace::write(thread, scratch as ptrace::AddressType, word).unwrap();
+                scratch += 8;
+            }
+            at
+        }
+    });
+    regs.orig_rax = u64::MAX;
+    regs.rax = number as u64;
+    let targets = [
+        &mut regs.rdi,
+        &mut regs.rsi,
+        &mut regs.rdx,
+        &mut regs.r10,
+        &mut regs.r8,
+        &mut regs.r9,
+    ];
+    for (target, value) in targets.into_iter().zip(&mut values) {
+        *target = *value;
+    }
+    ptrace::setregs(thread, regs).unwrap();
+    ptrace::step(thread, None).unwrap();
+    match wait_for_stop(thread) {
+        WaitStatus::Stopped(_, Signal::SIGTRAP) => {
+            let result = ptrace::getregs(thread).unwrap().rax as i64;
+            ptrace::setregs(thread, before).unwrap();
+            ptrace::detach(thread, None).unwrap();
+            Returned(result)
+        }
+        WaitStatus::Signaled(_, Signal::SIGSYS, _) => Killed,
+        // The first thread's end is its parent's to see.
+        WaitStatus::Exited(..) | WaitStatus::Signaled(..) => Killed,
+        other => panic!("{other:?}"),
+    }
+}
+
+/// A daemon that serves a front-end with one queue, and what keeps it so.
+fn served(rig: &Rig, options: &[&str]) -> (Backend, FrontEnd) {
+    let backend = rig.serve(options);
+    let mut front_end = start_front_end(backend.socket());
+    expect_service(&mut front_end);
+    (backend, front_end)
+}
+
+/// What `call` leads to in each of these threads.
+fn expect(options: &[&str], threads: &[&str], call: Call<'_>, outcome: Outcome) {
+    for thread in threads {
+        let rig = Rig::new();
+        let (backend, front_end) = served(&rig, options);
+        let is = inject(backend.pid(), thread, call);
+        assert_eq!(is, outcome, "system call {} in {thread}", call.0);
+        if is != Killed {
+            drop(front_end);
+            backend.stop();
+        }
+    }
+}
+
+const THREADS: [&str; 6] = ["messages", "vq0", "runner0", "md", "watch", "log"];
+
+#[test]
+fn no_thread_can_start_a_program_or_reach_another_process() {
+    let text = Text("/bin/true");
+    let execve = (
+        libc::SYS_execve,
+        [text, NOTHING, NOTHING, NOTHING, NOTHING, NOTHING],
+    );
+    expect(&[], &THREADS, execve, Killed);
+    let own = i64::from(std::process::id());
+    let attach = i64::from(libc::PTRACE_ATTACH);
+    let calls = [
+        (libc::SYS_ptrace, [Number(attach), Number(own)]),
+        (libc::SYS_kill, [Number(own), Number(0)]),
+        (libc::SYS_tgkill, [Number(own), Number(own)]),
+        (libc::SYS_process_vm_readv, [Number(own), NOTHING]),
+        (libc::SYS_clone, [Number(i64::from(libc::SIGCHLD)), NOTHING]),
+    ];
+    for (number, [first, second]) in calls {
+        let call = (number, [first, second, NOTHING, NOTHING, NOTHING, NOTHING]);
+        expect(&[], &["vq0"], call, Killed);
+    }
+}
+
+#[test]
+fn no_thread_can_reach_the_network_or_other_sockets() {
+    let unix = Number(i64::from(libc::AF_UNIX));
+    let stream = Number(i64::from(libc::SOCK_STREAM));
+    let socket = (
+        libc::SYS_socket,
+        [unix, stream, NOTHING, NOTHING, NOTHING, NOTHING],
+    );
+    expect(&[], &["messages", "vq0"], socket, Killed);
+    let connect = (
+        libc::SYS_connect,
+        [
+            NOTHING,
+            Text("\u{1}"),
+            Number(16),
+            NOTHING,
+            NOTHING,
+            NOTHING,
+        ],
+    );
+    expect(&[], &["messages", "vq0"], connect, Killed);
+    let ring = (
+        libc::SYS_io_uring_setup,
+        [Number(8), NOTHING, NOTHING, NOTHING, NOTHING, NOTHING],
+    );
+    expect(&[], &["vq0", "runner0"], ring, Killed);
+}
+
+#[test]
+fn no_memory_can_be_made_executable() {
+    let access = i64::from(libc::PROT_READ | libc::PROT_EXEC);
+    let kind = i64::from(libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
+    let map = (
+        libc::SYS_mmap,
+        [
+            NOTHING,
+            Number(4096),
+            Number(access),
+            Number(kind),
+            Number(-1),
+            NOTHING,
+        ],
+    );
+    expect(&[], &["messages", "vq0"], map, Killed);
+}
+
+fn open<'a>(path: &'a str, flags: i32) -> Call<'a> {
+    let here = Number(i64::from(libc::AT_FDCWD));
+    let flags = Number(i64::from(flags));
+    (
+        libc::SYS_openat,
+        [here, Text(path), flags, Number(0o600), NOTHING, NOTHING],
+    )
+}
+
+#[test]
+fn other_files_are_out_of_reach() {
+    let refused = Returned(-i64::from(libc::EACCES));
+    let rig = Rig::new();
+    let (backend, front_end) = served(&rig, &[]);
+    let pid = backend.pid();
+    let image = rig.image.to_str().unwrap().to_owned();
+    let beside = rig.folder.path().join("beside");
+    fs::write(&beside, "other").unwrap();
+    let beside = beside.to_str().unwrap();
+    for thread in ["vq0", "messages", "runner0"] {
+        let read = |path| inject(pid, thread, open(path, libc::O_RDONLY));
+        assert_eq!(read("/etc/passwd"), refused);
+        assert_eq!(read("/proc/self/mem"), refused);
+        assert_eq!(read(beside), refused);
+        assert!(matches!(read(&image), Returned(fd) if fd >= 0));
+    }
+    expect_service(&mut { front_end });
+    backend.stop();
+    let new = open("/tmp/new", libc::O_RDWR | libc::O_CREAT);
+    expect(&[], &["vq0", "messages"], new, Killed);
+    expect(&[], &["log", "watch"], open("/etc/passwd", 0), Killed);
+    // Nor does the other half do without this one.
+    expect(&["--seccomp=none"], &["vq0"], new, refused);
+}
+
+/// `CAP_IPC_LOCK`, for a root who may not lift the limit.
+const ONLY_LOCKED_MEMORY: &str = "CapPrm:0000000000004000";
+
+#[test]
+fn nothing_can_be_had_by_way_of_privileges() {
+    let rig = Rig::new();
+    let (backend, front_end) = served(&rig, &[]);
+    let pid = backend.pid();
+    let tasks = fs::read_dir(format!("/proc/{pid}/task")).unwrap();
+    for task in tasks {
+        let task = task.unwrap().path();
+        let status = fs::read_to_string(task.join("status")).unwrap();
+        let is = |line: &str| status.lines().any(|it| it.replace('\t', "") == line);
+        assert!(is("NoNewPrivs:1") && is("Seccomp:2"), "{status}");
+        // The log's was there before; it may write, and that is all.
+        let name = fs::read_to_string(task.join("comm")).unwrap();
+        let has_none = is("CapPrm:0000000000000000") || is(ONLY_LOCKED_MEMORY);
+        assert!(has_none || name.trim_end() == "log", "{name}{status}");
+    }
+    drop(front_end);
+    backend.stop();
+}
+
+#[test]
+fn what_is_switched_off_is_off() {
+    let rig = Rig::new();
+    let options = ["--seccomp=none", "--sandbox=none"];
+    let (backend, front_end) = served(&rig, &options);
+    let opened = inject(backend.pid(), "vq0", open("/etc/passwd", libc::O_RDONLY));
+    assert!(matches!(opened, Returned(fd) if fd >= 0), "{opened:?}");
+    drop(front_end);
+    backend.stop();
+    let (backend, front_end) = served(&rig, &["--seccomp=log"]);
+    let own = (libc::SYS_getppid, [NOTHING; 6]);
+    assert!(matches!(inject(backend.pid(), "vq0", own), Returned(id) if id > 0));
+    drop(front_end);
+    backend.stop();
+}
+
+#[test]
+fn another_user_can_serve() {
+    if !rustix::process::geteuid().is_root() {
+        eprintln!("not tried: only root can become another user");
+        return;
+    }
+    use std::os::unix::fs::{MetadataExt, chown};
+    const USER: u32 = 54321;
+    let rig = Rig::new();
+    chown(rig.folder.path(), Some(USER), None).unwrap();
+    let user = format!("--user={USER}");
+    let group = format!("--group={USER}");
+    // The image is root's, and open before.
+    let (backend, front_end) = served(&rig, &[&user, &group]);
+    let owner = fs::metadata(&rig.socket).unwrap();
+    assert_eq!((owner.uid(), owner.gid()), (USER, USER));
+    let status = fs::read_to_string(format!("/proc/{}/status", backend.pid())).unwrap();
+    let line = |name: &str| status.lines().find(|it| it.starts_with(name)).unwrap();
+    let ids = format!("\t{USER}").repeat(4);
+    assert_eq!(line("Uid:"), format!("Uid:{ids}"));
+    assert_eq!(line("Gid:"), format!("Gid:{ids}"));
+    assert_eq!(line("Groups:").trim(), "Groups:");
+    drop(front_end);
+    backend.stop();
+
+    let said = rig.refused(&["--user=nobody-of-this-name"]);
+    assert!(said.contains("no such user"), "{said}");
+}

@@ -1,0 +1,139 @@
+//! `ploop-img` finds the process that serves an image.
+
+use std::fs;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use serde_json::Value;
+
+use crate::common::backend::Backend;
+use crate::common::img::{Ran, ploop_img_command};
+use crate::common::qmp::Qmp;
+use crate::{Rig, expect_service, start_front_end};
+
+const VARIABLE: &str = "PLOOP_RUNTIME_DIR";
+
+struct Host {
+    rig: Rig,
+    runtime: PathBuf,
+}
+
+impl Host {
+    fn new() -> Self {
+        let rig = Rig::new();
+        let runtime = rig.folder.path().join("run");
+        fs::create_dir(&runtime).unwrap();
+        Self { rig, runtime }
+    }
+
+    fn serve(&self, options: &[&str]) -> Backend {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_vhost-user-ploop"));
+        command.env(VARIABLE, &self.runtime);
+        Backend::start_as(command, &self.rig.image, &self.rig.socket, options)
+    }
+
+    fn ploop_img(&self, args: &[&str]) -> Ran {
+        let mut command = ploop_img_command();
+        command.env(VARIABLE, &self.runtime).args(args);
+        command.arg(&self.rig.image).stdin(Stdio::null());
+        command.output().unwrap().into()
+    }
+
+    /// Where its control socket is to be.
+    fn socket(&self) -> PathBuf {
+        let image = fs::metadata(&self.rig.image).unwrap();
+        let name = format!("{:x}-{:x}/control", image.dev(), image.ino());
+        self.runtime.join(name)
+    }
+}
+
+fn mode(path: &Path) -> u32 {
+    fs::metadata(path).unwrap().permissions().mode() & 0o777
+}
+
+#[test]
+fn the_process_that_serves_an_image_is_found_by_the_image() {
+    let host = Host::new();
+    let said = host.ploop_img(&["stat"]).fails();
+    assert!(said.contains("no process that serves"), "{said}");
+    let backend = host.serve(&[]);
+    assert_eq!(mode(&host.socket()), 0o600);
+    assert_eq!(mode(host.socket().parent().unwrap()), 0o700);
+    expect_service(&mut start_front_end(backend.socket()));
+    let shown = host.ploop_img(&["stat"]).ok();
+    assert!(shown.contains("status: running"), "{shown}");
+    assert!(shown.contains(host.rig.image.to_str().unwrap()), "{shown}");
+    let line = |name: &str| {
+        let line = shown.lines().find(|line| line.starts_with(name)).unwrap();
+        line.split_whitespace()
+            .map(str::to_owned)
+            .collect::<Vec<_>>()
+    };
+    assert_eq!(line("reads")[1..4], ["1", "512", "B"], "{shown}");
+    assert_eq!(line("flushes")[1], "0", "{shown}");
+    assert_ne!(line("writes").last().unwrap(), "-", "{shown}");
+    let json: Value =
+        serde_json::from_str(&host.ploop_img(&["stat", "--output=json"]).ok()).unwrap();
+    assert_eq!(json["stats"]["wr_operations"], 1);
+    assert_eq!(json["node"]["image"]["virtual-size"], 64 << 20);
+    // As of a disk that nobody serves.
+    let info = host.ploop_img(&["info"]).ok();
+    assert!(info.contains("virtual size: 64 MiB"), "{info}");
+    // Other commands find it in use as ever.
+    host.ploop_img(&["check"]).fails();
+    backend.stop();
+    assert!(!host.socket().exists());
+    host.ploop_img(&["info"]).ok();
+    // What a dead process has left is replaced, and tells nobody anything.
+    host.serve(&[]).kill();
+    assert!(host.socket().exists());
+    let said = host.ploop_img(&["stat"]).fails();
+    assert!(said.contains("cannot connect"), "{said}");
+    let backend = host.serve(&[]);
+    host.ploop_img(&["stat"]).ok();
+    backend.stop();
+}
+
+#[test]
+fn a_process_can_be_hidden_or_named() {
+    let host = Host::new();
+    let backend = host.serve(&["--control=none"]);
+    assert_eq!(fs::read_dir(&host.runtime).unwrap().count(), 0);
+    host.ploop_img(&["stat"]).fails();
+    host.ploop_img(&["info"]).fails();
+    backend.stop();
+    let elsewhere = host.rig.folder.path().join("control");
+    let option = format!("--control={}", elsewhere.display());
+    let backend = host.serve(&[&option]);
+    host.ploop_img(&["stat"]).fails();
+    host.ploop_img(&["stat", &option]).ok();
+    Qmp::connect(&elsewhere);
+    backend.stop();
+}
+
+#[test]
+fn what_is_watched_goes_on_until_the_process_ends() {
+    let host = Host::new();
+    let backend = host.serve(&[]);
+    let mut command = ploop_img_command();
+    command.env(VARIABLE, &host.runtime);
+    command
+        .args(["stat", "--watch=1", "--output=json"])
+        .arg(&host.rig.image);
+    let watching = command
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    std::thread::sleep(std::time::Duration::from_secs(4));
+    backend.stop();
+    let watched: Ran = watching.wait_with_output().unwrap().into();
+    let lines: Vec<_> = watched.stdout.lines().collect();
+    assert!(!lines.is_empty(), "{watched:?}");
+    for line in lines {
+        let sample: Value = serde_json::from_str(line).unwrap();
+        assert_eq!(sample["status"], "running");
+    }
+    assert!(watched.fails().contains("does not answer"));
+}
