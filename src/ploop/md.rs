@@ -822,8 +822,7 @@ impl<D: Disk> MdWriter<D> {
 // Space and reclaim.
 impl<D: Disk> MdWriter<D> {
     fn step_reclaim(&mut self) {
-        // What is punched after the sync of an image that is passed on would not be as
-        // stable as its mark. Who opens it next finds what is left.
+        // Who opens an image next that is passed on finds what is left.
         if self.is_closing() || self.is_passing() {
             return;
         }
@@ -857,7 +856,7 @@ impl<D: Disk> MdWriter<D> {
     }
 
     fn step_space(&mut self, now: Duration) {
-        if self.is_closing() {
+        if self.is_closing() || self.is_passing() {
             return;
         }
         let pios = self.space.due(now);
@@ -1023,6 +1022,12 @@ impl<D: Disk> MdWriter<D> {
         job.is_some_and(|job| job.what == Control::Pass)
     }
 
+    /// Whether anything but a round changes the file, which no sync of a round waits for.
+    fn is_changing_the_file(&self) -> bool {
+        let is_of_round = |op: &MdOp| matches!(op, MdOp::Pages(_) | MdOp::Sync);
+        self.growing.is_some() || !self.ops.iter().all(|(_, op)| is_of_round(op))
+    }
+
     fn begin_control(&mut self, what: Control, outcome: Outcome) {
         if self.closed {
             return outcome.set(Err(EngineError::Stopped));
@@ -1048,7 +1053,8 @@ impl<D: Disk> MdWriter<D> {
     }
 
     fn step_control(&mut self) {
-        let is_punching = self.is_passing() && self.punching > 0;
+        // What ends after the sync of an image that is passed on is not as stable as its mark.
+        let is_changing = self.is_passing() && self.is_changing_the_file();
         let Some(job) = self.control.front_mut() else {
             return;
         };
@@ -1058,7 +1064,7 @@ impl<D: Disk> MdWriter<D> {
                 // In this order: a queue that has not seen the suspension yet may
                 // dispatch a pio until it leaves its epoch.
                 let is_quiet = self.engine.epochs.all_reached(epoch)
-                    && !is_punching
+                    && !is_changing
                     && (job.what == Control::Barrier
                         || (self.engine.dispatched.load(Ordering::Acquire) == 0
                             && !self.growing.as_ref().is_some_and(Growing::has_locked)));
