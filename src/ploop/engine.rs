@@ -25,6 +25,7 @@ use super::queue::Queue;
 use super::remembered::Remembered;
 use super::report::{EngineReport, Gauges};
 use super::rule::{self, Rule};
+use super::stable_writes::{Generation, StableWrites};
 use super::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering, fence};
 use super::take_over::Beginning;
 use crate::format::{ClusterSize, Geometry, GuestCluster, HostCluster, Sector};
@@ -59,9 +60,8 @@ pub struct Engine<D: Disk> {
     closed: AtomicBool,
     /// A sync failed: nothing becomes stable any more (I7).
     sync_failed: AtomicBool,
-    /// Stable writes that have failed and of which it is not known yet whether it was
-    /// their sync.
-    doubts: AtomicUsize,
+    /// Those of queues.
+    pub(super) stable_writes: CachePadded<StableWrites>,
     /// [`Epochs::completed`] at the start of the last good sync that covered the
     /// mapping too.
     covered: CachePadded<AtomicU64>,
@@ -167,8 +167,8 @@ pub(super) enum MdMessage {
     Park { pio: Pio, full: bool },
     /// Parked pios of this queue get one more try, then fail.
     GiveUp { inbox: Arc<Inbox<QueueMessage>> },
-    /// See [`Engine::end_doubt`].
-    DoubtEnded,
+    /// The last one of a generation that a round waits for; see [`StableWrites`].
+    StableWritesEnded,
     /// What it had dispatched for a growth has been done; see `Work`.
     ErrandDone(Result<(), EngineError>),
     /// For a growth a cluster has moved from here. The disk does not know of it yet.
@@ -193,7 +193,7 @@ impl MdMessage {
             | Self::GiveUp { .. }
             | Self::ErrandDone(_)
             | Self::Moved { .. }
-            | Self::DoubtEnded => {}
+            | Self::StableWritesEnded => {}
         }
     }
 }
@@ -240,7 +240,7 @@ impl<D: Disk> Engine<D> {
             suspended: AtomicBool::new(false),
             closed: AtomicBool::new(false),
             sync_failed: AtomicBool::new(false),
-            doubts: AtomicUsize::new(0),
+            stable_writes: CachePadded::default(),
             covered: CachePadded::new(AtomicU64::new(0)),
             barriers: AtomicU64::new(0),
             barriers_up: AtomicU64::new(0),
@@ -449,22 +449,21 @@ impl<D: Disk> Engine<D> {
         self.note_failed_sync();
     }
 
-    /// A stable write has failed. Until it is known why, no sync counts: it may have
-    /// been told that all is well after something was lost.
-    pub(super) fn begin_doubt(&self) {
-        self.note_doubt(true);
-        self.doubts.fetch_add(1, Ordering::AcqRel);
+    /// A stable write is about to be submitted; no sync counts until
+    /// [`Self::end_stable_write`].
+    pub(super) fn begin_stable_write(&self) -> Generation {
+        self.stable_writes.begin(|| self.tell_of_stable_writes())
     }
 
-    /// It is known why; if it was the sync, [`Self::set_sync_failed`] was called before.
-    pub(super) fn end_doubt(&self) {
-        self.note_doubt(false);
-        self.doubts.fetch_sub(1, Ordering::AcqRel);
-        self.md.post(MdMessage::DoubtEnded);
+    /// The outcome of a stable write is known; if its sync has failed,
+    /// [`Self::set_sync_failed`] was called before.
+    pub(super) fn end_stable_write(&self, generation: Generation) {
+        self.stable_writes
+            .end(generation, || self.tell_of_stable_writes());
     }
 
-    pub(super) fn is_in_doubt(&self) -> bool {
-        self.doubts.load(Ordering::Acquire) > 0 && rule::kept(Rule::DoubtHoldsSync)
+    fn tell_of_stable_writes(&self) {
+        self.md.post(MdMessage::StableWritesEnded);
     }
 
     /// Whether a flush has nothing to do: no changing request has completed since

@@ -2,7 +2,7 @@
 //! memory model allows. The cfg is not named `loom`, which some dependencies of the
 //! tests take for themselves.
 //!
-//! The models call the engine itself. Two of them are checked once more with the rule
+//! The models call the engine itself. Some of them are checked once more with the rule
 //! broken that they are about: then they have to fail.
 //!
 //! Run with `RUSTFLAGS="--cfg ploop_loom" cargo test --lib loom_models`.
@@ -457,4 +457,44 @@ fn who_asks_while_the_metadata_thread_ends_is_answered() {
         md.join().unwrap();
         assert_eq!(outcome.get(), Some(Err(EngineError::Stopped)));
     });
+}
+
+/// A stable write loses, by its own sync, what a sync that is under way is to cover.
+fn losing_beside_a_sync() {
+    let engine = engine(mapped(HOST));
+    let is_lost = Arc::new(AtomicBool::new(false));
+    let writer = {
+        let (engine, is_lost) = (engine.clone(), is_lost.clone());
+        thread::spawn(move || {
+            for _ in 0..2 {
+                let generation = engine.begin_stable_write();
+                is_lost.store(true, Ordering::SeqCst);
+                engine.set_sync_failed("a stable write");
+                engine.end_stable_write(generation);
+            }
+        })
+    };
+    // What the sync of the metadata thread finds when it ends.
+    let has_lost = is_lost.load(Ordering::SeqCst);
+    engine.stable_writes.advance();
+    let waits = !engine.stable_writes.is_old_over() && rule::kept(Rule::StableWritesHoldSync);
+    let is_counted = !waits && !engine.has_sync_failed();
+    assert!(!(is_counted && has_lost), "a sync counted what was lost");
+    writer.join().unwrap();
+    if waits {
+        assert!(engine.stable_writes.is_old_over());
+        let told = engine.md.take_all().count();
+        assert!(told > 0, "the metadata thread sleeps for ever");
+    }
+}
+
+#[test]
+fn no_sync_counts_what_a_stable_write_has_lost() {
+    check(losing_beside_a_sync);
+}
+
+#[test]
+#[should_panic(expected = "a sync counted what was lost")]
+fn who_counts_a_sync_beside_a_stable_write_is_noticed() {
+    rule::broken(Rule::StableWritesHoldSync, || check(losing_beside_a_sync));
 }

@@ -122,9 +122,9 @@ struct Round {
     /// sync cover all that had completed.
     writes_all: bool,
     error: Option<EngineError>,
-    /// Its sync has succeeded while a stable write was in doubt, see
-    /// [`Engine::is_in_doubt`].
-    synced_in_doubt: bool,
+    /// Its sync has succeeded, and counts when the outcome of stable writes is known; see
+    /// [`StableWrites`](super::stable_writes::StableWrites).
+    awaits_stable_writes: bool,
 }
 
 impl Round {
@@ -222,7 +222,7 @@ impl<D: Disk> MdWriter<D> {
                 barriers: 0,
                 writes_all: false,
                 error: None,
-                synced_in_doubt: false,
+                awaits_stable_writes: false,
             },
             covered: Covered::default(),
             reclaim: Reclaim::default(),
@@ -255,8 +255,9 @@ impl<D: Disk> MdWriter<D> {
         self.collect_dirtied(now);
         preempt::point("collected");
         self.hear_all(now);
-        if mem::take(&mut self.round.synced_in_doubt) {
-            self.synced(Ok(()), now);
+        if self.round.awaits_stable_writes && self.engine.stable_writes.is_old_over() {
+            self.round.awaits_stable_writes = false;
+            self.count_sync(now);
         }
         preempt::point("heard");
         self.step_control();
@@ -394,7 +395,7 @@ impl<D: Disk> MdWriter<D> {
                 self.try_again(pios);
             }
             // It is looked at when the messages were heard.
-            MdMessage::DoubtEnded => {}
+            MdMessage::StableWritesEnded => {}
             MdMessage::ErrandDone(result) => self.errand_done(result),
             MdMessage::Moved { host } => self.cluster_moved(host),
             MdMessage::Control(Control::PrepareGrowth(size), outcome) => {
@@ -586,11 +587,17 @@ impl<D: Disk> MdWriter<D> {
             self.engine.set_sync_failed(&what);
             return self.end_round(Err(EngineError::SyncFailed));
         }
-        // Meanwhile a stable write may have lost what this sync was to cover.
-        self.round.synced_in_doubt = self.engine.is_in_doubt();
-        if self.round.synced_in_doubt {
-            return;
+        // Before or meanwhile one of them may have lost what this sync was to cover.
+        self.engine.stable_writes.advance();
+        self.round.awaits_stable_writes =
+            !self.engine.stable_writes.is_old_over() && rule::kept(Rule::StableWritesHoldSync);
+        if !self.round.awaits_stable_writes {
+            self.count_sync(now);
         }
+    }
+
+    /// It covers what it was to cover, unless something of that was lost.
+    fn count_sync(&mut self, now: Duration) {
         if self.engine.has_sync_failed() {
             return self.end_round(Err(EngineError::SyncFailed));
         }

@@ -33,6 +33,7 @@ mod reserved;
 pub(crate) mod rule;
 mod runner;
 mod running;
+mod stable_writes;
 mod sync;
 mod take_over;
 

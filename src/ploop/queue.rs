@@ -29,6 +29,7 @@ use super::pio::{Home, Pio, QueueMessage, Work};
 use super::preempt;
 use super::request::{Command, Done, Request, SectorRange};
 use super::rule::{self, Rule};
+use super::stable_writes::Generation;
 use crate::format::{GuestCluster, SECTOR_SIZE, Sector};
 use crate::storage::{Buffer, Completion, Disk, Io, Op, Segments};
 
@@ -66,6 +67,8 @@ struct LocalOp {
     epoch: Epoch,
     /// Where a write goes, should it have to be tried again.
     target: Option<(GuestCluster, u32)>,
+    /// Of a stable write.
+    generation: Option<Generation>,
     /// It was a stable write that has failed so, and is now tried as one that is not.
     doubted: Option<Errno>,
 }
@@ -492,11 +495,14 @@ impl<D: Disk> Queue<D> {
     fn local(&mut self, key: usize, op: Op, target: Option<(GuestCluster, u32)>, charge: u64) {
         self.active[key].parts += 1;
         let epoch = self.participant.begin_io();
+        let is_stable_write = matches!(op, Op::Write { dsync: true, .. });
+        let generation = is_stable_write.then(|| self.engine.begin_stable_write());
         let tag = self.ops.insert(LocalOp {
             request: key,
             charge,
             epoch,
             target,
+            generation,
             doubted: None,
         }) as u64;
         if !self.backlog.is_empty() {
@@ -537,7 +543,7 @@ impl<D: Disk> Queue<D> {
                     },
             } => {
                 self.ops[tag as usize].doubted = Some(errno);
-                self.engine.begin_doubt();
+                self.engine.note_doubt(true);
                 let write = Op::Write {
                     file,
                     offset,
@@ -559,17 +565,21 @@ impl<D: Disk> Queue<D> {
         self.participant.leave(local.epoch);
         preempt::point("I/O ended");
         let key = local.request;
-        if let Some(errno) = local.doubted {
-            let sync_has_failed = completion.result != Err(errno);
-            if sync_has_failed {
-                self.engine.set_sync_failed("a stable write");
-            }
-            self.engine.end_doubt();
-            if sync_has_failed {
-                self.allowance.end(local.charge);
-                self.active[key].result = Err(EngineError::SyncFailed);
-                return self.part_done(key);
-            }
+        let doubted = local.doubted;
+        let sync_has_failed = doubted.is_some_and(|errno| completion.result != Err(errno));
+        if sync_has_failed {
+            self.engine.set_sync_failed("a stable write");
+        }
+        if doubted.is_some() {
+            self.engine.note_doubt(false);
+        }
+        if let Some(generation) = local.generation {
+            self.engine.end_stable_write(generation);
+        }
+        if sync_has_failed {
+            self.allowance.end(local.charge);
+            self.active[key].result = Err(EngineError::SyncFailed);
+            return self.part_done(key);
         }
         match (completion.result, completion.op, local.target) {
             (Ok(()), ..) => self.allowance.end(local.charge),

@@ -49,9 +49,9 @@ pub(crate) enum Rule {
     CopyBeforeMapping,
     /// I7: a failed sync is remembered after it was reported.
     FailedSyncIsKept,
-    /// I7: a sync that ends after a stable write has failed counts only when it is known
-    /// that it was not the sync of that write.
-    DoubtHoldsSync,
+    /// I7: a sync counts only when of each stable write that had begun by its end it is
+    /// known that its own sync has not failed.
+    StableWritesHoldSync,
     /// I7: a page that could not be written stays dirty.
     FailedPageStaysDirty,
     /// I8: a cluster is mapped on disk when the length that covers it is stable.
@@ -154,7 +154,7 @@ mod broken {
             Self::OldIoBeforeCopy,
             Self::CopyBeforeMapping,
             Self::FailedSyncIsKept,
-            Self::DoubtHoldsSync,
+            Self::StableWritesHoldSync,
             Self::FailedPageStaysDirty,
             Self::LengthBeforeMapping,
             Self::OneWriteOfPage,

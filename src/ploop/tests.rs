@@ -407,7 +407,7 @@ fn a_stable_write_whose_sync_finds_no_space_fails_all_that_would_be_stable() {
     rig.disk
         .change_medium(|medium| medium.faults.full_stable_write = 1.0);
     assert_eq!(rig.write(0, &[6; 512]), Err(EngineError::SyncFailed));
-    assert!(!rig.engine.is_in_doubt());
+    assert!(rig.engine.stable_writes.is_empty());
     rig.disk
         .change_medium(|medium| medium.faults.full_stable_write = 0.0);
     assert_eq!(rig.write(512, &[7; 512]), Err(EngineError::SyncFailed));
@@ -437,10 +437,10 @@ fn a_stable_write_that_fails_for_another_reason_the_second_time_was_a_failed_syn
     rig.disk
         .change_medium(|medium| medium.faults.full_stable_write = 1.0);
     let write = rig.push_write_to(0, 0, &[6; 512]);
-    while !rig.engine.is_in_doubt() {
+    while rig.disk.take_failures() == 0 {
         rig.step_disk();
-        rig.poll_queue(0);
     }
+    rig.poll_queue(0);
     rig.disk.change_medium(|medium| medium.faults.write = 1.0);
     assert_eq!(rig.result(write), Err(EngineError::SyncFailed));
     rig.disk

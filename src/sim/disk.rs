@@ -163,8 +163,6 @@ struct State {
 
 #[derive(Default)]
 struct IoState {
-    /// `ready` has the failure of a sync that lost what others have written.
-    tells_of_loss: bool,
     queued: Vec<(u64, Op)>,
     ready: Vec<Completion>,
     in_flight: usize,
@@ -492,7 +490,6 @@ impl State {
         for io in &mut self.ios {
             io.queued.clear();
             io.ready.clear();
-            io.tells_of_loss = false;
             io.in_flight = 0;
         }
     }
@@ -712,7 +709,7 @@ impl State {
             } else if let Some(errno) = self.stable_write_error() {
                 result = Err(errno);
                 self.undone.push((file, offset, errno));
-                self.lose(file, id, pending.io);
+                self.lose(file, id);
             } else {
                 self.file(file).sync(|op| op == id);
             }
@@ -1010,10 +1007,9 @@ impl State {
         }
     }
 
-    /// Whether the next sync fails, for a reason of its own or to tell of another.
+    /// Whether the next sync fails.
     fn sync_fails(&mut self) -> bool {
-        let fails =
-            self.fails(self.medium.faults.sync) || self.ios.iter().any(|io| io.tells_of_loss);
+        let fails = self.fails(self.medium.faults.sync);
         self.failures += u64::from(fails);
         fails
     }
@@ -1035,8 +1031,8 @@ impl State {
     }
 
     /// The sync of a stable write has failed, and what was written before it by
-    /// anybody may be lost. Nobody knows until its end is taken note of.
-    fn lose(&mut self, file: FileId, id: OpId, io: usize) {
+    /// anybody may be lost. Later syncs succeed, and do not tell of it.
+    fn lose(&mut self, file: FileId, id: OpId) {
         let before = self.file(file).unsynced_ops();
         let completed = std::mem::take(&mut self.completed);
         let has_completed = |op: OpId| completed[op.0 as usize] != NOT_COMPLETED;
@@ -1044,7 +1040,6 @@ impl State {
         self.losses += u64::from(others);
         self.fail_sync(file, |op| op == id || has_completed(op));
         self.completed = completed;
-        self.ios[io].tells_of_loss = true;
     }
 
     /// Of what is covered, some is stable all the same and the rest is lost.
@@ -1225,7 +1220,6 @@ impl Io for SimIo {
         let mut guard = self.disk.state();
         let state = &mut *guard;
         let io = &mut state.ios[self.index];
-        io.tells_of_loss = false;
         io.in_flight -= io.ready.len();
         let metadata_len = state.medium.metadata_len;
         let is_failed_page = |end: &&Completion| {

@@ -152,7 +152,11 @@ impl Life {
         let top = world.scenario.top();
         let image = world.disk.view(|view| world.read_image(view, top))?;
         world.use_size(image.sectors);
-        world.raw_lens.clear();
+        // A length that a killed process has left need not be stable yet.
+        match is_inherited {
+            true => world.raw_lens.push(world.before.file.len()),
+            false => world.raw_lens.clear(),
+        }
         world.before = Before {
             closed: image.closed,
             extension: image.extension.is_some(),

@@ -16,7 +16,7 @@ fn mix_for(which: Rule) -> Mix {
         Rule::FailedPageRemovesNothing | Rule::FailedPageIsNotOnDisk | Rule::EveryPageCounts => {
             Some(HostTrouble::Pages)
         }
-        Rule::DoubtHoldsSync => Some(HostTrouble::StableWrites),
+        Rule::StableWritesHoldSync => Some(HostTrouble::StableWrites),
         _ => None,
     };
     // Without lower deltas there are no copies, which make rounds with two syncs.

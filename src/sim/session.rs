@@ -59,7 +59,7 @@ pub struct World {
     pub before: Before,
     /// Sizes of which the disk of the top has one, in sectors.
     pub sizes: Vec<u64>,
-    /// Lengths that a raw top may have while it grows.
+    /// Lengths that a raw top may have while it grows, or after a cut.
     pub raw_lens: Vec<u64>,
     /// The disk is becoming larger.
     pub is_growing: bool,

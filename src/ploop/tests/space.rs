@@ -71,7 +71,7 @@ fn a_stable_overwrite_that_needs_space_waits_and_is_no_failed_sync() {
     let waiting = rig.push_write_to(0, 0, &[2; 4096]);
     rig.turn_for(SOON);
     assert!(!rig.has_ended(waiting));
-    assert!(!rig.engine.is_in_doubt());
+    assert!(rig.engine.stable_writes.is_empty());
     rig.flush().unwrap();
     rig.make_room();
     assert_eq!(rig.result(waiting), Ok(()));
