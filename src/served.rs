@@ -1,15 +1,16 @@
-//! A disk that is being served: engine, bundle and front-end together, and what can be
-//! done to it meanwhile.
+//! A disk that is being served: engine and bundle together, and what can be done to it
+//! meanwhile.
 //!
 //! Each operation is prepared beside the I/O and then committed. It can be cut off
 //! anywhere, and leaves the old or the new state.
 
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
 use thiserror::Error;
 
-use crate::device::Connection;
 use crate::format::Sector;
 use crate::image::{Bundle, ImageError};
-use crate::ploop::{Engine, EngineError};
+use crate::ploop::{Engine, EngineError, Outcome};
 use crate::storage::Disk;
 
 /// Why a disk did not become larger.
@@ -18,14 +19,70 @@ pub enum GrowError {
     /// The engine cannot, or the host.
     #[error("the disk keeps its size")]
     Engine(#[from] EngineError),
-    /// A raw image is as large as the descriptor of its bundle says.
-    #[error("the disk keeps its size: its descriptor cannot be written")]
+    /// The descriptor of the bundle cannot be read, is another one by now, or, of a raw
+    /// image, cannot be written: such an image is as large as it says.
+    #[error("the disk keeps its size")]
     Descriptor(#[source] ImageError),
+    /// Something else came first; see [`CallOff`].
+    #[error("the disk keeps its size: growing was called off")]
+    CalledOff,
 }
 
-/// Makes the disk of at least `size` while it is served: in whole clusters. The front-end,
-/// if there is one, is told of it. Gives back what the size is then. Blocks, for long if
-/// there is much to move.
+/// By which a growth can be called off from another thread, before it begins or while it
+/// is prepared: until anything of it can be seen.
+#[derive(Debug, Default)]
+pub struct CallOff(Mutex<Progress>);
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum Progress {
+    #[default]
+    Revocable,
+    CalledOff,
+    /// It goes through, or fails, in the time that some writes take.
+    Commits,
+}
+
+impl CallOff {
+    /// Calls it off, if that is still possible. Returns at once; [`grow`] does soon.
+    pub fn call_off<D: Disk>(&self, engine: &Engine<D>) {
+        let mut progress = self.lock();
+        if *progress == Progress::Revocable {
+            *progress = Progress::CalledOff;
+            // Behind what the engine was asked for under this lock.
+            engine.abandon_growth();
+        }
+    }
+
+    fn prepare<D: Disk>(&self, engine: &Engine<D>, size: Sector) -> Result<Outcome, GrowError> {
+        match *self.lock() {
+            Progress::CalledOff => Err(GrowError::CalledOff),
+            _ => Ok(engine.begin_growth(size)),
+        }
+    }
+
+    fn commit(&self) -> Result<(), GrowError> {
+        let mut progress = self.lock();
+        match *progress {
+            Progress::CalledOff => Err(GrowError::CalledOff),
+            _ => {
+                *progress = Progress::Commits;
+                Ok(())
+            }
+        }
+    }
+
+    fn is_called_off(&self) -> bool {
+        *self.lock() == Progress::CalledOff
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Progress> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Makes the disk of at least `size` while it is served: in whole clusters, unless it has
+/// that size already. Gives back what the size is then; who has a front-end tells it. Blocks,
+/// for long if there is much to move.
 ///
 /// Of an image with a header the header has the last word, so its descriptor follows: a
 /// crash in between leaves a disk of the new size, and the next change of the descriptor
@@ -37,16 +94,22 @@ pub enum GrowError {
 /// failed, which can be tried again.
 pub fn grow<D: Disk>(
     engine: &Engine<D>,
-    bundle: Option<&mut Bundle>,
-    front_end: Option<&Connection>,
+    mut bundle: Option<&mut Bundle>,
     size: Sector,
+    call_off: &CallOff,
 ) -> Result<Sector, GrowError> {
-    let cluster = engine.geometry().cluster;
-    let size = match size == engine.disk_size() {
-        true => size,
-        false => cluster.round_up(size),
-    };
-    engine.prepare_growth(size)?;
+    if let Some(bundle) = &mut bundle {
+        bundle.refresh().map_err(GrowError::Descriptor)?;
+    }
+    let size = whole_clusters(engine, size);
+    engine.open_for_growth()?;
+    let prepared = call_off.prepare(engine, size)?.wait();
+    if prepared.is_err() && call_off.is_called_off() {
+        return Err(GrowError::CalledOff);
+    }
+    prepared?;
+    // If it is too late, what was prepared is forgotten already.
+    call_off.commit()?;
     if engine.is_raw() {
         if let Some(bundle) = bundle
             && let Err(error) = bundle.set_disk_size(size)
@@ -67,8 +130,23 @@ pub fn grow<D: Disk>(
         }
     }
     log::info!("the disk has {} bytes from now on", size.bytes());
-    if let Some(front_end) = front_end {
-        front_end.config_changed();
-    }
     Ok(size)
+}
+
+/// What a disk becomes for which `wanted` was asked.
+fn whole_clusters<D: Disk>(engine: &Engine<D>, wanted: Sector) -> Sector {
+    // A smaller one is refused, even if it ends in the same cluster.
+    if wanted <= engine.disk_size() {
+        return wanted;
+    }
+    let cluster = engine.geometry().cluster;
+    let size = cluster.round_up(wanted);
+    if size != wanted {
+        log::info!(
+            "the size is rounded up from {} to {} bytes: whole clusters of {cluster}",
+            wanted.bytes(),
+            size.bytes()
+        );
+    }
+    size
 }

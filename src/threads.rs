@@ -29,6 +29,8 @@ pub enum Role {
     Runner,
     /// Waits for a sync of the image.
     Sync,
+    /// Makes the disk larger.
+    Grow,
     /// Answers the messages of a front-end.
     Messages,
     /// Serves a virtqueue.
@@ -39,13 +41,14 @@ pub enum Role {
 
 impl Role {
     /// Each of them once.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 10] = [
         Self::Log,
         Self::Deadline,
         Self::Watch,
         Self::Metadata,
         Self::Runner,
         Self::Sync,
+        Self::Grow,
         Self::Messages,
         Self::Queue,
         Self::Clone,

@@ -22,6 +22,7 @@ const COMMANDS: &[&str] = &[
     "query-version",
     "block_set_io_throttle",
     "block-latency-histogram-set",
+    "block_resize",
     "quit",
     "no-such",
 ];
@@ -116,6 +117,18 @@ fn answers(session: &mut Session, bytes: &[u8], pieces: &[u8]) -> Vec<(Value, Wi
         let (mut piece, behind) = rest.split_at(len);
         rest = behind;
         while let Some((line, wish)) = session.answer_next(&mut piece, &Disk) {
+            assert_eq!(session.awaits_answer(), wish.is_answered_later());
+            let line = match wish {
+                Wish::Resize(size) => {
+                    assert!(size.0 > 0 && line.is_empty());
+                    // Nothing is taken before that.
+                    let waits = piece;
+                    assert_eq!(session.answer_next(&mut piece, &Disk), None);
+                    assert_eq!(piece, waits);
+                    session.answer(Ok(json!({})))
+                }
+                _ => line,
+            };
             let line = line.strip_suffix("\r\n").expect("it ends a line");
             assert!(line.bytes().all(|byte| (b' '..=b'~').contains(&byte)));
             answers.push((serde_json::from_str(line).expect("it is JSON"), wish));
@@ -153,7 +166,8 @@ fuzz_target!(|input: Input| {
                 let command = COMMANDS[usize::from(*command) % COMMANDS.len()];
                 let mut request = json!({ "execute": command, "id": id });
                 if let Some(argument) = argument {
-                    request["arguments"] = match argument % 3 {
+                    request["arguments"] = match argument % 4 {
+                        3 => json!({ "device": "disk", "size": u32::from(*id) << 4 }),
                         0 => json!({ "flat": argument % 2 == 0 }),
                         1 => json!({ "id": "disk", "boundaries": [argument, id] }),
                         _ => json!({

@@ -24,12 +24,14 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::Doors;
 use super::deadline;
-use super::qmp::{Event, Monitor, Wish};
+use super::growth::Growth;
+use super::qmp::{ClientId, Event, Failure, Monitor, Wish};
 use super::served::Served;
 use super::signals::Signals;
 use super::socket::ServerSocket;
 use super::upgrade::{Step, Successor};
 use crate::device::{BlockDevice, Connection, Parked, has_spoken};
+use crate::format::Sector;
 use crate::notices::{IoError, Notice, Notices};
 use crate::peer::Peer;
 use crate::ploop::EngineError;
@@ -61,6 +63,7 @@ mod event {
     pub const CLIENT: u32 = 7;
     pub const NOTICE: u32 = 8;
     pub const SYNCED: u32 = 9;
+    pub const GROWN: u32 = 10;
 }
 
 /// Where the disk is asked and told of: its clients stay when one loop follows another.
@@ -139,6 +142,8 @@ pub(super) fn run(
         connection: carried.connection,
         successor: None,
         sync: None,
+        growing: None,
+        is_ending: false,
         outcome: None,
     });
     let mut waited = Ok(0);
@@ -155,7 +160,12 @@ pub(super) fn run(
             manager.event_ops(id)?.remove(Events::empty(&client))?;
         }
     }
-    let main_loop = manager.remove_subscriber(id)?;
+    let mut main_loop = manager.remove_subscriber(id)?;
+    if let Some(growing) = main_loop.growing.take() {
+        // The loop has failed. Whoever goes on has to know what the disk is.
+        growing.growth.call_off();
+        let _ = growing.growth.result();
+    }
     if let (Ok(_), Some(Ok(Outcome::TakeOver)), Some(successor)) =
         (&waited, &main_loop.outcome, main_loop.successor)
     {
@@ -214,6 +224,12 @@ impl ImageSync {
     }
 }
 
+/// A disk that is being made larger, and who waits for it.
+struct Growing {
+    growth: Growth,
+    client: ClientId,
+}
+
 struct MainLoop<'a> {
     served: &'a Served,
     device: Arc<BlockDevice<HostDisk>>,
@@ -228,6 +244,10 @@ struct MainLoop<'a> {
     /// A process that prepares itself to take over, or waits for [`Self::sync`].
     successor: Option<Successor>,
     sync: Option<ImageSync>,
+    /// The loop does not end meanwhile.
+    growing: Option<Growing>,
+    /// The program is to end.
+    is_ending: bool,
     /// Of the loop, when it is to end.
     outcome: Option<Result<Outcome, event_manager::Error>>,
 }
@@ -248,15 +268,22 @@ impl MainLoop<'_> {
             event::CLIENT => self.serve_client(events.fd(), ops),
             event::NOTICE => self.pass_on_notices(ops),
             event::SYNCED => self.hear_of_sync(ops),
+            event::GROWN => self.hear_of_growth(ops),
             _ => Ok(()),
         }
     }
 
-    /// The program is to end.
+    /// The program is to end, as soon as nothing is done to the disk.
     fn begin_end(&mut self) {
-        log::info!("shutting down");
-        deadline::set();
-        self.outcome = Some(Ok(Outcome::Signal));
+        if !self.is_ending {
+            log::info!("shutting down");
+            deadline::set();
+        }
+        self.is_ending = true;
+        match &self.growing {
+            Some(growing) => growing.growth.call_off(),
+            None => self.outcome = Some(Ok(Outcome::Signal)),
+        }
     }
 
     /// A control client has come.
@@ -278,11 +305,91 @@ impl MainLoop<'_> {
 
     fn serve_client(&mut self, fd: RawFd, ops: &mut EventOps) -> Result<(), event_manager::Error> {
         let wish = self.desk.monitor.serve(fd, self.served, ops)?;
-        if wish == Wish::Quit {
-            log::info!("a control client asks the program to end");
-            self.begin_end();
+        self.grant(wish, ops)
+    }
+
+    /// Grants a client's wish, and those that it has when it was refused one.
+    fn grant(
+        &mut self,
+        mut wish: Option<(ClientId, Wish)>,
+        ops: &mut EventOps,
+    ) -> Result<(), event_manager::Error> {
+        while let Some((client, what)) = wish {
+            wish = None;
+            match what {
+                Wish::Nothing => {}
+                Wish::Quit => {
+                    log::info!("a control client asks the program to end");
+                    self.begin_end();
+                }
+                Wish::Resize(size) => {
+                    if let Err(why) = self.begin_growth(size, client, ops)? {
+                        let refusal = Err(Failure::generic(why));
+                        wish = self
+                            .desk
+                            .monitor
+                            .answer(client, refusal, self.served, ops)?;
+                    }
+                }
+            }
         }
         Ok(())
+    }
+
+    /// Begins to make the disk larger, or says why not.
+    fn begin_growth(
+        &mut self,
+        size: Sector,
+        client: ClientId,
+        ops: &mut EventOps,
+    ) -> Result<Result<(), String>, event_manager::Error> {
+        let refuse = |why: &str| Ok(Err(why.to_owned()));
+        if self.growing.is_some() {
+            return refuse("The disk is being resized already");
+        }
+        if self.is_ending || self.outcome.is_some() {
+            return refuse("The program is about to end");
+        }
+        // It has looked at the image.
+        if self.successor.as_ref().is_some_and(Successor::is_ready) {
+            return refuse("Another process is about to take over; ask that one");
+        }
+        match self.served.grow(size) {
+            Ok(growth) => {
+                ops.add(grown_events(&growth))?;
+                self.growing = Some(Growing { growth, client });
+                Ok(Ok(()))
+            }
+            Err(error) => Ok(Err(error.words())),
+        }
+    }
+
+    fn hear_of_growth(&mut self, ops: &mut EventOps) -> Result<(), event_manager::Error> {
+        let Some(Growing { growth, client }) = self.growing.take() else {
+            return Ok(());
+        };
+        ops.remove(grown_events(&growth))?;
+        let answer = match growth.result() {
+            Ok(_) => {
+                if let Some(connection) = &self.connection {
+                    connection.config_changed();
+                }
+                Ok(serde_json::json!({}))
+            }
+            Err(error) => {
+                // Its client may have gone.
+                log::warn!("{}", error.words());
+                Err(Failure::generic(error.words()))
+            }
+        };
+        // First: what its client wants next comes after all this.
+        if self.is_ending {
+            self.outcome = Some(Ok(Outcome::Signal));
+        } else {
+            self.begin_take_over(ops)?;
+        }
+        let wish = self.desk.monitor.answer(client, answer, self.served, ops)?;
+        self.grant(wish, ops)
     }
 
     fn pass_on_notices(&mut self, ops: &mut EventOps) -> Result<(), event_manager::Error> {
@@ -361,14 +468,27 @@ impl MainLoop<'_> {
         match step {
             Step::Waits => self.successor = Some(successor),
             // Not in the midst of the end of the program.
-            Step::IsReady if self.outcome.is_none() => {
-                if self.begin_sync(&successor, ops)? {
-                    self.successor = Some(successor);
-                } else {
-                    ops.remove(successor_events(&successor))?;
-                }
+            Step::IsReady if self.outcome.is_none() && !self.is_ending => {
+                self.successor = Some(successor);
+                self.begin_take_over(ops)?;
             }
             Step::IsReady | Step::Ends => ops.remove(successor_events(&successor))?,
+        }
+        Ok(())
+    }
+
+    /// Has the image synced for a process that waits for it, once nothing is done to the disk.
+    fn begin_take_over(&mut self, ops: &mut EventOps) -> Result<(), event_manager::Error> {
+        if let Some(growing) = &self.growing {
+            growing.growth.call_off();
+            return Ok(());
+        }
+        let Some(successor) = self.successor.take_if(|successor| successor.is_ready()) else {
+            return Ok(());
+        };
+        match self.begin_sync(&successor, ops)? {
+            true => self.successor = Some(successor),
+            false => ops.remove(successor_events(&successor))?,
         }
         Ok(())
     }
@@ -409,8 +529,11 @@ impl MainLoop<'_> {
             return Ok(());
         };
         ops.remove(synced_events(&sync))?;
-        match (&self.successor, sync.result()) {
-            (Some(_), Ok(())) if self.outcome.is_none() => {
+        let waits = |successor: &&Successor| successor.is_ready();
+        match (self.successor.as_ref().filter(waits), sync.result()) {
+            // Of one that has gone, and another process waits that something is not done yet.
+            _ if self.growing.is_some() => {}
+            (Some(_), Ok(())) if self.outcome.is_none() && !self.is_ending => {
                 self.outcome = Some(Ok(Outcome::TakeOver));
             }
             (Some(successor), Err(error)) => {
@@ -593,6 +716,10 @@ fn successor_events(successor: &Successor) -> Events {
 
 fn synced_events(sync: &ImageSync) -> Events {
     Events::with_data(&*sync.is_over, event::SYNCED, EventSet::IN)
+}
+
+fn grown_events(growth: &Growth) -> Events {
+    Events::with_data(growth, event::GROWN, EventSet::IN)
 }
 
 /// See [`MainLoop::reserve`]; `None` if there is none left.

@@ -8,6 +8,7 @@ pub mod args;
 mod asker;
 mod bound;
 mod deadline;
+mod growth;
 mod logging;
 mod main_loop;
 mod place;
@@ -137,6 +138,8 @@ fn begin(mut image: Image, args: &Args, cpus: usize, sandbox: &Sandbox) -> Resul
         control.as_ref().map(|control| control.path.as_path()),
     ];
     let folders: Vec<_> = sockets.into_iter().flatten().map(folder_of).collect();
+    sandbox.become_user()?;
+    image.start_grower(args, sandbox)?;
     sandbox.confine(image.files(), &folders, args.gives_sockets_away())?;
     let terms = args
         .can_be_upgraded()
@@ -294,6 +297,13 @@ fn open_doors(args: &Args, control: Option<ControlSocket>) -> Result<Doors, Erro
     // Last: who sees it finds the others, too.
     let front_ends = open_socket(args)?;
     Ok(Doors::new(front_ends, upgrades, control, own_user()))
+}
+
+/// What went wrong, and why.
+fn with_causes(error: &dyn std::error::Error) -> String {
+    let causes = std::iter::successors(error.source(), |&cause| cause.source());
+    let causes: String = causes.map(|cause| format!(": {cause}")).collect();
+    format!("{error}{causes}")
 }
 
 fn own_user() -> u32 {

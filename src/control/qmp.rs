@@ -14,6 +14,7 @@
 //!
 //! Everything runs in the main loop and waits for nothing: clients are other programs of
 //! the host, which may stall, flood and send rubbish, and none of that may touch a guest.
+//! What takes time is a [`Wish`], which others grant; until then its client waits.
 //! `docs/control.md` describes commands and events. Knows JSON and QMP. Must not know how
 //! a disk is served: what it says of one it asks a [`Subject`].
 
@@ -31,8 +32,10 @@ mod subject;
 #[cfg(test)]
 mod tests;
 
+pub(super) use client::ClientId;
 pub use commands::Wish;
 pub(super) use event::Event;
+pub use message::Failure;
 pub(super) use monitor::Monitor;
 pub use session::Session;
 pub use subject::{Level, Subject};

@@ -1,9 +1,11 @@
 //! What the process gives up, so that a guest that takes it over gains little.
 //!
 //! In this order: system calls that are never needed, before there are threads;
-//! capabilities, files other than the disk's and its socket's, and the eyes of other
-//! processes, once the image is open; the rest of what only a start needs, before the
-//! first front-end. Each thread gives up more with its first step.
+//! the user, capabilities, files other than the disk's and its socket's, and the eyes of
+//! other processes, once the image is open; the rest of what only a start needs, before the
+//! first front-end. Each thread gives up more with its first step. The one that works in the
+//! folder of the disk starts before files and capabilities are given up, and gives them up
+//! for itself: it alone reaches that folder, and it reaches nothing else.
 //! `docs/sandbox.md` says what is left, and why.
 //!
 //! Knows how Linux takes rights away. Must not know what is served.
@@ -15,11 +17,14 @@ mod syscalls;
 use std::io;
 use std::path::PathBuf;
 
+use landlock::RulesetCreated;
+use rustix::thread::CapabilitySet;
 use thiserror::Error;
 
 pub use privileges::RunAs;
 pub use syscalls::SeccompMode;
 
+use crate::image::Bundle;
 use crate::storage::HostFile;
 
 /// Why the process could not give something up. It then serves nobody.
@@ -82,7 +87,34 @@ impl Sandbox {
         Ok(Self(options))
     }
 
-    /// The second: `files` are open, and reached from now on, as are the folders of the
+    /// The second, once the image is open: the process is somebody else. To be done before
+    /// there are threads that serve.
+    ///
+    /// # Errors
+    /// See [`SandboxError`].
+    pub fn become_user(&self) -> Result<(), SandboxError> {
+        if self.0.seccomp != SeccompMode::None && !syscalls::is_supported() {
+            log::warn!("system calls are not restricted on this kind of machine");
+        }
+        self.0.run_as.apply().map_err(SandboxError::RunAs)
+    }
+
+    /// What a thread keeps that works in the folder of a bundle, or of none, and is started
+    /// before [`Self::confine`].
+    ///
+    /// # Errors
+    /// See [`SandboxError`].
+    pub fn keeping_to(&self, bundle: Option<&Bundle>) -> Result<KeepTo, SandboxError> {
+        if !self.0.confines {
+            return Ok(KeepTo(None));
+        }
+        let folder = bundle.map(|bundle| bundle.folder().file());
+        let rules = files::in_folder(folder)?;
+        let capabilities = privileges::to_replace_in(folder).map_err(SandboxError::Capabilities)?;
+        Ok(KeepTo(Some((rules, capabilities))))
+    }
+
+    /// The third: `files` are open, and reached from now on, as are the folders of the
     /// sockets; other files are not. To be done before there are threads that serve.
     ///
     /// # Errors
@@ -93,10 +125,6 @@ impl Sandbox {
         folders: &[PathBuf],
         gives_socket_away: bool,
     ) -> Result<(), SandboxError> {
-        if self.0.seccomp != SeccompMode::None && !syscalls::is_supported() {
-            log::warn!("system calls are not restricted on this kind of machine");
-        }
-        self.0.run_as.apply().map_err(SandboxError::RunAs)?;
         if !self.0.confines {
             return Ok(());
         }
@@ -113,5 +141,25 @@ impl Sandbox {
     /// See [`SandboxError`].
     pub fn settle(&self) -> Result<(), SandboxError> {
         syscalls::settle(self.0.seccomp)
+    }
+}
+
+/// What a thread keeps; see [`Sandbox::keeping_to`].
+#[derive(Debug)]
+#[must_use = "it restricts nothing by itself"]
+pub struct KeepTo(Option<(RulesetCreated, CapabilitySet)>);
+
+impl KeepTo {
+    /// Gives up the rest, for the calling thread.
+    ///
+    /// # Errors
+    /// See [`SandboxError`].
+    pub fn apply(self) -> Result<(), SandboxError> {
+        let Some((rules, capabilities)) = self.0 else {
+            return Ok(());
+        };
+        privileges::keep(capabilities).map_err(SandboxError::Capabilities)?;
+        rules.restrict_self()?;
+        Ok(())
     }
 }

@@ -9,16 +9,18 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use super::growth::{Grower, Growth, GrowthError};
 use super::qmp::{Level, Subject};
-use super::{Args, Error};
+use super::{Args, Error, Sandbox};
 use crate::device::{
     BlockDevice, Latencies, LatencyBins, LimitsError, QueueReport, Queues, Statistics, Throttle,
     ThrottleLimits, Totals,
 };
-use crate::format::Geometry;
-use crate::image::OpenImage;
+use crate::format::{Geometry, Sector};
+use crate::image::{self, Bundle, OpenImage};
 use crate::notices::Notices;
-use crate::ploop::{Chain, Engine, EngineError, EngineReport, Running};
+use crate::ploop::{self, Chain, Engine, EngineError, EngineReport, Running};
+use crate::served::GrowError;
 use crate::storage::lock::{ImageLock, LockError};
 use crate::storage::{HostDisk, HostFile, KnownFile};
 
@@ -32,6 +34,10 @@ const PAUSE: Duration = Duration::from_millis(10);
 pub(super) struct Image {
     files: Vec<HostFile>,
     chain: Chain,
+    /// Until there is [`Self::grower`].
+    bundle: Option<Bundle>,
+    /// Only of one that is written to. Before the locks: what it does needs them.
+    grower: Option<Arc<Grower>>,
     locks: Vec<ImageLock>,
     /// What goes on while engines come and go.
     statistics: Arc<Statistics>,
@@ -44,6 +50,8 @@ impl Image {
         Ok(Self {
             files: image.files,
             chain: image.chain,
+            bundle: image.bundle,
+            grower: None,
             locks: image.locks,
             statistics: Arc::default(),
             throttle: Arc::default(),
@@ -59,6 +67,39 @@ impl Image {
     /// What is to be told of the disk.
     pub fn notices(&self) -> &Arc<Notices> {
         &self.notices
+    }
+
+    /// Starts the thread that makes the disk larger, if it can become so: before anything is
+    /// given up that the thread needs.
+    ///
+    /// # Errors
+    /// When there can be no more threads, or it could not be restricted.
+    pub fn start_grower(&mut self, args: &Args, sandbox: &Sandbox) -> Result<(), Error> {
+        let bundle = self.bundle.take();
+        if args.is_read_only() {
+            return Ok(());
+        }
+        // The descriptor has to follow even if nobody has named it.
+        let bundle = bundle.or_else(|| image::bundle_around(&args.blk_file));
+        let keeps = sandbox.keeping_to(bundle.as_ref())?;
+        self.grower = Some(Arc::new(Grower::start(bundle, keeps)?));
+        Ok(())
+    }
+
+    /// The disk has this size by now. A raw image does not say so itself, and whoever has
+    /// opened it may have read an old descriptor. One that is shorter keeps what it was
+    /// opened with.
+    ///
+    /// # Errors
+    /// Any of `fstat(2)`.
+    pub fn set_raw_size(&mut self, now: Sector) -> io::Result<()> {
+        if let (Some(ploop::Level::Plain { size, .. }), Some(file)) =
+            (self.chain.levels.last_mut(), self.files.last())
+            && file.file.metadata()?.len() >= now.bytes()
+        {
+            *size = now;
+        }
+        Ok(())
     }
 
     /// Of all levels, base first.
@@ -104,6 +145,7 @@ impl Image {
             Ok(device) => Ok(Served {
                 device: Arc::new(device),
                 running,
+                grower: self.grower.clone(),
             }),
             Err(error) => {
                 // Says itself what goes wrong.
@@ -148,6 +190,7 @@ impl Image {
 pub(super) struct Served {
     device: Arc<BlockDevice<HostDisk>>,
     running: Running<HostDisk>,
+    grower: Option<Arc<Grower>>,
 }
 
 /// What has become of an image that was to be passed on.
@@ -168,13 +211,35 @@ impl Served {
         self.running.engine()
     }
 
+    /// Has the disk made larger. Returns at once.
+    ///
+    /// # Errors
+    /// See [`GrowthError`].
+    pub fn grow(&self, size: Sector) -> Result<Growth, GrowthError> {
+        match &self.grower {
+            Some(grower) => grower.grow(Arc::clone(self.running.engine()), size),
+            None => Err(GrowError::Engine(EngineError::ReadOnly).into()),
+        }
+    }
+
     /// Closes the image for somebody who opens it at once. Nobody is served any more.
     pub fn pass(self) -> Passed {
-        let Self { device, running } = self;
+        let Self {
+            device,
+            running,
+            grower,
+        } = self;
         match running.pass() {
             Ok(()) => Passed::Closed,
             Err((None, error)) => Passed::Unmarked(error),
-            Err((Some(running), error)) => Passed::Kept(Self { device, running }, error),
+            Err((Some(running), error)) => {
+                let kept = Self {
+                    device,
+                    running,
+                    grower,
+                };
+                Passed::Kept(kept, error)
+            }
         }
     }
 

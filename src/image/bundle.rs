@@ -80,6 +80,24 @@ impl Bundle {
         Ok(read_descriptor(&self.folder)? == self.descriptor)
     }
 
+    /// Reads the descriptor again. Another process may have made the disk larger while it
+    /// served it, and this one was opened before.
+    ///
+    /// # Errors
+    /// As [`Self::open`]; or it says something else that is new.
+    pub fn refresh(&mut self) -> Result<()> {
+        let mut now = read_descriptor(&self.folder)?;
+        let disk_size = std::mem::replace(&mut now.disk_size, self.descriptor.disk_size);
+        if now != self.descriptor {
+            return Err(ImageError::Unsupported {
+                path: self.path().join(Descriptor::FILE_NAME),
+                why: "was changed by another program while the disk is in use".to_owned(),
+            });
+        }
+        self.descriptor.disk_size = disk_size;
+        Ok(())
+    }
+
     /// Puts another descriptor in place, in one step, and makes that stable.
     ///
     /// # Errors

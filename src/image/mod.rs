@@ -46,7 +46,7 @@ pub use folder::{Folder, NewFile, NewFolder};
 pub use info::{DiskInfo, FormatSpecific, ImageInfo, PloopInfo, info};
 pub use map::{MapEntry, map};
 pub use measure::{Measure, measure_copy, measure_new};
-pub use open::{Access, OpenImage, OpenMode, open};
+pub use open::{Access, OpenImage, OpenMode, bundle_around, open};
 pub use progress::Progress;
 pub use resize::{NewSize, Shrink, resize};
 pub use snapshot::{

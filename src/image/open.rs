@@ -216,28 +216,28 @@ pub(super) fn not_a_bundle(path: &Path) -> ImageError {
 
 /// Refuses an image that is one of `images` or more of the bundle it lies in.
 fn refuse_member(path: &Path, images: usize) -> Result<()> {
-    let Some(folder) = path.parent() else {
-        return Ok(());
-    };
-    let Ok(bundle) = Bundle::open(if folder.as_os_str().is_empty() {
-        Path::new(".")
-    } else {
-        folder
-    }) else {
-        return Ok(());
-    };
-    let of_bundle = bundle.descriptor().images();
-    let is_member = of_bundle
-        .iter()
-        .any(|image| Some(image.file.as_os_str()) == path.file_name());
-    if is_member && of_bundle.len() >= images {
-        return Err(ImageError::Member {
+    match bundle_around(path) {
+        Some(bundle) if bundle.descriptor().images().len() >= images => Err(ImageError::Member {
             path: path.to_owned(),
             bundle: bundle.path().to_owned(),
-            images: of_bundle.len(),
-        });
+            images: bundle.descriptor().images().len(),
+        }),
+        _ => Ok(()),
     }
-    Ok(())
+}
+
+/// The bundle that the image file at `path` lies in and belongs to, if there is one that
+/// can be read.
+pub fn bundle_around(path: &Path) -> Option<Bundle> {
+    let folder = path.parent()?;
+    let folder = match folder.as_os_str().is_empty() {
+        true => Path::new("."),
+        false => folder,
+    };
+    let bundle = Bundle::open(folder).ok()?;
+    let mut images = bundle.descriptor().images().iter();
+    let is_member = images.any(|image| Some(image.file.as_os_str()) == path.file_name());
+    is_member.then_some(bundle)
 }
 
 fn open_bundle(bundle: Bundle, mode: OpenMode) -> Result<OpenImage> {

@@ -761,12 +761,23 @@ impl<D: Disk> Engine<D> {
     /// A size that the disk cannot have; a host that has no space; I/O errors. The disk
     /// is as it was then, though clusters may have moved.
     pub fn prepare_growth(&self, size: Sector) -> Result<(), EngineError> {
+        self.open_for_growth()?;
+        self.begin_growth(size).wait()
+    }
+
+    /// What comes before [`Self::begin_growth`], and may wait for the host.
+    pub(crate) fn open_for_growth(&self) -> Result<(), EngineError> {
         if self.awaits_take_over() {
             // What the disk does not map may be a guest's all the same.
             return Err(EngineError::GuestAwaited);
         }
         self.begin();
-        self.control(Control::PrepareGrowth(size)).wait()
+        Ok(())
+    }
+
+    /// [`Self::prepare_growth`] without blocking.
+    pub(crate) fn begin_growth(&self, size: Sector) -> Outcome {
+        self.control(Control::PrepareGrowth(size))
     }
 
     /// Ends what [`Self::prepare_growth`] has begun: when this returns, the larger size is
@@ -780,7 +791,8 @@ impl<D: Disk> Engine<D> {
         self.control(Control::CommitGrowth).wait()
     }
 
-    /// Forgets what [`Self::prepare_growth`] has begun.
+    /// Forgets what [`Self::prepare_growth`] has begun, which fails if it is under way.
+    /// Returns at once.
     pub fn abandon_growth(&self) {
         drop(self.control(Control::AbandonGrowth));
     }

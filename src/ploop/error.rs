@@ -42,7 +42,10 @@ pub enum EngineError {
     #[error("the image cannot hold more clusters")]
     ImageFull,
     /// A disk cannot become smaller while it is used.
-    #[error("a disk of {from} sectors cannot become one of {to} while it is used")]
+    #[error(
+        "it has {} bytes, and cannot become smaller, of {} bytes, while it is used",
+        Sector(*.from).bytes(), Sector(*.to).bytes()
+    )]
     Smaller {
         /// In sectors.
         from: u64,

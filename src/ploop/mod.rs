@@ -37,6 +37,7 @@ mod stable_writes;
 mod sync;
 mod take_over;
 
+pub(crate) use control::Outcome;
 pub use engine::Engine;
 pub use error::{EngineError, OpenError};
 pub use md::MdWriter;

@@ -14,10 +14,16 @@ use vhost_user_ploop::device::{BlockDevice, Connection, Parked, Queues};
 use vhost_user_ploop::format::Sector;
 use vhost_user_ploop::image::{self, Access, OpenImage, OpenMode};
 use vhost_user_ploop::ploop::{Engine, Options, Running};
-use vhost_user_ploop::served;
+use vhost_user_ploop::served::{self, CallOff};
 use vhost_user_ploop::storage::{HostDisk, HostOptions};
 
-use super::common::{fixtures::fixture, img::ploop_img};
+use rand::rngs::SmallRng;
+use rand::{Rng as _, SeedableRng};
+use serde_json::json;
+
+use super::common::img::{expect_no_corruption, ploop_img};
+use super::common::{fixtures::fixture, qmp::Qmp};
+use super::kill::load_and_kill;
 use super::plain::unpack;
 use super::*;
 
@@ -70,9 +76,10 @@ impl Device {
 
     fn grow(&mut self, mib: u64) {
         let size = Sector(mib * MIB / SECTOR as u64);
-        let (bundle, front_end) = (self.image.bundle.as_mut(), self.connection.as_ref());
-        let grown = served::grow(self.engine.engine(), bundle, front_end, size).unwrap();
-        assert_eq!(grown, size);
+        let bundle = self.image.bundle.as_mut();
+        let grown = served::grow(self.engine.engine(), bundle, size, &CallOff::default());
+        assert_eq!(grown.unwrap(), size);
+        self.connection.as_ref().unwrap().config_changed();
     }
 
     fn close(mut self, client: Client) {
@@ -204,4 +211,88 @@ fn a_raw_disk_grows_under_load() {
     bytes.extend([7; 4096]);
     fs::write(&raw, bytes).unwrap();
     expect_bundle_to_grow(&folder, &bundle, 24);
+}
+
+/// Lives of a daemon that is asked to grow its disk.
+const LIVES: u64 = 12;
+
+/// In MiB: where the BAT needs another cluster, and where not.
+const BEFORE: u64 = 250;
+const AFTER: [u64; 2] = [253, 300];
+
+/// The models' part of the disk, in bytes.
+const LOADED: u64 = 16 * MIB;
+
+#[test]
+fn a_daemon_that_dies_or_ends_while_its_disk_grows_leaves_the_old_or_the_new_size() {
+    let mut rng = SmallRng::seed_from_u64(25);
+    let mut sizes = [0; 2];
+    for life in 0..LIVES {
+        let rig = Rig::ploop_img(&format!("{BEFORE}M"), "32K");
+        let control = rig.folder.path().join("control");
+        let backend = rig.serve(&[&format!("--control={}", control.display())]);
+        let mut client = Client::connect(backend.socket(), LANES);
+        let mut models = models(LANES, LOADED, life);
+        load(&mut client, &mut models, REQUESTS / 10);
+        let mut qmp = Qmp::connect(&control);
+        let after = AFTER[(life % 2) as usize] * MIB;
+        let is_killed = life % 4 < 2;
+        // How long it takes depends on the host.
+        let delay = Duration::from_micros(rng.random_range(0..20_000) << (life / 2));
+        let has_ended = life >= LIVES - 4;
+        eprintln!("life {life}: {after}, killed: {is_killed}, after {delay:?}");
+        load_and_kill(&mut client, &mut models, 20, || {
+            qmp.begin(
+                "block_resize",
+                json!({ "node-name": "disk", "size": after }),
+            );
+            match has_ended {
+                true => assert!(qmp.end("block_resize")["return"].is_object()),
+                false => thread::sleep(delay),
+            }
+            match is_killed {
+                true => backend.kill(),
+                false => backend.stop(),
+            }
+        });
+        drop(client);
+        // What it was told before the end is true.
+        let is_told = has_ended
+            || qmp
+                .last_words()
+                .iter()
+                .any(|line| line["return"].is_object());
+        let _ = fs::remove_file(&rig.socket);
+        expect_no_corruption(&rig.image, &rig.image);
+
+        let _ = fs::remove_file(&control);
+        let backend = rig.serve(&[&format!("--control={}", control.display())]);
+        let mut client = Client::connect(backend.socket(), LANES);
+        let size = client.capacity;
+        assert!(size == BEFORE * MIB || size == after, "{size}");
+        assert!(size == after || !is_told, "it was said to be larger");
+        sizes[usize::from(size == after)] += 1;
+        for model in &mut models {
+            match is_killed {
+                true => drop(model.killed()),
+                false => model.forget_in_flight(),
+            }
+        }
+        let bytes = read_back(&mut client, &mut models);
+        let mut beyond = bytes[LOADED as usize..].chunks(SECTOR);
+        assert!(beyond.all(|sector| sector == [0; SECTOR]));
+        // It can grow now.
+        let lane = &mut client.lanes[0];
+        Qmp::connect(&control).ask("block_resize", json!({ "device": "disk", "size": after }));
+        lane.write(after - SECTOR as u64, &model::content(0, 7), 0);
+        assert_eq!(lane.wait(1), [(0, 0)]);
+        drop(client);
+        backend.stop();
+        ploop_img(["check".as_ref(), rig.image.as_os_str()]).ok();
+        if require_tool("qemu-img") {
+            qemu_img_check(&rig.image);
+        }
+    }
+    eprintln!("{} kept their size, {} grew", sizes[0], sizes[1]);
+    assert!(sizes.iter().all(|count| *count > 0), "{sizes:?}");
 }

@@ -47,13 +47,31 @@ impl Qmp {
         })
     }
 
+    /// What is said until the server goes, as it may at any time.
+    pub fn last_words(&mut self) -> Vec<Value> {
+        let lines = (&mut self.lines).lines().map_while(Result::ok);
+        let parse = |line: String| serde_json::from_str(&line).ok();
+        lines.filter_map(parse).collect()
+    }
+
     /// What is answered to a command, whichever way.
     pub fn answer(&mut self, command: &str, arguments: Value) -> Value {
+        self.begin(command, arguments);
+        self.end(command)
+    }
+
+    /// Sends a command.
+    pub fn begin(&mut self, command: &str, arguments: Value) {
         let request = json!({ "execute": command, "arguments": arguments, "id": command });
         // As other clients do: nothing ends it.
         self.socket
             .write_all(request.to_string().as_bytes())
             .unwrap();
+    }
+
+    /// What is answered next, which is to be to this command.
+    #[track_caller]
+    pub fn end(&mut self, command: &str) -> Value {
         loop {
             let line = self.hear().expect("an answer");
             if line["event"].is_string() {

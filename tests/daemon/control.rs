@@ -17,11 +17,11 @@ use crate::common::qmp::Qmp;
 use crate::front_end::*;
 use crate::{IOERR, OK, Rig, descriptors, expect_service, start_front_end, wait_for};
 
-fn control(rig: &Rig) -> PathBuf {
+pub fn control(rig: &Rig) -> PathBuf {
     rig.folder.path().join("control")
 }
 
-fn serve(rig: &Rig, options: &[&str]) -> Backend {
+pub fn serve(rig: &Rig, options: &[&str]) -> Backend {
     let socket = format!("--control={}", control(rig).display());
     rig.serve(&[&[socket.as_str()], options].concat())
 }

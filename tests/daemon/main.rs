@@ -7,6 +7,7 @@ mod death;
 mod footprint;
 #[path = "../common/front_end.rs"]
 mod front_end;
+mod grow;
 mod huge;
 mod log;
 mod nonsense;

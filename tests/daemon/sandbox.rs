@@ -9,6 +9,7 @@ use nix::sys::signal::Signal;
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
 
+use super::grow::{rig_of, with_snapshots};
 use super::{FrontEnd, Rig, expect_service, start_front_end};
 use crate::common::backend::Backend;
 
@@ -128,7 +129,7 @@ fn expect(options: &[&str], threads: &[&str], call: Call<'_>, outcome: Outcome) 
     }
 }
 
-const THREADS: [&str; 6] = ["messages", "vq0", "runner0", "md", "watch", "log"];
+const THREADS: [&str; 7] = ["messages", "vq0", "runner0", "md", "watch", "log", "grow"];
 
 #[test]
 fn no_thread_can_start_a_program_or_reach_another_process() {
@@ -161,7 +162,7 @@ fn no_thread_can_reach_the_network_or_other_sockets() {
         libc::SYS_socket,
         [unix, stream, NOTHING, NOTHING, NOTHING, NOTHING],
     );
-    expect(&[], &["messages", "vq0"], socket, Killed);
+    expect(&[], &["messages", "vq0", "grow"], socket, Killed);
     let connect = (
         libc::SYS_connect,
         [
@@ -232,6 +233,52 @@ fn other_files_are_out_of_reach() {
     expect(&[], &["log", "watch"], open("/etc/passwd", 0), Killed);
     // Nor does the other half do without this one.
     expect(&["--seccomp=none"], &["vq0"], new, refused);
+}
+
+#[test]
+fn one_thread_alone_reaches_the_folder_of_the_disk_and_nothing_else() {
+    let refused = Returned(-i64::from(libc::EACCES));
+    let rig = rig_of(|folder| Some(with_snapshots(folder))).unwrap();
+    let (backend, mut front_end) = served(&rig, &[]);
+    let pid = backend.pid();
+    let in_folder = |name: &str| rig.image.join(name).to_str().unwrap().to_owned();
+    let base = in_folder("root.hds");
+    let descriptor = in_folder("DiskDescriptor.xml");
+    for thread in ["vq0", "messages", "runner0", "md", "vhost-user-ploo"] {
+        for path in [&base, &descriptor] {
+            let written = inject(pid, thread, open(path, libc::O_RDWR));
+            assert_eq!(written, refused, "{path} by {thread}");
+        }
+        assert!(matches!(inject(pid, thread, open(&base, 0)), Returned(fd) if fd >= 0));
+        assert_eq!(inject(pid, thread, open(&descriptor, 0)), refused);
+    }
+    let grow = |path, flags| inject(pid, "grow", open(path, flags));
+    assert!(matches!(grow(&descriptor, libc::O_RDWR), Returned(fd) if fd >= 0));
+    let beside = rig.folder.path().join("new").to_str().unwrap().to_owned();
+    assert_eq!(grow(&beside, libc::O_RDWR | libc::O_CREAT), refused);
+    assert_eq!(grow("/etc/passwd", 0), refused);
+    expect_service(&mut front_end);
+    drop(front_end);
+    backend.stop();
+    // No other can be made to make a file there, or to start such a thread.
+    let new = in_folder("new");
+    for thread in ["vq0", "vhost-user-ploo"] {
+        let (backend, _front_end) = served(&rig, &[]);
+        let made = inject(
+            backend.pid(),
+            thread,
+            open(&new, libc::O_RDWR | libc::O_CREAT),
+        );
+        assert!(made == Killed || made == refused, "{thread}: {made:?}");
+        let _ = fs::remove_file(&rig.socket);
+    }
+    // Of a disk without a bundle it reaches nothing.
+    let rig = Rig::new();
+    let (backend, front_end) = served(&rig, &[]);
+    let image = open(rig.image.to_str().unwrap(), libc::O_RDWR);
+    assert_eq!(inject(backend.pid(), "grow", image), refused);
+    drop(front_end);
+    backend.stop();
 }
 
 /// `CAP_IPC_LOCK`, for a root who may not lift the limit.

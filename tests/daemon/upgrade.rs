@@ -31,7 +31,7 @@ const HELLO: u32 = 1;
 const WELCOME: u32 = 2;
 const REFUSED: u32 = 3;
 const READY: u32 = 4;
-const STATE: u32 = 5;
+pub const STATE: u32 = 5;
 const PREPARED: u32 = 6;
 const GO: u32 = 7;
 const SERVING: u32 = 8;
@@ -39,7 +39,7 @@ const SERVING: u32 = 8;
 /// Descriptors that go with one byte.
 const GROUP: usize = 64;
 
-fn upgrades(rig: &Rig) -> PathBuf {
+pub fn upgrades(rig: &Rig) -> PathBuf {
     rig.folder.path().join("upgrade")
 }
 
@@ -50,10 +50,10 @@ fn serve(rig: &Rig) -> Backend {
 }
 
 /// A process that takes over, played by the test.
-struct Fake(UnixStream);
+pub struct Fake(UnixStream);
 
 impl Fake {
-    fn connect(rig: &Rig) -> Self {
+    pub fn connect(rig: &Rig) -> Self {
         let socket = UnixStream::connect(upgrades(rig)).unwrap();
         socket.set_read_timeout(Some(PATIENCE)).unwrap();
         Self(socket)
@@ -103,7 +103,7 @@ impl Fake {
     }
 
     /// Says and hears everything until then, `until` included.
-    fn come_to(&mut self, rig: &Rig, until: u32) {
+    pub fn come_to(&mut self, rig: &Rig, until: u32) {
         self.hello(rig);
         self.expect(WELCOME);
         for kind in [READY, STATE, PREPARED, GO] {

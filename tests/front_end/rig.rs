@@ -9,6 +9,7 @@ use vhost_user_ploop::device::{
 };
 use vhost_user_ploop::format::{ClusterSize, Header, Sector};
 use vhost_user_ploop::ploop::{Chain, Engine, Level, Options, Running};
+use vhost_user_ploop::served::{self, CallOff};
 use vhost_user_ploop::storage::{Disk, FileId};
 
 use crate::front_end::{FrontEnd, QUEUES, is_readable};
@@ -60,7 +61,8 @@ impl Rig {
     /// Makes the disk larger while it is served to this front-end.
     pub fn grow(&self, served: &Served, size: Sector) -> Sector {
         let engine = self.running.as_ref().expect("it runs").engine();
-        let grown = vhost_user_ploop::served::grow(engine, None, served.connection.as_ref(), size);
+        let grown = served::grow(engine, None, size, &CallOff::default());
+        served.connection.as_ref().unwrap().config_changed();
         grown.expect("the disk can grow")
     }
 

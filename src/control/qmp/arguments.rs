@@ -47,6 +47,12 @@ impl Arguments {
         number.ok_or_else(|| missing(name))
     }
 
+    /// A number of either sign.
+    pub fn required_integer(&mut self, name: &str) -> Result<i64, Failure> {
+        let number = self.take(name, "integer", Value::as_i64)?;
+        number.ok_or_else(|| missing(name))
+    }
+
     pub fn required_text(&mut self, name: &str) -> Result<String, Failure> {
         let text = self.text(name)?;
         text.ok_or_else(|| missing(name))

@@ -9,10 +9,13 @@ use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
 use event_manager::{EventSet, Events};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags, recv, send};
+use serde_json::Value;
 
 use super::commands::Wish;
+use super::message::Failure;
 use super::session::Session;
 use super::subject::Subject;
 
@@ -36,9 +39,14 @@ pub(in crate::control) enum Stay {
     Goes,
 }
 
+/// Tells a client from all that ever were: another one may get its descriptor.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(in crate::control) struct ClientId(pub(super) u64);
+
 /// See the module's text.
 pub(in crate::control) struct Client {
     socket: UnixStream,
+    id: ClientId,
     session: Session,
     /// What has come and was not looked at.
     input: VecDeque<u8>,
@@ -51,10 +59,11 @@ pub(in crate::control) struct Client {
 
 impl Client {
     /// Greets one that has connected.
-    pub fn new(socket: UnixStream) -> std::io::Result<Self> {
+    pub fn new(socket: UnixStream, id: ClientId) -> std::io::Result<Self> {
         socket.set_nonblocking(true)?;
         let mut client = Self {
             socket,
+            id,
             session: Session::default(),
             input: VecDeque::new(),
             output: VecDeque::new(),
@@ -65,23 +74,43 @@ impl Client {
         Ok(client)
     }
 
+    pub fn id(&self) -> ClientId {
+        self.id
+    }
+
+    /// Answers the command that waits for it, and goes on with what has come since.
+    pub fn answer(
+        &mut self,
+        answer: Result<Value, Failure>,
+        subject: &dyn Subject,
+    ) -> (Stay, Wish) {
+        let line = self.session.answer(answer);
+        self.put(&line);
+        self.serve(subject)
+    }
+
     /// Does what can be done for it now.
     pub fn serve(&mut self, subject: &dyn Subject) -> (Stay, Wish) {
         let stay = self.send();
         if stay == Stay::Goes {
             return (stay, Wish::Nothing);
         }
+        // One that is not listened to is not heard to go.
+        if self.session.awaits_answer() && has_hung_up(&self.socket) {
+            return (Stay::Goes, Wish::Nothing);
+        }
         if self.wants_input() && self.receive() == Stay::Goes {
             return (Stay::Goes, Wish::Nothing);
         }
         loop {
-            let wish = self.answer(subject);
+            let wish = self.obey(subject);
             if self.send() == Stay::Goes || self.is_over() {
                 return (Stay::Goes, wish);
             }
             // What is left waits for the client to read.
             let is_full = self.output.len() >= HIGH_WATER;
-            if self.input.is_empty() || is_full || wish != Wish::Nothing {
+            let waits = is_full || self.session.awaits_answer();
+            if self.input.is_empty() || waits || wish != Wish::Nothing {
                 return (Stay::Stays, wish);
             }
         }
@@ -89,7 +118,8 @@ impl Client {
 
     /// Whether it has said all that it wanted, and has been answered.
     fn is_over(&self) -> bool {
-        self.has_ended && self.input.is_empty() && self.output.is_empty()
+        let is_answered = self.output.is_empty() && !self.session.awaits_answer();
+        self.has_ended && self.input.is_empty() && is_answered
     }
 
     /// Tells it of an event, if it wants to hear of any.
@@ -127,7 +157,8 @@ impl Client {
     }
 
     fn wants_input(&self) -> bool {
-        !self.has_ended && self.input.is_empty() && self.output.len() < HIGH_WATER
+        let waits = self.output.len() >= HIGH_WATER || self.session.awaits_answer();
+        !self.has_ended && self.input.is_empty() && !waits
     }
 
     fn put(&mut self, line: &str) {
@@ -145,9 +176,12 @@ impl Client {
         Stay::Stays
     }
 
-    /// Answers what has come, as long as there is room for answers.
-    fn answer(&mut self, subject: &dyn Subject) -> Wish {
-        while self.output.len() < HIGH_WATER && !self.input.is_empty() {
+    /// Obeys what has come, as long as there is room for answers.
+    fn obey(&mut self, subject: &dyn Subject) -> Wish {
+        while self.output.len() < HIGH_WATER
+            && !self.input.is_empty()
+            && !self.session.awaits_answer()
+        {
             let input = self.input.make_contiguous();
             let mut rest = &*input;
             let answer = self.session.answer_next(&mut rest, subject);
@@ -184,6 +218,13 @@ impl Client {
         self.output.shrink_to(HIGH_WATER);
         Stay::Stays
     }
+}
+
+/// Whether nobody is there any more to be answered.
+fn has_hung_up(socket: &UnixStream) -> bool {
+    let mut fds = [PollFd::new(socket, PollFlags::empty())];
+    let gone = PollFlags::HUP | PollFlags::ERR;
+    poll(&mut fds, Some(&Timespec::default())) == Ok(1) && fds[0].revents().intersects(gone)
 }
 
 impl AsRawFd for Client {

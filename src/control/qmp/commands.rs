@@ -1,16 +1,17 @@
 //! The commands, each in a function of its own.
 //!
 //! Those with a name of QEMU's mean what they mean in QEMU; `docs/control.md` says where
-//! one says less.
+//! one says less. What takes time is only begun here: see [`Wish`].
 
 use serde_json::{Value, json};
 
 use super::arguments::Arguments;
 use super::message::{Answer, Class, Failure, Request};
-use super::names::DISK;
+use super::names::{DISK, lower_level};
 use super::shapes;
 use super::subject::Subject;
 use crate::device::ThrottleLimits;
+use crate::format::{SECTOR_SIZE, Sector};
 
 /// What a command wants of the program besides its answer.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -20,6 +21,17 @@ pub enum Wish {
     Nothing,
     /// It is to end.
     Quit,
+    /// The disk is to become of this size, or a little larger. The answer is not there before
+    /// that has happened, or has failed.
+    Resize(Sector),
+}
+
+impl Wish {
+    /// Whether whoever grants it answers the command.
+    #[must_use]
+    pub fn is_answered_later(self) -> bool {
+        matches!(self, Self::Resize(_))
+    }
 }
 
 /// What a command works with.
@@ -32,6 +44,7 @@ type Run = fn(Arguments, &mut Context<'_>) -> Answer;
 
 const COMMANDS: &[(&str, Run)] = &[
     ("block-latency-histogram-set", set_latency_histogram),
+    ("block_resize", resize),
     ("block_set_io_throttle", set_io_throttle),
     ("query-block", query_block),
     ("query-block-jobs", no_jobs),
@@ -214,6 +227,34 @@ fn set(limits: &mut ThrottleLimits, name: &str, value: u64) {
     if let Some(field) = limits.field(name) {
         *field = value;
     }
+}
+
+/// Begins it. What is wrong with the size but its kind, whoever grants the wish says.
+fn resize(mut arguments: Arguments, context: &mut Context<'_>) -> Answer {
+    let (device, node) = (arguments.text("device")?, arguments.text("node-name")?);
+    let size = arguments.required_integer("size")?;
+    arguments.end()?;
+    let (device, node) = (device.unwrap_or_default(), node.unwrap_or_default());
+    if device != DISK && node != DISK {
+        let mut lower = (1..context.subject.levels().len()).map(|index| lower_level(index - 1));
+        if lower.any(|name| name == node) {
+            let why = format!("Node '{node}' is of a snapshot, which keeps its size");
+            return Err(Failure::generic(why));
+        }
+        return Err(Failure::generic(format!(
+            "Cannot find device='{device}' nor node-name='{node}'"
+        )));
+    }
+    let size = match u64::try_from(size) {
+        Ok(size) if size > 0 => size,
+        _ => return Err(Failure::generic("Parameter 'size' expects a >0 size")),
+    };
+    if size % SECTOR_SIZE != 0 {
+        let why = format!("The size is no multiple of {SECTOR_SIZE} bytes: {size}");
+        return Err(Failure::generic(why));
+    }
+    context.wish = Wish::Resize(Sector(size / SECTOR_SIZE));
+    Ok(json!({}))
 }
 
 /// There are none that a client could have started.

@@ -6,9 +6,12 @@ use std::time::Instant;
 
 use event_manager::{Error, EventOps, Events};
 
-use super::client::{Client, Stay};
+use serde_json::Value;
+
+use super::client::{Client, ClientId, Stay};
 use super::commands::Wish;
 use super::event::Event;
+use super::message::Failure;
 use super::subject::Subject;
 
 /// Most clients at a time. What each can make the process hold is bounded, too.
@@ -17,6 +20,8 @@ const MAX_CLIENTS: usize = 16;
 /// See the module's text.
 pub(in crate::control) struct Monitor {
     clients: Vec<Client>,
+    /// How many there have ever been.
+    admitted: u64,
     /// By which their events are known in the main loop.
     data: u32,
 }
@@ -24,8 +29,11 @@ pub(in crate::control) struct Monitor {
 impl Monitor {
     /// None yet. The main loop knows their events by `data`.
     pub fn new(data: u32) -> Self {
-        let clients = Vec::new();
-        Self { clients, data }
+        Self {
+            clients: Vec::new(),
+            admitted: 0,
+            data,
+        }
     }
 
     /// What is waited for when a main loop begins.
@@ -47,7 +55,8 @@ impl Monitor {
             log::warn!("a control client is turned away: there are {MAX_CLIENTS} already");
             return Ok(());
         }
-        let client = match Client::new(socket) {
+        self.admitted += 1;
+        let client = match Client::new(socket, ClientId(self.admitted)) {
             Ok(client) => client,
             Err(error) => {
                 log::warn!("a control client cannot be served: {error}");
@@ -60,11 +69,12 @@ impl Monitor {
             return Ok(());
         }
         self.clients.push(client);
-        // Greets it. It can have said nothing that ends the program yet.
+        // Greets it. It has not introduced itself, so it cannot have wished for anything.
         self.serve(fd, subject, ops).map(drop)
     }
 
-    /// Something is to be done for the client with that descriptor.
+    /// Something is to be done for the client with that descriptor. Returns what it wishes
+    /// for.
     ///
     /// # Errors
     /// See [`Self::admit`].
@@ -73,14 +83,42 @@ impl Monitor {
         fd: RawFd,
         subject: &dyn Subject,
         ops: &mut EventOps,
-    ) -> Result<Wish, Error> {
+    ) -> Result<Option<(ClientId, Wish)>, Error> {
         let is_it = |client: &Client| client.as_raw_fd() == fd;
+        let serve = |client: &mut Client| client.serve(subject);
+        self.with(is_it, serve, ops)
+    }
+
+    /// Answers the command of this client that waits for it, if the client is still there.
+    /// Returns what it wishes for next.
+    ///
+    /// # Errors
+    /// See [`Self::admit`].
+    pub fn answer(
+        &mut self,
+        id: ClientId,
+        answer: Result<Value, Failure>,
+        subject: &dyn Subject,
+        ops: &mut EventOps,
+    ) -> Result<Option<(ClientId, Wish)>, Error> {
+        let is_it = |client: &Client| client.id() == id;
+        let answer = |client: &mut Client| client.answer(answer, subject);
+        self.with(is_it, answer, ops)
+    }
+
+    fn with(
+        &mut self,
+        is_it: impl Fn(&Client) -> bool,
+        act: impl FnOnce(&mut Client) -> (Stay, Wish),
+        ops: &mut EventOps,
+    ) -> Result<Option<(ClientId, Wish)>, Error> {
         let Some(at) = self.clients.iter().position(is_it) else {
-            return Ok(Wish::Nothing);
+            return Ok(None);
         };
-        let (stay, wish) = self.clients[at].serve(subject);
+        let client = &mut self.clients[at];
+        let (id, (stay, wish)) = (client.id(), act(client));
         self.go_on(at, stay, ops)?;
-        Ok(wish)
+        Ok((wish != Wish::Nothing).then_some((id, wish)))
     }
 
     /// Tells all that have introduced themselves.

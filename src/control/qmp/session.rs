@@ -13,6 +13,8 @@ use super::subject::Subject;
 pub struct Session {
     framer: Framer,
     is_negotiated: bool,
+    /// A command that is answered later, with the client's name for it.
+    pending: Option<Option<Value>>,
 }
 
 impl Session {
@@ -29,13 +31,33 @@ impl Session {
         self.is_negotiated
     }
 
+    /// Whether a command has not been answered: then no other is obeyed, as answers come in
+    /// the order of the commands.
+    #[must_use]
+    pub fn awaits_answer(&self) -> bool {
+        self.pending.is_some()
+    }
+
+    /// Answers the command that [waits](Self::awaits_answer) for it; nothing if none does.
+    pub fn answer(&mut self, answer: Result<Value, Failure>) -> String {
+        match self.pending.take() {
+            Some(id) => message::reply(id, answer),
+            None => String::new(),
+        }
+    }
+
     /// Takes bytes from the front of `input` until something is complete that is to be
-    /// answered, and answers it. `None` if all were taken and nothing is.
+    /// answered, and answers it: with nothing if the wish
+    /// [says so](Wish::is_answered_later). `None` if all were taken and nothing is complete,
+    /// or while a command [waits](Self::awaits_answer) for its answer.
     pub fn answer_next(
         &mut self,
         input: &mut &[u8],
         subject: &dyn Subject,
     ) -> Option<(String, Wish)> {
+        if self.awaits_answer() {
+            return None;
+        }
         let frame = self.framer.next(input)?;
         let mut context = Context {
             subject,
@@ -45,6 +67,10 @@ impl Session {
             Frame::Invalid(why) => (None, Err(Failure::generic(why))),
             Frame::Object(object) => self.obey(&object, &mut context),
         };
+        if context.wish.is_answered_later() {
+            self.pending = Some(id);
+            return Some((String::new(), context.wish));
+        }
         Some((message::reply(id, answer), context.wish))
     }
 

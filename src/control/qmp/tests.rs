@@ -7,12 +7,13 @@ use std::time::{Duration, Instant};
 use event_manager::EventSet;
 use serde_json::{Value, json};
 
-use super::client::{Client, Stay};
+use super::client::{Client, ClientId, Stay};
 use super::*;
 use crate::device::{
     KindCounts, Latencies, LatencyBins, LimitsError, QueueReport, Statistics, Throttle,
     ThrottleLimits, Totals,
 };
+use crate::format::Sector;
 use crate::ploop::EngineReport;
 
 /// A disk with a snapshot.
@@ -267,6 +268,97 @@ fn limits_are_set_and_shown_as_in_qemu() {
 }
 
 #[test]
+fn what_is_to_be_resized_is_looked_up_and_sizes_are_checked_as_in_qemu() {
+    let mut session = negotiated();
+    let mut refused = |arguments: Value| {
+        let answer = obey(&mut session, &Fake::default(), "block_resize", arguments);
+        answer["error"]["desc"].as_str().unwrap().to_owned()
+    };
+    for (arguments, expected) in [
+        (json!({ "device": "disk" }), "Parameter 'size' is missing"),
+        (
+            json!({ "size": 512 }),
+            "Cannot find device='' nor node-name=''",
+        ),
+        (
+            json!({ "device": "x", "node-name": "y", "size": 512 }),
+            "Cannot find device='x' nor node-name='y'",
+        ),
+        (
+            json!({ "node-name": "level-0", "size": 512 }),
+            "Node 'level-0' is of a snapshot, which keeps its size",
+        ),
+        (
+            json!({ "node-name": "level-1", "size": 512 }),
+            "Cannot find device='' nor node-name='level-1'",
+        ),
+        (
+            json!({ "device": "disk", "size": "5" }),
+            "Invalid parameter type for 'size', expected: integer",
+        ),
+        (
+            json!({ "device": "disk", "size": 0.5 }),
+            "Invalid parameter type for 'size', expected: integer",
+        ),
+        (
+            json!({ "device": "disk", "size": u64::MAX }),
+            "Invalid parameter type for 'size', expected: integer",
+        ),
+        (
+            json!({ "device": "disk", "size": -512 }),
+            "Parameter 'size' expects a >0 size",
+        ),
+        (
+            json!({ "device": "disk", "size": 0 }),
+            "Parameter 'size' expects a >0 size",
+        ),
+        (
+            json!({ "device": "disk", "size": 513 }),
+            "The size is no multiple of 512 bytes: 513",
+        ),
+        (
+            json!({ "device": "disk", "size": 512, "z": 1 }),
+            "Parameter 'z' is unexpected",
+        ),
+    ] {
+        assert_eq!(refused(arguments), expected);
+    }
+}
+
+#[test]
+fn a_resize_is_answered_when_it_is_over_and_nothing_else_before() {
+    for name in [
+        json!({ "device": "disk" }),
+        json!({ "node-name": "disk" }),
+        json!({ "device": "x", "node-name": "disk" }),
+    ] {
+        let mut session = negotiated();
+        let mut arguments = name;
+        arguments["size"] = (5 << 20).into();
+        let resize = json!({ "execute": "block_resize", "arguments": arguments, "id": [7] });
+        let input = format!("{resize} {}", json!({ "execute": "query-status", "id": 8 }));
+        let mut rest = input.as_bytes();
+        let fake = Fake::default();
+        let wish = Wish::Resize(Sector(5 << 11));
+        let begun = session.answer_next(&mut rest, &fake);
+        assert_eq!(begun, Some((String::new(), wish)));
+        assert!(session.awaits_answer());
+        let len = rest.len();
+        assert_eq!(session.answer_next(&mut rest, &fake), None);
+        assert_eq!(rest.len(), len, "nothing is taken meanwhile");
+        let answer = session.answer(Err(Failure::generic("no")));
+        let answer: Value = serde_json::from_str(&answer).unwrap();
+        let error = json!({ "class": "GenericError", "desc": "no" });
+        assert_eq!(answer, json!({ "error": error, "id": [7] }));
+        assert!(!session.awaits_answer());
+        assert_eq!(session.answer(Ok(json!({}))), "", "it was answered");
+        let (next, wish) = session.answer_next(&mut rest, &fake).unwrap();
+        assert!(next.contains("\"id\":8"), "{next}");
+        assert_eq!(wish, Wish::Nothing);
+    }
+}
+
+#[test]
 fn latencies_are_counted_by_intervals_that_a_client_has_set() {
     let mut session = negotiated();
     let fake = Fake::default();
@@ -320,7 +412,7 @@ fn connected() -> (Client, UnixStream) {
     theirs
         .set_read_timeout(Some(Duration::from_secs(10)))
         .unwrap();
-    (Client::new(ours).unwrap(), theirs)
+    (Client::new(ours, ClientId(1)).unwrap(), theirs)
 }
 
 fn negotiate(client: &mut Client, theirs: &mut UnixStream) {
@@ -354,6 +446,43 @@ fn a_client_hears_the_answer_to_quit_and_one_that_has_sent_all_goes() {
     while client.serve(&Fake::default()).0 == Stay::Stays {
         assert!(start.elapsed() < Duration::from_secs(10));
     }
+}
+
+const RESIZE: &[u8] =
+    br#"{"execute":"block_resize","arguments":{"device":"disk","size":1024},"id":1}"#;
+
+#[test]
+fn a_client_whose_resize_is_under_way_is_not_listened_to_and_may_go() {
+    let fake = Fake::default();
+    let (mut client, mut theirs) = connected();
+    negotiate(&mut client, &mut theirs);
+    theirs.write_all(RESIZE).unwrap();
+    theirs.write_all(br#"{"execute":"quit","id":2}"#).unwrap();
+    theirs.shutdown(std::net::Shutdown::Write).unwrap();
+    let wish = Wish::Resize(Sector(2));
+    assert_eq!(client.serve(&fake), (Stay::Stays, wish));
+    assert!(client.interest().is_empty());
+    assert_eq!(client.serve(&fake), (Stay::Stays, Wish::Nothing));
+    // Events may come before the answer.
+    assert_eq!(client.tell("event\r\n"), Stay::Stays);
+    assert_eq!(
+        client.answer(Ok(json!({})), &fake),
+        (Stay::Stays, Wish::Quit)
+    );
+    drop(client);
+    let mut heard = String::new();
+    theirs.read_to_string(&mut heard).unwrap();
+    let expected = "event\r\n{\"id\":1,\"return\":{}}\r\n{\"id\":2,\"return\":{}}\r\n";
+    assert_eq!(heard, expected);
+
+    let (mut client, mut theirs) = connected();
+    negotiate(&mut client, &mut theirs);
+    theirs.write_all(RESIZE).unwrap();
+    assert_eq!(client.serve(&fake), (Stay::Stays, wish));
+    theirs.write_all(br#"{"execute":"quit"}"#).unwrap();
+    drop(theirs);
+    // What it has asked for behind that is of no use to anybody.
+    assert_eq!(client.serve(&fake), (Stay::Goes, Wish::Nothing));
 }
 
 #[test]

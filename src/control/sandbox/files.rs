@@ -1,10 +1,11 @@
 //! Which files can be reached: Landlock.
 
+use std::fs::File;
 use std::path::{Path, PathBuf};
 
 use landlock::{
     ABI, Access, AccessFs, AccessNet, BitFlags, CompatLevel, Compatible, PathBeneath, PathFd,
-    PathFdError, Ruleset, RulesetAttr, RulesetCreatedAttr, RulesetStatus, Scope,
+    PathFdError, Ruleset, RulesetAttr, RulesetCreated, RulesetCreatedAttr, RulesetStatus, Scope,
 };
 
 use super::SandboxError;
@@ -14,15 +15,33 @@ use crate::storage::HostFile;
 /// what it can.
 const NEWEST: ABI = ABI::V6;
 
-/// Files that are open already stay so. To open one again takes a rule, as does making
-/// the socket and removing it.
-pub(super) fn restrict(files: &[HostFile], folders: &[PathBuf]) -> Result<(), SandboxError> {
-    let mut rules = Ruleset::default()
+/// That nothing can be reached.
+fn nothing() -> Result<RulesetCreated, SandboxError> {
+    let rules = Ruleset::default()
         .set_compatibility(CompatLevel::BestEffort)
         .handle_access(AccessFs::from_all(NEWEST))?
         .handle_access(AccessNet::from_all(NEWEST))?
         .scope(Scope::from_all(NEWEST))?
         .create()?;
+    Ok(rules)
+}
+
+/// To put new files in the place of others in this folder, and nothing else. There are no
+/// rights to one name in a folder, so it is all files there.
+pub(super) fn in_folder(folder: Option<&File>) -> Result<RulesetCreated, SandboxError> {
+    let rules = nothing()?;
+    let Some(folder) = folder else {
+        return Ok(rules);
+    };
+    let access =
+        AccessFs::ReadFile | AccessFs::WriteFile | AccessFs::MakeReg | AccessFs::RemoveFile;
+    Ok(rules.add_rule(PathBeneath::new(folder, access))?)
+}
+
+/// Files that are open already stay so. To open one again takes a rule, as does making
+/// the socket and removing it.
+pub(super) fn restrict(files: &[HostFile], folders: &[PathBuf]) -> Result<(), SandboxError> {
+    let mut rules = nothing()?;
     for file in files {
         let mut access: BitFlags<AccessFs> = AccessFs::ReadFile.into();
         if file.writable {

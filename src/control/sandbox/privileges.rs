@@ -1,13 +1,16 @@
 //! Who the process is, and what it may do because of that.
 
+use std::fs::File;
 use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 
 use nix::unistd::{Gid, Uid, setgid, setgroups, setuid};
+use rustix::fs::AtFlags;
 use rustix::process::{DumpableBehavior, Resource};
 use rustix::thread::{CapabilitySet, CapabilitySets};
 
+use crate::format::Descriptor;
 use crate::storage::HostFile;
 
 /// Who to be once the image is open. Nobody else, by default.
@@ -70,6 +73,30 @@ pub(super) fn drop_capabilities(own: bool, gives_socket_away: bool) -> io::Resul
         // The rings of all processes of the user would count.
         kept |= CapabilitySet::IPC_LOCK;
     }
+    keep(kept)
+}
+
+/// Those that it takes to replace files in this folder by new ones of the same owner, where
+/// permissions would not let this process.
+pub(super) fn to_replace_in(folder: Option<&File>) -> io::Result<CapabilitySet> {
+    let mut needed = CapabilitySet::empty();
+    let Some(folder) = folder else {
+        return Ok(needed);
+    };
+    let us = rustix::process::geteuid().as_raw();
+    if folder.metadata()?.uid() != us {
+        needed |= CapabilitySet::DAC_OVERRIDE | CapabilitySet::FOWNER;
+    }
+    let descriptor = rustix::fs::statat(folder, Descriptor::FILE_NAME, AtFlags::SYMLINK_NOFOLLOW)?;
+    let ours = (us, rustix::process::getegid().as_raw());
+    if (descriptor.st_uid, descriptor.st_gid) != ours {
+        needed |= CapabilitySet::DAC_OVERRIDE | CapabilitySet::FOWNER | CapabilitySet::CHOWN;
+    }
+    Ok(needed)
+}
+
+/// Keeps those of these capabilities that the calling thread has.
+pub(super) fn keep(kept: CapabilitySet) -> io::Result<()> {
     let present = rustix::thread::capabilities(None)?;
     rustix::thread::clear_ambient_capability_set().or_else(ignore_unknown)?;
     let kept = present.permitted & kept;

@@ -3,7 +3,8 @@
 //! A thread starts with all filters of the one that starts it, and what any of them
 //! refuses is refused. So the lists below contain each other as threads start each
 //! other: the start of the program everything, the main thread what the thread of
-//! messages needs, that one what queues need.
+//! messages needs, that one what queues need. The thread that makes the disk larger is
+//! started by the start of the program, so that no other may do what it may.
 //!
 //! What is called most is allowed whatever its arguments are: the kernel then lets it
 //! pass without running a filter.
@@ -118,6 +119,24 @@ const MAIN: &[i64] = &[
     libc::SYS_unlinkat,
 ];
 
+/// To put a new file in the place of another, with the same owner; and to give up, with the
+/// first steps, what of files and privileges the start has left.
+const GROW: &[i64] = &[
+    libc::SYS_capget,
+    libc::SYS_capset,
+    libc::SYS_fchmod,
+    libc::SYS_fchown,
+    libc::SYS_fdatasync,
+    libc::SYS_fremovexattr,
+    libc::SYS_fsetxattr,
+    libc::SYS_fsync,
+    libc::SYS_landlock_restrict_self,
+    libc::SYS_lseek,
+    libc::SYS_openat,
+    libc::SYS_renameat2,
+    libc::SYS_unlinkat,
+];
+
 /// Before the first front-end: to open the image, make the socket, and give all the
 /// rest up.
 const START: &[i64] = &[
@@ -171,10 +190,15 @@ mod legacy {
     pub const LOOK: &[i64] = &[libc::SYS_stat, libc::SYS_lstat];
     pub const MESSAGES: &[i64] = &[libc::SYS_readlink];
     pub const MAIN: &[i64] = &[libc::SYS_epoll_wait, libc::SYS_unlink];
+    pub const GROW: &[i64] = &[libc::SYS_open, libc::SYS_renameat];
     pub const START: &[i64] = &[libc::SYS_access, libc::SYS_arch_prctl, libc::SYS_open];
 }
 #[cfg(not(target_arch = "x86_64"))]
 mod legacy {
+    #[cfg(target_arch = "aarch64")]
+    pub const GROW: &[i64] = &[libc::SYS_renameat];
+    #[cfg(not(target_arch = "aarch64"))]
+    pub const GROW: &[i64] = &[];
     pub const ALWAYS: &[i64] = &[];
     pub const LOOK: &[i64] = &[];
     pub const MESSAGES: &[i64] = &[];
@@ -264,8 +288,18 @@ impl Allowed {
             .registers(&[REGISTER_PROBE])
     }
 
+    fn grow() -> Self {
+        Self::watch()
+            .calls(GROW)
+            .calls(legacy::GROW)
+            .equal(libc::SYS_prctl, 0, libc::PR_CAP_AMBIENT as u64)
+            .equal(libc::SYS_prctl, 0, libc::PR_SET_NO_NEW_PRIVS as u64)
+    }
+
     fn start() -> Self {
         Self::main()
+            .calls(GROW)
+            .calls(legacy::GROW)
             .calls(START)
             .calls(legacy::START)
             .ioctl(libc::TCGETS)
@@ -278,6 +312,7 @@ impl Allowed {
             Role::Metadata => Self::metadata(),
             Role::Runner | Role::Queue => Self::worker(),
             Role::Messages => Self::messages(),
+            Role::Grow => Self::grow(),
             Role::Clone => Self::clone_thread(),
         }
     }
@@ -436,10 +471,17 @@ mod tests {
     fn who_starts_a_thread_may_do_what_the_thread_may() {
         let (start, main, messages) = (Allowed::start(), Allowed::main(), Allowed::messages());
         let (worker, clone) = (Allowed::worker(), Allowed::clone_thread());
-        let chain = [&start, &main, &messages, &worker, &clone];
-        for pair in chain.windows(2) {
-            for (call, rules) in &pair[1].0 {
-                let more = pair[0].0.get(call);
+        let grow = Allowed::grow();
+        let pairs = [
+            (&start, &main),
+            (&main, &messages),
+            (&messages, &worker),
+            (&worker, &clone),
+            (&start, &grow),
+        ];
+        for (starts, started) in pairs {
+            for (call, rules) in &started.0 {
+                let more = starts.0.get(call);
                 let contains = |more: &Vec<SeccompRule>| {
                     more.is_empty()
                         || (!rules.is_empty() && rules.iter().all(|rule| more.contains(rule)))

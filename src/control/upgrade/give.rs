@@ -1,6 +1,5 @@
 //! The process that serves, when another one comes to take over.
 
-use std::error::Error as _;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 use std::os::unix::net::UnixStream;
@@ -15,7 +14,7 @@ use crate::control::main_loop::Carried;
 use crate::control::served::{Image, Passed, Served};
 use crate::control::signals::Signals;
 use crate::control::socket::ServerSocket;
-use crate::control::{Args, Doors, Error};
+use crate::control::{Args, Doors, Error, with_causes};
 use crate::device::{Connection, NotSuspended, Suspended};
 use crate::parcel::{ParcelError, Reader, Writer};
 use crate::peer::Peer;
@@ -86,6 +85,11 @@ impl Successor {
 
     pub fn peer(&self) -> Peer {
         self.peer
+    }
+
+    /// Whether it waits for the image.
+    pub fn is_ready(&self) -> bool {
+        self.is_ready
     }
 
     /// Does what its next message asks for.
@@ -282,6 +286,7 @@ pub(in crate::control) fn hand_over(
     let _ = successor.socket.shutdown(std::net::Shutdown::Both);
     // Whatever keeps the image from being opened (no space for its mark, say), its guest
     // waits better than it loses its disk.
+    try_until_signal(signals, || image.set_raw_size(size).map_err(Error::Setup))?;
     let served = try_until_signal(signals, || {
         let disk = image.disk(args)?;
         image.serve(disk, args, cpus)
@@ -315,9 +320,8 @@ fn try_until_signal<T>(
         if has_signal_within(signals, &RETRY_PAUSE) {
             return Err(error);
         }
-        let causes = std::iter::successors(error.source(), |&cause| cause.source());
-        let causes: String = causes.map(|cause| format!(": {cause}")).collect();
-        log::error!("this process cannot go on yet, and tries again: {error}{causes}");
+        let words = with_causes(&error);
+        log::error!("this process cannot go on yet, and tries again: {words}");
     }
 }
 

@@ -65,6 +65,8 @@ pub(in crate::control) fn take_over(
     let folders = [&front_ends, &control].map(|it| it.as_ref().map(Bound::path));
     let folders = folders.into_iter().chain([Some(path)]);
     let folders: Vec<PathBuf> = folders.flatten().map(folder_of).collect();
+    sandbox.become_user()?;
+    image.start_grower(args, sandbox)?;
     sandbox.confine(image.files(), &folders, false)?;
     let user = own_user();
     // The start is over: to open the image is what the other process can do as well, if
@@ -82,6 +84,7 @@ pub(in crate::control) fn take_over(
     expect(receive(ANSWER_TIME)?, kind::GO)?;
 
     let limit = deadline::Limit::start(TIME_TO_SERVE).map_err(Error::Setup)?;
+    image.set_raw_size(state.size).map_err(Error::Setup)?;
     // Not before: what it knows of the files would be old.
     let disk = image.disk(args)?;
     let served = image.serve(disk, args, cpus)?;

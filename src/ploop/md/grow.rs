@@ -5,8 +5,8 @@
 //! 1. No cluster that lies where the larger BAT goes is given out any more. Whoever was
 //!    given one before has mapped it or given it back: I/O of older epochs ends, then
 //!    copies from lower deltas, then punches of freed clusters.
-//! 2. The map is looked through for what is in the way, and the file gets as many clusters
-//!    more.
+//! 2. The map is looked through for what is in the way. As many free clusters are taken, and
+//!    where there are too few the file gets more.
 //! 3. These move, some at a time: their runners lock and copy them, one sync makes the
 //!    copies stable, their runners map them there (`runner/relocate.rs`).
 //! 4. Reads of where they were end. A round takes the new map to the disk: neither there
@@ -28,7 +28,6 @@ use std::collections::VecDeque;
 use rustix::io::Errno;
 
 use super::super::EngineError;
-use super::super::alloc::Extent;
 use super::super::bat::BatSize;
 use super::super::control::{Control, Outcome};
 use super::super::entry::{Entry, Place};
@@ -61,6 +60,8 @@ pub(super) struct Growing {
     waits: usize,
     /// What of it has failed.
     error: Option<EngineError>,
+    /// To be moved to: nobody else is given them.
+    free: VecDeque<HostCluster>,
     /// Where clusters were that the disk may still have there.
     left: Vec<HostCluster>,
     /// It shall come to nothing, for this reason if there is one.
@@ -113,21 +114,14 @@ struct Move {
 
 struct Moving {
     todo: VecDeque<Move>,
-    /// Clusters to move to.
-    free: Extent,
     /// Those that are locked, or may be.
     batch: Vec<GuestCluster>,
     phase: Phase,
 }
 
 impl Moving {
-    /// To clusters from `first` on.
-    fn new(todo: VecDeque<Move>, first: HostCluster) -> Self {
+    fn new(todo: VecDeque<Move>) -> Self {
         Self {
-            free: Extent {
-                start: first.0,
-                end: first.0 + todo.len() as u32,
-            },
             todo,
             batch: Vec::new(),
             phase: Phase::Ending,
@@ -151,6 +145,7 @@ impl Growing {
             stage,
             waits: 0,
             error: None,
+            free: VecDeque::new(),
             left: Vec::new(),
             stop: false,
             failed: None,
@@ -358,9 +353,11 @@ impl<D: Disk> MdWriter<D> {
             if result.is_ok() {
                 // At once: others make the file longer from the end that is known.
                 let moves = std::mem::take(moves);
-                let count = moves.len() as u32;
-                let first = self.engine.alloc.claim(*new_end, count);
-                growing.stage = Stage::Moving(Moving::new(moves, first));
+                let count = (moves.len() - growing.free.len()) as u32;
+                let first = self.engine.alloc.claim(*new_end, count).0;
+                let claimed = (first..first + count).map(HostCluster);
+                growing.free.extend(claimed);
+                growing.stage = Stage::Moving(Moving::new(moves));
             }
         }
         self.growth_went_on(result.map_err(host_error));
@@ -391,18 +388,17 @@ impl<D: Disk> MdWriter<D> {
 impl<D: Disk> MdWriter<D> {
     /// It comes to nothing.
     pub(super) fn fail_growth(&mut self, error: EngineError) {
-        let Some(growing) = self.growing.take() else {
-            return;
-        };
-        if let Stage::Moving(moving) = &growing.stage {
-            self.engine.alloc.put(moving.free);
+        if let Some(growing) = self.growing.take() {
+            self.give_up_growth(growing, error);
         }
-        self.give_up_growth(growing, error);
     }
 
     /// The same, when nothing of it is under way any more. What the header already says,
     /// or may say on disk, keeps its place.
     fn give_up_growth(&self, mut growing: Growing, error: EngineError) {
+        for host in growing.free.drain(..) {
+            self.engine.put_back(host);
+        }
         let first = self.geometry.first_host_cluster();
         self.engine.alloc.keep_no_more_from(first);
         growing.tell(Err(error));
@@ -545,10 +541,15 @@ impl<D: Disk> MdWriter<D> {
         }
     }
 
-    /// Makes the file reach over the larger BAT, and takes of what is behind as many
-    /// clusters as have to move.
+    /// Makes the file reach over the larger BAT, and takes as many clusters as have to move:
+    /// those that are free, as a gap would be left in front of any that are behind these.
     fn get_space(&mut self, growing: &mut Growing, moves: VecDeque<Move>) -> Step {
-        let count = moves.len() as u32;
+        while growing.free.len() < moves.len()
+            && let Some(host) = self.engine.alloc.take()
+        {
+            growing.free.push_back(host);
+        }
+        let count = (moves.len() - growing.free.len()) as u32;
         let end = self.engine.alloc.end();
         let start = end.max(growing.geometry.first_host_cluster().0);
         let Some(new_end) = start
@@ -558,7 +559,7 @@ impl<D: Disk> MdWriter<D> {
             return Step::Failed(EngineError::ImageFull);
         };
         if new_end == end {
-            return Step::On(Stage::Moving(Moving::new(moves, HostCluster(end))));
+            return Step::On(Stage::Moving(Moving::new(moves)));
         }
         if self.space.is_extending() {
             return Step::Wait(Stage::Space {
@@ -612,7 +613,6 @@ impl<D: Disk> MdWriter<D> {
 
     fn move_more(&mut self, growing: &mut Growing, mut moving: Moving) -> Step {
         if growing.stop {
-            self.engine.alloc.put(moving.free);
             return Step::Failed(growing.failed.unwrap_or(EngineError::Stopped));
         }
         if self.engine.is_suspended() {
@@ -620,10 +620,9 @@ impl<D: Disk> MdWriter<D> {
         }
         let at_once = (COPIES_BYTES >> self.geometry.cluster.shift()).max(1);
         while (moving.batch.len() as u64) < at_once
+            && let Some(to) = growing.free.pop_front()
             && let Some(Move { cluster, keep }) = moving.todo.pop_front()
         {
-            let to = HostCluster(moving.free.start);
-            moving.free.start += 1;
             moving.batch.push(cluster);
             growing.waits += 1;
             let work = Work::Move { cluster, to, keep };

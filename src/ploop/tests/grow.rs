@@ -25,6 +25,16 @@ fn header(disk: &SimDisk) -> Header {
 
 /// An image of either version whose clusters are all mapped.
 pub(super) fn full(version: u8) -> SimDisk {
+    let disk = empty(version);
+    let rig = Rig::open(&disk, 1, options());
+    for cluster in 0..OLD {
+        rig.write(cluster * CLUSTER, &content(cluster)).unwrap();
+    }
+    rig.control(Control::Close).unwrap();
+    disk
+}
+
+fn empty(version: u8) -> SimDisk {
     let disk = SimDisk::new(1, Medium::default(), 1);
     let cluster = ClusterSize::from_bytes(CLUSTER).unwrap();
     let header = Header::new(sectors(OLD), cluster).unwrap();
@@ -37,11 +47,6 @@ pub(super) fn full(version: u8) -> SimDisk {
     let header = Header::parse(&bytes).unwrap();
     disk.prepare(FileId(0), header.geometry().data_start - 512, &[0; 512]);
     disk.prepare(FileId(0), 0, &bytes);
-    let rig = Rig::open(&disk, 1, options());
-    for cluster in 0..OLD {
-        rig.write(cluster * CLUSTER, &content(cluster)).unwrap();
-    }
-    rig.control(Control::Close).unwrap();
     disk
 }
 
@@ -98,6 +103,24 @@ fn a_disk_grows_and_what_was_in_the_way_has_moved() {
         rig.write(OLD * CLUSTER - 512, &[OLD as u8; 512]).unwrap();
         rig.check_full();
     }
+}
+
+#[test]
+fn what_moves_takes_the_space_that_is_there() {
+    let disk = empty(2);
+    let rig = Rig::open(&disk, 1, options());
+    for cluster in 0..4 {
+        rig.write(cluster * CLUSTER, &content(cluster)).unwrap();
+    }
+    let free = rig.engine.alloc.available();
+    assert!(free > 2, "the file is longer than it has to be");
+    rig.grow(sectors(NEW)).unwrap();
+    for cluster in 0..4 {
+        assert!(rig.read(cluster * CLUSTER, CLUSTER as usize) == content(cluster));
+    }
+    rig.control(Control::Close).unwrap();
+    // Three clusters of header and BAT, and four of data: nothing is left between them.
+    assert_eq!(disk.len(FileId(0)).unwrap(), 7 * CLUSTER);
 }
 
 #[test]
