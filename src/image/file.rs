@@ -137,6 +137,22 @@ impl HostImage {
     pub fn file(&self) -> &File {
         &self.file
     }
+
+    /// As [`ImageFile::sync`], and its owner and mode as well.
+    ///
+    /// # Errors
+    /// Any of `fsync(2)`; after one, nothing changed before is to be relied on.
+    pub fn sync_all(&self) -> io::Result<()> {
+        self.sync_direct()?;
+        self.file.sync_all()
+    }
+
+    /// Syncs by way of what was written directly: a server may tell of a lost write only
+    /// there ([`filesystem::tells_lost_writes_once`]).
+    fn sync_direct(&self) -> io::Result<()> {
+        let direct = self.direct.as_ref();
+        direct.map_or(Ok(()), |disk| disk.sync(ONLY))
+    }
 }
 
 impl ImageFile for HostImage {
@@ -195,6 +211,7 @@ impl ImageFile for HostImage {
 
     fn sync(&self) -> io::Result<()> {
         fault::point();
+        self.sync_direct()?;
         self.file.sync_data()
     }
 

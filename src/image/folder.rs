@@ -274,7 +274,7 @@ impl NewFile<'_> {
         let path = self.folder.path.join(&self.name);
         let file = self.image.file();
         fault::point();
-        file.sync_all().context(&path, "sync")?;
+        self.image.sync_all().context(&path, "sync")?;
         fault::point();
         let folder = &self.folder.file;
         let named = match &self.passing {

@@ -47,6 +47,14 @@ pub fn is_fuse(file: impl AsFd) -> bool {
     magic_of(file) == Some(magic::FUSE)
 }
 
+/// Whether a write-back that failed may be told to one description alone: the one that the
+/// write was made by, or the first that asks. So it is where a program has each description
+/// as a handle of its own (FUSE, 9P). The kernel's own file systems tell each description
+/// that was open at the time (`errseq_t`).
+pub fn tells_lost_writes_once(file: impl AsFd) -> bool {
+    matches!(magic_of(file), Some(magic::FUSE | magic::V9FS))
+}
+
 /// Whether others than this host may change the file, so that this host's page
 /// cache can be out of date. A program in user space counts as that, too: what it
 /// tells the kernel to keep is its own affair.
@@ -175,6 +183,7 @@ mod tests {
         };
         let file = File::open(served.path()).unwrap();
         assert!(is_fuse(&file) && may_be_shared(&file) && !is_in_memory(&file));
+        assert!(tells_lost_writes_once(&file));
     }
 
     #[test]
@@ -184,5 +193,6 @@ mod tests {
         assert!(is_in_memory(&memory) && !is_fuse(&memory) && !may_be_shared(&memory));
         let kernels_own = File::open("/proc/version").unwrap();
         assert!(!is_in_memory(&kernels_own) && !is_fuse(&kernels_own));
+        assert!(!tells_lost_writes_once(&memory) && !tells_lost_writes_once(&kernels_own));
     }
 }

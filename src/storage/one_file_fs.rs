@@ -34,8 +34,11 @@ pub(crate) struct Answers {
     /// To one on what was opened with `O_DIRECT`.
     pub direct_write: Option<Errno>,
     /// Writes are said to be well and get lost. Who syncs what was opened for them hears
-    /// of it, and nobody else does (GlusterFS's write-behind).
+    /// of it, and nobody else does; once that is closed, nobody ever will (sshfs).
     pub loses_writes: bool,
+    /// Of lost writes the first hears who syncs or closes the file, by whichever opening
+    /// (GlusterFS's write-behind).
+    pub tells_first_who_asks: bool,
     /// It cannot look for data (GlusterFS's shards).
     pub keeps_shards: bool,
 }
@@ -56,6 +59,16 @@ struct State {
     opened: Vec<bool>,
     /// Openings whose writes got lost.
     lost: Vec<u64>,
+}
+
+impl State {
+    /// Whether a write got lost of which this opening hears; of that it hears once.
+    fn is_told(&mut self, handle: FileHandle) -> bool {
+        let is_first = self.answers.tells_first_who_asks;
+        let before = self.lost.len();
+        self.lost.retain(|&lost| !is_first && lost != handle.0);
+        self.lost.len() < before
+    }
 }
 
 /// The file system, mounted until it is dropped.
@@ -279,11 +292,25 @@ impl Filesystem for Server {
     fn fsync(&self, _: &Request, _: INodeNo, handle: FileHandle, _: bool, reply: ReplyEmpty) {
         let mut state = self.lock();
         state.uses.push(Use::Sync(handle.0));
-        let before = state.lost.len();
-        state.lost.retain(|&lost| lost != handle.0);
-        match state.lost.len() < before {
+        match state.is_told(handle) {
             true => reply.error(Errno::EIO),
             false => reply.ok(),
         }
+    }
+
+    /// In place of `flush`, which comes from processes of other tests too that have all
+    /// descriptors for a moment.
+    fn release(
+        &self,
+        _: &Request,
+        _: INodeNo,
+        handle: FileHandle,
+        _: OpenFlags,
+        _: Option<LockOwner>,
+        _flush: bool,
+        reply: ReplyEmpty,
+    ) {
+        self.lock().is_told(handle);
+        reply.ok();
     }
 }

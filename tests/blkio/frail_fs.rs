@@ -52,16 +52,33 @@ struct State {
     syncs_to_pass: usize,
     syncs_to_fail: usize,
     /// Syncs that wait for [`FrailFs::let_syncs_go`], while they are to.
-    held_syncs: Option<Vec<(INodeNo, ReplyEmpty)>>,
+    held_syncs: Option<Vec<(INodeNo, FileHandle, ReplyEmpty)>>,
     power: Power,
     /// See [`FrailFs::keep_shards`].
     shard: Option<u64>,
     /// See [`FrailFs::be_strict`].
     direct_block: u64,
+    /// How often a file was opened.
+    openings: u64,
+    /// See [`FrailFs::lose_next_write`].
+    loses_next_write: bool,
+    /// What lost writes were made by, if nobody has been told yet.
+    lost: Vec<FileHandle>,
+    told: Told,
 }
 
-/// What was opened for direct I/O.
-const DIRECT: FileHandle = FileHandle(1);
+/// Who hears of a write that was said to be well and got lost: once, from a sync or from
+/// closing the file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Told {
+    /// What it was made by (sshfs).
+    Writer,
+    /// Whoever is the first, by whatever it is (GlusterFS's write-behind).
+    First,
+}
+
+/// Bit of the handles of what was opened for direct I/O.
+const DIRECT: u64 = 1;
 
 /// Inode of the first file; the root is 1.
 const FIRST: u64 = 2;
@@ -140,7 +157,26 @@ impl State {
         })
     }
 
-    fn sync(&mut self, inode: INodeNo) -> Result<(), Errno> {
+    /// The next handle.
+    fn open(&mut self, is_direct: bool) -> FileHandle {
+        self.openings += 1;
+        FileHandle(self.openings << 1 | if is_direct { DIRECT } else { 0 })
+    }
+
+    /// Tells who asks by way of `handle` of what was lost, if that is who hears of it.
+    fn tell_of_lost(&mut self, handle: FileHandle) -> Result<(), Errno> {
+        let told = self.told;
+        let before = self.lost.len();
+        self.lost
+            .retain(|&lost| told == Told::Writer && lost != handle);
+        match self.lost.len() < before {
+            true => Err(Errno::EIO),
+            false => Ok(()),
+        }
+    }
+
+    fn sync(&mut self, inode: INodeNo, handle: FileHandle) -> Result<(), Errno> {
+        self.tell_of_lost(handle)?;
         if let Some(left) = self.syncs_to_pass.checked_sub(1) {
             self.syncs_to_pass = left;
         } else if let Some(left) = self.syncs_to_fail.checked_sub(1) {
@@ -153,8 +189,8 @@ impl State {
         Ok(())
     }
 
-    fn end_sync(&mut self, inode: INodeNo, reply: ReplyEmpty) {
-        match self.sync(inode) {
+    fn end_sync(&mut self, inode: INodeNo, handle: FileHandle, reply: ReplyEmpty) {
+        match self.sync(inode, handle) {
             Ok(()) => reply.ok(),
             Err(error) => reply.error(error),
         }
@@ -162,7 +198,8 @@ impl State {
 
     /// Refuses what direct I/O cannot do, on what was opened for that.
     fn check_direct(&self, handle: FileHandle, offset: u64, len: usize) -> Result<(), Errno> {
-        match handle == DIRECT && !(offset | len as u64).is_multiple_of(self.direct_block) {
+        let is_direct = handle.0 & DIRECT != 0;
+        match is_direct && !(offset | len as u64).is_multiple_of(self.direct_block) {
             true => Err(Errno::EINVAL),
             false => Ok(()),
         }
@@ -235,6 +272,10 @@ impl FrailFs {
             power: Power::On,
             shard: None,
             direct_block: 1,
+            openings: 0,
+            loses_next_write: false,
+            lost: Vec::new(),
+            told: Told::Writer,
         };
         let shared = Arc::new(Shared {
             state: state.into(),
@@ -301,6 +342,17 @@ impl FrailFs {
         self.shared.lock().direct_block = block;
     }
 
+    /// The next write is said to be well and gets lost.
+    pub fn lose_next_write(&self, told: Told) {
+        let mut state = self.shared.lock();
+        (state.loses_next_write, state.told) = (true, told);
+    }
+
+    /// Whether that write is still to come.
+    pub fn loses_next_write(&self) -> bool {
+        self.shared.lock().loses_next_write
+    }
+
     /// The next so many syncs fail with `EIO`.
     pub fn fail_syncs(&self, count: usize) {
         self.shared.lock().syncs_to_fail = count;
@@ -326,8 +378,8 @@ impl FrailFs {
     /// All come to their ends.
     pub fn let_syncs_go(&self) {
         let mut state = self.shared.lock();
-        for (inode, reply) in state.held_syncs.take().unwrap_or_default() {
-            state.end_sync(inode, reply);
+        for (inode, handle, reply) in state.held_syncs.take().unwrap_or_default() {
+            state.end_sync(inode, handle, reply);
         }
     }
 
@@ -443,7 +495,7 @@ impl Filesystem for Mounted {
 
     fn open(&self, _: &Request, _: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
         let is_direct = flags.0 & libc::O_DIRECT != 0;
-        let handle = if is_direct { DIRECT } else { FileHandle(0) };
+        let handle = self.0.lock().open(is_direct);
         reply.opened(handle, FopenFlags::empty());
     }
 
@@ -483,7 +535,11 @@ impl Filesystem for Mounted {
         answer!(reply, {
             let mut state = self.0.enter()?;
             state.check_direct(handle, offset, data.len())?;
-            state.file(inode)?.write(offset, data);
+            if std::mem::take(&mut state.loses_next_write) {
+                state.lost.push(handle);
+            } else {
+                state.file(inode)?.write(offset, data);
+            }
             Ok(data.len() as u32)
         }, len => reply.written(len));
     }
@@ -522,14 +578,26 @@ impl Filesystem for Mounted {
         });
     }
 
-    fn fsync(&self, _: &Request, inode: INodeNo, _: FileHandle, _: bool, reply: ReplyEmpty) {
+    fn fsync(&self, _: &Request, inode: INodeNo, handle: FileHandle, _: bool, reply: ReplyEmpty) {
         match self.0.enter() {
             Ok(mut state) => match &mut state.held_syncs {
-                Some(held) => held.push((inode, reply)),
-                None => state.end_sync(inode, reply),
+                Some(held) => held.push((inode, handle, reply)),
+                None => state.end_sync(inode, handle, reply),
             },
             Err(error) => reply.error(error),
         }
+    }
+
+    /// A descriptor is closed. Who is killed waits for this, so a cut holds nobody up.
+    fn flush(
+        &self,
+        _: &Request,
+        _: INodeNo,
+        handle: FileHandle,
+        _: LockOwner,
+        reply: ReplyEmpty,
+    ) {
+        answer!(reply, self.0.lock().tell_of_lost(handle), () => reply.ok());
     }
 
     fn fsyncdir(&self, _: &Request, _: INodeNo, _: FileHandle, _: bool, reply: ReplyEmpty) {
@@ -549,9 +617,9 @@ impl Filesystem for Mounted {
         answer!(reply, {
             let mut state = self.0.enter()?;
             let inode = state.create(name_of(name)?);
-            state.attr(inode)
-        }, attr => {
-            reply.created(&FORGET, &attr, Generation(0), FileHandle(0), FopenFlags::empty());
+            Ok((state.attr(inode)?, state.open(false)))
+        }, (attr, handle) => {
+            reply.created(&FORGET, &attr, Generation(0), handle, FopenFlags::empty());
         });
     }
 

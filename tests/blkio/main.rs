@@ -14,6 +14,7 @@ mod gone;
 mod grow;
 mod kill;
 mod limits;
+mod lost_write;
 mod model;
 mod plain;
 mod power_cut;

@@ -27,11 +27,11 @@ const CLUSTER: u64 = 64 << 10;
 const MARK_AT: usize = 44;
 const IN_USE: [u8; 4] = 0x746F_6E59_u32.to_le_bytes();
 
-const EIO: i32 = -libc::EIO;
+pub const EIO: i32 = -libc::EIO;
 
 /// An image on the frail file system.
-struct Disk {
-    fs: FrailFs,
+pub struct Disk {
+    pub fs: FrailFs,
     place: TempDir,
 }
 
@@ -47,7 +47,7 @@ impl Disk {
         })
     }
 
-    fn serve(&self, options: &[&str]) -> Backend {
+    pub fn serve(&self, options: &[&str]) -> Backend {
         Backend::start(&self.fs.path(IMAGE), &self.socket(), options)
     }
 
@@ -55,7 +55,7 @@ impl Disk {
         self.place.path().join("socket")
     }
 
-    fn is_marked(&self) -> bool {
+    pub fn is_marked(&self) -> bool {
         self.fs.read(IMAGE)[MARK_AT..MARK_AT + 4] == IN_USE
     }
 
@@ -71,12 +71,12 @@ impl Disk {
     }
 }
 
-fn write(lane: &mut Lane, cluster: u64, byte: u8) -> i32 {
+pub fn write(lane: &mut Lane, cluster: u64, byte: u8) -> i32 {
     lane.write(cluster * CLUSTER, &[byte; 4096], 0);
     lane.wait(1)[0].1
 }
 
-fn flush(lane: &mut Lane) -> i32 {
+pub fn flush(lane: &mut Lane) -> i32 {
     lane.flush(0);
     lane.wait(1)[0].1
 }
@@ -86,7 +86,7 @@ fn is_header(event: &Event) -> bool {
 }
 
 /// Does it with a disk for each way of I/O, if there is FUSE.
-fn in_every_way(test: impl Fn(Disk, &[&str])) {
+pub fn in_every_way(test: impl Fn(Disk, &[&str])) {
     for way in WAYS {
         let Some(disk) = Disk::new() else {
             return;

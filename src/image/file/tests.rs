@@ -155,3 +155,24 @@ fn a_file_that_cannot_be_looked_through_is_an_error() {
     assert_eq!(Errno::from_io_error(&error), Some(Errno::SPIPE));
     assert!(pipe.tells_holes());
 }
+
+/// Of what was lost a server may tell only the description that wrote it.
+#[test]
+fn a_sync_hears_of_what_was_lost_around_the_cache() {
+    use crate::storage::one_file_fs::{Answers, OneFileFs};
+    let Some(served) = OneFileFs::mount() else {
+        return;
+    };
+    let image = image(&served.path());
+    assert!(image.direct.is_some());
+    let loses_writes = true;
+    served.answer(Answers {
+        loses_writes,
+        ..Answers::default()
+    });
+    for sync in [HostImage::sync, HostImage::sync_all] {
+        image.write_all_at(&[7; 4096], 0).expect("write");
+        sync(&image).expect_err("it is lost");
+        sync(&image).expect("it was told");
+    }
+}

@@ -100,11 +100,17 @@ impl Fallocation {
 /// What all threads know about a file.
 #[derive(Debug)]
 pub(super) struct SharedFile {
-    /// For the methods that block, and for threads that cannot have their own.
+    /// For the methods that block, for threads that cannot have their own, and for all
+    /// where there [must be one](Self::must_share) only.
     file: File,
     /// In its place since direct I/O was given up. `file` stays: what was written to it
-    /// has to be synced there, see [`Description::given_up`].
+    /// has to be synced there, see [`Description::next_to_sync`].
     buffered: OnceLock<File>,
+    /// Held to open that.
+    opening_buffered: Mutex<()>,
+    /// No thread may have a description of its own: see
+    /// [`filesystem::tells_lost_writes_once`]. Nor may any be closed before the end.
+    must_share: bool,
     /// The caller's description, to which locks belong.
     given: File,
     path: PathBuf,
@@ -173,8 +179,10 @@ impl SharedFile {
             known_len: AtomicU64::new(metadata.len()),
             known_blocks: AtomicU64::new(metadata.blocks()),
             cut_at: AtomicU64::new(NOT_CUT),
+            must_share: filesystem::tells_lost_writes_once(&file),
             file,
             buffered: OnceLock::new(),
+            opening_buffered: Mutex::new(()),
             given,
             path,
             writable,
@@ -206,8 +214,10 @@ impl SharedFile {
             known_blocks: AtomicU64::new(0),
             cut_at: AtomicU64::new(NOT_CUT),
             given: file.try_clone().expect("a descriptor can be copied"),
+            must_share: filesystem::tells_lost_writes_once(&file),
             file,
             buffered: OnceLock::new(),
+            opening_buffered: Mutex::new(()),
             path: PathBuf::from("pretended"),
             writable: true,
             opened_direct: true,
@@ -420,10 +430,11 @@ impl SharedFile {
     /// Puts a description without direct I/O in the place of the one that all threads
     /// share.
     fn open_buffered(&self) -> io::Result<()> {
+        let lock = self.opening_buffered.lock();
+        let _guard = lock.unwrap_or_else(PoisonError::into_inner);
         if self.buffered.get().is_none() {
             let file = reopen(&self.file, self.writable, false)?;
-            // Of threads that come at once one is the first; nothing was written to the
-            // others' descriptions.
+            // Nobody else sets it.
             let _ = self.buffered.set(file);
         }
         Ok(())
@@ -480,10 +491,12 @@ pub(super) struct Description {
 }
 
 impl Description {
-    /// A new description. Where the file cannot be opened again (no `/proc`,
-    /// rights given up meanwhile, too many descriptors), the shared one: it
-    /// serves as well, with less speed.
+    /// A new description. Where there must be one only, or the file cannot be opened
+    /// again (no `/proc`, rights given up meanwhile, too many descriptors), the shared one.
     pub(super) fn open(shared: &Arc<SharedFile>) -> Self {
+        if shared.must_share {
+            return Self::share(shared);
+        }
         let direct = shared.direct.load(Relaxed);
         match reopen(&shared.file, shared.writable, direct) {
             Ok(own) => Self {
@@ -545,16 +558,27 @@ impl Description {
         self.reopened = true;
     }
 
-    /// The description that was used until direct I/O was given up. A sync must include it:
-    /// a server may have taken writes and lost them since, or lose later what is still in
-    /// flight, and tell only who syncs or closes the description that they were made by
-    /// (GlusterFS's write-behind). So it is neither closed nor forgotten.
-    pub(super) fn given_up(&self) -> Option<BorrowedFd<'_>> {
-        let file = match self.own {
-            Some(_) => self.own_given_up.as_ref(),
-            None => self.shared.buffered.get().map(|_| &self.shared.file),
+    /// What a sync is to be made by, after it was made by `synced`; `None` if that is all.
+    ///
+    /// The description that was used until direct I/O was given up comes first, then the
+    /// one at present. A server may have taken writes by the old one and lost them since,
+    /// or lose later what other threads still have in flight, and tell only who syncs or
+    /// closes that. So it is neither closed nor forgotten. Whether it is given up before or
+    /// after a sync was made by it, the next one is the same.
+    pub(super) fn next_to_sync(&self, synced: Option<RawFd>) -> Option<RawFd> {
+        let shared = &self.shared;
+        let (given_up, present) = match &self.own {
+            Some(own) => (self.own_given_up.as_ref(), own),
+            None => match shared.buffered.get() {
+                Some(buffered) => (Some(&shared.file), buffered),
+                None => (None, &shared.file),
+            },
         };
-        file.map(AsFd::as_fd)
+        let present = present.as_raw_fd();
+        match synced {
+            None => Some(given_up.map_or(present, AsRawFd::as_raw_fd)),
+            Some(fd) => (fd != present).then_some(present),
+        }
     }
 
     /// Opens the file anew: a server that has opened it for direct I/O (GlusterFS with

@@ -9,7 +9,7 @@
 #[cfg(test)]
 mod tests;
 
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::RawFd;
 
 use rustix::io::Errno;
 
@@ -45,8 +45,9 @@ pub(super) enum Step {
     },
     /// `fdatasync(2)`.
     Sync {
-        /// Not of the description at present but of this, which was used before.
-        given_up: Option<RawFd>,
+        /// Not by way of what a ring was told of: since then another thread may have put
+        /// another description in the place of the one that all share.
+        fd: RawFd,
     },
     /// Nothing yet: there is no piece of memory that it can go through. It is to be
     /// asked again when another operation of this thread has given one back.
@@ -84,8 +85,8 @@ pub(super) struct Job {
     direct: Option<Alignment>,
     /// Steps in a row that made no progress.
     stalls: u8,
-    /// A sync has included the description that was given up.
-    given_up_synced: bool,
+    /// What a sync was made by last: see [`Description::next_to_sync`].
+    synced: Option<RawFd>,
 }
 
 /// The way that the bytes take.
@@ -160,7 +161,7 @@ impl Job {
             through: 0,
             direct: None,
             stalls: 0,
-            given_up_synced: false,
+            synced: None,
         }
     }
 
@@ -229,11 +230,9 @@ impl Job {
                     Step::Nothing(extend(file, offset + len))
                 }
             }
-            Op::Sync { .. } => Step::Sync {
-                given_up: file
-                    .given_up()
-                    .filter(|_| !self.given_up_synced)
-                    .map(|fd| fd.as_raw_fd()),
+            Op::Sync { .. } => match file.next_to_sync(self.synced) {
+                Some(fd) => Step::Sync { fd },
+                None => Step::Nothing(Ok(())),
             },
             Op::Clone { .. } => Step::Nothing(Err(Errno::OPNOTSUPP)),
         }
@@ -253,10 +252,12 @@ impl Job {
                 file.shared().has_grown_to(offset + len);
                 Verdict::Done(Ok(()))
             }
-            // If it was given up since the step was taken, that was its sync as well.
-            (Op::Sync { .. }, _) if !self.given_up_synced && file.given_up().is_some() => {
-                self.given_up_synced = true;
-                Verdict::Again
+            (Op::Sync { .. }, _) => {
+                self.synced = file.next_to_sync(self.synced);
+                match file.next_to_sync(self.synced) {
+                    Some(_) => Verdict::Again,
+                    None => Verdict::Done(Ok(())),
+                }
             }
             _ => Verdict::Done(Ok(())),
         }

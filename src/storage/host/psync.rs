@@ -134,7 +134,7 @@ pub(super) fn call(step: &Step, file: &Description) -> i32 {
             unsafe { libc::fallocate(fd, what.mode(), offset as i64, len as i64) as isize }
         }
         // SAFETY: no memory is passed.
-        Step::Sync { given_up } => unsafe { libc::fdatasync(given_up.unwrap_or(fd)) as isize },
+        Step::Sync { fd } => unsafe { libc::fdatasync(fd) as isize },
         Step::Wait | Step::Nothing(_) => 0,
     };
     match result {

@@ -1,6 +1,9 @@
 //! Both back ends on real files: on a disk's file system and on one in memory,
 //! around the page cache and through it.
 
+#[cfg(not(ploop_loom))]
+mod lost_writes;
+
 use std::collections::HashMap;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};

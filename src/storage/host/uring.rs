@@ -512,8 +512,8 @@ fn register_files(ring: &IoUring, files: &Files) -> io::Result<()> {
 
 /// From now on the ring does what it is used for here, and nothing else: whoever takes
 /// this process over cannot open files or sockets by way of it. Files need not be
-/// registered ones, since a poll waits for an eventfd that comes and goes, and a sync can
-/// be of a description that was given up.
+/// registered ones, since a poll waits for an eventfd that comes and goes, and a sync names
+/// its description.
 fn restrict(ring: &IoUring) -> io::Result<()> {
     let used = squeue::Flags::FIXED_FILE | squeue::Flags::ASYNC;
     let mut allowed: Vec<_> = OPERATIONS.map(Restriction::sqe_op).into();
@@ -552,12 +552,9 @@ fn entry_for(step: &Step, fd: types::Fixed) -> squeue::Entry {
             .offset(offset)
             .mode(what.mode())
             .build(),
-        Step::Sync { given_up } => match given_up {
-            Some(fd) => opcode::Fsync::new(types::Fd(fd)),
-            None => opcode::Fsync::new(fd),
-        }
-        .flags(types::FsyncFlags::DATASYNC)
-        .build(),
+        Step::Sync { fd } => opcode::Fsync::new(types::Fd(fd))
+            .flags(types::FsyncFlags::DATASYNC)
+            .build(),
         Step::Wait | Step::Nothing(_) => opcode::Nop::new().build(),
     }
 }

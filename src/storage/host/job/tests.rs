@@ -4,6 +4,7 @@
 
 use std::fs::File;
 use std::io::Read;
+use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
@@ -406,6 +407,50 @@ fn a_thread_learns_of_the_end_of_direct_io_from_another() {
     let mut there = Description::share(&shared);
     here.stop_direct(Errno::INVAL);
     assert_eq!(there.direct(), None);
+}
+
+/// First by the one that was given up, then by the one at present, each once.
+#[test]
+fn a_sync_is_made_by_both_descriptions_whenever_direct_io_is_given_up() {
+    for given_up_at in 0..4 {
+        for make in [Description::share, Description::open] {
+            let (file, _) = random_file(4096, &mut StdRng::seed_from_u64(1));
+            let shared = Arc::new(SharedFile::pretend_direct(file, BLOCK));
+            let mut description = make(&shared);
+            let before = description.as_fd().as_raw_fd();
+            let give_up_at = |moment, description: &mut Description| {
+                if moment == given_up_at {
+                    description.stop_direct(Errno::INVAL);
+                }
+            };
+            let mut job = Job::new(Op::Sync { file: FileId(0) });
+            let mut synced = Vec::new();
+            give_up_at(0, &mut description);
+            loop {
+                let Step::Sync { fd } = job.step(&mut description, &mut pieces()) else {
+                    panic!("it is a sync");
+                };
+                synced.push(fd);
+                give_up_at(synced.len(), &mut description);
+                let interrupted = -Errno::INTR.raw_os_error();
+                if synced.len() == 1 {
+                    assert_eq!(job.ended(interrupted, &mut description), Verdict::Again);
+                    let again = job.step(&mut description, &mut pieces());
+                    assert!(matches!(again, Step::Sync { fd: same } if same == fd));
+                }
+                match job.ended(0, &mut description) {
+                    Verdict::Again => {}
+                    end => break assert_eq!(end, Verdict::Done(Ok(()))),
+                }
+            }
+            let present = description.as_fd().as_raw_fd();
+            // Given up after the end, or never: it is no matter of this sync.
+            match given_up_at {
+                0 | 1 => assert_eq!(synced, [before, present], "{given_up_at}"),
+                _ => assert_eq!(synced, [before], "{given_up_at}"),
+            }
+        }
+    }
 }
 
 #[test]
