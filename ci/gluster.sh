@@ -171,11 +171,12 @@ helper() {
 write_helpers() {
     helper bed_cut 'ip link set bed0 down'
     helper bed_mend 'ip link set bed0 up'
-    helper bed_kill_brick 'kill -9 "$(gluster volume status bed | awk -v brick="brick$1\$" '\''$2 ~ brick { print $NF }'\'')"'
+    # Of a brick, the status breaks a long line in front of the end of its path.
+    helper bed_kill_brick 'kill -9 "$(gluster volume status bed | awk -v brick="brick$1 .* Y " '\''$0 ~ brick { print $NF }'\'')"'
     helper bed_start_bricks 'for _ in $(seq 10); do
     gluster --mode=script volume start bed force >/dev/null
     sleep 1
-    [ "$(gluster volume status bed | grep -c "^Brick.* Y ")" != 3 ] || exit 0
+    [ "$(gluster volume status bed | grep -c "brick[123] .* Y ")" != 3 ] || exit 0
 done
 exit 1'
     # The namespace has no other processes of that command line.

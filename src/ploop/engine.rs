@@ -54,6 +54,8 @@ pub struct Engine<D: Disk> {
     pub(super) options: Options,
     /// A power of two: what the offset and length of a write must be multiples of.
     write_alignment: u32,
+    /// See [`Disk::has_stable_writes`].
+    has_stable_writes: bool,
     write_through: AtomicBool,
     suspended: AtomicBool,
     /// The metadata thread has ended.
@@ -222,6 +224,7 @@ impl<D: Disk> Engine<D> {
             .map(|_| Ok(Arc::new(Inbox::new()?)))
             .collect::<io::Result<_>>()?;
         let write_alignment = disk.write_alignment();
+        let has_stable_writes = disk.has_stable_writes();
         let geometry = levels[levels.len() - 1].geometry;
         Ok(Self {
             disk,
@@ -236,6 +239,7 @@ impl<D: Disk> Engine<D> {
             md: Arc::new(Inbox::new()?),
             options,
             write_alignment,
+            has_stable_writes,
             write_through: AtomicBool::new(false),
             suspended: AtomicBool::new(false),
             closed: AtomicBool::new(false),
@@ -390,6 +394,11 @@ impl<D: Disk> Engine<D> {
 
     pub(super) fn is_write_through(&self) -> bool {
         self.write_through.load(Ordering::Acquire)
+    }
+
+    /// Whether what is mapped on disk is to be written and made stable at once.
+    pub(super) fn wants_stable_write(&self) -> bool {
+        self.is_write_through() && self.has_stable_writes
     }
 
     /// How often the write cache was turned off. Whoever saw the old mode before such a

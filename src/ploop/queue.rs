@@ -423,7 +423,7 @@ impl<D: Disk> Queue<D> {
                 offset: at,
                 on_disk,
             } => {
-                let dsync = on_disk && self.engine.is_write_through();
+                let dsync = on_disk && self.engine.wants_stable_write();
                 self.active[key].stable &= dsync;
                 let op = Op::Write {
                     file: self.engine.top(),

@@ -386,6 +386,30 @@ fn when_the_cache_has_been_turned_off_an_overwrite_is_one_stable_write() {
     assert!(started[0].ends_with("dsync true"), "{trace:?}");
 }
 
+/// Its error could be the only word of what another write lost.
+#[test]
+fn where_only_one_may_sync_an_overwrite_is_made_stable_by_the_metadata_thread() {
+    let medium = Medium {
+        has_stable_writes: false,
+        ..Medium::default()
+    };
+    let rig = Rig::open(&empty_image(medium, 1, 4 * CLUSTER), 1, options());
+    rig.write(0, &[5; 4096]).unwrap();
+    rig.flush().unwrap();
+    assert!(rig.engine.begin_write_through(true).is_some());
+    rig.disk.start_trace();
+    rig.write(0, &[6; 4096]).unwrap();
+    let trace = rig.disk.take_trace();
+    let started = trace.iter().filter(|line| line.contains(" starts "));
+    let [write, sync] = started.collect::<Vec<_>>()[..] else {
+        panic!("{trace:?}");
+    };
+    assert!(write.ends_with("dsync false"), "{trace:?}");
+    assert!(sync.contains("Sync"), "{trace:?}");
+    let rig = rig.cut();
+    assert_eq!(rig.read(0, 4096), [6; 4096]);
+}
+
 #[test]
 fn a_stable_write_whose_sync_fails_fails_all_that_would_be_stable() {
     let rig = Rig::new(4 * CLUSTER);

@@ -67,6 +67,8 @@ pub struct Medium {
     pub has_ring: bool,
     /// Whether files can share data.
     pub can_clone: bool,
+    /// See [`Disk::has_stable_writes`].
+    pub has_stable_writes: bool,
     /// What goes wrong.
     pub faults: Faults,
     /// The next zeroing finds no space for its own bookkeeping.
@@ -91,6 +93,7 @@ impl Default for Medium {
             copies_on_write: false,
             has_ring: false,
             can_clone: false,
+            has_stable_writes: true,
             faults: Faults::default(),
             next_zero_is_full: false,
             first_writable: FileId(0),
@@ -1385,6 +1388,10 @@ impl Disk for SimDisk {
 
     fn write_alignment(&self) -> u32 {
         self.state().medium.write_alignment
+    }
+
+    fn has_stable_writes(&self) -> bool {
+        self.state().medium.has_stable_writes
     }
 
     fn forgo_direct(&self) {

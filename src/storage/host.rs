@@ -313,6 +313,10 @@ impl Disk for HostDisk {
     fn write_alignment(&self) -> u32 {
         self.files[self.files.len() - 1].alignment().offset
     }
+
+    fn has_stable_writes(&self) -> bool {
+        !self.files[self.files.len() - 1].must_share()
+    }
 }
 
 /// Writes `bytes`, with what is around them in their first and last block if

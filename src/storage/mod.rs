@@ -2,7 +2,7 @@
 //!
 //! A [`Disk`] is the set of host files that one virtual disk lies in (the deltas
 //! of a chain, base first). Each thread that does I/O opens its own [`Io`] on it:
-//! its own file descriptions and its own ring. Tests put a simulated disk here.
+//! its own ring, and where the file system allows it its own file descriptions. Tests put a simulated disk here.
 //!
 //! Knows files, offsets, memory segments and alignment. Must not know what a
 //! cluster, a BAT or a guest is.
@@ -176,7 +176,7 @@ pub trait Disk: Send + Sync + 'static {
     /// One thread's access.
     type Io: Io + 'static;
 
-    /// New file descriptions and a new ring for a thread; `depth` is how many
+    /// A new ring for a thread, and file descriptions; `depth` is how many
     /// operations at least it can have in flight.
     ///
     /// # Errors
@@ -237,6 +237,13 @@ pub trait Disk: Send + Sync + 'static {
     /// the top file. It can become smaller, never larger.
     fn write_alignment(&self) -> u32 {
         1
+    }
+
+    /// Whether an [`Op::Write`] of the top file with `dsync` takes nothing from other
+    /// syncs. If not, its error can be the only word of what other writes lost, while a sync
+    /// of another thread ends well: then one thread at a time may make something stable.
+    fn has_stable_writes(&self) -> bool {
+        true
     }
 
     /// The name under which somebody opened a file for writing last: see

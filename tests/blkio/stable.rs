@@ -198,7 +198,7 @@ fn a_write_in_write_through_is_stable_when_it_ends() {
         let relay = Relay::start(backend.socket());
         let mut client = Client::connect(relay.socket(), 1);
         let lane = &mut client.lanes[0];
-        // Over a hole by a round, over what is mapped on disk by itself.
+        // Over a hole and over what is mapped on disk, on FUSE both by a round.
         for (cluster, byte) in [(3, 1), (3, 2), (4, 3), (3, 4)] {
             assert_eq!(write(lane, cluster, byte), 0);
             disk.expect_stable("written");

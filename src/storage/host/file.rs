@@ -346,6 +346,11 @@ impl SharedFile {
         self.writable
     }
 
+    /// Whether all threads must use one description of it.
+    pub(super) fn must_share(&self) -> bool {
+        self.must_share
+    }
+
     /// Whether its transfers go around the host's page cache at present.
     pub(super) fn is_direct(&self) -> bool {
         self.direct.load(Relaxed)

@@ -39,7 +39,10 @@ fn in_every_way(cache: Cache, test: impl Fn(Rig)) {
             return;
         };
         let disk = disk_with(&served.path(), cache);
-        assert_eq!(disk.known_files().all(|file| file.is_direct), cache == Cache::None);
+        assert_eq!(
+            disk.known_files().all(|file| file.is_direct),
+            cache == Cache::None
+        );
         let (Some(one), Some(other)) = (open_way(&disk, way, 4), open_way(&disk, way, 4)) else {
             continue;
         };
