@@ -590,7 +590,10 @@ impl Filesystem for Mounted {
 
     /// A descriptor is closed. Who is killed waits for this, so a cut holds nobody up.
     fn flush(&self, _: &Request, _: INodeNo, handle: FileHandle, _: LockOwner, reply: ReplyEmpty) {
-        answer!(reply, self.0.lock().tell_of_lost(handle), () => reply.ok());
+        match self.0.lock().tell_of_lost(handle) {
+            Ok(()) => reply.ok(),
+            Err(error) => reply.error(error),
+        }
     }
 
     fn fsyncdir(&self, _: &Request, _: INodeNo, _: FileHandle, _: bool, reply: ReplyEmpty) {

@@ -157,6 +157,7 @@ fn a_file_that_cannot_be_looked_through_is_an_error() {
 }
 
 /// Of what was lost a server may tell only the description that wrote it.
+#[cfg(not(ploop_loom))]
 #[test]
 fn a_sync_hears_of_what_was_lost_around_the_cache() {
     use crate::storage::one_file_fs::{Answers, OneFileFs};
