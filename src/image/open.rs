@@ -440,3 +440,6 @@ pub(super) fn plain_size(file: &HostFile, disk_size: Sector, is_disk: bool) -> R
     }
     Ok(in_file.min(disk_size))
 }
+
+#[cfg(test)]
+mod tests;

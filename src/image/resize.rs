@@ -63,15 +63,10 @@ pub fn resize(path: &Path, size: NewSize, shrink: Shrink) -> Result<Sector> {
             Header::new(new_size, cluster).map_err(|error| refuse_new(path, error))?;
             if new_size < old_size {
                 require_shrinkable(path, &image)?;
-                // The other way round, a cut would leave a file that is too short.
-                update_descriptor(&mut image, new_size)?;
             }
-            // What lies behind the end of the disk was never the guest's.
-            file.set_len(old_size.min(new_size).bytes())
-                .and_then(|()| file.set_len(new_size.bytes()))
-                .and_then(|()| file.sync())
-                .context(file.path(), "resize")?;
-            update_descriptor(&mut image, new_size)?;
+            resize_raw(&file, old_size, new_size, || {
+                update_descriptor(&mut image, new_size)
+            })?;
             Ok(new_size)
         }
         Level::Ploop => {
@@ -160,6 +155,28 @@ fn update_descriptor(image: &mut OpenImage, disk_size: Sector) -> Result<()> {
         Some(bundle) => bundle.set_disk_size(disk_size),
         None => Ok(()),
     }
+}
+
+/// Gives a raw disk another size; `update` writes it to the descriptor. A cut never leaves
+/// a file that is shorter than the descriptor says.
+fn resize_raw<F: ImageFile>(
+    file: &F,
+    old_size: Sector,
+    new_size: Sector,
+    mut update: impl FnMut() -> Result<()>,
+) -> Result<()> {
+    if new_size < old_size {
+        update()?;
+    }
+    // What lies behind the end of the disk was never the guest's.
+    file.set_len(old_size.min(new_size).bytes())
+        .and_then(|()| file.set_len(new_size.bytes()))
+        .and_then(|()| file.sync())
+        .context(file.path(), "resize")?;
+    if new_size >= old_size {
+        update()?;
+    }
+    Ok(())
 }
 
 /// Grows one image file.

@@ -274,6 +274,31 @@ pub fn image(header: &Header, entries: &[Entry], clusters: u32) -> Vec<u8> {
     bytes
 }
 
+/// Puts a word of a header there.
+pub fn set_word(bytes: &mut [u8], at: usize, word: u32) {
+    bytes[at..at + 4].copy_from_slice(&word.to_le_bytes());
+}
+
+/// An image whose format extension is in cluster 1 of the data area, with a
+/// dirty bitmap whose bits are in cluster 2.
+pub fn with_extension() -> Vec<u8> {
+    use md5::{Digest, Md5};
+    let mut bytes = image(&header(Version::V2, 6), &[Entry::At(0), Entry::At(3)], 4);
+    let at = 2 * CLUSTER;
+    let mut extension = vec![0u8; CLUSTER];
+    extension[..8].copy_from_slice(&0xAB23_4CEF_23DC_EA87u64.to_le_bytes());
+    extension[24..32].copy_from_slice(&0x2038_5FAE_252C_B34Au64.to_le_bytes());
+    extension[40..44].copy_from_slice(&40u32.to_le_bytes());
+    extension[48 + 28..48 + 32].copy_from_slice(&1u32.to_le_bytes());
+    extension[48 + 32..48 + 40].copy_from_slice(&(3 * CLUSTER as u64 / 512).to_le_bytes());
+    let checksum = Md5::digest(&extension[24..]);
+    extension[8..24].copy_from_slice(&checksum);
+    bytes[at..at + CLUSTER].copy_from_slice(&extension);
+    set_word(&mut bytes, 44, 0x312e_3276);
+    set_word(&mut bytes, 56, (at / 512) as u32);
+    bytes
+}
+
 /// What is to be in the BAT.
 #[derive(Clone, Copy, Debug)]
 pub enum Entry {

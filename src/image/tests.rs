@@ -3,6 +3,7 @@
 
 use std::collections::BTreeSet;
 use std::fs;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use super::check::{Repair, check};
@@ -285,6 +286,8 @@ fn only_what_a_change_has_left_is_removed() {
 fn a_disk_grows_and_shrinks_and_its_descriptor_follows() {
     let size = |clusters: u64| NewSize::Exactly(Sector(clusters * CLUSTER_SECTORS));
     let (disk, [first, _]) = three_levels();
+    resize(&disk.path, NewSize::GrowBy(Sector(0)), Shrink::Refused).unwrap();
+    assert_eq!(disk.read(None), TOP);
     resize(&disk.path, size(9000), Shrink::Refused).unwrap();
     let mut expected = TOP.to_vec();
     expected.resize(SHOWN, 0);
@@ -594,6 +597,91 @@ fn a_file_that_is_shorter_than_a_header_is_said_to_be_cut_off() {
             panic!("{error}");
         };
         assert_eq!((said, needed), (len as u64, 64));
+    }
+}
+
+#[test]
+fn a_path_means_a_bundle_or_an_image() {
+    let disk = Disk::new(1);
+    let bundle_of = |path: &Path| match Location::of(path) {
+        Ok(Location::Bundle(bundle)) => bundle.path().to_owned(),
+        other => panic!("{}: {other:?}", path.display()),
+    };
+    assert_eq!(bundle_of(&disk.path), disk.path);
+    assert_eq!(bundle_of(&disk.path.join("DiskDescriptor.xml")), disk.path);
+    for path in [disk.top_file(), disk.path.join("nothing is here")] {
+        match Location::of(&path) {
+            Ok(Location::Bare(bare)) => assert_eq!(bare, path),
+            other => panic!("{}: {other:?}", path.display()),
+        }
+    }
+    // The folder that tests run in is no disk.
+    match Location::of(Path::new("DiskDescriptor.xml")) {
+        Err(ImageError::NoDescriptor(folder)) => assert_eq!(folder, Path::new(".")),
+        other => panic!("{other:?}"),
+    }
+}
+
+fn set_size(image: &Path, sectors: u64, entries: u32) {
+    let file = fs::File::options().write(true).open(image).unwrap();
+    file.write_all_at(&entries.to_le_bytes(), 32).unwrap();
+    file.write_all_at(&sectors.to_le_bytes(), 36).unwrap();
+}
+
+/// A disk that ends 10 sectors before its fifth cluster does, and snapshots of it by a tool
+/// whose images have whole clusters, rounded down.
+fn rounded_down(snapshots: u8) -> Disk {
+    let disk = Disk::new(5);
+    disk.write([1, 4], 2);
+    for number in 0..snapshots {
+        snapshot(&disk);
+        disk.write([2], 3 + number);
+    }
+    let mut bundle = disk.bundle();
+    let mut descriptor = bundle.descriptor().clone();
+    let images = descriptor.chain(descriptor.top());
+    let files: Vec<_> = images
+        .iter()
+        .map(|image| disk.path.join(&image.file))
+        .collect();
+    set_size(&files[0], 5 * CLUSTER_SECTORS - 10, 5);
+    for file in &files[1..] {
+        set_size(file, 4 * CLUSTER_SECTORS, 4);
+    }
+    descriptor.disk_size = Sector(4 * CLUSTER_SECTORS);
+    bundle.save(descriptor).unwrap();
+    disk
+}
+
+#[test]
+fn a_chain_that_was_rounded_down_is_made_whole() {
+    for snapshots in [1, 3] {
+        let disk = rounded_down(snapshots);
+        let opened = open(&disk.path, OpenMode::new(Access::Read));
+        assert!(matches!(opened, Err(ImageError::CutDisk { .. })));
+        for repair in [None, Some(Repair::Leaks)] {
+            let report = disk.check(repair);
+            let found = (report.corruptions, report.corruptions_fixed);
+            assert_eq!(found, (1, 0), "{report:?}");
+        }
+        let report = disk.check(Some(Repair::All));
+        let found = (report.corruptions, report.corruptions_fixed);
+        assert_eq!(found, (0, 1), "{report:?}");
+        disk.expect_clean();
+
+        let image = open(&disk.path, OpenMode::new(Access::Read)).unwrap();
+        let reader = DiskReader::load(&image).unwrap();
+        let mut content = vec![0xff; 5 * CLUSTER];
+        assert_eq!(reader.disk_size().bytes() as usize, content.len());
+        reader.read(&mut content, 0).unwrap();
+        let written = [(1, 2), (2, 2 + snapshots), (4, 2)];
+        let mut expected = vec![0; 5 * CLUSTER];
+        for (cluster, byte) in written {
+            expected[cluster * CLUSTER..(cluster + 1) * CLUSTER].fill(byte);
+        }
+        // What was behind the end was never the guest's.
+        expected[5 * CLUSTER - 10 * 512..].fill(0);
+        assert!(content == expected);
     }
 }
 

@@ -703,11 +703,6 @@ impl<D: Disk> Engine<D> {
         self.abandoned.load(Ordering::Acquire)
     }
 
-    #[cfg(not(test))]
-    pub(super) fn is_abandoned(&self) -> bool {
-        false
-    }
-
     /// Whether the cluster is mapped in the top delta, in memory.
     #[cfg(test)]
     pub(crate) fn is_mapped_here(&self, cluster: GuestCluster) -> bool {

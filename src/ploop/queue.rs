@@ -667,8 +667,10 @@ impl<D: Disk> Drop for Queue<D> {
     /// Memory of the client must not be used any more after this: waits for
     /// everything in flight.
     fn drop(&mut self) {
-        if !self.engine.is_abandoned() {
-            self.drain(&mut Vec::new(), Duration::ZERO);
+        #[cfg(test)]
+        if self.engine.is_abandoned() {
+            return;
         }
+        self.drain(&mut Vec::new(), Duration::ZERO);
     }
 }

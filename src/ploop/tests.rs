@@ -2,6 +2,7 @@
 
 use std::cell::{Cell, RefCell};
 use std::sync::Arc;
+use std::thread;
 use std::time::Duration;
 
 use rustix::io::Errno;
@@ -366,6 +367,28 @@ fn write_through_makes_stable_before_completion() {
     let rig = rig.cut();
     assert_eq!(rig.read(0, 512), [5; 512]);
     assert_eq!(rig.read(512, 512), [6; 512]);
+}
+
+#[test]
+fn turning_the_cache_off_makes_stable_what_has_completed() {
+    let turn_off = |rig: &Rig| {
+        let engine = rig.engine.clone();
+        let turned = thread::spawn(move || engine.set_write_through(true));
+        while !turned.is_finished() {
+            rig.turn();
+        }
+        assert!(rig.engine.is_write_through());
+        turned.join().unwrap()
+    };
+    let rig = Rig::new(4 * CLUSTER);
+    rig.write(0, &[1; 512]).unwrap();
+    assert_eq!(turn_off(&rig), Ok(()));
+    assert_eq!(rig.cut().read(0, 512), [1; 512]);
+
+    let rig = Rig::new(4 * CLUSTER);
+    rig.write(0, &[1; 512]).unwrap();
+    rig.disk.change_medium(|medium| medium.faults.sync = 1.0);
+    assert_eq!(turn_off(&rig), Err(EngineError::SyncFailed));
 }
 
 #[test]

@@ -159,15 +159,19 @@ impl Rig {
             if self.requests().used() >= used {
                 return;
             }
-            for runner in &mut self.runners {
-                runner.poll(Duration::ZERO);
-            }
-            self.md.poll(Duration::ZERO);
-            if self.disk.is_busy() {
-                self.disk.step();
-            }
+            self.turn_others();
         }
         panic!("nothing has ended");
+    }
+
+    fn turn_others(&mut self) {
+        for runner in &mut self.runners {
+            runner.poll(Duration::ZERO);
+        }
+        self.md.poll(Duration::ZERO);
+        if self.disk.is_busy() {
+            self.disk.step();
+        }
     }
 
     fn drain(&mut self, parked: Parked, may_give_back: bool) -> Vec<u16> {
@@ -513,4 +517,21 @@ fn a_discard_is_an_operation_and_no_bytes() {
     let pause = rig.requests().pause().unwrap();
     assert!(pause > Duration::ZERO);
     rig.drain(Parked::Fail, true);
+}
+
+#[test]
+fn who_waits_for_an_end_gives_up_what_waits_for_space() {
+    let mut rig = Rig::new(Vec::new());
+    let full = 2 * CLUSTER / 4096;
+    rig.disk
+        .change_medium(|medium| medium.capacity = Some(full));
+    rig.write(5, 1 << 20);
+    for _ in 0..10_000 {
+        rig.poll();
+        rig.turn_others();
+    }
+    assert_eq!(rig.requests().used(), 0, "it waits for space");
+    rig.requests().wait_for_an_end();
+    rig.run_until(1);
+    assert_eq!(rig.status(5), IO_ERROR);
 }

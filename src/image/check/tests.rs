@@ -3,7 +3,8 @@ use proptest::prelude::*;
 use super::*;
 use crate::format::Version;
 use crate::image::testing::{
-    CLUSTER, Entry, Medium, cluster_content, delta, header, image, read_cluster,
+    CLUSTER, Entry, Medium, cluster_content, delta, header, image, read_cluster, set_word,
+    with_extension,
 };
 use Entry::{At, Hole, Raw};
 
@@ -11,10 +12,6 @@ fn load(bytes: Vec<u8>) -> (Medium, Delta<crate::image::testing::MemImage>) {
     let medium = Medium::default();
     let delta = Delta::load(medium.file("image", bytes)).unwrap();
     (medium, delta)
-}
-
-fn set_word(bytes: &mut [u8], at: usize, word: u32) {
-    bytes[at..at + 4].copy_from_slice(&word.to_le_bytes());
 }
 
 /// Duplicates, entries to nowhere, leaks in the middle and at the end, a tail
@@ -182,26 +179,6 @@ fn where_holes_cannot_be_told_zeros_are_no_leak_and_data_is() {
     assert_eq!(report.messages, ["host cluster 3 is not used"]);
 }
 
-/// An image whose format extension is in cluster 1 of the data area, with a
-/// dirty bitmap whose bits are in cluster 2.
-fn with_extension() -> Vec<u8> {
-    use md5::{Digest, Md5};
-    let mut bytes = image(&header(Version::V2, 6), &[At(0), At(3)], 4);
-    let at = 2 * CLUSTER;
-    let mut extension = vec![0u8; CLUSTER];
-    extension[..8].copy_from_slice(&0xAB23_4CEF_23DC_EA87u64.to_le_bytes());
-    extension[24..32].copy_from_slice(&0x2038_5FAE_252C_B34Au64.to_le_bytes());
-    extension[40..44].copy_from_slice(&40u32.to_le_bytes());
-    extension[48 + 28..48 + 32].copy_from_slice(&1u32.to_le_bytes());
-    extension[48 + 32..48 + 40].copy_from_slice(&(3 * CLUSTER as u64 / 512).to_le_bytes());
-    let checksum = Md5::digest(&extension[24..]);
-    extension[8..24].copy_from_slice(&checksum);
-    bytes[at..at + CLUSTER].copy_from_slice(&extension);
-    set_word(&mut bytes, 44, 0x312e_3276);
-    set_word(&mut bytes, 56, (at / 512) as u32);
-    bytes
-}
-
 #[test]
 fn a_valid_extension_is_in_use() {
     let (medium, mut delta) = load(with_extension());
@@ -315,4 +292,40 @@ fn an_entry_off_the_grid_that_leads_behind_the_end_is_dropped() {
         geometry.data_start as usize + CLUSTER,
         "nothing was copied"
     );
+}
+
+#[test]
+fn data_in_front_of_the_first_block_is_kept() {
+    // By the first block offset the first cluster belongs to the BAT, which does not reach
+    // so far: other tools read what the entry says.
+    for (version, first_block, inside, behind) in [
+        (Version::V1, 1 + 64, Raw(1), Raw(1 + 64)),
+        (Version::V2, 2 * 64, Raw(1), Raw(2)),
+    ] {
+        let mut bytes = image(&header(version, 6), &[Hole, inside, behind], 2);
+        set_word(&mut bytes, 48, first_block);
+        let (medium, mut delta) = load(bytes);
+        let report = check_delta(&mut delta, None).unwrap();
+        assert_eq!(report.corruptions, 1, "{report:?}");
+        let report = check_delta(&mut delta, Some(Repair::All)).unwrap();
+        assert_eq!((report.corruptions, report.leaks), (0, 0), "{report:?}");
+        let (_, delta) = load(medium.contents().remove(0));
+        assert!(read_cluster(&delta, 1) == cluster_content(0));
+        assert!(read_cluster(&delta, 2) == cluster_content(1));
+    }
+}
+
+#[test]
+fn a_first_block_offset_that_was_repaired_is_right_from_then_on() {
+    let mut bytes = image(&header(Version::V2, 6), &[At(1), Hole, At(0)], 2);
+    set_word(&mut bytes, 48, 1);
+    let medium = Medium::default();
+    let mut delta = Delta::load_for_repair(medium.file("image", bytes)).unwrap();
+    let report = check_delta(&mut delta, None).unwrap();
+    assert_eq!((report.corruptions, report.leaks), (1, 0), "{report:?}");
+    let report = check_delta(&mut delta, Some(Repair::All)).unwrap();
+    assert_eq!((report.corruptions, report.corruptions_fixed), (0, 1));
+    let (_, delta) = load(medium.contents().remove(0));
+    assert!(read_cluster(&delta, 0) == cluster_content(1));
+    assert!(read_cluster(&delta, 2) == cluster_content(0));
 }

@@ -2,7 +2,7 @@ use super::*;
 use crate::format::Version;
 use crate::image::check::{Repair, check_delta};
 use crate::image::testing::{
-    Entry, Medium, cluster_content, delta as delta_of, header, image, read_cluster,
+    Entry, Medium, cluster_content, delta as delta_of, header, image, read_cluster, with_extension,
 };
 
 const OLD: u64 = 6;
@@ -302,4 +302,47 @@ fn what_is_not_sound_is_not_shrunk() {
     let mut delta = Delta::load(medium.file("image", open.clone())).unwrap();
     assert!(cut_down(&mut delta, Sector(64)).is_err());
     assert!(medium.contents()[0] == open);
+}
+
+#[test]
+fn the_descriptor_of_a_raw_disk_never_says_more_than_there_is() {
+    // Behind the end of the disk is what was never the guest's.
+    let (disk, tail) = (8 * 512, 100);
+    for (new, seen) in [(6 * 512, disk + tail), (10 * 512, 10 * 512), (disk, disk)] {
+        let medium = Medium::default();
+        let file = medium.file("disk", vec![1; disk + tail]);
+        let (old_size, new_size) = (disk as u64 / 512, new as u64 / 512);
+        let mut lens = Vec::new();
+        resize_raw(&file, Sector(old_size), Sector(new_size), || {
+            lens.push(file.file_len().unwrap() as usize);
+            Ok(())
+        })
+        .unwrap();
+        assert_eq!(lens, [seen], "when a disk of {disk} bytes gets {new}");
+        let mut expected = vec![1; disk.min(new)];
+        expected.resize(new, 0);
+        assert!(medium.contents()[0] == expected);
+    }
+
+    // A file that cannot get longer.
+    let medium = Medium::default();
+    let file = medium.file("disk", vec![1; 512]);
+    let error = resize_raw(&file, Sector(1), Sector(1 << 40), || {
+        panic!("the descriptor says more than there is")
+    });
+    assert!(error.is_err());
+}
+
+#[test]
+fn what_a_format_extension_took_is_given_back_by_a_growth() {
+    let medium = Medium::default();
+    let mut delta = Delta::load(medium.file("image", with_extension())).unwrap();
+    assert_eq!(delta.header().in_use, InUse::ClosedWithExtension);
+    grow(&mut delta, Sector(8000 * 64)).unwrap();
+    assert_eq!(delta.header().in_use, InUse::Closed);
+    let report = check_delta(&mut delta, None).unwrap();
+    assert_eq!((report.corruptions, report.leaks), (0, 0), "{report:?}");
+    for (guest, index) in [(0, 0), (1, 3)] {
+        assert!(read_cluster(&delta, guest) == cluster_content(index));
+    }
 }

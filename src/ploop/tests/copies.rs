@@ -1,6 +1,7 @@
 //! How many copies from a lower delta are made at a time.
 
 use super::*;
+use crate::format::Version;
 
 /// Of such clusters a runner copies four at a time.
 const LARGE: u64 = 16 << 20;
@@ -135,4 +136,77 @@ fn a_write_that_is_not_aligned_is_not_made_over_a_clone() {
     let mut expected = vec![1; CLUSTER as usize];
     expected[512..4608].fill(2);
     assert!(rig.read(0, CLUSTER as usize) == expected);
+}
+
+/// A header of the older version whose data area starts right behind the BAT: no cluster
+/// lies on a border of blocks of the file system.
+fn off_the_blocks(size: Sector) -> Header {
+    let cluster = ClusterSize::from_bytes(CLUSTER).unwrap();
+    let header = Header::new(size, cluster).unwrap();
+    let header = header.in_version(Version::V1).unwrap();
+    let mut bytes = header.to_bytes();
+    bytes[48..52].fill(0);
+    let header = Header::parse(&bytes).unwrap();
+    assert_eq!(header.geometry().data_start, 512);
+    header
+}
+
+/// Whether the first write to a cluster of the base, of 4096 bytes inside the cluster, is
+/// made over a clone; the cluster is right all the same.
+fn is_cloned(disk: &SimDisk, levels: Vec<Level>, cluster: u64, expected: &[u8]) -> bool {
+    let options = Options {
+        smallest_clone: 0,
+        ..options()
+    };
+    let rig = Rig::open_chain(disk, levels, options);
+    rig.disk.start_trace();
+    rig.write(cluster * CLUSTER + 4096, &[2; 4096]).unwrap();
+    let trace = rig.disk.take_trace();
+    let mut expected = expected.to_vec();
+    expected[4096..8192].fill(2);
+    assert!(rig.read(cluster * CLUSTER, CLUSTER as usize) == expected);
+    assert_eq!(rig.disk.take_violations(), [""; 0]);
+    trace.iter().any(|line| line.contains("Clone"))
+}
+
+#[test]
+fn a_cluster_that_is_not_on_blocks_is_not_cloned() {
+    let medium = || Medium {
+        can_clone: true,
+        ..Medium::default()
+    };
+    let size = Sector(4 * CLUSTER / 512);
+    let make = |disk: &SimDisk, file, header: &Header| {
+        disk.prepare(file, 0, &header.to_bytes());
+        disk.set_len(file, header.geometry().data_start).unwrap();
+        disk.sync(file).unwrap();
+    };
+
+    // In both images clusters are as far behind a block.
+    let disk = SimDisk::new(2, medium(), 1);
+    make(&disk, FileId(0), &off_the_blocks(size));
+    let base = Rig::open(&disk, 1, options());
+    base.write(0, &vec![1; CLUSTER as usize]).unwrap();
+    base.control(Control::Close).unwrap();
+    drop(base);
+    make(&disk, FileId(1), &off_the_blocks(size));
+    let whole = vec![1; CLUSTER as usize];
+    assert!(!is_cloned(&disk, vec![Level::Ploop; 2], 0, &whole));
+
+    // The end of the base is behind one, and in the top clusters are as far.
+    let cluster = ClusterSize::from_bytes(CLUSTER).unwrap();
+    let end = CLUSTER + 8192 + 512;
+    let mut last = vec![0; CLUSTER as usize];
+    last[..8192 + 512].fill(1);
+    for header in [off_the_blocks(size), Header::new(size, cluster).unwrap()] {
+        let disk = SimDisk::new(2, medium(), 1);
+        disk.prepare(FileId(0), 0, &vec![1; end as usize]);
+        make(&disk, FileId(1), &header);
+        let base = Level::Plain {
+            size: Sector(end / 512),
+            cluster,
+        };
+        let levels = vec![base, Level::Ploop];
+        assert!(!is_cloned(&disk, levels, 1, &last));
+    }
 }

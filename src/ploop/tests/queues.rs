@@ -206,3 +206,44 @@ fn a_queue_has_room_for_more_behind_a_long_discard_and_not_behind_a_transfer() {
     assert_eq!(rig.result(second), Ok(()));
     assert!(has_room());
 }
+
+/// So much is not begun at once: something is left to be begun by the next look. No part
+/// needs the disk, as nobody has written there.
+const MORE_THAN_A_TURN: usize = 6 << 20;
+
+fn read_of_holes(rig: &Rig) -> u64 {
+    let data = rig.segments(&vec![1; MORE_THAN_A_TURN]);
+    let start = Sector(0);
+    rig.push(Command::Read { start, data })
+}
+
+fn turn_often(rig: &Rig) {
+    (0..100).for_each(|_| rig.turn());
+}
+
+#[test]
+fn a_queue_on_hold_begins_no_more_of_what_was_pushed() {
+    let rig = Rig::new(200 * 64 * CLUSTER);
+    let read = read_of_holes(&rig);
+    rig.queues[0].borrow_mut().hold(true);
+    turn_often(&rig);
+    assert_eq!(rig.ended(read), None);
+    rig.queues[0].borrow_mut().hold(false);
+    assert_eq!(rig.result(read), Ok(()));
+}
+
+/// Who suspends waits for what is under way: not for what is left of long requests.
+#[test]
+fn a_suspended_queue_begins_no_more_of_what_was_pushed() {
+    let rig = Rig::new(200 * 64 * CLUSTER);
+    let read = read_of_holes(&rig);
+    let suspended = rig.engine.control(Control::Suspend);
+    while !rig.engine.is_suspended() {
+        rig.poll_md();
+    }
+    turn_often(&rig);
+    assert_eq!(suspended.get(), Some(Ok(())));
+    assert_eq!(rig.ended(read), None);
+    rig.control(Control::Resume).unwrap();
+    assert_eq!(rig.result(read), Ok(()));
+}

@@ -400,3 +400,17 @@ fn however_much_waits_for_space_the_others_go_on() {
     rig.make_room();
     assert_eq!(rig.result(write), Ok(()));
 }
+
+#[test]
+fn who_waits_for_an_end_gives_up_what_is_parked() {
+    let medium = Medium {
+        capacity: Some(4 * CLUSTER / 4096),
+        ..Medium::default()
+    };
+    let rig = Rig::open(&empty_image(medium, 1, 64 * CLUSTER), 1, options());
+    let write = rig.push_write_to(0, 0, &vec![1; 8 * CLUSTER as usize]);
+    (0..3000).for_each(|_| rig.turn());
+    assert_eq!(rig.ended(write), None, "it is parked");
+    rig.queues[0].borrow_mut().wait_for_an_end();
+    assert_eq!(rig.result(write), Err(EngineError::NoSpace));
+}

@@ -212,3 +212,33 @@ fn a_disk_too_large_for_version_1_is_found_before() {
     upper.set_header(huge);
     assert!(check_mergeable(&lower, &upper).is_err());
 }
+
+/// Whoever looks wants it to end.
+struct Interrupted;
+
+impl Progress for Interrupted {
+    fn is_cancelled(&self) -> bool {
+        true
+    }
+}
+
+#[test]
+fn a_merge_that_is_interrupted_leaves_the_disk_as_it_was() {
+    let ploop = image(&header(Version::V2, 5), &[At(0), Hole, At(1)], 2);
+    let plain: Vec<u8> = (10..14).flat_map(cluster_content).collect();
+    for (lower, is_plain) in [(ploop, false), (plain, true)] {
+        let case = Case {
+            lower,
+            is_plain,
+            upper: upper(5),
+        };
+        let size = case.size();
+        let (_medium, mut lower, upper) = case.load(case.lower.clone());
+        let before = view(&lower, None, size);
+        let expected = view(&lower, Some(&upper), size);
+        let merged = merge_into(&mut lower, &upper, true, &Interrupted);
+        assert!(matches!(merged, Err(ImageError::Interrupted { .. })));
+        assert!(view(&lower, None, size) == before, "clusters were copied");
+        assert!(view(&lower, Some(&upper), size) == expected);
+    }
+}

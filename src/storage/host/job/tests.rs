@@ -520,6 +520,49 @@ fn progress_that_is_no_whole_block_does_not_go_on_for_ever() {
 }
 
 #[test]
+fn a_transfer_that_gets_on_by_little_each_time_ends_well() {
+    const LEN: usize = 2 * PATIENCE as usize;
+    for op in [read_op(0, LEN), write_op(0, LEN)] {
+        let (mut description, _look) = eight_blocks();
+        description.stop_direct(Errno::INVAL);
+        let mut job = Job::new(op);
+        for byte in 1..=LEN {
+            job.step(&mut description, &mut pieces());
+            let expected = match byte {
+                LEN => Verdict::Done(Ok(())),
+                _ => Verdict::Again,
+            };
+            assert_eq!(job.ended(1, &mut description), expected, "byte {byte}");
+        }
+    }
+}
+
+#[test]
+fn zeros_that_cannot_be_written_either_are_not_begun_anew() {
+    for error in [Errno::OPNOTSUPP, Errno::NOSYS] {
+        let (mut description, _look) = eight_blocks();
+        description.stop_direct(Errno::INVAL);
+        let mut job = Job::new(Op::Zero {
+            file: FileId(0),
+            offset: 512,
+            len: 1024,
+            mode: ZeroMode::KeepAllocated,
+        });
+        let mut pieces = pieces();
+        let asked = job.step(&mut description, &mut pieces);
+        assert!(matches!(asked, Step::Fallocate { .. }), "{asked:?}");
+        let refused = -error.raw_os_error();
+        assert_eq!(job.ended(refused, &mut description), Verdict::Again);
+        let written = job.step(&mut description, &mut pieces);
+        assert!(matches!(written, Step::Write { .. }), "{written:?}");
+        assert_eq!(
+            job.ended(refused, &mut description),
+            Verdict::Done(Err(error))
+        );
+    }
+}
+
+#[test]
 fn a_step_that_always_would_block_ends() {
     let (mut description, _look) = eight_blocks();
     let mut job = Job::new(read_op(0, 1024));
