@@ -331,6 +331,26 @@ fn a_disk_grows_and_shrinks_and_its_descriptor_follows() {
 }
 
 #[test]
+fn a_raw_disk_grows_and_shrinks_and_its_descriptor_follows() {
+    let disk = Disk::new(4);
+    let descriptor = disk.path.join("DiskDescriptor.xml");
+    let text = fs::read_to_string(&descriptor).unwrap();
+    assert!(text.contains(">Compressed<"));
+    fs::write(&descriptor, text.replace(">Compressed<", ">Plain<")).unwrap();
+    fs::write(disk.top_file(), [1; 4 * CLUSTER]).unwrap();
+    assert_eq!(disk.read(None), [1; 4]);
+    let size = |clusters: u64| NewSize::Exactly(Sector(clusters * CLUSTER_SECTORS));
+    assert!(resize(&disk.path, size(3), Shrink::Refused).is_err());
+    for (clusters, content) in [(6, &[1, 1, 1, 1, 0, 0][..]), (3, &[1; 3]), (3, &[1; 3])] {
+        let resized = resize(&disk.path, size(clusters), Shrink::Allowed).unwrap();
+        assert_eq!(resized, Sector(clusters * CLUSTER_SECTORS));
+        assert_eq!(disk.bundle().descriptor().disk_size, resized);
+        assert_eq!(disk.top_file().metadata().unwrap().len(), resized.bytes());
+        assert_eq!(disk.read(None), content);
+    }
+}
+
+#[test]
 fn a_descriptor_that_a_resize_did_not_reach_follows_in_a_repair() {
     let disk = Disk::new(4);
     let mut bundle = disk.bundle();

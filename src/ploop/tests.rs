@@ -249,6 +249,9 @@ impl Rig {
 impl Drop for Rig {
     fn drop(&mut self) {
         self.engine.abandon();
+        if !thread::panicking() {
+            assert_eq!(self.disk.take_violations(), [""; 0]);
+        }
     }
 }
 

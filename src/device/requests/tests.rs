@@ -1,5 +1,6 @@
 //! The requests of one queue on a simulated disk, whose threads the tests drive.
 
+use std::thread;
 use std::time::Duration;
 
 use smallvec::smallvec;
@@ -202,6 +203,10 @@ impl Rig {
 
 impl Drop for Rig {
     fn drop(&mut self) {
+        if thread::panicking() {
+            // Nobody drives what it would wait for.
+            self.device.engine().abandon();
+        }
         self.requests = None;
         self.device.engine().abandon();
     }

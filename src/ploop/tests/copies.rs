@@ -64,13 +64,17 @@ fn copies_that_are_too_many_at_a_time_wait_and_are_made() {
 }
 
 fn over_a_base(medium: Medium) -> Rig {
+    over_a_base_with(medium, 0)
+}
+
+fn over_a_base_with(medium: Medium, smallest_clone: u64) -> Rig {
     let disk = empty_image(medium, 2, 4 * CLUSTER);
     let base = Rig::open(&disk, 1, options());
     base.write(0, &vec![1; 2 * CLUSTER as usize]).unwrap();
     base.control(Control::Close).unwrap();
     drop(base);
     let options = Options {
-        smallest_clone: 0,
+        smallest_clone,
         ..options()
     };
     let rig = Rig::open(&disk, 2, options);
@@ -153,19 +157,13 @@ fn off_the_blocks(size: Sector) -> Header {
 
 /// Whether the first write to a cluster of the base, of 4096 bytes inside the cluster, is
 /// made over a clone; the cluster is right all the same.
-fn is_cloned(disk: &SimDisk, levels: Vec<Level>, cluster: u64, expected: &[u8]) -> bool {
-    let options = Options {
-        smallest_clone: 0,
-        ..options()
-    };
-    let rig = Rig::open_chain(disk, levels, options);
+fn is_cloned(rig: &Rig, cluster: u64, expected: &[u8]) -> bool {
     rig.disk.start_trace();
     rig.write(cluster * CLUSTER + 4096, &[2; 4096]).unwrap();
     let trace = rig.disk.take_trace();
     let mut expected = expected.to_vec();
     expected[4096..8192].fill(2);
     assert!(rig.read(cluster * CLUSTER, CLUSTER as usize) == expected);
-    assert_eq!(rig.disk.take_violations(), [""; 0]);
     trace.iter().any(|line| line.contains("Clone"))
 }
 
@@ -191,7 +189,12 @@ fn a_cluster_that_is_not_on_blocks_is_not_cloned() {
     drop(base);
     make(&disk, FileId(1), &off_the_blocks(size));
     let whole = vec![1; CLUSTER as usize];
-    assert!(!is_cloned(&disk, vec![Level::Ploop; 2], 0, &whole));
+    let options = Options {
+        smallest_clone: 0,
+        ..options()
+    };
+    let rig = Rig::open(&disk, 2, options.clone());
+    assert!(!is_cloned(&rig, 0, &whole));
 
     // The end of the base is behind one, and in the top clusters are as far.
     let cluster = ClusterSize::from_bytes(CLUSTER).unwrap();
@@ -206,7 +209,22 @@ fn a_cluster_that_is_not_on_blocks_is_not_cloned() {
             size: Sector(end / 512),
             cluster,
         };
-        let levels = vec![base, Level::Ploop];
-        assert!(!is_cloned(&disk, levels, 1, &last));
+        let rig = Rig::open_chain(&disk, vec![base, Level::Ploop], options.clone());
+        assert!(!is_cloned(&rig, 1, &last));
+    }
+}
+
+#[test]
+fn small_clusters_are_not_cloned() {
+    for (smallest_clone, may_clone) in [(CLUSTER - 1, true), (CLUSTER, true), (CLUSTER + 1, false)]
+    {
+        let medium = Medium {
+            can_clone: true,
+            ..Medium::default()
+        };
+        let rig = over_a_base_with(medium, smallest_clone);
+        let whole = vec![1; CLUSTER as usize];
+        let cloned = is_cloned(&rig, 0, &whole);
+        assert_eq!(cloned, may_clone, "from {smallest_clone} bytes on");
     }
 }

@@ -412,5 +412,6 @@ fn who_waits_for_an_end_gives_up_what_is_parked() {
     (0..3000).for_each(|_| rig.turn());
     assert_eq!(rig.ended(write), None, "it is parked");
     rig.queues[0].borrow_mut().wait_for_an_end();
-    assert_eq!(rig.result(write), Err(EngineError::NoSpace));
+    (0..3000).for_each(|_| rig.turn());
+    assert_eq!(rig.ended(write), Some(Err(EngineError::NoSpace)));
 }
