@@ -346,3 +346,16 @@ fn what_a_format_extension_took_is_given_back_by_a_growth() {
         assert!(read_cluster(&delta, guest) == cluster_content(index));
     }
 }
+
+#[test]
+fn a_file_that_ends_in_front_of_the_new_data_area_is_made_longer() {
+    let medium = Medium::default();
+    let empty = image(&header(Version::V2, OLD), &[], 0);
+    let mut delta = Delta::load(medium.file("image", empty)).unwrap();
+    grow(&mut delta, Sector(NEW * 64)).unwrap();
+    let delta = delta_of(medium.contents().remove(0));
+    let geometry = delta.geometry();
+    assert_eq!(geometry.disk_size, Sector(NEW * 64));
+    assert_eq!(delta.file_len().unwrap(), geometry.data_start);
+    assert!(delta.bat().iter().all(|entry| *entry == 0));
+}
