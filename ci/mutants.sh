@@ -4,8 +4,9 @@
 # usage: ci/mutants.sh [--diff BASE] [--shard K/N] [FILE...]
 #
 #   FILE...       only mutants of these source files (default: all of .cargo/mutants.toml)
-#   --diff BASE   only mutants of lines that differ from the commit BASE, and only as
-#                 many, from anywhere among them, as ten minutes are enough for
+#   --diff BASE   only mutants of lines that differ from the commit BASE, by the quick
+#                 tests alone, and only as many, from anywhere among them, as ten minutes
+#                 are enough for; fails if they are not enough for one
 #   --shard K/N   only every N-th mutant, from the K-th on
 #
 # cargo-mutants says which mutants there are. All that can be switched on and off are
@@ -13,7 +14,8 @@
 # and no build. The quick tests judge first, those of the library; what survives them
 # meets the long ones: real daemons, ploop-img, and more simulated power cuts. The few
 # that cannot be switched are left to cargo-mutants itself, which builds each of them;
-# with --diff they are only named.
+# with --diff they are only named. What survives there though the long tests notice it
+# is judged by ci/mutants.sh FILE.
 #
 # What was found is kept in target/mutants/judged.jsonl, and a run that was stopped
 # goes on from there. Mutants that change nothing are in .cargo/mutants.toml, and
@@ -33,10 +35,14 @@ readonly not_this=(--skip=power_cuts_notice_every_broken_rule)
 # The exit code that says so.
 readonly some_survived=3
 
+# When --diff begins no other mutant, in seconds from the start: one that survives may
+# take as long as all tests that reach it.
+readonly diff_ends=480
+
 export PLOOP_REQUIRE_PEERS=1
 
 main() {
-    local base='' list=() shard=() limit=()
+    local base='' list=() shard=() limits=()
     while [ $# -gt 0 ]; do
         case $1 in
             --diff) base=${2:?--diff needs a commit}; shift ;;
@@ -50,7 +56,6 @@ main() {
     if [ -n "$base" ]; then
         git diff "$base" -- src > "$work/diff"
         list+=(--in-diff "$work/diff")
-        limit=(--seconds 300)
     fi
     install_cargo_mutants
     "$tools/bin/cargo-mutants" mutants --list --json "${list[@]}" > "$work/list.json"
@@ -60,18 +65,28 @@ main() {
         return
     fi
     cargo build --quiet --locked --package mutant-schemata
+    if [ -n "$base" ]; then
+        limits=(--seconds $((SECONDS < diff_ends ? diff_ends - SECONDS : 0)) --jobs "$(nproc)")
+        # There may be a test by now, in another file.
+        limits+=(--again)
+    fi
     local status=0
-    judge 100 --build=--lib "${shard[@]}" "${limit[@]}" || status=$?
+    judge 100 --build=--lib "${shard[@]}" "${limits[@]}" || status=$?
     [ "$status" = 0 ] || [ "$status" = "$some_survived" ] || exit "$status"
     cp "$work/left.txt" "$work/one-by-one.txt"
+    if [ -n "$base" ]; then
+        sed 's/^/left to ci\/mutants.sh without --diff: /' "$work/one-by-one.txt"
+        exit "$status"
+    fi
     if [ "$status" = "$some_survived" ]; then
         echo "--- what has survived meets the long tests"
         cp "$work/survived.txt" "$work/survived-quick.txt"
-        [ -z "$base" ] || limit=(--seconds $((SECONDS < 400 ? 500 - SECONDS : 100)))
-        judge 3000 --only "$work/survived-quick.txt" --again \
-            "${long_targets[@]/#/--build=}" "${limit[@]}"
+        status=0
+        judge 3000 --only "$work/survived-quick.txt" --again "${long_targets[@]/#/--build=}" ||
+            status=$?
     fi
-    judge_one_by_one "$base"
+    judge_one_by_one
+    return "$status"
 }
 
 install_cargo_mutants() {
@@ -92,12 +107,7 @@ judge() {
 judge_one_by_one() {
     local names=()
     mapfile -t names < "$work/one-by-one.txt"
-    if [ "${#names[@]}" = 0 ]; then
-        return
-    elif [ -n "$1" ]; then
-        printf 'left to ci/mutants.sh without --diff: %s\n' "${names[@]}"
-        return
-    fi
+    [ "${#names[@]}" -gt 0 ] || return 0
     local only=() name
     for name in "${names[@]}"; do
         # shellcheck disable=SC2001  # a set of characters, each kept

@@ -18,7 +18,7 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use anyhow::Context;
+use anyhow::{Context, ensure};
 use clap::Parser;
 use serde::{Deserialize, Serialize};
 
@@ -60,7 +60,7 @@ struct Args {
     #[arg(long)]
     again: bool,
     /// Begin no other mutant after so many seconds: what is left then is said, and no
-    /// failure. Those that are judged are from all over the list.
+    /// failure, unless it is all of them. Those that are judged are from all over the list.
     #[arg(long)]
     seconds: Option<u64>,
 }
@@ -210,6 +210,10 @@ fn report(
         viable - built.mutants.len(),
     );
     print!("{survived}");
+    ensure!(
+        open == 0 || caught > 0 || !survived.is_empty(),
+        "there was no time to judge a single mutant"
+    );
     Ok(if survived.is_empty() {
         ExitCode::SUCCESS
     } else {

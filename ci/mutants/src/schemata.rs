@@ -3,6 +3,8 @@
 //! `a < b` becomes `(if is(7) { a > b } else if is(8) { a == b } else { a < b })`:
 //! with every switch off the program is what it was, and no mutant needs a build
 //! of its own. A `const fn` loses its `const` for that, unless a constant needs it.
+//! An operator keeps its operands: of `a || b || c` that is `(a || b) && c`, where the
+//! text alone would be `a || b && c`.
 //! What cannot be said like that (what a constant needs, in a chain of `let`s, a field
 //! of a structure) is left to cargo-mutants.
 
