@@ -85,9 +85,8 @@ stage_models() {
         cargo test --locked --target-dir target/models --lib loom_models
 }
 
-# Not among those that run by default: it takes long before the first is judged
-# (docs/durability.md). Mutants of the lines that are new: since this branch has left main, or on main those
-# of the last commits.
+# Mutants of the lines that are new: since this branch has left main, or on main those of
+# the last commits. Not among the stages that run by default, as docs/durability.md says.
 stage_mutants() {
     local head base
     head=$(git rev-parse HEAD)
