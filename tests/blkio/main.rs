@@ -10,6 +10,7 @@ mod clones;
 mod dead_disk;
 mod frail_fs;
 mod full_disk;
+mod gluster;
 mod gone;
 mod grow;
 mod kill;

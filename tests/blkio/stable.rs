@@ -12,7 +12,7 @@ use crate::frail_fs::{Event, FrailFs};
 use crate::write_through::Relay;
 
 /// Every way in which the daemon can ask the kernel.
-const WAYS: [[&str; 4]; 4] = [
+pub const WAYS: [[&str; 4]; 4] = [
     ["--aio", "io_uring", "--cache", "none"],
     ["--aio", "io_uring", "--cache", "writeback"],
     ["--aio", "psync", "--cache", "none"],
