@@ -190,6 +190,8 @@ impl Scenario {
             copy_len: cluster,
             has_ring: rng.random(),
             can_clone: rng.random(),
+            // From a copy, so that a seed goes on giving the image that it gave.
+            has_stable_writes: rng.clone().random_ratio(3, 4),
             ..Medium::default()
         };
         Self { medium, ..scenario }

@@ -170,24 +170,6 @@ fn a_stable_write_whose_sync_fails_loses_what_others_wrote_and_tells_one() {
 }
 
 #[test]
-fn syncs_fail_until_somebody_has_heard_of_a_loss() {
-    let disk = disk(Medium::default(), 1);
-    let mut io = disk.open_io(1).unwrap();
-    let mut other = disk.open_io(1).unwrap();
-    disk.change_medium(|medium| medium.faults.sync = 1.0);
-    io.queue(0, write(0, 2, true)).unwrap();
-    io.submit();
-    while disk.is_busy() {
-        disk.step();
-    }
-    disk.change_medium(|medium| medium.faults.sync = 0.0);
-    let sync = || Op::Sync { file: FILE };
-    assert_eq!(run(&disk, &mut other, sync()).result, Err(Errno::IO));
-    io.reap(&mut Vec::new());
-    assert_eq!(run(&disk, &mut other, sync()).result, Ok(()));
-}
-
-#[test]
 fn a_cut_leaves_the_sectors_of_the_device_whole() {
     for seed in 0..500 {
         let medium = Medium {

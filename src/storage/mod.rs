@@ -239,9 +239,9 @@ pub trait Disk: Send + Sync + 'static {
         1
     }
 
-    /// Whether an [`Op::Write`] of the top file with `dsync` takes nothing from other
-    /// syncs. If not, its error can be the only word of what other writes lost, while a sync
-    /// of another thread ends well: then one thread at a time may make something stable.
+    /// Whether an [`Op::Write`] of the top file with `dsync` takes nothing from another.
+    /// If not, its error can be the only word of what the other one lost: then one thread
+    /// alone may make something stable.
     fn has_stable_writes(&self) -> bool {
         true
     }
