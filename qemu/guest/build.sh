@@ -20,7 +20,7 @@ mkdir -p "$out"
 out=$(cd "$out" && pwd)
 
 # Programs of the host that the guest gets. Everything else is busybox.
-programs=(fio mkfs.ext4 e2fsck blkdiscard fallocate)
+programs=(fio mkfs.ext4 e2fsck resize2fs blkdiscard fallocate)
 
 die() { echo "guest/build.sh: $*" >&2; exit 1; }
 
