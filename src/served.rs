@@ -8,7 +8,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use thiserror::Error;
 
-use crate::format::Sector;
+use crate::format::{Sector, Version};
 use crate::image::{Bundle, ImageError};
 use crate::ploop::{Engine, EngineError, Outcome};
 use crate::storage::Disk;
@@ -141,7 +141,8 @@ fn whole_clusters<D: Disk>(engine: &Engine<D>, wanted: Sector) -> Sector {
     }
     let cluster = engine.geometry().cluster;
     let size = cluster.round_up(wanted);
-    if size != wanted {
+    // What is too large for any disk is refused later.
+    if size != wanted && size <= Version::V2.disk_size_max(cluster) {
         log::info!(
             "the size is rounded up from {} to {} bytes: whole clusters of {cluster}",
             wanted.bytes(),

@@ -70,7 +70,22 @@ impl Asker {
     /// # Errors
     /// See [`AskError`].
     pub fn ask(&mut self, command: &str) -> Result<Value, AskError> {
-        let request = json!({ "execute": command });
+        self.ask_with(command, json!({}))
+    }
+
+    /// What a command returns that may take any time.
+    ///
+    /// # Errors
+    /// See [`AskError`].
+    pub fn ask_patiently(&mut self, command: &str, arguments: Value) -> Result<Value, AskError> {
+        self.socket.set_read_timeout(None)?;
+        let answer = self.ask_with(command, arguments);
+        self.socket.set_read_timeout(Some(PATIENCE))?;
+        answer
+    }
+
+    fn ask_with(&mut self, command: &str, arguments: Value) -> Result<Value, AskError> {
+        let request = json!({ "execute": command, "arguments": arguments });
         self.socket.write_all(format!("{request}\n").as_bytes())?;
         loop {
             let mut line = self.hear()?;

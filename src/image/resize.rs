@@ -10,7 +10,7 @@
 
 use std::path::Path;
 
-use super::delta::Delta;
+use super::delta::{Delta, read_header};
 use super::error::{ImageError, IoContext, Result};
 use super::file::ImageFile;
 use super::open::{Access, OpenImage, OpenMode, image_of, open};
@@ -82,6 +82,43 @@ pub fn resize(path: &Path, size: NewSize, shrink: Shrink) -> Result<Sector> {
                 grow(&mut delta, new_size)?;
             }
             update_descriptor(&mut image, new_size)?;
+            Ok(new_size)
+        }
+    }
+}
+
+/// The size that [`resize`] would give the disk at `path`, for a process that serves it and
+/// can make it larger.
+///
+/// # Errors
+/// As [`resize`], as far as that can be known while somebody uses the disk. One that
+/// [may](Shrink::Allowed) become smaller is left to who uses it.
+pub fn size_after(path: &Path, size: NewSize, shrink: Shrink) -> Result<Sector> {
+    let image = open(path, OpenMode::new(Access::Read).force_share(true))?;
+    let (Some(level), Some(file)) = (image.chain.levels.last(), image.files.last()) else {
+        return Err(refuse(path, "has no image"));
+    };
+    match *level {
+        Level::Plain {
+            size: old_size,
+            cluster,
+        } => {
+            let new_size = size.apply(path, old_size, cluster, shrink)?;
+            Header::new(new_size, cluster).map_err(|error| refuse_new(path, error))?;
+            Ok(new_size)
+        }
+        Level::Ploop => {
+            let header = read_header(&image_of(file)?)?;
+            let Geometry {
+                disk_size: old_size,
+                cluster,
+                ..
+            } = *header.geometry();
+            let new_size = size.apply(path, old_size, cluster, shrink)?;
+            if new_size > old_size {
+                Growth::new(&header, new_size)
+                    .map_err(|error| refuse_growth(&file.path, &header, error))?;
+            }
             Ok(new_size)
         }
     }

@@ -40,6 +40,13 @@ impl Host {
         command.output().unwrap().into()
     }
 
+    fn resize(&self, options: &[&str], size: &str) -> Ran {
+        let mut command = ploop_img_command();
+        command.env(VARIABLE, &self.runtime).arg("resize");
+        command.args(options).arg(&self.rig.image).arg(size);
+        command.stdin(Stdio::null()).output().unwrap().into()
+    }
+
     /// Where its control socket is to be.
     fn socket(&self) -> PathBuf {
         let image = fs::metadata(&self.rig.image).unwrap();
@@ -110,6 +117,81 @@ fn a_process_can_be_hidden_or_named() {
     host.ploop_img(&["stat", &option]).ok();
     Qmp::connect(&elsewhere);
     backend.stop();
+}
+
+/// What `ploop-img` says on both streams, without the file's name.
+fn said(ran: Ran) -> (Option<i32>, String, String) {
+    (ran.code, ran.stdout, ran.stderr)
+}
+
+#[test]
+fn a_disk_is_resized_the_same_whether_it_is_served_or_not() {
+    let served = Host::new();
+    let backend = served.serve(&[]);
+    let mut front_end = start_front_end(backend.socket());
+    expect_service(&mut front_end);
+    let idle = Host::new();
+    for size in [
+        "65M", "+1M", "+3k", "67M", "1M", "-5M", "1E", "+0", "nonsense", "1G",
+    ] {
+        let resize = |host: &Host| {
+            let image = host.rig.image.to_str().unwrap();
+            let (code, stdout, stderr) = said(host.resize(&[], size));
+            (code, stdout, stderr.replace(image, "IMAGE"))
+        };
+        let on_line = resize(&served);
+        assert_eq!(on_line, resize(&idle), "{size}");
+        let is_wrong = ["1M", "-5M", "1E", "nonsense"].contains(&size);
+        assert_eq!(on_line.0, Some(i32::from(is_wrong)), "{on_line:?}");
+    }
+    let said = served.resize(&["--quiet"], "+1M").ok();
+    assert_eq!(said, "");
+    let said = served.resize(&["--shrink"], "64M").fails();
+    assert!(said.contains("when nobody serves it"), "{said}");
+    let space = front_end.get_config(0, 60);
+    let capacity = u64::from_le_bytes(space[..8].try_into().unwrap());
+    assert_eq!(capacity, 1025 << 11);
+    expect_service(&mut front_end);
+    drop(front_end);
+    backend.stop();
+    let info = served.ploop_img(&["info", "--output=json"]).ok();
+    let info: Value = serde_json::from_str(&info).unwrap();
+    assert_eq!(info["virtual-size"], 1025 << 20);
+    served.ploop_img(&["check"]).ok();
+}
+
+#[test]
+fn a_disk_is_resized_only_by_who_serves_it() {
+    let host = Host::new();
+    let socket = host.rig.folder.path().join("control");
+    let option = format!("--control={}", socket.display());
+    let backend = host.serve(&[&option]);
+    // It cannot be found.
+    let error = host.resize(&[], "65M").fails();
+    assert!(error.contains("stop it first"), "{error}");
+    host.resize(&[&option], "65M").ok();
+    let nowhere = format!("{option}-of-nobody");
+    let error = host.resize(&[&nowhere], "66M").fails();
+    assert!(error.contains("cannot connect"), "{error}");
+    // Another disk's process.
+    let other = Host::new();
+    let second = other.serve(&[]);
+    let option = format!("--control={}", other.socket().display());
+    let error = host.resize(&[&option], "66M").fails();
+    assert!(error.contains("is of another disk"), "{error}");
+    second.stop();
+    backend.stop();
+    // Nobody is asked where nobody has to be.
+    host.resize(&[&option], "67M").ok();
+    let backend = host.serve(&["--read-only"]);
+    let error = host.resize(&[], "68M").fails();
+    assert!(error.contains("read-only"), "{error}");
+    backend.stop();
+    for (host, size) in [(&host, 67 << 20), (&other, 64 << 20)] {
+        let info = host.ploop_img(&["info", "--output=json"]).ok();
+        let info: Value = serde_json::from_str(&info).unwrap();
+        assert_eq!(info["virtual-size"], size);
+    }
 }
 
 #[test]

@@ -227,8 +227,10 @@ needs -O: no such image is made. A file named - is ./-.")]
     /// Make a disk larger or smaller, while no guest uses it
     ///
     /// The guest has to grow its partitions and file systems itself, or shrink them
-    /// before. Making a disk smaller gives up what is behind its new end, so it takes
-    /// --shrink; a disk with snapshots cannot be made smaller.
+    /// before. A disk that is being served grows all the same, if the process that serves
+    /// it can be found; the guest sees it at once. Making a disk smaller gives up what is
+    /// behind its new end, so it takes --shrink; a disk with snapshots, or one that is
+    /// being served, cannot be made smaller.
     #[command(after_help = "\
 Examples:
   ploop-img resize vm1 20G
@@ -244,6 +246,9 @@ Examples:
         /// Give up what is behind the new end of a smaller disk
         #[arg(long)]
         shrink: bool,
+        /// The socket of the --control of the process that serves the disk, if one does
+        #[arg(long, value_name = "PATH")]
+        control: Option<PathBuf>,
         /// Print nothing but errors
         #[arg(short, long)]
         quiet: bool,

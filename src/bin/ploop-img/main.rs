@@ -5,16 +5,16 @@
 mod args;
 mod notes;
 mod progress;
+mod served;
 mod show;
 mod size;
 mod stat;
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::Parser;
-use vhost_user_ploop::control::{Asker, find_control_socket};
 use vhost_user_ploop::format::{ClusterSize, Guid};
 use vhost_user_ploop::image::{
     self, Access, CheckReport, CompareError, Conversion, Destination, ImageError, OpenMode, Origin,
@@ -24,6 +24,7 @@ use vhost_user_ploop::storage::ease_limits;
 
 use crate::args::{Cli, Command, Convert, Disk, Format, Letters, Output, Snapshot, Verbosity};
 use crate::progress::Bar;
+use crate::served::Refusal;
 
 /// Of `qemu-img compare`, for what is neither alike nor different.
 const CANNOT_OPEN: u8 = 2;
@@ -76,7 +77,7 @@ fn run(command: Command) -> Result<ExitCode, ImageError> {
         } => {
             let info = match image::info(&disk.path, read_mode(&disk)) {
                 // Who can be asked can be believed to keep it in order.
-                Err(ImageError::Locked { .. }) if is_served(&disk.path) => {
+                Err(ImageError::Locked { .. }) if served::server_of(&disk.path).is_some() => {
                     image::info(&disk.path, mode_for(disk.snapshot, true))?
                 }
                 info => info?,
@@ -164,6 +165,7 @@ fn run(command: Command) -> Result<ExitCode, ImageError> {
             path,
             size,
             shrink,
+            control,
             quiet,
             format: _,
         } => {
@@ -171,7 +173,17 @@ fn run(command: Command) -> Result<ExitCode, ImageError> {
                 true => Shrink::Allowed,
                 false => Shrink::Refused,
             };
-            let size = image::resize(&path, size, shrink)?;
+            let size = match image::resize(&path, size, shrink) {
+                Err(locked @ ImageError::Locked { .. }) => {
+                    match served::resize(&path, size, shrink, control.as_deref()) {
+                        Ok(size) => size,
+                        Err(Refusal::Unserved) => return Err(locked),
+                        Err(Refusal::Image(error)) => return Err(error),
+                        Err(Refusal::Said) => return Ok(ExitCode::FAILURE),
+                    }
+                }
+                resized => resized?,
+            };
             if !quiet {
                 show::resized(size);
             }
@@ -324,12 +336,6 @@ fn check_code(report: &CheckReport) -> ExitCode {
         CheckReport { leaks: 1.., .. } => ExitCode::from(3),
         _ => ExitCode::SUCCESS,
     }
-}
-
-/// Whether a process serves the disk that can be asked.
-fn is_served(path: &Path) -> bool {
-    let socket = find_control_socket(path).ok().flatten();
-    socket.is_some_and(|socket| Asker::connect(&socket).is_ok())
 }
 
 fn read_mode(disk: &Disk) -> OpenMode {
