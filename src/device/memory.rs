@@ -16,6 +16,7 @@ use vm_memory::{
 };
 
 use super::vanishing::Watch;
+use super::view::GuestView;
 
 /// A table of guest memory. It is mapped as long as a reference to it is held.
 pub(super) type GuestMap = GuestRegionCollection<GuestRegion>;
@@ -25,7 +26,7 @@ pub(super) type GuestMap = GuestRegionCollection<GuestRegion>;
 pub(super) struct GuestRegion {
     /// Goes before the mapping.
     _watch: Option<Watch>,
-    mapped: GuestRegionMmap<()>,
+    mapped: Arc<GuestRegionMmap<()>>,
 }
 
 impl GuestRegion {
@@ -33,8 +34,13 @@ impl GuestRegion {
     pub fn new(mapped: MmapRegion, at: GuestAddress, watch: Option<Watch>) -> Option<Self> {
         Some(Self {
             _watch: watch,
-            mapped: GuestRegionMmap::new(mapped, at)?,
+            mapped: Arc::new(GuestRegionMmap::new(mapped, at)?),
         })
+    }
+
+    /// The mapping. Who keeps it gives it back before the region goes.
+    pub fn mapped(&self) -> Arc<GuestRegionMmap<()>> {
+        Arc::clone(&self.mapped)
     }
 }
 
@@ -123,7 +129,7 @@ pub(super) struct Hold(u64);
 #[derive(Debug)]
 struct Held {
     generation: u64,
-    map: Arc<GuestMap>,
+    view: GuestView,
     holds: Cell<usize>,
 }
 
@@ -148,7 +154,12 @@ impl QueueMemory {
 
     /// The newest table known here.
     pub fn map(&self) -> &GuestMap {
-        &self.newest.map
+        self.newest.view.map()
+    }
+
+    /// The same for many look-ups.
+    pub fn view(&self) -> &GuestView {
+        &self.newest.view
     }
 
     /// Whether the front-end has replaced the table that [`Self::map`] gives.
@@ -182,12 +193,12 @@ impl QueueMemory {
     #[cfg(test)]
     pub fn held(&self, hold: Hold) -> &GuestMap {
         if hold.0 == self.newest.generation {
-            return &self.newest.map;
+            return self.map();
         }
         self.older
             .iter()
             .find(|held| held.generation == hold.0)
-            .map(|held| &*held.map)
+            .map(|held| held.view.map())
             .expect("a table stays until its last hold is released")
     }
 
@@ -213,7 +224,7 @@ impl Held {
         let generation = shared.generation.load(Ordering::Acquire);
         Self {
             generation,
-            map: shared.atomic.memory().into_inner(),
+            view: GuestView::new(shared.atomic.memory().into_inner()),
             holds: Cell::new(0),
         }
     }
@@ -225,11 +236,18 @@ impl Held {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use std::sync::Weak;
+
     use vm_memory::GuestMemoryBackend;
+
+    use super::*;
 
     fn replace(shared: &SharedMemory, len: usize) {
         shared.replace(anonymous(GuestAddress(0), len));
+    }
+
+    fn weak(memory: &QueueMemory) -> Weak<GuestMap> {
+        Arc::downgrade(&memory.shared.atomic.memory().into_inner())
     }
 
     #[test]
@@ -239,7 +257,7 @@ mod tests {
         let mut memory = QueueMemory::new(Arc::clone(&shared));
         let first = memory.hold();
         let second = memory.hold();
-        let old = Arc::downgrade(&memory.newest.map);
+        let old = weak(&memory);
 
         replace(&shared, 0x2000);
         assert!(memory.is_stale());
@@ -261,7 +279,7 @@ mod tests {
     fn a_table_that_nobody_holds_goes_at_once() {
         let shared = Arc::new(SharedMemory::new());
         let mut memory = QueueMemory::new(Arc::clone(&shared));
-        let old = Arc::downgrade(&memory.newest.map);
+        let old = weak(&memory);
         replace(&shared, 0x1000);
         memory.refresh();
         assert!(old.upgrade().is_none());

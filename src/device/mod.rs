@@ -63,6 +63,7 @@ mod suspended;
 mod throttle;
 mod unshared;
 mod vanishing;
+mod view;
 mod worker;
 mod write_cache;
 

@@ -29,6 +29,7 @@ use super::request;
 use super::requests::{Left, Requests, Used};
 use super::spin::Spin;
 use super::unshared::{self, Sharing};
+use super::view::GuestView;
 use crate::storage::Disk;
 
 /// How many chains are taken before they are submitted. Answers that come together
@@ -351,7 +352,7 @@ impl<D: Disk> Worker<D> {
         }
         let limits = self.device.limits();
         let ring_size = ring.size();
-        let map = self.memory.map();
+        let map = self.memory.view();
         // This saves kicks; all works without.
         let _ = ring.disable_notification(map);
         self.mark_used_ring(ring);
@@ -412,7 +413,7 @@ impl<D: Disk> Worker<D> {
     fn hand_back_odd(&mut self, ring: &mut Queue, head: u16) {
         self.complain(format_args!("there is no descriptor {head}"));
         self.requests.skip();
-        let put = put_back_odd(ring, self.memory.map(), head);
+        let put = put_back_odd(ring, self.memory.view(), head);
         self.mark_used_ring(ring);
         match put {
             Ok(()) => {
@@ -466,7 +467,7 @@ impl<D: Disk> Worker<D> {
             let heads: Vec<_> = answers.map(|answer| answer.head).collect();
             self.mark_written(ring, &heads);
         }
-        let map = self.memory.map();
+        let map = self.memory.view();
         let mut put = 0;
         let mut result = Ok(());
         for &Used { head, len } in self.requests.to_put_back() {
@@ -535,7 +536,7 @@ impl<D: Disk> Worker<D> {
     /// Asks the driver to kick from now on. Returns whether there is something in
     /// the ring already.
     fn ask_for_kicks(&self, ring: &mut Queue) -> bool {
-        let is_there_more = ring.enable_notification(self.memory.map());
+        let is_there_more = ring.enable_notification(self.memory.view());
         self.mark_used_ring(ring);
         is_there_more.unwrap_or(false)
     }
@@ -551,7 +552,7 @@ impl<D: Disk> Worker<D> {
 }
 
 /// Puts one chain into the used ring. If it fails, nothing has happened.
-fn put_back(ring: &mut Queue, map: &GuestMap, head: u16, len: u32) -> Result<(), QueueError> {
+fn put_back(ring: &mut Queue, map: &GuestView, head: u16, len: u32) -> Result<(), QueueError> {
     let before = ring.next_used();
     let result = ring.add_used(map, head, len);
     if result.is_err() {
@@ -562,7 +563,7 @@ fn put_back(ring: &mut Queue, map: &GuestMap, head: u16, len: u32) -> Result<(),
 }
 
 /// The same for a head that the library does not let pass.
-fn put_back_odd(ring: &mut Queue, map: &GuestMap, head: u16) -> Result<(), GuestMemoryError> {
+fn put_back_odd(ring: &mut Queue, map: &GuestView, head: u16) -> Result<(), GuestMemoryError> {
     let address = |offset| {
         let address = ring.used_ring().checked_add(offset);
         address
@@ -620,7 +621,7 @@ fn replay_ring(
 }
 
 /// Whether the driver wants to hear of what was put into the used ring.
-fn wants_signal(ring: &mut Queue, map: &GuestMap) -> bool {
+fn wants_signal(ring: &mut Queue, map: &GuestView) -> bool {
     if ring.event_idx_enabled() {
         return ring.needs_notification(map).unwrap_or(true);
     }
