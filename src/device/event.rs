@@ -7,8 +7,8 @@
 //! A read never blocks, by `RWF_NOWAIT`. For writes there is no such thing: eventfds refuse
 //! the flag, and cannot be opened again for a description of our own. So a write can block
 //! if the front-end makes it do so after its event has come here, with its counter full.
-//! That stops the one queue until somebody waits for the end of its thread, who then
-//! unblocks it.
+//! That stops the one queue, and who waits for it, until somebody unblocks it: see
+//! [`super::signalled`].
 
 use std::fs::File;
 use std::io::{self, IoSliceMut};

@@ -56,6 +56,7 @@ mod requests;
 mod ring;
 mod ring_size;
 mod session;
+mod signalled;
 mod spin;
 mod statistics;
 mod stops;

@@ -4,7 +4,6 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::thread::JoinHandle;
-use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use smallvec::SmallVec;
@@ -17,13 +16,11 @@ use super::inflight::{InFlightQueue, Recovery};
 use super::mailbox::{Mail, Mailbox, Parked};
 use super::memory::{Memory, QueueMemory, SharedMemory};
 use super::requests::{Left, Requests, Used};
+use super::signalled::{Signalled, UNBLOCK_INTERVAL};
 use super::worker::{Events, Next, Worker};
 use crate::headroom;
 use crate::storage::Disk;
 use crate::threads::{self, Role};
-
-/// How long to wait for the end of a thread before it is looked after.
-const UNBLOCK_INTERVAL: Duration = Duration::from_millis(20);
 
 /// What a queue thread starts with.
 pub(super) struct Start<'a, D: Disk> {
@@ -114,14 +111,14 @@ impl QueueThread {
         self.post(Mail::Marks(marks));
     }
 
-    /// Waits until it does; for `unblock` see [`Self::join`].
-    pub fn wait_for_marks(&self, unblock: impl Fn()) {
+    /// Waits until it does.
+    pub fn wait_for_marks(&self, signalled: &Signalled) {
         let is_done = || {
             self.mailbox
                 .has_confirmed_within(self.to_confirm, UNBLOCK_INTERVAL)
         };
         while !is_done() {
-            unblock();
+            signalled.unblock();
         }
     }
 
@@ -130,11 +127,10 @@ impl QueueThread {
         self.post(Mail::Stop(parked));
     }
 
-    /// Waits for the end that it was asked for; `unblock` is called again and again if that
-    /// takes longer. Returns what it could not bring to its end.
-    pub fn join(self, unblock: impl Fn()) -> Left {
+    /// Waits for the end that it was asked for. Returns what it could not bring to its end.
+    pub fn join(self, signalled: &Signalled) -> Left {
         while !self.mailbox.has_ended_within(UNBLOCK_INTERVAL) {
-            unblock();
+            signalled.unblock();
         }
         // A panic ends the daemon; in tests it shows in the lock of the ring.
         self.thread.join().unwrap_or_default()

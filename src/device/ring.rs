@@ -8,8 +8,8 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, Weak};
 
 use thiserror::Error;
 use vhost_user_backend::{VringMutex, VringT};
@@ -28,6 +28,7 @@ use super::queue_thread::{QueueThread, Start};
 use super::ratelimit::{debug_log, guest_log};
 use super::requests::Left;
 use super::ring_size::RingSizes;
+use super::signalled::Signalled;
 use super::suspended::RingState;
 use super::worker::Events;
 use super::{BlockDevice, MIN_QUEUE_SIZE, config};
@@ -108,8 +109,8 @@ pub(super) struct Ring {
     extents: [(u64, usize); 3],
     /// Where the log of written memory has the used ring, if it is to be marked there.
     used_ring_in_log: Option<u64>,
-    /// By which the present thread, or the last one, signals or has signalled.
-    signalled: Vec<Weak<Event>>,
+    /// By which threads signal, of all rings of the connection.
+    signalled: Arc<Signalled>,
     /// The driver may have missed what the last call was signalled.
     owes_signal: bool,
     /// What the last thread could not bring to its end: not for a ring that lies
@@ -124,7 +125,12 @@ impl Ring {
     ///
     /// # Errors
     /// If that is no power of two.
-    pub fn new(index: usize, max_size: u16, memory: Memory) -> Result<Self, QueueError> {
+    pub fn new(
+        index: usize,
+        max_size: u16,
+        memory: Memory,
+        signalled: Arc<Signalled>,
+    ) -> Result<Self, QueueError> {
         Ok(Self {
             index,
             max_size,
@@ -136,7 +142,7 @@ impl Ring {
             thread: None,
             extents: [(0, 0); 3],
             used_ring_in_log: None,
-            signalled: Vec::new(),
+            signalled,
             owes_signal: false,
             left: Left::default(),
         })
@@ -220,7 +226,7 @@ impl Ring {
     /// See [`Self::set_log`].
     pub fn wait_for_marks(&self) {
         if let Some(thread) = &self.thread {
-            thread.wait_for_marks(|| unblock(&self.signalled));
+            thread.wait_for_marks(&self.signalled);
         }
     }
 
@@ -259,31 +265,25 @@ impl Ring {
     }
 
     pub fn set_call(&mut self, call: Option<Event>) {
-        self.call = call.map(Arc::new);
+        self.call = self.shared(call);
         match &self.thread {
             Some(thread) => thread.post(Mail::Call(self.call.clone())),
             // What came to the one before may have come too late for the driver. Only a
             // queue's thread signals: nobody who has messages to serve may block.
             None => self.owes_signal = true,
         }
-        self.note_signalled();
+    }
+
+    /// One that threads may signal by.
+    fn shared(&self, event: Option<Event>) -> Option<Arc<Event>> {
+        let event = event.map(Arc::new);
+        event.inspect(|event| self.signalled.add(event))
     }
 
     pub fn set_error(&mut self, error: Option<Event>) {
-        self.error = error.map(Arc::new);
+        self.error = self.shared(error);
         if let Some(thread) = &self.thread {
             thread.post(Mail::Error(self.error.clone()));
-        }
-        self.note_signalled();
-    }
-
-    fn note_signalled(&mut self) {
-        self.signalled.retain(|event| event.strong_count() > 0);
-        for event in [&self.call, &self.error].into_iter().flatten() {
-            let event = Arc::downgrade(event);
-            if !self.signalled.iter().any(|known| known.ptr_eq(&event)) {
-                self.signalled.push(event);
-            }
         }
     }
 
@@ -335,7 +335,7 @@ impl Ring {
     pub fn halt(&mut self, parked: Parked) {
         self.ask_to_halt(parked);
         if let Some(thread) = self.thread.take() {
-            self.left = thread.join(|| unblock(&self.signalled));
+            self.left = thread.join(&self.signalled);
         }
     }
 
@@ -530,12 +530,6 @@ fn extents(size: u16, [table, avail, used]: [u64; 3]) -> [(u64, usize); 3] {
     ]
 }
 
-/// Lets a thread go on that is blocked in a signal.
-fn unblock(signalled: &[Weak<Event>]) {
-    let events = signalled.iter().filter_map(Weak::upgrade);
-    events.for_each(|event| event.unblock());
-}
-
 impl Drop for Ring {
     fn drop(&mut self) {
         self.halt(Parked::Drop);
@@ -550,7 +544,7 @@ mod tests {
 
     fn ring() -> Ring {
         let map = anonymous(GuestAddress(0), 0x10_0000);
-        let mut ring = Ring::new(0, 16, GuestMemoryAtomic::new(map)).unwrap();
+        let mut ring = Ring::new(0, 16, GuestMemoryAtomic::new(map), Arc::default()).unwrap();
         ring.set_addresses(0x1000, 0x2000, 0x3000).unwrap();
         ring
     }

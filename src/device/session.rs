@@ -34,10 +34,12 @@ use super::memory_table::{MAX_REGIONS, MemoryError, MemoryTable};
 use super::ratelimit::{debug_log, guest_log};
 use super::ring::{Ring, RingError, Surroundings};
 use super::ring_size::RingSizes;
+use super::signalled::{Signalled, UNBLOCK_INTERVAL};
 use super::suspended::SessionState;
 use super::vanishing::Alarm;
 use super::write_cache::WriteCache;
 use crate::format::Sector;
+use crate::ploop::EngineError;
 use crate::storage::Disk;
 
 /// Why a message is not obeyed.
@@ -90,6 +92,8 @@ pub(super) struct Session<D: Disk> {
     device: Arc<BlockDevice<D>>,
     memory: MemoryTable,
     rings: Vec<Ring>,
+    /// By which their threads signal.
+    signalled: Arc<Signalled>,
     is_owned: bool,
     /// What the library holds messages against.
     negotiated: Option<u64>,
@@ -115,10 +119,15 @@ impl<D: Disk> Session<D> {
     /// None that [`super::Queues`] does not exclude.
     pub fn new(device: Arc<BlockDevice<D>>, alarm: Arc<Alarm>) -> Result<Self, QueueError> {
         let memory = MemoryTable::new(alarm);
-        let make = |index| Ring::new(index, device.queue_size(), memory.shared().atomic());
+        let signalled = Arc::new(Signalled::default());
+        let make = |index| {
+            let memory = memory.shared().atomic();
+            Ring::new(index, device.queue_size(), memory, Arc::clone(&signalled))
+        };
         let rings = (0..usize::from(device.num_queues())).map(make);
         Ok(Self {
             rings: rings.collect::<Result<_, _>>()?,
+            signalled,
             memory,
             is_owned: false,
             negotiated: None,
@@ -277,11 +286,24 @@ impl<D: Disk> Session<D> {
         }
     }
 
+    /// Waits until no request of the old mode is left.
+    fn set_write_through(&self, on: bool) -> Result<(), EngineError> {
+        let Some(flush) = self.device.engine().begin_write_through(on) else {
+            return Ok(());
+        };
+        loop {
+            if let Some(result) = flush.wait_for(UNBLOCK_INTERVAL) {
+                return result;
+            }
+            self.signalled.unblock();
+        }
+    }
+
     /// Puts the engine in the mode that the driver has negotiated.
     fn apply_cache_mode(&self) {
         self.note_cache_mode();
         let write_through = self.write_cache.is_write_through();
-        if let Err(error) = self.device.engine().set_write_through(write_through) {
+        if let Err(error) = self.set_write_through(write_through) {
             // The engine remembers the failure and fails every write that would
             // have to be stable, so the guest learns of it.
             guest_log!(

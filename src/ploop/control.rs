@@ -2,6 +2,7 @@
 //! carried out by the metadata thread.
 
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::time::Duration;
 
 use super::EngineError;
 use crate::format::Sector;
@@ -60,6 +61,21 @@ impl Outcome {
             .result
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// As [`Self::wait`], if it is there in time.
+    pub fn wait_for(&self, at_most: Duration) -> Option<Result<(), EngineError>> {
+        let outcome = self
+            .shared
+            .result
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        let (outcome, _) = self
+            .shared
+            .is_there
+            .wait_timeout_while(outcome, at_most, |outcome| outcome.is_none())
+            .unwrap_or_else(PoisonError::into_inner);
+        *outcome
     }
 
     pub fn wait(&self) -> Result<(), EngineError> {
