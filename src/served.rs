@@ -19,8 +19,8 @@ pub enum GrowError {
     /// The engine cannot, or the host.
     #[error("the disk keeps its size")]
     Engine(#[from] EngineError),
-    /// The descriptor of the bundle cannot be read, is another one by now, or, of a raw
-    /// image, cannot be written: such an image is as large as it says.
+    /// The descriptor of the bundle cannot be read, is another one by now, or cannot be
+    /// replaced.
     #[error("the disk keeps its size")]
     Descriptor(#[source] ImageError),
     /// Something else came first; see [`CallOff`].
@@ -84,9 +84,10 @@ impl CallOff {
 /// that size already. Gives back what the size is then; who has a front-end tells it. Blocks,
 /// for long if there is much to move.
 ///
-/// Of an image with a header the header has the last word, so its descriptor follows: a
-/// crash in between leaves a disk of the new size, and the next change of the descriptor
-/// makes it say so. A raw image has no header: first the file is longer, then its
+/// The new descriptor is written, beside the old one, before anything is changed that cannot
+/// be taken back. Of an image with a header the header has the last word, so its descriptor
+/// follows: a crash in between leaves a disk of the new size, and the next change of the
+/// descriptor makes it say so. A raw image has no header: first the file is longer, then its
 /// descriptor says so, then it is used.
 ///
 /// # Errors
@@ -108,11 +109,21 @@ pub fn grow<D: Disk>(
         return Err(GrowError::CalledOff);
     }
     prepared?;
+    let descriptor = bundle
+        .map(|bundle| bundle.prepare_disk_size(size))
+        .transpose();
+    let descriptor = match descriptor {
+        Ok(descriptor) => descriptor.flatten(),
+        Err(error) => {
+            engine.abandon_growth();
+            return Err(GrowError::Descriptor(error));
+        }
+    };
     // If it is too late, what was prepared is forgotten already.
     call_off.commit()?;
     if engine.is_raw() {
-        if let Some(bundle) = bundle
-            && let Err(error) = bundle.set_disk_size(size)
+        if let Some(descriptor) = descriptor
+            && let Err(error) = descriptor.publish()
         {
             engine.abandon_growth();
             return Err(GrowError::Descriptor(error));
@@ -120,8 +131,8 @@ pub fn grow<D: Disk>(
         engine.commit_growth()?;
     } else {
         engine.commit_growth()?;
-        if let Some(bundle) = bundle
-            && let Err(error) = bundle.set_disk_size(size)
+        if let Some(descriptor) = descriptor
+            && let Err(error) = descriptor.publish()
         {
             log::warn!(
                 "the descriptor still has the old size of the disk, though the image has the \

@@ -6,7 +6,7 @@ use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use super::error::{ImageError, IoContext, Result};
-use super::folder::Folder;
+use super::folder::{Folder, Replacement};
 use crate::format::{Descriptor, EditError, Guid, Sector};
 
 /// An open folder with a checked descriptor.
@@ -104,11 +104,31 @@ impl Bundle {
     /// Any of `open(2)`, `write(2)`, `fsync(2)` and `rename(2)`. The old
     /// descriptor may still be in place, or the new one.
     pub fn save(&mut self, descriptor: Descriptor) -> Result<()> {
+        self.prepare(descriptor)?.publish()
+    }
+
+    fn prepare(&mut self, descriptor: Descriptor) -> Result<NewDescriptor<'_>> {
         let text = descriptor.to_xml();
-        self.folder
-            .replace(Descriptor::FILE_NAME, text.as_bytes(), None)?;
-        self.descriptor = descriptor;
-        Ok(())
+        let name = Descriptor::FILE_NAME;
+        Ok(NewDescriptor {
+            file: self.folder.prepare(name, text.as_bytes(), None)?,
+            now: &mut self.descriptor,
+            new: descriptor,
+        })
+    }
+
+    /// The first half of [`Self::set_disk_size`]: what may fail for want of space or
+    /// permission. `None` if the descriptor says so already.
+    ///
+    /// # Errors
+    /// Any of `open(2)`, `write(2)` and `fsync(2)`.
+    pub fn prepare_disk_size(&mut self, disk_size: Sector) -> Result<Option<NewDescriptor<'_>>> {
+        if self.descriptor.disk_size == disk_size {
+            return Ok(None);
+        }
+        let mut descriptor = self.descriptor.clone();
+        descriptor.disk_size = disk_size;
+        self.prepare(descriptor).map(Some)
     }
 
     /// Has the descriptor say how large the disk is, if it does not yet.
@@ -116,12 +136,10 @@ impl Bundle {
     /// # Errors
     /// As [`Self::save`].
     pub fn set_disk_size(&mut self, disk_size: Sector) -> Result<()> {
-        if self.descriptor.disk_size == disk_size {
-            return Ok(());
+        match self.prepare_disk_size(disk_size)? {
+            Some(descriptor) => descriptor.publish(),
+            None => Ok(()),
         }
-        let mut descriptor = self.descriptor.clone();
-        descriptor.disk_size = disk_size;
-        self.save(descriptor)
     }
 
     /// Says on which bundle a change of the tree failed.
@@ -142,6 +160,26 @@ impl Bundle {
             Some(_) => Ok(()),
             None => Err(self.edit_error(EditError::NotFound(guid))),
         }
+    }
+}
+
+/// A descriptor that is not in place yet. Dropped, the old one stays.
+#[derive(Debug)]
+pub struct NewDescriptor<'a> {
+    file: Replacement<'a>,
+    now: &'a mut Descriptor,
+    new: Descriptor,
+}
+
+impl NewDescriptor<'_> {
+    /// Puts it in place, in one step, and makes that stable.
+    ///
+    /// # Errors
+    /// Any of `rename(2)` and `fsync(2)`. After the latter it may be in place.
+    pub fn publish(self) -> Result<()> {
+        self.file.publish()?;
+        *self.now = self.new;
+        Ok(())
     }
 }
 

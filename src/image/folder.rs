@@ -167,10 +167,24 @@ impl Folder {
     /// Any of `open(2)`, `write(2)`, `fsync(2)` and `rename(2)`.
     pub(super) fn replace(
         &self,
-        name: &str,
+        name: &'static str,
         content: &[u8],
         ownership: Option<Ownership>,
     ) -> Result<()> {
+        self.prepare(name, content, ownership)?.publish()
+    }
+
+    /// The first half of [`Self::replace`]: all that may fail for want of space or
+    /// permission.
+    ///
+    /// # Errors
+    /// Any of `open(2)`, `write(2)` and `fsync(2)`.
+    pub(super) fn prepare(
+        &self,
+        name: &'static str,
+        content: &[u8],
+        ownership: Option<Ownership>,
+    ) -> Result<Replacement<'_>> {
         let path = self.path.join(name);
         let ownership = match self.contains(Path::new(name))? {
             true => {
@@ -179,14 +193,11 @@ impl Folder {
             }
             false => ownership,
         };
-        let temporary = self.write_temporary(content, ownership)?;
-        fault::point();
-        let renamed = rustix::fs::renameat(&self.file, &temporary, &self.file, name);
-        if renamed.is_err() {
-            let _ = rustix::fs::unlinkat(&self.file, &temporary, AtFlags::empty());
-        }
-        renamed.context(&path, "replace")?;
-        self.sync()
+        Ok(Replacement {
+            passing: Some(self.write_temporary(content, ownership)?),
+            name,
+            folder: self,
+        })
     }
 
     /// A synced file under a passing name.
@@ -246,6 +257,40 @@ impl Folder {
     pub fn sync(&self) -> Result<()> {
         fault::point();
         self.file.sync_all().context(&self.path, "sync the folder")
+    }
+}
+
+/// A file, synced, that is to take the place of another. Dropped, it is gone.
+#[derive(Debug)]
+pub(super) struct Replacement<'a> {
+    /// The name that it has meanwhile.
+    passing: Option<String>,
+    name: &'static str,
+    folder: &'a Folder,
+}
+
+impl Replacement<'_> {
+    /// Puts it in place, in one step, and makes that stable.
+    ///
+    /// # Errors
+    /// Any of `rename(2)` and `fsync(2)`. After the latter it may be in place.
+    pub fn publish(mut self) -> Result<()> {
+        let path = self.folder.path.join(self.name);
+        let folder = &self.folder.file;
+        if let Some(passing) = &self.passing {
+            fault::point();
+            rustix::fs::renameat(folder, passing, folder, self.name).context(&path, "replace")?;
+        }
+        self.passing = None;
+        self.folder.sync()
+    }
+}
+
+impl Drop for Replacement<'_> {
+    fn drop(&mut self) {
+        if let Some(passing) = &self.passing {
+            let _ = rustix::fs::unlinkat(&self.folder.file, passing, AtFlags::empty());
+        }
     }
 }
 

@@ -33,7 +33,7 @@ mod testing;
 mod tests;
 mod version;
 
-pub use bundle::{Bundle, Location};
+pub use bundle::{Bundle, Location, NewDescriptor};
 pub use check::{CheckReport, Repair, check};
 pub use compact::compact;
 pub use compare::{CompareError, Comparison, Difference, Side, compare};

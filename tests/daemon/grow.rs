@@ -7,6 +7,7 @@ use std::io::{Read, Write};
 use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use nix::sys::ptrace;
 use nix::sys::wait::{WaitPidFlag, waitpid};
@@ -21,7 +22,7 @@ use crate::common::backend::Backend;
 use crate::common::fixtures::fixture;
 use crate::common::img::{ploop_img, qemu_img_check};
 use crate::common::qmp::Qmp;
-use crate::common::require_tool;
+use crate::common::{left_out, require_tool};
 use crate::control::{control, serve};
 use crate::front_end::*;
 use crate::upgrade::{Fake, STATE, upgrades};
@@ -527,6 +528,83 @@ fn a_disk_whose_guest_may_come_back_keeps_its_size_until_it_has() {
     qmp.ask(RESIZE, to(1 << 30));
     backend.stop();
     expect_sound(&rig, 1 << 30);
+}
+
+#[test]
+fn a_process_that_dies_at_any_step_of_the_descriptor_leaves_the_old_or_the_new_disk() {
+    if !cfg!(debug_assertions) {
+        let _ = left_out("only debug builds die where they are told to");
+        return;
+    }
+    /// In which the descriptor is written, and put in place.
+    const STEPS: u64 = 4;
+    for name in ["v2", "plain"] {
+        for step in 1..=STEPS + 1 {
+            let Some(rig) = rig_of(|folder| fixture(name).unpack(folder)) else {
+                return;
+            };
+            let size = fixture(name).size;
+            let grown = size + 8 * MIB_OF_DISK;
+            let mut command = Command::new(env!("CARGO_BIN_EXE_vhost-user-ploop"));
+            command.env("PLOOP_IMG_KILL_AT", step.to_string());
+            let option = format!("--control={}", control(&rig).display());
+            let backend = Backend::start_as(command, &rig.image, &rig.socket, &[option]);
+            expect_service(&mut start_front_end(backend.socket()));
+            let mut qmp = Qmp::connect(&control(&rig));
+            qmp.begin(RESIZE, to(grown));
+            if step > STEPS {
+                assert_eq!(qmp.end(RESIZE)["return"], json!({}));
+                backend.stop();
+            } else {
+                let answers = qmp.last_words().into_iter();
+                let mut answers = answers.filter(|line| line["event"].is_null());
+                assert_eq!(answers.next(), None, "it was not over");
+                backend.wait_for_signal();
+                fs::remove_file(&rig.socket).unwrap();
+                fs::remove_file(control(&rig)).unwrap();
+            }
+            let is_said = descriptor(&rig.image).contains(&format!(">{}<", grown / SECTOR));
+            // It is put in place with the last but one, and a header is written before.
+            assert_eq!(is_said, step >= STEPS, "{name}, {step}");
+            let is_grown = is_said || (name == "v2" && step == STEPS - 1);
+            let backend = serve(&rig, &[]);
+            let mut front_end = start_front_end(backend.socket());
+            let expected = if is_grown { grown } else { size };
+            assert_eq!(capacity(&mut front_end), expected, "{name}, {step}");
+            assert_eq!(write(&mut front_end, expected - SECTOR), OK);
+            drop(front_end);
+            // The same once more, which mends a descriptor that lags behind.
+            Qmp::connect(&control(&rig)).ask(RESIZE, to(grown));
+            backend.stop();
+            // What was to be put in place is left.
+            let args = ["check", "--repair", "leaks", rig.image.to_str().unwrap()];
+            ploop_img(args).ok();
+            assert_eq!(contents(&rig.image).len(), 2);
+            expect_sound(&rig, grown);
+        }
+    }
+}
+
+#[test]
+fn a_disk_whose_descriptor_cannot_be_replaced_keeps_its_size() {
+    if !rustix::process::geteuid().is_root() {
+        eprintln!("not tried: only root can become another user");
+        return;
+    }
+    let rig = rig_of(|folder| Some(create(folder, "bundle", &[]))).unwrap();
+    chown(rig.folder.path(), Some(NOBODY), None).unwrap();
+    let user = format!("--user={NOBODY}");
+    let backend = serve(&rig, &[&user]);
+    let mut qmp = Qmp::connect(&control(&rig));
+    for _ in 0..2 {
+        let answer = qmp.answer(RESIZE, to(1 << 30));
+        assert!(desc(&answer).contains("Permission denied"), "{answer}");
+        assert_eq!(size_served(&mut qmp), 64 * MIB_OF_DISK);
+    }
+    expect_service(&mut start_front_end(backend.socket()));
+    backend.stop();
+    expect_sound(&rig, 64 * MIB_OF_DISK);
+    assert_eq!(contents(&rig.image).len(), 2);
 }
 
 #[test]
