@@ -61,6 +61,12 @@ stage_shards() {
     ci/gluster.sh shards
 }
 
+# Two domains of libvirt and one disk. Not among the stages that run by default: it needs
+# root and installs libvirt. tests/guest/plugging.rs has the same of QEMU alone.
+stage_libvirt() {
+    ci/libvirt.sh
+}
+
 # Simulated power cuts; ci/sim.sh alone makes the long run.
 stage_power_cuts() {
     ci/sim.sh 150000

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Installs what is missing for the demonstration, the benchmark and the tests, with apt.
 #
-# usage: install-tools.sh [demo|bench|ci]      (default: demo)
+# usage: install-tools.sh [demo|bench|ci|libvirt]      (default: demo)
 #
 # A machine that has everything is left alone, no package is ever removed or
 # brought to another version, and apt's sources stay as they are. A missing package
@@ -48,6 +48,12 @@ shellcheck shellcheck
 mkfs.xfs xfsprogs
 debootstrap debootstrap
 ip iproute2
+"
+# The last is no program that somebody calls here: it comes with the driver for QEMU.
+libvirt_tools="
+libvirtd libvirt-daemon
+virsh libvirt-clients
+virt-qemu-run libvirt-daemon-driver-qemu
 "
 
 say() { echo "install-tools.sh: $*"; }
@@ -284,7 +290,8 @@ case ${1:-demo} in
     demo) programs=$demo_tools ;;
     bench) programs=$demo_tools$bench_tools ;;
     ci) programs=$demo_tools$ci_tools ;;
-    *) die "unknown set '$1': demo, bench or ci" ;;
+    libvirt) programs=$demo_tools$libvirt_tools ;;
+    *) die "unknown set '$1': demo, bench, ci or libvirt" ;;
 esac
 forget_superseded
 provide_missing
