@@ -66,6 +66,10 @@ impl Subject for Disk {
         }]
     }
 
+    fn file_id(&self) -> &str {
+        "fe00-20d3"
+    }
+
     fn has_write_cache(&self) -> bool {
         false
     }

@@ -31,7 +31,7 @@ use thiserror::Error;
 pub use args::Args;
 pub use asker::{AskError, Asker};
 pub use logging::{LogFormat, Logging};
-pub use place::find as find_control_socket;
+pub use place::{file_id, find as find_control_socket};
 pub use sandbox::{RunAs, Sandbox, SandboxError, SandboxOptions, SeccompMode};
 pub use signals::Signals;
 pub use socket::{ServerSocket, SocketAccess, SocketError};

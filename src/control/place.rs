@@ -39,9 +39,13 @@ fn folders() -> Vec<PathBuf> {
     of_user.into_iter().chain([HOST.into()]).collect()
 }
 
+/// What a file is called whatever its path: `DEVICE-INODE`, in hexadecimal.
+pub fn file_id(file: &Metadata) -> String {
+    format!("{:x}-{:x}", file.dev(), file.ino())
+}
+
 fn socket_in(folder: &Path, file: &Metadata) -> PathBuf {
-    let name = format!("{:x}-{:x}", file.dev(), file.ino());
-    folder.join(name).join("control")
+    folder.join(file_id(file)).join("control")
 }
 
 /// Where the control socket of a process that serves these files is to be made; `None` if

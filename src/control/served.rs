@@ -10,6 +10,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use super::growth::{Grower, Growth, GrowthError};
+use super::place::file_id;
 use super::qmp::{Level, Subject};
 use super::{Args, Error, Sandbox};
 use crate::device::{
@@ -33,6 +34,8 @@ const PAUSE: Duration = Duration::from_millis(10);
 /// The files of a disk, and what they are. Drop it last: the locks are in it.
 pub(super) struct Image {
     files: Vec<HostFile>,
+    /// Of the last of them.
+    top: String,
     chain: Chain,
     /// Until there is [`Self::grower`].
     bundle: Option<Bundle>,
@@ -46,8 +49,13 @@ pub(super) struct Image {
 }
 
 impl Image {
+    /// # Errors
+    /// When there are no more descriptors; any of `fstat(2)`.
     pub fn new(image: OpenImage) -> io::Result<Self> {
+        let top = image.files.last();
+        let top = top.map(|top| top.file.metadata()).transpose()?;
         Ok(Self {
+            top: top.as_ref().map(file_id).unwrap_or_default(),
             files: image.files,
             chain: image.chain,
             bundle: image.bundle,
@@ -144,6 +152,7 @@ impl Image {
         match device {
             Ok(device) => Ok(Served {
                 device: Arc::new(device),
+                top: self.top.clone(),
                 running,
                 grower: self.grower.clone(),
             }),
@@ -189,6 +198,8 @@ impl Image {
 /// An engine that runs, and the device that shows it.
 pub(super) struct Served {
     device: Arc<BlockDevice<HostDisk>>,
+    /// See [`file_id`].
+    top: String,
     running: Running<HostDisk>,
     grower: Option<Arc<Grower>>,
 }
@@ -226,6 +237,7 @@ impl Served {
     pub fn pass(self) -> Passed {
         let Self {
             device,
+            top,
             running,
             grower,
         } = self;
@@ -235,6 +247,7 @@ impl Served {
             Err((Some(running), error)) => {
                 let kept = Self {
                     device,
+                    top,
                     running,
                     grower,
                 };
@@ -269,6 +282,10 @@ impl Subject for Served {
             top.virtual_size = self.engine().disk_size().bytes();
         }
         levels
+    }
+
+    fn file_id(&self) -> &str {
+        &self.top
     }
 
     fn has_write_cache(&self) -> bool {

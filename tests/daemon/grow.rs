@@ -44,7 +44,7 @@ pub fn rig_of(make: impl FnOnce(&Path) -> Option<PathBuf>) -> Option<Rig> {
     })
 }
 
-fn create(folder: &Path, name: &str, args: &[&str]) -> PathBuf {
+pub fn create(folder: &Path, name: &str, args: &[&str]) -> PathBuf {
     let path = folder.join(name);
     let text = path.to_str().unwrap();
     ploop_img([&["create"], args, &[text, "64M"]].concat()).ok();

@@ -1,15 +1,20 @@
 //! `ploop-img` finds the process that serves an image.
 
 use std::fs;
+use std::io::{BufRead, BufReader, Write};
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use serde_json::Value;
+use serde_json::{Value, json};
+use tempfile::TempDir;
+use vhost_user_ploop::image::{self, Access, OpenMode};
 
 use crate::common::backend::Backend;
-use crate::common::img::{Ran, ploop_img_command};
+use crate::common::img::{Ran, ploop_img, ploop_img_command};
 use crate::common::qmp::Qmp;
+use crate::grow::{create, with_snapshots};
 use crate::{Rig, expect_service, start_front_end};
 
 const VARIABLE: &str = "PLOOP_RUNTIME_DIR";
@@ -192,6 +197,87 @@ fn a_disk_is_resized_only_by_who_serves_it() {
         let info: Value = serde_json::from_str(&info).unwrap();
         assert_eq!(info["virtual-size"], size);
     }
+}
+
+#[test]
+fn a_disk_is_not_taken_for_another_whose_files_have_the_same_names() {
+    let folder = TempDir::new().unwrap();
+    let [first, second] = ["first", "second"].map(|name| create(folder.path(), name, &[]));
+    let text = |path: &Path| path.to_str().unwrap().to_owned();
+    let size = |bundle: &Path| {
+        let info = ploop_img(["info", "--output=json", &text(bundle)]).ok();
+        serde_json::from_str::<Value>(&info).unwrap()["virtual-size"].clone()
+    };
+    // One file, by whatever path it was opened.
+    for (blk_file, expected) in [(".", 65_u64), ("root.hds", 66), ("../first", 67)] {
+        let start = |bundle: &Path, blk_file: &str| {
+            let mut command = Command::new(env!("CARGO_BIN_EXE_vhost-user-ploop"));
+            command.current_dir(bundle);
+            let socket = bundle.with_extension("socket");
+            Backend::start_as(command, blk_file.as_ref(), &socket, &["--control=control"])
+        };
+        let backends = [start(&first, blk_file), start(&second, ".")];
+        let control = format!("--control={}", first.join("control").display());
+        let larger = format!("{expected}M");
+        let said = ploop_img(["resize", &text(&second), "80M", &control]).fails();
+        assert!(said.contains("is of another disk"), "{said}");
+        let said = ploop_img(["stat", &text(&second), &control]).fails();
+        assert!(said.contains("is of another disk"), "{said}");
+        ploop_img(["stat", &text(&first), &control]).ok();
+        ploop_img(["resize", &text(&first), &larger, &control]).ok();
+        backends.into_iter().for_each(Backend::stop);
+        assert_eq!(size(&second), 64 << 20);
+        assert_eq!(size(&first), expected << 20);
+    }
+}
+
+#[test]
+fn the_process_of_a_snapshot_tells_who_asks_for_its_disk() {
+    let folder = TempDir::new().unwrap();
+    let bundle = with_snapshots(folder.path());
+    let disk = bundle.to_str().unwrap();
+    let snapshots = ploop_img(["snapshot", "list", "--output=json", disk]).ok();
+    let snapshots: Value = serde_json::from_str(&snapshots).unwrap();
+    let guid = snapshots.as_array().unwrap()[0]["guid"].as_str().unwrap();
+    let control = format!("--control={}", folder.path().join("control").display());
+    let options = [
+        format!("--snapshot={guid}"),
+        "--read-only".to_owned(),
+        control,
+    ];
+    let socket = folder.path().join("socket");
+    let backend = Backend::start(&bundle, &socket, &options);
+    ploop_img(["stat", disk, &options[2]]).ok();
+    backend.stop();
+}
+
+#[test]
+fn who_resizes_a_disk_hears_of_the_end_of_its_process() {
+    let folder = TempDir::new().unwrap();
+    let disk = create(folder.path(), "disk.hds", &[]);
+    let _locks = image::open(&disk, OpenMode::new(Access::Serve))
+        .unwrap()
+        .locks;
+    let socket = folder.path().join("control");
+    let listener = UnixListener::bind(&socket).unwrap();
+    // Hangs up on who asks for more than what it serves.
+    let image = fs::metadata(&disk).unwrap();
+    let id = format!("{:x}-{:x}", image.dev(), image.ino());
+    let process = std::thread::spawn(move || {
+        let (client, _) = listener.accept().unwrap();
+        let answer = |value: Value| writeln!(&client, "{value}").unwrap();
+        answer(json!({ "QMP": {} }));
+        for line in BufReader::new(&client).lines() {
+            if line.unwrap().contains("block_resize") {
+                break;
+            }
+            answer(json!({ "return": { "file-id": id } }));
+        }
+    });
+    let control = format!("--control={}", socket.display());
+    let said = ploop_img(["resize", disk.to_str().unwrap(), "80M", &control]).fails();
+    assert!(said.contains("may be larger all the same"), "{said}");
+    process.join().unwrap();
 }
 
 #[test]

@@ -1,12 +1,11 @@
 //! Disks that are being served: the process that serves one does what it is asked to.
 
 use std::fmt::Display;
-use std::fs;
-use std::os::unix::fs::MetadataExt;
+use std::fs::File;
 use std::path::Path;
 
-use serde_json::json;
-use vhost_user_ploop::control::{Asker, find_control_socket};
+use serde_json::{Value, json};
+use vhost_user_ploop::control::{AskError, Asker, file_id, find_control_socket};
 use vhost_user_ploop::format::Sector;
 use vhost_user_ploop::image::{self, Access, ImageError, NewSize, OpenMode, Shrink};
 
@@ -48,36 +47,57 @@ pub fn resize(
     };
     let mut server = match control {
         None => server_of(path).ok_or(Refusal::Unserved)?,
-        Some(socket) => {
-            let mut server = Asker::connect(socket).map_err(|error| said(&error))?;
-            let nodes = server.ask("query-named-block-nodes");
-            let nodes = nodes.map_err(|error| said(&error))?;
-            let file = nodes[0]["file"].as_str().unwrap_or_default();
-            if !is_top_of(Path::new(file), path)? {
-                let why = format!("{} is of another disk, {file}", socket.display());
-                return Err(said(&why));
-            }
-            server
-        }
+        Some(socket) => Asker::connect(socket).map_err(|error| said(&error))?,
     };
+    let engine = server.ask("query-engine").map_err(|error| said(&error))?;
+    let image = image::open(path, OpenMode::new(Access::Read).force_share(true))?;
+    let top = image.files.last().and_then(|top| id_of(&top.file));
+    if top.is_none_or(|top| engine["file-id"] != top) {
+        let nodes = server.ask("query-named-block-nodes");
+        let nodes = nodes.map_err(|error| said(&error))?;
+        return Err(said(&other_disk(control, &nodes)));
+    }
     let size = image::size_after(path, size, shrink)?;
     let arguments = json!({ "node-name": "disk", "size": size.bytes() });
-    let answer = server.ask_patiently("block_resize", arguments);
-    answer.map_err(|error| said(&error))?;
-    Ok(size)
+    match server.ask_patiently("block_resize", arguments) {
+        Ok(_) => Ok(size),
+        Err(error @ AskError::Io(_)) => Err(said(&format_args!(
+            "{error}; the disk may be larger all the same, which 'ploop-img info' shows"
+        ))),
+        Err(error) => Err(said(&error)),
+    }
 }
 
-/// Whether a file that another process has opened is the top of this disk.
-fn is_top_of(file: &Path, disk: &Path) -> Result<bool, ImageError> {
-    let image = image::open(disk, OpenMode::new(Access::Read).force_share(true))?;
-    let Some(top) = image.files.last() else {
-        return Ok(false);
+/// Says that a process serves another disk than it is asked about. A path would not do to
+/// tell them apart: a process may have been started elsewhere, and calls the image by the path
+/// that it had from there.
+pub fn other_disk(control: Option<&Path>, nodes: &Value) -> String {
+    let file = nodes[0]["file"].as_str().unwrap_or_default();
+    let server = match control {
+        Some(socket) => socket.display().to_string(),
+        None => "the process that was found".to_owned(),
     };
-    // Else it is to be looked for from where that process was started.
-    if !file.is_absolute() {
-        return Ok(file.file_name() == top.path.file_name());
+    format!("{server} is of another disk, {file}")
+}
+
+/// Whether a process with such an `engine` serves another disk than the one at `path`: no
+/// level or snapshot of it. Who may not read the image cannot know, and may ask.
+pub fn serves_another(engine: &Value, path: &Path) -> bool {
+    let Ok(image) = image::open(path, OpenMode::new(Access::Read).force_share(true)) else {
+        return false;
+    };
+    let is_it = |file: &File| id_of(file).is_some_and(|id| engine["file-id"] == id);
+    if image.files.iter().any(|file| is_it(&file.file)) {
+        return false;
     }
-    let identity = |metadata: fs::Metadata| (metadata.dev(), metadata.ino());
-    let (theirs, ours) = (fs::metadata(file), top.file.metadata());
-    Ok(theirs.is_ok_and(|theirs| ours.is_ok_and(|ours| identity(theirs) == identity(ours))))
+    let bundle = image.bundle.iter();
+    let mut others = bundle.flat_map(|bundle| {
+        let images = bundle.descriptor().images().iter();
+        images.filter_map(|image| bundle.folder().open_image(&image.file, false).ok())
+    });
+    !others.any(|file| is_it(&file))
+}
+
+fn id_of(file: &File) -> Option<String> {
+    file.metadata().ok().as_ref().map(file_id)
 }

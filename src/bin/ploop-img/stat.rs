@@ -12,6 +12,7 @@ use vhost_user_ploop::control::{AskError, Asker, find_control_socket};
 
 use crate::args::Output;
 use crate::notes;
+use crate::served;
 use crate::show::{self, print};
 use crate::size::human;
 
@@ -97,12 +98,16 @@ fn try_run(
     output: Output,
 ) -> Result<(), Box<dyn Display>> {
     let boxed = |error: AskError| -> Box<dyn Display> { Box::new(error) };
-    let socket = match control {
+    let socket = match &control {
         Some(socket) => socket,
-        None => find(path)?,
+        None => &find(path)?,
     };
-    let mut asker = Asker::connect(&socket).map_err(boxed)?;
+    let mut asker = Asker::connect(socket).map_err(boxed)?;
     let mut last = Sample::take(&mut asker).map_err(boxed)?;
+    if served::serves_another(&last.engine, path) {
+        let why = served::other_disk(control.as_deref(), &last.nodes);
+        return Err(Box::new(format!("{}: {why}", path.display())));
+    }
     let Some(pause) = watch else {
         match output {
             Output::Json => show::json(&last.json()),

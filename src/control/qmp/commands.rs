@@ -138,7 +138,8 @@ fn query_blockstats(mut arguments: Arguments, context: &mut Context<'_>) -> Answ
 fn query_engine(arguments: Arguments, context: &mut Context<'_>) -> Answer {
     arguments.end()?;
     let (report, queues) = (context.subject.engine(), context.subject.queues());
-    Ok(shapes::engine(&report, &queues))
+    let file_id = context.subject.file_id();
+    Ok(shapes::engine(file_id, &report, &queues))
 }
 
 fn query_latencies(arguments: Arguments, context: &mut Context<'_>) -> Answer {

@@ -192,9 +192,10 @@ pub(super) fn latencies(latencies: &Latencies) -> Value {
 }
 
 /// What only this program has.
-pub(super) fn engine(report: &EngineReport, queues: &[QueueReport]) -> Value {
+pub(super) fn engine(file_id: &str, report: &EngineReport, queues: &[QueueReport]) -> Value {
     let queues: Vec<_> = queues.iter().map(queue).collect();
     json!({
+        "file-id": file_id,
         "queues": queues,
         "runners": report.runners,
         "dispatched": report.dispatched,

@@ -12,6 +12,9 @@ pub trait Subject {
     /// Its levels, base first; there is one at least.
     fn levels(&self) -> Vec<Level>;
 
+    /// Device and inode of the file of its top level, which can be called by many paths.
+    fn file_id(&self) -> &str;
+
     /// Whether the guest's writes may be kept in a cache until it flushes.
     fn has_write_cache(&self) -> bool;
 

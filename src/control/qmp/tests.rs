@@ -38,6 +38,10 @@ impl Subject for Fake {
         vec![level("base.hds", false), level("top.hds", true)]
     }
 
+    fn file_id(&self) -> &str {
+        "fe00-20d3"
+    }
+
     fn has_write_cache(&self) -> bool {
         true
     }
@@ -200,6 +204,7 @@ fn the_disk_is_described_in_qemus_shapes() {
     assert_eq!(stats["stats"]["idle_time_ns"], 5);
     let engine = &ask(&mut session, r#"{"execute":"query-engine"}"#)["return"];
     assert_eq!(engine["queues"][0]["in-flight"], 2);
+    assert_eq!(engine["file-id"], "fe00-20d3");
 }
 
 /// The answer to a command with these arguments.
