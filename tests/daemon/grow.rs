@@ -649,7 +649,8 @@ fn a_descriptor_keeps_its_owner_whoever_serves() {
             chown(path, Some(NOBODY), Some(NOBODY)).unwrap();
         }
         let path = rig.image.join(DESCRIPTOR);
-        fs::set_permissions(&path, Permissions::from_mode(0o640)).unwrap();
+        // More than that is not kept, and ends nobody.
+        fs::set_permissions(&path, Permissions::from_mode(0o6640)).unwrap();
         let options: Vec<_> = option.iter().map(String::as_str).collect();
         let backend = serve(&rig, &options);
         Qmp::connect(&control(&rig)).ask(RESIZE, to(1 << 30));
@@ -657,7 +658,7 @@ fn a_descriptor_keeps_its_owner_whoever_serves() {
         expect_sound(&rig, 1 << 30);
         let is = fs::metadata(&path).unwrap();
         assert_eq!(
-            (is.uid(), is.gid(), is.mode() & 0o777),
+            (is.uid(), is.gid(), is.mode() & 0o7777),
             (NOBODY, NOBODY, 0o640)
         );
     }

@@ -281,6 +281,51 @@ fn one_thread_alone_reaches_the_folder_of_the_disk_and_nothing_else() {
     backend.stop();
 }
 
+#[test]
+fn no_thread_makes_a_file_that_runs_as_somebody_else() {
+    let rig = rig_of(|folder| Some(with_snapshots(folder))).unwrap();
+    let descriptor = rig.image.join("DiskDescriptor.xml");
+    let descriptor = descriptor.to_str().unwrap();
+    let made = rig.image.join("made").to_str().unwrap().to_owned();
+    let here = Number(i64::from(libc::AT_FDCWD));
+    let create = Number(i64::from(libc::O_RDWR | libc::O_CREAT));
+    let open_as = |mode| {
+        let arguments = [here, Text(&made), create, Number(mode), NOTHING, NOTHING];
+        (libc::SYS_openat, arguments)
+    };
+    let legacy_open_as = |mode| {
+        let arguments = [Text(&made), create, Number(mode), NOTHING, NOTHING, NOTHING];
+        (libc::SYS_open, arguments)
+    };
+    let change_to = |fd, mode| {
+        let arguments = [Number(fd), Number(mode), NOTHING, NOTHING, NOTHING, NOTHING];
+        (libc::SYS_fchmod, arguments)
+    };
+    let (backend, front_end) = served(&rig, &[]);
+    let pid = backend.pid();
+    let Returned(fd) = inject(pid, "grow", open(descriptor, libc::O_RDWR)) else {
+        panic!("it may open it");
+    };
+    assert_eq!(inject(pid, "grow", change_to(fd, 0o640)), Returned(0));
+    assert!(matches!(inject(pid, "grow", open_as(0o777)), Returned(fd) if fd >= 0));
+    fs::remove_file(&made).unwrap();
+    drop(front_end);
+    backend.stop();
+    for special in [0o4755, 0o2755, 0o1644] {
+        for call in [
+            open_as(special),
+            legacy_open_as(special),
+            change_to(0, special),
+        ] {
+            let (backend, _front_end) = served(&rig, &[]);
+            assert_eq!(inject(backend.pid(), "grow", call), Killed, "{special:o}");
+            drop(backend);
+            fs::remove_file(&rig.socket).unwrap();
+        }
+    }
+    assert!(!rig.image.join("made").exists());
+}
+
 /// `CAP_IPC_LOCK`, for a root who may not lift the limit.
 const ONLY_LOCKED_MEMORY: &str = "CapPrm:0000000000004000";
 

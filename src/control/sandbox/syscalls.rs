@@ -124,7 +124,6 @@ const MAIN: &[i64] = &[
 const GROW: &[i64] = &[
     libc::SYS_capget,
     libc::SYS_capset,
-    libc::SYS_fchmod,
     libc::SYS_fchown,
     libc::SYS_fdatasync,
     libc::SYS_fremovexattr,
@@ -132,7 +131,6 @@ const GROW: &[i64] = &[
     libc::SYS_fsync,
     libc::SYS_landlock_restrict_self,
     libc::SYS_lseek,
-    libc::SYS_openat,
     libc::SYS_renameat2,
     libc::SYS_unlinkat,
 ];
@@ -190,7 +188,7 @@ mod legacy {
     pub const LOOK: &[i64] = &[libc::SYS_stat, libc::SYS_lstat];
     pub const MESSAGES: &[i64] = &[libc::SYS_readlink];
     pub const MAIN: &[i64] = &[libc::SYS_epoll_wait, libc::SYS_unlink];
-    pub const GROW: &[i64] = &[libc::SYS_open, libc::SYS_renameat];
+    pub const GROW: &[i64] = &[libc::SYS_renameat];
     pub const START: &[i64] = &[libc::SYS_access, libc::SYS_arch_prctl, libc::SYS_open];
 }
 #[cfg(not(target_arch = "x86_64"))]
@@ -292,6 +290,7 @@ impl Allowed {
         Self::watch()
             .calls(GROW)
             .calls(legacy::GROW)
+            .makes_files()
             .equal(libc::SYS_prctl, 0, libc::PR_CAP_AMBIENT as u64)
             .equal(libc::SYS_prctl, 0, libc::PR_SET_NO_NEW_PRIVS as u64)
     }
@@ -331,6 +330,18 @@ impl Allowed {
     fn opens_again(self) -> Self {
         let makes = libc::O_CREAT | (libc::O_TMPFILE & !libc::O_DIRECTORY);
         self.masked(libc::SYS_openat, 2, makes as u64, 0)
+    }
+
+    /// Files that run as nobody else but who runs them: without a set-user-ID, a
+    /// set-group-ID, or a sticky bit.
+    fn makes_files(self) -> Self {
+        let special = u64::from(libc::S_ISUID | libc::S_ISGID | libc::S_ISVTX);
+        let made =
+            self.masked(libc::SYS_fchmod, 1, special, 0)
+                .masked(libc::SYS_openat, 3, special, 0);
+        #[cfg(target_arch = "x86_64")]
+        let made = made.masked(libc::SYS_open, 2, special, 0);
+        made
     }
 
     fn registers(self, what: &[u64]) -> Self {
