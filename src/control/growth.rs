@@ -18,7 +18,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use super::sandbox::KeepTo;
 use super::{Error as StartError, with_causes};
 use crate::format::Sector;
-use crate::image::Bundle;
+use crate::image::{Bundle, ImageError};
 use crate::ploop::{Engine, EngineError};
 use crate::served::{self, CallOff, GrowError};
 use crate::storage::HostDisk;
@@ -30,6 +30,10 @@ pub(super) enum GrowthError {
     /// It cannot be.
     #[error(transparent)]
     Grow(#[from] GrowError),
+    /// Something is hidden below it; see
+    /// [`require_nothing_hidden`](crate::image::require_nothing_hidden).
+    #[error("the disk keeps its size")]
+    Hidden(#[source] Arc<ImageError>),
     /// There are no more descriptors, most likely.
     #[error("cannot set up what it takes")]
     Setup(#[from] io::Error),
@@ -56,6 +60,7 @@ pub(super) struct Grower {
     /// Taken when it is to end.
     jobs: Option<Sender<Job>>,
     thread: Option<JoinHandle<()>>,
+    hidden: Option<Arc<ImageError>>,
 }
 
 struct Job {
@@ -79,11 +84,15 @@ impl Drop for Ending {
 
 impl Grower {
     /// Starts the thread, which gives up all but `keeps`. `bundle` is what the disk belongs
-    /// to, if to any.
+    /// to, if to any; `hidden` is why it may not become larger, if there is such a reason.
     ///
     /// # Errors
     /// When there can be no more threads, or this one could not be restricted.
-    pub fn start(bundle: Option<Bundle>, keeps: KeepTo) -> Result<Self, StartError> {
+    pub fn start(
+        bundle: Option<Bundle>,
+        hidden: Option<ImageError>,
+        keeps: KeepTo,
+    ) -> Result<Self, StartError> {
         let (jobs, take) = channel::<Job>();
         let (tell, told) = sync_channel(1);
         let thread = threads::start(Role::Grow, "grow", move || {
@@ -103,14 +112,20 @@ impl Grower {
         Ok(Self {
             jobs: Some(jobs),
             thread: Some(thread),
+            hidden: hidden.map(Arc::new),
         })
     }
 
     /// Has the disk of this engine made larger. Returns at once.
     ///
     /// # Errors
-    /// When there are no more descriptors, or the thread has ended.
+    /// It must not become larger, there are no more descriptors, or the thread has ended.
     pub fn grow(&self, engine: Arc<Engine<HostDisk>>, size: Sector) -> Result<Growth, GrowthError> {
+        if let Some(hidden) = &self.hidden
+            && size > engine.disk_size()
+        {
+            return Err(GrowthError::Hidden(Arc::clone(hidden)));
+        }
         let is_over = Arc::new(EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?);
         let (tell, result) = sync_channel(1);
         let growth = Growth {

@@ -89,8 +89,10 @@ impl Image {
         }
         // The descriptor has to follow even if nobody has named it.
         let bundle = bundle.or_else(|| image::bundle_around(&args.blk_file));
+        // Lower levels stay what they are.
+        let hidden = image::require_nothing_hidden(&self.files, &self.chain).err();
         let keeps = sandbox.keeping_to(bundle.as_ref())?;
-        self.grower = Some(Arc::new(Grower::start(bundle, keeps)?));
+        self.grower = Some(Arc::new(Grower::start(bundle, hidden, keeps)?));
         Ok(())
     }
 

@@ -48,7 +48,7 @@ pub use map::{MapEntry, map};
 pub use measure::{Measure, measure_copy, measure_new};
 pub use open::{Access, OpenImage, OpenMode, bundle_around, open};
 pub use progress::Progress;
-pub use resize::{NewSize, Shrink, resize, size_after};
+pub use resize::{NewSize, Shrink, require_nothing_hidden, resize, size_after};
 pub use snapshot::{
     SnapshotInfo, create_snapshot, delete_snapshot, find_snapshot, list_snapshots, merge_snapshots,
     switch_snapshot,

@@ -10,6 +10,9 @@
 
 use std::path::Path;
 
+use rustix::fs::SeekFrom;
+use rustix::io::Errno;
+
 use super::delta::{Delta, read_header};
 use super::error::{ImageError, IoContext, Result};
 use super::file::ImageFile;
@@ -17,9 +20,11 @@ use super::open::{Access, OpenImage, OpenMode, image_of, open};
 use super::repair::{examine_as, free_leaks};
 use super::size::{refuse_growth, refuse_new, whole_clusters};
 use crate::format::{
-    ClusterSize, Fate, Geometry, Growth, GuestCluster, Header, HostCluster, InUse, Sector,
+    ClusterSize, Fate, Geometry, Growth, GuestCluster, Header, HostCluster, InUse, SECTOR_SIZE,
+    Sector,
 };
-use crate::ploop::Level;
+use crate::ploop::{Chain, Level};
+use crate::storage::HostFile;
 
 /// The size that a disk shall have.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -79,6 +84,9 @@ pub fn resize(path: &Path, size: NewSize, shrink: Shrink) -> Result<Sector> {
                 require_shrinkable(path, &image)?;
                 cut_down(&mut delta, new_size)?;
             } else {
+                if new_size > old_size {
+                    require_nothing_hidden(&image.files, &image.chain)?;
+                }
                 grow(&mut delta, new_size)?;
             }
             update_descriptor(&mut image, new_size)?;
@@ -116,6 +124,7 @@ pub fn size_after(path: &Path, size: NewSize, shrink: Shrink) -> Result<Sector> 
             } = *header.geometry();
             let new_size = size.apply(path, old_size, cluster, shrink)?;
             if new_size > old_size {
+                require_nothing_hidden(&image.files, &image.chain)?;
                 Growth::new(&header, new_size)
                     .map_err(|error| refuse_growth(&file.path, &header, error))?;
             }
@@ -159,6 +168,32 @@ impl NewSize {
             wanted if wanted < old_size && cluster.round_up(wanted) > old_size => old_size,
             wanted => whole_clusters(path, wanted, cluster),
         })
+    }
+}
+
+/// That a larger disk shows nothing that is behind the end of a plain image just below the
+/// top: how much of such an image is of the disk, only the level above it says. What is a
+/// hole there reads as the zeros that a larger disk has.
+///
+/// # Errors
+/// There is something, or that cannot be known.
+pub fn require_nothing_hidden(files: &[HostFile], chain: &Chain) -> Result<()> {
+    let ([.., base, _], [.., Level::Plain { size, .. }, _]) = (files, &chain.levels[..]) else {
+        return Ok(());
+    };
+    let len = base.file.metadata().context(&base.path, "look at")?.len();
+    let end = size.bytes();
+    if Sector(len / SECTOR_SIZE) <= *size {
+        return Ok(());
+    }
+    match rustix::fs::seek(&base.file, SeekFrom::Data(end)) {
+        Err(Errno::NXIO) => Ok(()),
+        _ => Err(refuse(
+            &base.path,
+            &format!(
+                "holds data behind the end of its disk, which a larger disk would show; if nobody                  needs it, cut the file while nobody uses the disk ('truncate --size={end}')"
+            ),
+        )),
     }
 }
 

@@ -24,6 +24,7 @@ use crate::common::img::{ploop_img, qemu_img_check};
 use crate::common::qmp::Qmp;
 use crate::common::{left_out, require_tool};
 use crate::control::{control, serve};
+use crate::death::expect;
 use crate::front_end::*;
 use crate::upgrade::{Fake, STATE, upgrades};
 use crate::{
@@ -605,6 +606,36 @@ fn a_disk_whose_descriptor_cannot_be_replaced_keeps_its_size() {
     backend.stop();
     expect_sound(&rig, 64 * MIB_OF_DISK);
     assert_eq!(contents(&rig.image).len(), 2);
+}
+
+#[test]
+fn what_lies_behind_a_plain_base_does_not_come_to_light() {
+    let Some(rig) = rig_of(|folder| fixture("plain").unpack(folder)) else {
+        return;
+    };
+    let raw = rig.image.join("root.hds");
+    let size = fs::metadata(&raw).unwrap().len();
+    let mut base = File::options().append(true).open(&raw).unwrap();
+    ploop_img(["snapshot", "create", rig.image.to_str().unwrap()]).ok();
+    // By another program.
+    base.write_all(&[7; 1 << 20]).unwrap();
+    let backend = serve(&rig, &[]);
+    let mut qmp = Qmp::connect(&control(&rig));
+    let answer = qmp.answer(RESIZE, to(size + MIB_OF_DISK));
+    assert!(desc(&answer).contains("truncate --size="), "{answer}");
+    qmp.ask(RESIZE, to(size));
+    assert_eq!(size_served(&mut qmp), size);
+    expect_service(&mut start_front_end(backend.socket()));
+    backend.stop();
+    base.set_len(size).unwrap();
+    let backend = serve(&rig, &[]);
+    Qmp::connect(&control(&rig)).ask(RESIZE, to(size + MIB_OF_DISK));
+    backend.stop();
+    let backend = serve(&rig, &[]);
+    let mut front_end = start_front_end(backend.socket());
+    expect(&mut front_end, size / SECTOR, 0);
+    drop(front_end);
+    backend.stop();
 }
 
 #[test]

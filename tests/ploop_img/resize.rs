@@ -1,6 +1,7 @@
 //! `resize`.
 
 use std::fs;
+use std::io::Write;
 
 use serde_json::Value;
 use tempfile::TempDir;
@@ -137,6 +138,44 @@ fn what_lies_behind_a_plain_disk_does_not_come_to_light() {
     bytes.truncate(fixture.size as usize);
     bytes.extend([0; 64 << 10]);
     assert!(fs::read(&raw).unwrap() == bytes);
+}
+
+#[test]
+fn what_lies_behind_a_plain_base_does_not_come_to_light() {
+    let folder = TempDir::new().unwrap();
+    let fixture = fixture("plain");
+    let Some(bundle) = fixture.unpack(folder.path()) else {
+        return;
+    };
+    let disk = bundle.to_str().unwrap();
+    let base = fs::OpenOptions::new()
+        .append(true)
+        .open(bundle.join("root.hds"))
+        .unwrap();
+    ploop_img(["snapshot", "create", disk]).ok();
+    // By another program.
+    (&base).write_all(&[7; 64 << 10]).unwrap();
+    let said = ploop_img(["resize", disk, "+64k"]).fails();
+    let remedy = format!("truncate --size={}", fixture.size);
+    assert!(said.contains(&remedy), "{said}");
+    assert_eq!(virtual_size(disk), fixture.size);
+    ploop_img(["resize", disk, "+0"]).ok();
+    base.set_len(fixture.size).unwrap();
+    // A hole is as good as nothing.
+    base.set_len(2 * fixture.size).unwrap();
+    ploop_img(["resize", disk, "+64k"]).ok();
+    let raw = folder.path().join("out.raw");
+    ploop_img(["convert", disk, raw.to_str().unwrap()]).ok();
+    let bytes = fs::read(&raw).unwrap();
+    assert!(bytes[fixture.size as usize..] == [0; 64 << 10]);
+    // Above a snapshot that ends where the disk did, nothing of it is to be seen.
+    (&base).write_all(&[7; 4096]).unwrap();
+    ploop_img(["snapshot", "create", disk]).ok();
+    ploop_img(["resize", disk, "+64M"]).ok();
+    fs::remove_file(&raw).unwrap();
+    ploop_img(["convert", disk, raw.to_str().unwrap()]).ok();
+    let bytes = fs::read(&raw).unwrap();
+    assert!(bytes[fixture.size as usize..].iter().all(|byte| *byte == 0));
 }
 
 #[test]
