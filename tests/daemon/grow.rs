@@ -24,7 +24,7 @@ use crate::common::img::{ploop_img, qemu_img_check};
 use crate::common::qmp::Qmp;
 use crate::common::{left_out, require_tool};
 use crate::control::{control, serve};
-use crate::death::expect;
+use crate::death::{self, CLUSTER, NEVER, begin, expect, reconnect};
 use crate::front_end::*;
 use crate::upgrade::{Fake, STATE, upgrades};
 use crate::{
@@ -636,6 +636,37 @@ fn what_lies_behind_a_plain_base_does_not_come_to_light() {
     expect(&mut front_end, size / SECTOR, 0);
     drop(front_end);
     backend.stop();
+}
+
+/// What the guest has when its process is killed after the disk has grown.
+#[test]
+fn a_guest_goes_on_after_a_kill_with_the_disk_that_grew_under_it() {
+    let rig = Rig::new();
+    let mut backend = serve(&rig, NEVER);
+    let (mut front_end, region) = begin(&backend);
+    death::write(&mut front_end, 0, 3);
+    // The part of the region that is for the map is rounded up; the last is beyond.
+    for (round, size) in (10..).zip([65 * MIB_OF_DISK, 8 << 30, 64 << 30]) {
+        Qmp::connect(&control(&rig)).ask(RESIZE, to(size));
+        assert_eq!(capacity(&mut front_end), size);
+        let last = size / SECTOR - 1;
+        // Known to this process alone.
+        death::write(&mut front_end, last, round);
+        backend.kill();
+        fs::remove_file(control(&rig)).unwrap();
+        backend = serve(&rig, NEVER);
+        reconnect(&mut front_end, &backend, Some(&region));
+        assert_eq!(capacity(&mut front_end), size);
+        front_end.start_rings();
+        expect(&mut front_end, last, round);
+        expect(&mut front_end, 0, 3);
+        death::write(&mut front_end, last - CLUSTER, round);
+        expect(&mut front_end, last - CLUSTER, round);
+        assert_eq!(write(&mut front_end, size), IOERR);
+    }
+    drop(front_end);
+    backend.stop();
+    expect_sound(&rig, 64 << 30);
 }
 
 #[test]
