@@ -583,6 +583,7 @@ impl<D: Disk> MdWriter<D> {
 
     fn synced(&mut self, result: Result<(), Errno>, now: Duration) {
         if let Err(errno) = result {
+            self.engine.refuse_whoever_is_awaited();
             let what = format!("a sync of the image ({errno})");
             self.engine.set_sync_failed(&what);
             return self.end_round(Err(EngineError::SyncFailed));

@@ -14,7 +14,7 @@ use super::md::{MdWriter, Metadata};
 use super::options::Options;
 use super::rule::{self, Rule};
 use super::runner::Runner;
-use super::take_over::{Beginning, NO_OPENING};
+use super::take_over::{Beginning, NO_OPENING, refuse_take_over};
 use crate::format::{
     BatScan, ClusterSize, Geometry, GuestCluster, Header, HostCluster, InUse, Sector,
 };
@@ -166,8 +166,7 @@ fn prepare_plain(
         disk.set_len(top, size)
             .map_err(OpenError::io("extend the file", top))?;
         // Before anything is written behind the old end (I8).
-        disk.sync(top)
-            .map_err(OpenError::io("extend the file", top))?;
+        sync_first(disk, top).map_err(OpenError::io("extend the file", top))?;
     }
     Ok((Allocator::new(HostCluster(geometry.entries)), None))
 }
@@ -245,7 +244,7 @@ fn mark_in_use(
     disk.write_all_at(file, &header.to_bytes(), 0)
         .map_err(failed())?;
     if rule::kept(Rule::MarkBeforeChange) {
-        disk.sync(file).map_err(failed())?;
+        sync_first(disk, file).map_err(failed())?;
     }
     let geometry = header.geometry();
     // A sparse BAT would have to be filled when the host may be full. Of entries
@@ -259,7 +258,7 @@ fn mark_in_use(
         // What is refused is not changed, where that can still be had. The mark that
         // stays otherwise costs a check.
         let undone = disk.write_all_at(file, &before, 0);
-        if let Err(error) = undone.and_then(|()| disk.sync(file)) {
+        if let Err(error) = undone.and_then(|()| sync_first(disk, file)) {
             log::warn!("the image stays marked as in use: {error}");
         }
     })
@@ -281,5 +280,13 @@ fn make_last_cluster_whole(
     }
     let failed = || OpenError::io("extend the file", file);
     disk.set_len(file, whole).map_err(failed())?;
-    disk.sync(file).map_err(failed())
+    sync_first(disk, file).map_err(failed())
+}
+
+/// A sync before anybody is served, which also says what became of the writes of a process
+/// that was killed. It says so once: if it fails, this process ends, and the next one's
+/// succeeds. So the guest of those writes must not go on with the next one (I7, I13).
+fn sync_first(disk: &impl Disk, file: FileId) -> io::Result<()> {
+    disk.sync(file)
+        .inspect_err(|_| refuse_take_over(disk, file))
 }

@@ -191,8 +191,7 @@ impl<D: Disk> Engine<D> {
         if self.is_read_only() {
             return None;
         }
-        let (name, _) = uuid::Uuid::new_v4().as_u64_pair();
-        let name = name.max(NO_OPENING + 1);
+        let name = new_name();
         match self.disk.set_opening(self.top(), name) {
             Ok(()) => Some(name),
             Err(error) => {
@@ -202,6 +201,15 @@ impl<D: Disk> Engine<D> {
                 );
                 None
             }
+        }
+    }
+
+    /// A sync has failed: before anybody has come, it was the only one to say what became of
+    /// the writes of a process that was killed.
+    pub(super) fn refuse_whoever_is_awaited(&self) {
+        if let Beginning::Awaited { opening, .. } = &mut *self.beginning() {
+            *opening = None;
+            refuse_take_over(&self.disk, self.top());
         }
     }
 
@@ -566,6 +574,33 @@ impl<D: Disk> Engine<D> {
             self.bat.mark_dirty(page);
         }
         self.md.waker().wake();
+    }
+}
+
+/// Of an opening; nobody has had it.
+fn new_name() -> u64 {
+    let (name, _) = uuid::Uuid::new_v4().as_u64_pair();
+    name.max(NO_OPENING + 1)
+}
+
+/// What the process that had the image before has left must not be taken over, by any process
+/// that opens the image from now on: writes that its guest was told of may be lost.
+pub(super) fn refuse_take_over(disk: &impl Disk, top: FileId) {
+    if matches!(disk.opening(top), Ok(None | Some(NO_OPENING))) {
+        // Nobody can come back for it.
+        return;
+    }
+    // Not the name of no opening: for a raw image that would be a good end.
+    match disk.set_opening(top, new_name()) {
+        Ok(()) => log::error!(
+            "a sync has failed, so writes of a process that was killed may be lost: a guest of \
+             it that lives on will be refused"
+        ),
+        Err(error) => log::error!(
+            "a sync has failed, so writes of a process that was killed may be lost, and that \
+             cannot be noted with the image ({error}): a guest of it that lives on must be \
+             stopped, as the next process would not refuse it"
+        ),
     }
 }
 

@@ -72,11 +72,15 @@ impl Rig {
 
     fn open_chain(disk: &SimDisk, levels: Vec<Level>, options: Options) -> Self {
         let chain = Chain { levels };
+        Self::of(disk, Engine::open(disk.clone(), &chain, options).unwrap())
+    }
+
+    fn of(disk: &SimDisk, opened: Opened<SimDisk>) -> Self {
         let Opened {
             engine,
             runners,
             md,
-        } = Engine::open(disk.clone(), &chain, options).unwrap();
+        } = opened;
         Self {
             disk: disk.clone(),
             queues: vec![RefCell::new(engine.queue().unwrap())],

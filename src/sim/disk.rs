@@ -69,6 +69,8 @@ pub struct Medium {
     pub can_clone: bool,
     /// See [`Disk::has_stable_writes`].
     pub has_stable_writes: bool,
+    /// How many syncs come before one that fails, beside [`Faults::sync`].
+    pub syncs_until_failure: Option<u32>,
     /// What goes wrong.
     pub faults: Faults,
     /// The next zeroing finds no space for its own bookkeeping.
@@ -94,6 +96,7 @@ impl Default for Medium {
             has_ring: false,
             can_clone: false,
             has_stable_writes: true,
+            syncs_until_failure: None,
             faults: Faults::default(),
             next_zero_is_full: false,
             first_writable: FileId(0),
@@ -1012,7 +1015,10 @@ impl State {
 
     /// Whether the next sync fails.
     fn sync_fails(&mut self) -> bool {
-        let fails = self.fails(self.medium.faults.sync);
+        let is_its_turn = self.medium.syncs_until_failure == Some(0);
+        let left = &mut self.medium.syncs_until_failure;
+        *left = left.and_then(|left| left.checked_sub(1));
+        let fails = self.fails(self.medium.faults.sync) || is_its_turn;
         self.failures += u64::from(fails);
         fails
     }

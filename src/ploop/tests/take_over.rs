@@ -564,12 +564,7 @@ fn new_memory_gets_what_the_disk_does_not_have() {
 
 #[test]
 fn a_raw_image_remembers_a_failed_sync() {
-    let disk = SimDisk::new(1, Medium::default(), 1);
-    let level = Level::Plain {
-        size: Sector(4 * CLUSTER / 512),
-        cluster: ClusterSize::from_bytes(CLUSTER).unwrap(),
-    };
-    let mortal = Mortal::new(&disk, vec![level]);
+    let mortal = mortal_of_raw_image();
     mortal.rig.write(0, &[7; SECTOR]).unwrap();
     mortal
         .rig
@@ -583,6 +578,117 @@ fn a_raw_image_remembers_a_failed_sync() {
     let mortal = mortal.die_and_rise();
     assert_eq!(mortal.rig.read(0, SECTOR), [7; SECTOR]);
     assert_eq!(mortal.rig.flush(), Err(EngineError::SyncFailed));
+}
+
+/// A process is killed, and the next one's sync with this number, counted from 0, fails and
+/// loses what the first one wrote; it ends, and no later sync fails. Whoever comes then must
+/// not take over. `trouble` comes between the first two.
+fn the_third_refuses(mortal: Mortal, failing: u32, trouble: impl FnOnce(&SimDisk)) {
+    mortal.rig.write(0, &[7; SECTOR]).unwrap();
+    let Mortal {
+        rig,
+        memory,
+        levels,
+    } = mortal;
+    let disk = rig.disk.clone();
+    disk.kill();
+    drop(rig);
+    disk.restart();
+    trouble(&disk);
+    disk.change_medium(|medium| medium.syncs_until_failure = Some(failing));
+    let chain = Chain {
+        levels: levels.clone(),
+    };
+    match Engine::open(disk.clone(), &chain, awaiting()) {
+        Ok(opened) => {
+            let rig = Rig::of(&disk, opened);
+            assert!(rig.engine.awaits_take_over());
+            let closed = rig.control(Control::Close);
+            assert_eq!(closed, Err(EngineError::SyncFailed));
+        }
+        Err(error) => assert!(matches!(error, OpenError::Io { .. }), "{error}"),
+    }
+    disk.change_medium(|medium| {
+        assert_eq!(medium.syncs_until_failure.take(), None, "none has failed");
+        medium.len_max = u64::MAX;
+    });
+    disk.kill();
+    disk.restart();
+    let rig = Rig::open_chain(&disk, levels, awaiting());
+    // Nor is a guest served that comes without its memory.
+    assert!(rig.engine.awaits_take_over());
+    let error = rig.engine.take_over(again(&memory)).unwrap_err();
+    assert!(matches!(error, TakeOverError::Changed), "{error}");
+}
+
+fn mortal_of_raw_image() -> Mortal {
+    let level = Level::Plain {
+        size: Sector(4 * CLUSTER / 512),
+        cluster: ClusterSize::from_bytes(CLUSTER).unwrap(),
+    };
+    Mortal::new(&SimDisk::new(1, Medium::default(), 1), vec![level])
+}
+
+#[test]
+fn nobody_takes_over_once_the_sync_of_the_mark_has_failed() {
+    the_third_refuses(Mortal::single(), 0, |_| ());
+    the_third_refuses(Mortal::chain(), 0, |_| ());
+}
+
+/// Makes the last cluster one that is not whole.
+fn add_a_part(disk: &SimDisk) {
+    let top = FileId(0);
+    disk.set_len(top, disk.live_len(top) + 512).unwrap();
+}
+
+#[test]
+fn nobody_takes_over_once_the_sync_of_the_last_cluster_has_failed() {
+    the_third_refuses(Mortal::single(), 1, add_a_part);
+}
+
+#[test]
+fn nobody_takes_over_once_the_sync_of_a_mark_that_is_undone_has_failed() {
+    the_third_refuses(Mortal::single(), 1, |disk| {
+        add_a_part(disk);
+        let len = disk.live_len(FileId(0));
+        disk.change_medium(|medium| medium.len_max = len);
+    });
+}
+
+#[test]
+fn nobody_takes_over_a_raw_image_once_the_sync_of_its_length_has_failed() {
+    the_third_refuses(mortal_of_raw_image(), 0, |disk| {
+        disk.set_len(FileId(0), CLUSTER).unwrap();
+    });
+}
+
+/// It has no mark, so what was written is synced by the end of that process only.
+#[test]
+fn nobody_takes_over_a_raw_image_once_the_end_of_a_process_in_vain_could_not_sync() {
+    the_third_refuses(mortal_of_raw_image(), 0, |_| ());
+}
+
+/// There is nobody to be refused: the next guest is not kept waiting.
+#[test]
+fn a_sync_that_fails_at_the_opening_of_a_closed_raw_image_is_no_matter_to_the_next() {
+    let Mortal {
+        rig,
+        memory: _,
+        levels,
+    } = mortal_of_raw_image();
+    rig.control(Control::Close).unwrap();
+    let disk = rig.disk.clone();
+    drop(rig);
+    disk.restart();
+    disk.set_len(FileId(0), CLUSTER).unwrap();
+    disk.change_medium(|medium| medium.syncs_until_failure = Some(0));
+    let chain = Chain {
+        levels: levels.clone(),
+    };
+    assert!(Engine::open(disk.clone(), &chain, awaiting()).is_err());
+    disk.restart();
+    let rig = Rig::open_chain(&disk, levels, awaiting());
+    assert!(!rig.engine.awaits_take_over());
 }
 
 #[test]
