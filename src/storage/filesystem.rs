@@ -28,31 +28,36 @@ mod magic {
     pub const GPFS: u32 = 0x4750_4653;
 }
 
-/// `None` for a file that cannot be asked.
-fn magic_of(file: impl AsFd) -> Option<u32> {
+/// A file system that does not say is taken for [`magic::FUSE`]: it is somebody else's
+/// program or server that fails to answer, and what is done there is safe everywhere.
+fn magic_of(file: impl AsFd) -> u32 {
     // The numbers have 32 bits; the field has more, and a sign, on most machines.
-    rustix::fs::fstatfs(file)
-        .ok()
-        .map(|stat| stat.f_type as u32)
+    rustix::fs::fstatfs(file).map_or(magic::FUSE, |stat| stat.f_type as u32)
 }
 
 /// Whether the file lies in memory and not on any device.
 pub fn is_in_memory(file: impl AsFd) -> bool {
-    matches!(magic_of(file), Some(magic::RAMFS | magic::TMPFS))
+    matches!(magic_of(file), magic::RAMFS | magic::TMPFS)
 }
 
 /// Whether a program in user space, as GlusterFS's or Ceph's client, is the file
-/// system.
+/// system, or may be.
 pub fn is_fuse(file: impl AsFd) -> bool {
-    magic_of(file) == Some(magic::FUSE)
+    magic_of(file) == magic::FUSE
 }
 
 /// Whether a write-back that failed may be told to one description alone: the one that the
 /// write was made by, or the first that asks. So it is where a program has each description
-/// as a handle of its own (FUSE, 9P). The kernel's own file systems tell each description
-/// that was open at the time (`errseq_t`).
+/// as a handle of its own (FUSE, 9P), and with Lustre, which keeps the error with the inode
+/// and forgets it when any description is closed (`ll_flush`, `ll_file_release`). The file
+/// systems that are part of Linux tell each description that was open at the time
+/// (`errseq_t`); GPFS counts as one of them, though nobody outside can see what it does.
 pub fn tells_lost_writes_once(file: impl AsFd) -> bool {
-    matches!(magic_of(file), Some(magic::FUSE | magic::V9FS))
+    is_told_once(magic_of(file))
+}
+
+fn is_told_once(magic: u32) -> bool {
+    matches!(magic, magic::FUSE | magic::V9FS | magic::LUSTRE)
 }
 
 /// Whether others than this host may change the file, so that this host's page
@@ -61,18 +66,16 @@ pub fn tells_lost_writes_once(file: impl AsFd) -> bool {
 pub fn may_be_shared(file: impl AsFd) -> bool {
     matches!(
         magic_of(file),
-        Some(
-            magic::FUSE
-                | magic::NFS
-                | magic::CEPH
-                | magic::SMB2
-                | magic::CIFS
-                | magic::GFS2
-                | magic::OCFS2
-                | magic::V9FS
-                | magic::LUSTRE
-                | magic::GPFS
-        )
+        magic::FUSE
+            | magic::NFS
+            | magic::CEPH
+            | magic::SMB2
+            | magic::CIFS
+            | magic::GFS2
+            | magic::OCFS2
+            | magic::V9FS
+            | magic::LUSTRE
+            | magic::GPFS
     )
 }
 
@@ -173,7 +176,7 @@ pub fn set_len(file: &File, len: u64) -> io::Result<()> {
 mod tests {
     use super::*;
     #[cfg(not(ploop_loom))]
-    use crate::storage::one_file_fs::OneFileFs;
+    use crate::storage::one_file_fs::{Answers, OneFileFs};
 
     #[test]
     #[cfg(not(ploop_loom))]
@@ -187,9 +190,35 @@ mod tests {
     }
 
     #[test]
+    #[cfg(not(ploop_loom))]
+    fn what_does_not_say_what_it_is_is_taken_for_a_program() {
+        let Some(served) = OneFileFs::mount() else {
+            return;
+        };
+        let file = File::open(served.path()).unwrap();
+        served.answer(Answers {
+            statfs: Some(fuser::Errno::ENOSYS),
+            ..Answers::default()
+        });
+        assert!(rustix::fs::fstatfs(&file).is_err());
+        assert!(is_fuse(&file) && may_be_shared(&file) && !is_in_memory(&file));
+        assert!(tells_lost_writes_once(&file));
+    }
+
+    #[test]
+    fn what_tells_lost_writes_once_is_known_by_its_number() {
+        for magic in [magic::FUSE, magic::V9FS, magic::LUSTRE] {
+            assert!(is_told_once(magic), "{magic:#x}");
+        }
+        for magic in [magic::TMPFS, magic::NFS, magic::CEPH, magic::SMB2] {
+            assert!(!is_told_once(magic), "{magic:#x}");
+        }
+    }
+
+    #[test]
     fn file_systems_are_told_from_each_other() {
         let memory = rustix::fs::memfd_create("test", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
-        assert_eq!(magic_of(&memory), Some(magic::TMPFS));
+        assert_eq!(magic_of(&memory), magic::TMPFS);
         assert!(is_in_memory(&memory) && !is_fuse(&memory) && !may_be_shared(&memory));
         let kernels_own = File::open("/proc/version").unwrap();
         assert!(!is_in_memory(&kernels_own) && !is_fuse(&kernels_own));

@@ -9,7 +9,7 @@ use std::time::{Duration, UNIX_EPOCH};
 use fuser::{
     BackgroundSession, Config, Errno, FileAttr, FileHandle, FileType, Filesystem, FopenFlags,
     Generation, INodeNo, LockOwner, MountOption, OpenFlags, ReplyAttr, ReplyData, ReplyEmpty,
-    ReplyEntry, ReplyLseek, ReplyOpen, ReplyWrite, Request, TimeOrNow, WriteFlags,
+    ReplyEntry, ReplyLseek, ReplyOpen, ReplyStatfs, ReplyWrite, Request, TimeOrNow, WriteFlags,
 };
 use rustix::mount::{UnmountFlags, unmount};
 use tempfile::TempDir;
@@ -27,6 +27,8 @@ pub(crate) struct Answers {
     pub direct_open: Option<Errno>,
     /// To a look at the file, if not what it is like.
     pub look: Option<Errno>,
+    /// To a question about the file system, if not what it is like.
+    pub statfs: Option<Errno>,
     /// The file has lost its last name.
     pub is_nameless: bool,
     /// To a write.
@@ -197,6 +199,13 @@ impl Filesystem for Server {
         match error {
             Some(error) => reply.error(error),
             None => reply.attr(&FORGET, &self.attr(inode)),
+        }
+    }
+
+    fn statfs(&self, _: &Request, _: INodeNo, reply: ReplyStatfs) {
+        match self.lock().answers.statfs {
+            Some(error) => reply.error(error),
+            None => reply.statfs(0, 0, 0, 0, 0, 4096, 255, 4096),
         }
     }
 

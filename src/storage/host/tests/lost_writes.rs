@@ -15,6 +15,7 @@ const LOSES: Answers = Answers {
     open: None,
     direct_open: None,
     look: None,
+    statfs: None,
     is_nameless: false,
     write: None,
     direct_write: None,
@@ -173,4 +174,22 @@ fn threads_that_give_direct_io_up_at_once_open_one_description() {
     let uses = served.take_uses();
     let opened = uses.iter().filter(|what| matches!(what, Use::Open(_)));
     assert_eq!(opened.count(), 1, "{uses:?}");
+}
+
+/// It could be such a server, and who takes it for another kind of file system hides errors.
+#[test]
+fn a_server_that_does_not_say_what_it_is_is_asked_by_one_description_all_the_same() {
+    for error in [fuser::Errno::ENOSYS, fuser::Errno::EIO, fuser::Errno::EINTR] {
+        let Some(served) = OneFileFs::mount() else {
+            return;
+        };
+        served.answer(Answers {
+            statfs: Some(error),
+            ..Answers::default()
+        });
+        let file = SharedFile::new(host_file(&served.path(), true), Cache::Writeback);
+        let file = file.expect("it can be opened");
+        assert!(file.must_share());
+        assert!(!file.can(Fallocation::ZeroRange));
+    }
 }
