@@ -85,6 +85,9 @@ pub(super) struct Job {
     direct: Option<Alignment>,
     /// Steps in a row that made no progress.
     stalls: u8,
+    /// What a stable write failed with that was direct: either its data or its sync. The
+    /// data alone is tried, to know which.
+    refused_stable: Option<Errno>,
     /// What a sync was made by last: see [`Description::next_to_sync`].
     synced: Option<RawFd>,
 }
@@ -161,6 +164,7 @@ impl Job {
             through: 0,
             direct: None,
             stalls: 0,
+            refused_stable: None,
             synced: None,
         }
     }
@@ -244,6 +248,13 @@ impl Job {
         let Ok(count) = usize::try_from(result) else {
             return self.failed(Errno::from_raw_os_error(result.saturating_neg()), file);
         };
+        if self.refused_stable.is_some() {
+            // Its data can be written.
+            return match self.failed_sync(file) {
+                Some(error) => Verdict::Done(Err(error)),
+                None => Verdict::Again,
+            };
+        }
         match (&self.op, &self.route) {
             (Op::Read { .. } | Op::Write { .. }, _) | (Op::Zero { .. }, Route::ZeroFill(_)) => {
                 self.transferred(count, file)
@@ -299,11 +310,19 @@ impl Job {
     }
 
     fn failed(&mut self, error: Errno, file: &mut Description) -> Verdict {
+        if error == Errno::AGAIN && self.stalled(error) == Verdict::Again {
+            return Verdict::Again;
+        }
         match (error, &self.op) {
             (Errno::INTR, _) => Verdict::Again,
-            (Errno::AGAIN, _) => self.stalled(error),
-            (error, _) if self.direct.is_some() && refuses_direct(error) => {
-                file.stop_direct(error);
+            (error, op) if self.direct.is_some() && refuses_direct(error) => {
+                let is_stable = matches!(op, Op::Write { dsync: true, .. });
+                if is_stable && self.refused_stable.is_none() {
+                    self.refused_stable = Some(error);
+                } else {
+                    self.refused_stable = None;
+                    file.stop_direct(error);
+                }
                 Verdict::Again
             }
             (Errno::OPNOTSUPP | Errno::NOSYS, Op::Zero { mode, .. })
@@ -316,8 +335,17 @@ impl Job {
                 file.shared().cannot(Fallocation::Allocate, error);
                 Verdict::Done(extend(file, offset + len))
             }
-            _ => Verdict::Done(Err(error)),
+            // Whoever tries the write without its sync, and finds this error, knows more.
+            _ => Verdict::Done(Err(self.failed_sync(file).unwrap_or(error))),
         }
+    }
+
+    /// What the sync of a stable write failed with, since its data alone is not refused.
+    /// Nothing, if direct I/O was given up meanwhile: then its data may have been refused as
+    /// well, and a ring may have taken the last step by another description.
+    fn failed_sync(&mut self, file: &mut Description) -> Option<Errno> {
+        let error = self.refused_stable.take()?;
+        file.direct().is_some().then_some(error)
     }
 
     /// Another try, if there were not too many.
@@ -343,6 +371,10 @@ impl Job {
     /// The next part of a read or a write.
     fn transfer(&mut self, file: &mut Description, pieces: &mut Pieces) -> Result<Step, Obstacle> {
         self.direct = file.direct();
+        if self.direct.is_none() {
+            // See `failed_sync`.
+            self.refused_stable = None;
+        }
         if let Some(alignment) = self.direct
             && matches!(self.route, Route::Straight)
             && !is_usable(&self.op, alignment)
@@ -365,7 +397,7 @@ impl Job {
             Op::Write { dsync, .. } => Step::Write {
                 offset,
                 memory,
-                dsync,
+                dsync: dsync && self.refused_stable.is_none(),
             },
             _ => Step::Read { offset, memory },
         })

@@ -24,6 +24,8 @@ struct Kernel {
     alignment: Alignment,
     /// Direct transfers fail with this.
     refuses_direct: Option<Errno>,
+    /// The sync of a stable write fails with this, when the data is written.
+    refuses_sync: Option<Errno>,
     /// `fallocate` fails with this.
     refuses_fallocate: Option<Errno>,
     /// Transfers that touch this byte fail with `EIO`.
@@ -31,6 +33,8 @@ struct Kernel {
     /// Whether transfers are cut short and calls interrupted.
     difficult: bool,
     calls: usize,
+    /// Of each write, whether it was to be direct, and stable.
+    writes: Vec<(bool, bool)>,
 }
 
 impl Kernel {
@@ -39,10 +43,12 @@ impl Kernel {
             rng: StdRng::seed_from_u64(seed),
             alignment: BLOCK,
             refuses_direct: None,
+            refuses_sync: None,
             refuses_fallocate: None,
             bad_byte: None,
             difficult: false,
             calls: 0,
+            writes: Vec::new(),
         }
     }
 
@@ -63,6 +69,10 @@ impl Kernel {
             }
             _ => return psync::call(&step, file),
         };
+        let is_stable = matches!(step, Step::Write { dsync: true, .. });
+        if let Step::Write { .. } = step {
+            self.writes.push((file.direct().is_some(), is_stable));
+        }
         let mut list = list_of(memory);
         let len: usize = list.iter().map(Segment::len).sum();
         if self
@@ -95,7 +105,11 @@ impl Kernel {
             },
             _ => Step::Read { offset, memory },
         };
-        psync::call(&step, file)
+        let result = psync::call(&step, file);
+        match self.refuses_sync.filter(|_| is_stable && result > 0) {
+            Some(error) => -error.raw_os_error(),
+            None => result,
+        }
     }
 
     fn run(&mut self, op: Op, file: &mut Description) -> (Result<(), Errno>, Op) {
@@ -396,6 +410,110 @@ fn each_refusal_of_direct_io_ends_it_once() {
             job.ended(-error.raw_os_error(), &mut description),
             Verdict::Done(Err(error))
         );
+    }
+}
+
+const REFUSALS: [Errno; 3] = [Errno::INVAL, Errno::NOTBLK, Errno::OPNOTSUPP];
+
+fn stable_write_op(offset: u64, len: usize) -> Op {
+    Op::Write {
+        file: FileId(0),
+        offset,
+        buffer: Buffer::zeroed(len),
+        dsync: true,
+    }
+}
+
+/// Else nobody would hear of what it may have lost of others.
+#[test]
+fn a_sync_that_fails_like_direct_io_is_not_taken_for_it() {
+    for error in REFUSALS {
+        for len in [512, 4096] {
+            let (mut description, _look) = eight_blocks();
+            let mut kernel = Kernel::new(1);
+            kernel.refuses_sync = Some(error);
+            let (result, _) = kernel.run(stable_write_op(0, len), &mut description);
+            assert_eq!(result, Err(error));
+            assert_eq!(kernel.writes, [(true, true), (true, false)]);
+            assert_eq!(description.direct(), Some(BLOCK));
+        }
+    }
+}
+
+#[test]
+fn a_stable_write_whose_direct_data_is_refused_is_made_through_the_cache() {
+    for error in REFUSALS {
+        let (mut description, _look) = eight_blocks();
+        let mut kernel = Kernel::new(1);
+        kernel.refuses_direct = Some(error);
+        let (result, _) = kernel.run(stable_write_op(0, 4096), &mut description);
+        assert_eq!(result, Ok(()));
+        assert_eq!(kernel.writes, [(true, true), (true, false), (false, true)]);
+        assert_eq!(description.direct(), None);
+        // There its sync is heard of like any other.
+        kernel.refuses_sync = Some(error);
+        let (result, _) = kernel.run(stable_write_op(0, 4096), &mut description);
+        assert_eq!(result, Err(error));
+    }
+}
+
+/// The next step of a stable write is a write, and stable if `is_stable`.
+fn expect_write(job: &mut Job, file: &mut Description, is_stable: bool) {
+    let step = job.step(file, &mut pieces());
+    assert!(
+        matches!(step, Step::Write { dsync, .. } if dsync == is_stable),
+        "{step:?}"
+    );
+}
+
+/// Whoever asked compares it with how the write ends without a sync.
+#[test]
+fn what_a_stable_write_failed_with_first_is_said_if_it_fails_differently_then() {
+    let (mut description, _look) = eight_blocks();
+    let mut job = Job::new(stable_write_op(0, 4096));
+    expect_write(&mut job, &mut description, true);
+    let refused = -Errno::OPNOTSUPP.raw_os_error();
+    assert_eq!(job.ended(refused, &mut description), Verdict::Again);
+    expect_write(&mut job, &mut description, false);
+    let interrupted = -Errno::INTR.raw_os_error();
+    assert_eq!(job.ended(interrupted, &mut description), Verdict::Again);
+    expect_write(&mut job, &mut description, false);
+    assert_eq!(
+        job.ended(-Errno::NOSPC.raw_os_error(), &mut description),
+        Verdict::Done(Err(Errno::OPNOTSUPP))
+    );
+    assert_eq!(description.direct(), Some(BLOCK));
+}
+
+#[test]
+fn a_stable_write_is_no_sync_that_failed_if_another_thread_is_refused_direct_io_meanwhile() {
+    for is_under_way in [false, true] {
+        for end in [4096, -Errno::NOSPC.raw_os_error()] {
+            let (file, _) = random_file(4096, &mut StdRng::seed_from_u64(1));
+            let shared = Arc::new(SharedFile::pretend_direct(file, BLOCK));
+            let mut here = Description::share(&shared);
+            let mut there = Description::share(&shared);
+            let mut job = Job::new(stable_write_op(0, 4096));
+            expect_write(&mut job, &mut here, true);
+            let refused = -Errno::INVAL.raw_os_error();
+            assert_eq!(job.ended(refused, &mut here), Verdict::Again);
+            if is_under_way {
+                expect_write(&mut job, &mut here, false);
+            }
+            there.stop_direct(Errno::INVAL);
+            if is_under_way && end > 0 {
+                // Whether that was direct nobody knows.
+                assert_eq!(job.ended(end, &mut here), Verdict::Again);
+            }
+            if !is_under_way || end > 0 {
+                expect_write(&mut job, &mut here, true);
+            }
+            let expected = match end > 0 {
+                true => Ok(()),
+                false => Err(Errno::NOSPC),
+            };
+            assert_eq!(job.ended(end, &mut here), Verdict::Done(expected));
+        }
     }
 }
 
