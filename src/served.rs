@@ -9,7 +9,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use thiserror::Error;
 
 use crate::format::{Sector, Version};
-use crate::image::{Bundle, ImageError};
+use crate::image::{Bundle, ImageError, NewDescriptor};
 use crate::ploop::{Engine, EngineError, Outcome};
 use crate::storage::Disk;
 
@@ -109,11 +109,8 @@ pub fn grow<D: Disk>(
         return Err(GrowError::CalledOff);
     }
     prepared?;
-    let descriptor = bundle
-        .map(|bundle| bundle.prepare_disk_size(size))
-        .transpose();
-    let descriptor = match descriptor {
-        Ok(descriptor) => descriptor.flatten(),
+    let descriptor = match new_descriptor(bundle, size) {
+        Ok(descriptor) => descriptor,
         Err(error) => {
             engine.abandon_growth();
             return Err(GrowError::Descriptor(error));
@@ -123,7 +120,7 @@ pub fn grow<D: Disk>(
     call_off.commit()?;
     if engine.is_raw() {
         if let Some(descriptor) = descriptor
-            && let Err(error) = descriptor.publish()
+            && let Err(error) = put_in_place(descriptor)
         {
             engine.abandon_growth();
             return Err(GrowError::Descriptor(error));
@@ -132,7 +129,7 @@ pub fn grow<D: Disk>(
     } else {
         engine.commit_growth()?;
         if let Some(descriptor) = descriptor
-            && let Err(error) = descriptor.publish()
+            && let Err(error) = put_in_place(descriptor)
         {
             log::warn!(
                 "the descriptor still has the old size of the disk, though the image has the \
@@ -142,6 +139,30 @@ pub fn grow<D: Disk>(
     }
     log::info!("the disk has {} bytes from now on", size.bytes());
     Ok(size)
+}
+
+/// The descriptor of the disk of that size, to be [put in place](put_in_place); `None` if
+/// there is none, or it says so already. Since the last look at the old one minutes may have
+/// passed.
+fn new_descriptor(
+    bundle: Option<&mut Bundle>,
+    size: Sector,
+) -> Result<Option<NewDescriptor<'_>>, ImageError> {
+    let Some(bundle) = bundle else {
+        return Ok(None);
+    };
+    let descriptor = bundle.prepare_disk_size(size)?;
+    if let Some(descriptor) = &descriptor {
+        descriptor.require_unchanged()?;
+    }
+    Ok(descriptor)
+}
+
+/// Unless another program has changed the old one. It still can between the two steps: no
+/// lock keeps those from it that edit descriptors by hand.
+fn put_in_place(descriptor: NewDescriptor<'_>) -> Result<(), ImageError> {
+    descriptor.require_unchanged()?;
+    descriptor.publish()
 }
 
 /// What a disk becomes for which `wanted` was asked.

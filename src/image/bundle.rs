@@ -89,10 +89,7 @@ impl Bundle {
         let mut now = read_descriptor(&self.folder)?;
         let disk_size = std::mem::replace(&mut now.disk_size, self.descriptor.disk_size);
         if now != self.descriptor {
-            return Err(ImageError::Unsupported {
-                path: self.path().join(Descriptor::FILE_NAME),
-                why: "was changed by another program while the disk is in use".to_owned(),
-            });
+            return Err(changed(&self.folder));
         }
         self.descriptor.disk_size = disk_size;
         Ok(())
@@ -172,6 +169,18 @@ pub struct NewDescriptor<'a> {
 }
 
 impl NewDescriptor<'_> {
+    /// That the old one is as it was when this one was made from it.
+    ///
+    /// # Errors
+    /// As [`Bundle::open`]; or it says something else.
+    pub fn require_unchanged(&self) -> Result<()> {
+        let folder = self.file.folder();
+        match read_descriptor(folder)? == *self.now {
+            true => Ok(()),
+            false => Err(changed(folder)),
+        }
+    }
+
     /// Puts it in place, in one step, and makes that stable.
     ///
     /// # Errors
@@ -180,6 +189,14 @@ impl NewDescriptor<'_> {
         self.file.publish()?;
         *self.now = self.new;
         Ok(())
+    }
+}
+
+/// Says that somebody else has changed the descriptor.
+fn changed(folder: &Folder) -> ImageError {
+    ImageError::Unsupported {
+        path: folder.path().join(Descriptor::FILE_NAME),
+        why: "was changed by another program while the disk is in use".to_owned(),
     }
 }
 

@@ -270,6 +270,11 @@ pub(super) struct Replacement<'a> {
 }
 
 impl Replacement<'_> {
+    /// Where it is.
+    pub fn folder(&self) -> &Folder {
+        self.folder
+    }
+
     /// Puts it in place, in one step, and makes that stable.
     ///
     /// # Errors

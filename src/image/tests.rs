@@ -573,6 +573,20 @@ fn a_bundle_that_was_changed_since_shows() {
 }
 
 #[test]
+fn a_new_descriptor_knows_whether_the_old_one_was_changed_since() {
+    let disk = Disk::new(1);
+    let (mut bundle, mut other) = (disk.bundle(), disk.bundle());
+    let new = bundle.prepare_disk_size(Sector(4096)).unwrap().unwrap();
+    new.require_unchanged().unwrap();
+    other.set_disk_size(Sector(8192)).unwrap();
+    let error = new.require_unchanged().unwrap_err().to_string();
+    assert!(error.contains("by another program"), "{error}");
+    drop(new);
+    assert_eq!(disk.bundle().descriptor().disk_size, Sector(8192));
+    assert_eq!(bundle.folder().names().unwrap().len(), 2);
+}
+
+#[test]
 fn a_bat_of_many_entries_is_read_entry_by_entry() {
     const ENTRIES: u32 = 300_000;
     let disk = Disk::new(u64::from(ENTRIES));

@@ -310,19 +310,35 @@ struct Halt(Pid);
 
 impl Halt {
     fn of(backend: &Backend) -> Self {
-        let folder = format!("/proc/{}/task", backend.pid());
-        let mut tasks = fs::read_dir(folder).unwrap().map(|task| task.unwrap());
-        let is_it = |path: PathBuf| {
-            let name = fs::read_to_string(path.join("comm"));
-            name.is_ok_and(|name| name.trim_end() == "grow")
-        };
-        let task = tasks.find(|task| is_it(task.path())).expect("it is there");
-        let id = task.file_name().into_string().unwrap().parse().unwrap();
-        let thread = Pid::from_raw(id);
+        Self::of_thread(backend, "grow")
+    }
+
+    fn of_thread(backend: &Backend, name: &str) -> Self {
+        let task = task(backend, name);
+        let id = task.file_name().unwrap().to_str().unwrap();
+        let thread = Pid::from_raw(id.parse().unwrap());
         ptrace::attach(thread).unwrap();
         waitpid(thread, Some(WaitPidFlag::__WALL)).unwrap();
         Self(thread)
     }
+}
+
+/// Where the kernel tells of a thread.
+fn task(backend: &Backend, name: &str) -> PathBuf {
+    let folder = format!("/proc/{}/task", backend.pid());
+    let mut tasks = fs::read_dir(folder).unwrap().map(|it| it.unwrap().path());
+    let is_it = |path: &PathBuf| {
+        let comm = fs::read_to_string(path.join("comm"));
+        comm.is_ok_and(|comm| comm.trim_end() == name)
+    };
+    tasks.find(is_it).expect("it is there")
+}
+
+/// How many bytes a thread has read.
+fn has_read(task: &Path) -> u64 {
+    let io = fs::read_to_string(task.join("io")).unwrap();
+    let line = io.lines().find_map(|line| line.strip_prefix("rchar: "));
+    line.unwrap().parse().unwrap()
 }
 
 impl Drop for Halt {
@@ -697,6 +713,45 @@ fn a_descriptor_that_somebody_else_has_changed_is_left_alone() {
     qmp.ask(RESIZE, to(1 << 30));
     backend.stop();
     expect_sound(&rig, 1 << 30);
+}
+
+#[test]
+fn a_descriptor_that_is_changed_while_a_disk_is_made_larger_is_left_alone() {
+    for (kind, rig) in rigs() {
+        let Some(bundle) = bundle_of(&rig) else {
+            continue;
+        };
+        eprintln!("{kind}");
+        let text = descriptor(bundle);
+        let size = size_of(bundle);
+        let wanted = size + 80 * MIB_OF_DISK;
+        let names = contents(bundle).into_keys().collect::<Vec<_>>();
+        let backend = serve(&rig, &[]);
+        let mut front_end = start_front_end(backend.socket());
+        let mut qmp = Qmp::connect(&control(&rig));
+        // It has looked at the descriptor, and waits for what the other does.
+        let grow = task(&backend, "grow");
+        let before = has_read(&grow);
+        let halt = Halt::of_thread(&backend, "md");
+        begin_resize(&backend, &mut qmp, wanted);
+        wait_for("its look", || has_read(&grow) >= before + text.len() as u64);
+        let changed = text.replacen("root.hds", "other.hds", 1);
+        fs::write(bundle.join(DESCRIPTOR), &changed).unwrap();
+        drop(halt);
+        let answer = qmp.end(RESIZE);
+        let expected = "was changed by another program";
+        assert!(desc(&answer).contains(expected), "{answer}");
+        assert_eq!(descriptor(bundle), changed);
+        assert!(contents(bundle).into_keys().eq(names));
+        assert_eq!(size_served(&mut qmp), size);
+        assert_eq!(capacity(&mut front_end), size);
+        expect_service(&mut front_end);
+        fs::write(bundle.join(DESCRIPTOR), &text).unwrap();
+        qmp.ask(RESIZE, to(wanted));
+        drop(front_end);
+        backend.stop();
+        expect_sound(&rig, wanted);
+    }
 }
 
 #[test]
