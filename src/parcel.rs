@@ -48,7 +48,7 @@ pub(crate) enum ParcelError {
     #[error("the other process does not answer")]
     Late,
     /// Something else has become readable that ends the wait.
-    #[error("it was broken off")]
+    #[error("interrupted")]
     BrokenOff,
     /// It does not fit the description in `docs/upgrade.md`.
     #[error("the other process sent an invalid message: {0}")]

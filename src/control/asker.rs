@@ -29,7 +29,7 @@ pub enum AskError {
     #[error("the process that serves the disk does not answer: {0}")]
     Io(#[from] io::Error),
     /// It speaks another language.
-    #[error("what listens there does not answer as a control socket does")]
+    #[error("what listens there is not a control socket")]
     Odd,
     /// It says why.
     #[error("{0}")]

@@ -35,7 +35,7 @@ pub(super) enum GrowthError {
     #[error("the disk keeps its size")]
     Hidden(#[source] Arc<ImageError>),
     /// There are no more descriptors, most likely.
-    #[error("cannot set up what it takes")]
+    #[error("cannot prepare for the new size")]
     Setup(#[from] io::Error),
     /// The thread has ended in a panic.
     #[error("the thread that makes disks larger has failed; see the log")]

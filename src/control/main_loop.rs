@@ -319,7 +319,7 @@ impl MainLoop<'_> {
             match what {
                 Wish::Nothing => {}
                 Wish::Quit => {
-                    log::info!("a control client asks the program to end");
+                    log::info!("a control client sent quit");
                     self.begin_end();
                 }
                 Wish::Resize(size) => {

@@ -266,7 +266,7 @@ fn control_socket(args: &Args, image: &Image) -> Option<ControlSocket> {
                 is_optional: true,
             }),
             Err(error) => {
-                log::warn!("there is no control socket in the run-time folder: {error}");
+                log::warn!("cannot make a control socket in the run-time folder: {error}");
                 None
             }
         },
@@ -281,7 +281,7 @@ fn bind_control(args: &Args, control: &ControlSocket) -> Result<Option<ServerSoc
         Ok(socket) => Ok(Some(socket)),
         // Another one serves the same image for reading, most likely.
         Err(error) if control.is_optional => {
-            log::warn!("there is no control socket: {error}");
+            log::warn!("running without a control socket: {error}");
             Ok(None)
         }
         Err(error) => Err(error),

@@ -273,7 +273,7 @@ fn bound_at(path: &Path) -> Option<Bound> {
         let error = bound.as_ref().err().map(|error| format!(": {error}"));
         let error = error.unwrap_or_default();
         log::warn!(
-            "it cannot be seen who listens at {}{error}; the file will be left there",
+            "cannot tell who listens at {}{error}; the file will be left there",
             path.display()
         );
     }

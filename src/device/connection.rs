@@ -82,7 +82,7 @@ pub enum ConnectionError {
     #[error("cannot set up a connection")]
     Resources(#[from] io::Error),
     /// It cannot go on where it was left.
-    #[error("a front-end that was served before cannot be served on: {0}")]
+    #[error("cannot go on serving the front-end: {0}")]
     Restore(String),
 }
 

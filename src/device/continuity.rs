@@ -39,7 +39,7 @@ pub(super) enum ContinuityError {
     Running,
     #[error(
         "the guest was served by a process that was killed, and what that process knew is lost \
-         ({0}): the guest would read other data than it was told is written. Reset it"
+         ({0}): the guest might not find data that it was told is written. Reset it"
     )]
     Lost(TakeOverError),
     #[error(

@@ -53,7 +53,7 @@ pub(super) enum RingError {
     Thread(io::Error),
     #[error("the in-flight region has no part for it")]
     NoPart,
-    #[error("requests are handed over with it that it cannot have")]
+    #[error("it was handed over with requests that it cannot have")]
     ForeignRequests,
     #[error(transparent)]
     Continuity(#[from] ContinuityError),

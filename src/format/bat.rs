@@ -11,7 +11,7 @@ use super::{ClusterSet, Geometry, GuestCluster, HostCluster, SECTOR_SIZE};
 #[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
 pub enum BatProblem {
     /// Version 1 only: the sector is not one that a cluster starts at.
-    #[error("BAT entry {guest} points at sector {value}, which no cluster starts at")]
+    #[error("BAT entry {guest} points at sector {value}, which is not the start of a cluster")]
     OffGrid {
         /// Index of the entry.
         guest: GuestCluster,

@@ -92,7 +92,7 @@ pub enum ImageError {
         source: HeaderError,
     },
     /// The header says that data starts where it cannot.
-    #[error("{}: {source}; 'ploop-img check --repair all' computes it anew", path.display())]
+    #[error("{}: {source}; 'ploop-img check --repair all' recomputes it", path.display())]
     FirstBlock {
         /// Of the image file.
         path: PathBuf,

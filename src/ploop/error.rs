@@ -43,7 +43,7 @@ pub enum EngineError {
     ImageFull,
     /// A disk cannot become smaller while it is used.
     #[error(
-        "it has {} bytes, and cannot become smaller, of {} bytes, while it is used",
+        "it has {} bytes and cannot shrink to {} while it is in use",
         Sector(*.from).bytes(), Sector(*.to).bytes()
     )]
     Smaller {

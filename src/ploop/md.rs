@@ -774,7 +774,7 @@ impl<D: Disk> MdWriter<D> {
 
     fn page_failed(&mut self, errno: Errno, now: Duration) {
         if self.retry_at <= now {
-            log::error!("cannot write the BAT: {errno}; it is tried again");
+            log::error!("cannot write the BAT: {errno}; retrying");
         }
         self.retry_at = now + RETRY;
         let error = EngineError::Metadata(errno);

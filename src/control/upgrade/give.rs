@@ -66,7 +66,7 @@ impl Successor {
         let peer = Peer::of(&socket)?;
         let uid = peer.uid;
         if uid != user && uid != 0 {
-            let what = format!("{peer} of user {uid} may not take over");
+            let what = format!("{peer} of user {uid} is not allowed to take over");
             return Err(io::Error::new(io::ErrorKind::PermissionDenied, what));
         }
         Ok(Self {
@@ -155,7 +155,7 @@ impl Successor {
 
     /// Tells it that it cannot take over, and why.
     pub fn refuse(&self, why: &str) -> Step {
-        log::warn!("{} may not take over: {why}", self.peer);
+        log::warn!("{} is not allowed to take over: {why}", self.peer);
         let mut refusal = Writer::default();
         refusal.text(why.as_bytes());
         // It may have gone.
@@ -248,7 +248,7 @@ pub(in crate::control) fn hand_over(
     let given = match &closed {
         Ok(()) => give(successor, &state, signals),
         Err(error) => {
-            log::error!("the image is not handed over: {error}");
+            log::error!("cannot hand the image over: {error}");
             successor.refuse("the image could not be closed");
             Err(Failure::Before(ParcelError::Gone))
         }
@@ -345,7 +345,7 @@ fn give(
         match Reader::receive(socket, Some(signal_fd(signals)), REMINDER) {
             Ok(answer) => return expect(answer, kind::SERVING).map_err(Failure::After),
             Err(ParcelError::Late) => log::error!(
-                "{} has the image, and neither serves it nor ends",
+                "{} has the image but neither serves it nor exits",
                 successor.peer
             ),
             // This process is to end: the image is not its own any more.
@@ -385,7 +385,7 @@ fn go_on(served: &Served, suspended: Option<Suspended>, signals: &Signals) -> Op
             log::error!("{error}");
             return None;
         }
-        log::error!("the front-end cannot be served on yet: {error}");
+        log::error!("cannot go on serving the front-end yet: {error}");
     }
 }
 

@@ -463,8 +463,8 @@ fn do_here(job: &mut Job, file: &mut Description, pieces: &mut Pieces) -> Verdic
     static SAID: Once = Once::new();
     SAID.call_once(|| {
         log::warn!(
-            "the kernel finds no threads for I/O that blocks, most likely because of a limit \
-             (RLIMIT_NPROC): it is done without, which is slower"
+            "the kernel cannot start threads for I/O that blocks, most likely because of a limit \
+             (RLIMIT_NPROC): using plain system calls for it, which are slower"
         );
     });
     match job.step(file, pieces) {
