@@ -3,6 +3,7 @@
 
 use std::ffi::c_long;
 use std::fs;
+use std::time::Duration;
 
 use nix::sys::ptrace;
 use nix::sys::signal::Signal;
@@ -49,20 +50,32 @@ fn wait_for_stop(thread: Pid) -> WaitStatus {
     waitpid(thread, Some(WaitPidFlag::__WALL)).unwrap()
 }
 
-/// Makes a thread of the daemon do this.
-fn inject(process: u32, thread: &str, (number, arguments): Call<'_>) -> Outcome {
+/// Stops a thread where it has made a system call. A queue's thread works on for a moment
+/// after it has served.
+fn attach_asleep(thread: Pid) -> libc::user_regs_struct {
     /// `syscall`, where a thread that sleeps has come from.
     const SYSCALL: u16 = u16::from_le_bytes([0x0f, 0x05]);
+    loop {
+        ptrace::attach(thread).unwrap();
+        wait_for_stop(thread);
+        let regs = ptrace::getregs(thread).unwrap();
+        let there = ptrace::read(thread, (regs.rip - 2) as ptrace::AddressType).unwrap();
+        if there as u16 == SYSCALL {
+            return regs;
+        }
+        ptrace::detach(thread, None).unwrap();
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+/// Makes a thread of the daemon do this.
+fn inject(process: u32, thread: &str, (number, arguments): Call<'_>) -> Outcome {
     /// Below what the thread has on its stack.
     const SCRATCH: u64 = 4096;
     let thread = thread_of(process, thread);
-    ptrace::attach(thread).unwrap();
-    wait_for_stop(thread);
-    let before = ptrace::getregs(thread).unwrap();
+    let before = attach_asleep(thread);
     let mut regs = before;
     regs.rip -= 2;
-    let there = ptrace::read(thread, regs.rip as ptrace::AddressType).unwrap();
-    assert_eq!(there as u16, SYSCALL, "the thread is not in a system call");
     let mut scratch = (before.rsp - SCRATCH) & !7;
     let mut values = arguments.map(|argument| match argument {
         Number(number) => number as u64,
@@ -103,7 +116,11 @@ fn inject(process: u32, thread: &str, (number, arguments): Call<'_>) -> Outcome 
         WaitStatus::Signaled(_, Signal::SIGSYS, _) => Killed,
         // The first thread's end is its parent's to see.
         WaitStatus::Exited(..) | WaitStatus::Signaled(..) => Killed,
-        other => panic!("{other:?}"),
+        other => {
+            // Else nobody could wait for the process.
+            let _ = ptrace::detach(thread, None);
+            panic!("{other:?}")
+        }
     }
 }
 
