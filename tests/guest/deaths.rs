@@ -47,6 +47,8 @@ struct Mortal<'a> {
     rig: &'a Rig,
     options: &'a [&'a str],
     backend: Backend,
+    /// How many front-ends had come by its last death.
+    connected: usize,
 }
 
 impl<'a> Mortal<'a> {
@@ -56,13 +58,18 @@ impl<'a> Mortal<'a> {
             rig,
             options,
             backend,
+            connected: 0,
         }
     }
 
     fn die(self) -> Self {
         let Self { rig, options, .. } = self;
+        let connected = self.has_said("connected");
         self.backend.kill();
-        Self::new(rig, options)
+        Self {
+            connected,
+            ..Self::new(rig, options)
+        }
     }
 
     /// How often its log, which all of its lives have in common, says something.
@@ -96,6 +103,9 @@ impl<'a> Mortal<'a> {
 
     /// Tells the guest that it is enough, and looks at what it and the disk say of it.
     fn end(self, mut guest: Running) -> Outcome {
+        // A guest that has just come to the end of its work may be gone before QEMU has
+        // connected again, and then nobody has come for what the image lacks.
+        self.wait_until_it_says("connected", self.connected + 1);
         guest.go_on();
         let outcome = guest.finish();
         assert_eq!(outcome.value("verified"), "yes");
