@@ -8,7 +8,7 @@ use super::{life, power_cuts};
 use crate::ploop::rule::{self, Rule};
 
 /// Cuts, made or imagined, within which each has to be noticed.
-const CUTS_MAX: u64 = 100_000;
+const CUTS_MAX: u64 = 1_000_000;
 
 /// Of all lives those in which the rule matters.
 fn mix_for(which: Rule) -> Mix {
