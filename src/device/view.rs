@@ -11,13 +11,13 @@ use std::cell::Cell;
 use std::iter::FusedIterator;
 use std::sync::Arc;
 
+use vm_memory::guest_memory::GuestMemorySliceIterator;
 use vm_memory::{
     GuestAddress, GuestMemory, GuestMemoryBackend, GuestMemoryError, GuestMemoryRegion,
     GuestRegionMmap, MemoryRegionAddress, Permissions, VolatileSlice,
 };
 
 use super::memory::{GuestMap, GuestRegion};
-use vm_memory::guest_memory::GuestMemorySliceIterator;
 
 /// A table of guest memory, for one thread.
 #[derive(Debug)]

@@ -411,6 +411,17 @@ fn after_a_failed_sync_what_has_moved_is_still_mapped_where_it_was() {
     }
 }
 
+/// That a disk with a sector of 7 and the note 5 is served, and outlives another death.
+fn expect_to_go_on(mortal: Mortal) {
+    assert_eq!(mortal.rig.engine.note(), Some(5));
+    assert_eq!(mortal.rig.read(0, SECTOR), [7; SECTOR]);
+    // And on it goes.
+    mortal.rig.write(CLUSTER, &[8; SECTOR]).unwrap();
+    let mortal = mortal.die_and_rise();
+    assert_eq!(mortal.rig.read(CLUSTER, SECTOR), [8; SECTOR]);
+    assert_eq!(mortal.rig.engine.note(), Some(5));
+}
+
 #[test]
 fn after_a_clean_end_there_is_nothing_to_take_over() {
     let mortal = Mortal::single();
@@ -421,18 +432,11 @@ fn after_a_clean_end_there_is_nothing_to_take_over() {
     let (rig, memory) = mortal.die();
     assert!(!rig.engine.awaits_take_over());
     rig.engine.take_over(again(&memory)).unwrap();
-    assert_eq!(rig.engine.note(), Some(5));
-    assert_eq!(rig.read(0, SECTOR), [7; SECTOR]);
-    // And on it goes.
-    rig.write(CLUSTER, &[8; SECTOR]).unwrap();
-    let mortal = Mortal {
+    expect_to_go_on(Mortal {
         rig,
         memory,
         levels,
-    }
-    .die_and_rise();
-    assert_eq!(mortal.rig.read(CLUSTER, SECTOR), [8; SECTOR]);
-    assert_eq!(mortal.rig.engine.note(), Some(5));
+    });
 }
 
 #[test]
@@ -800,18 +804,11 @@ fn a_process_takes_back_what_another_one_has_had_and_not_served() {
             }
             rig.engine.take_back(again(&memory)).unwrap();
             assert!(!rig.engine.awaits_take_over());
-            assert_eq!(rig.engine.note(), Some(5));
-            assert_eq!(rig.read(0, SECTOR), [7; SECTOR]);
-            // And on it goes.
-            rig.write(CLUSTER, &[8; SECTOR]).unwrap();
-            let mortal = Mortal {
+            expect_to_go_on(Mortal {
                 rig,
                 memory,
                 levels,
-            }
-            .die_and_rise();
-            assert_eq!(mortal.rig.read(CLUSTER, SECTOR), [8; SECTOR]);
-            assert_eq!(mortal.rig.engine.note(), Some(5));
+            });
         }
     }
 }
