@@ -95,7 +95,7 @@ impl<'a> Mortal<'a> {
             .reconnecting_disk(self.backend.socket())
             .may_reboot()
             .patience(PATIENCE_FOR_A_KILL * kills)
-            .start();
+            .boot();
         guest.wait_at("busy");
         guest.go_on();
         guest

@@ -36,7 +36,7 @@ fn a_guest_sees_that_its_disk_has_grown_while_nobody_served_it() {
     let mut guest = rig
         .guest(WAIT_FOR_MORE)
         .reconnecting_disk(backend.socket())
-        .start();
+        .boot();
     guest.wait_at("small");
     backend.stop();
     ploop_img(["resize".as_ref(), rig.disk.as_os_str(), "40G".as_ref()]).ok();
@@ -131,7 +131,7 @@ fn a_mounted_file_system_grows_with_its_disk_under_load() {
     let control = rig.path("control");
     let backend = rig.serve(&[&format!("--control={}", control.display())]);
     let guest = rig.guest(GROW).cpus(2).disk(backend.socket(), "");
-    let mut guest = guest.start();
+    let mut guest = guest.boot();
     let mut qmp = Qmp::connect(&control);
     for (round, size) in (1..).zip(SIZES) {
         guest.wait_at(&format!("round {round}"));

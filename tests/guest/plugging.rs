@@ -18,7 +18,7 @@ fn a_disk_that_another_machine_has_cannot_be_plugged_in_and_both_go_on() {
     let of_owner = owner.serve(&[]);
     let of_other = other.serve(&[]);
     let script = format!("{VERIFY}verify 1\nmeet_host served\nverify 2");
-    let mut first = owner.guest(&script).disk(of_owner.socket(), "").start();
+    let mut first = owner.guest(&script).disk(of_owner.socket(), "").boot();
     let script = format!(
         "{VERIFY}verify 3
          meet_host served
@@ -32,7 +32,7 @@ fn a_disk_that_another_machine_has_cannot_be_plugged_in_and_both_go_on() {
         .guest(&script)
         .disk(of_other.socket(), "")
         .slot("free_slot")
-        .start();
+        .boot();
     first.wait_at("served");
     second.wait_at("served");
 

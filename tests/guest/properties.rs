@@ -75,7 +75,7 @@ fn obeys_the_write_cache_switch() {
     let mut guest = rig
         .guest(WRITE_CACHE)
         .disk(backend.socket(), ",config-wce=on")
-        .start();
+        .boot();
     guest.wait_at("through");
     assert!(rig.qemu_io_finds(0x5a, 100 * MIB), "write-through");
     guest.go_on();

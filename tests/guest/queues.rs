@@ -81,7 +81,7 @@ fn verifies_while_qemu_stops_and_continues() {
         )
         .cpus(2)
         .disk(backend.socket(), "")
-        .start();
+        .boot();
     guest.wait_at("start");
     guest.go_on();
     for _ in 0..20 {

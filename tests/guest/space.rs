@@ -33,7 +33,7 @@ fn gives_space_back_on_fstrim() {
             ",
         )
         .disk(backend.socket(), "")
-        .start();
+        .boot();
     guest.wait_at("full");
     let full = rig.space();
     assert!(full > 300 * MIB);

@@ -37,7 +37,7 @@ fn finds_data_after(last_line: &str, disturb: impl FnOnce(&Rig, Running, &Backen
         .cpus(2)
         .disk(backend.socket(), "")
         .may_reboot()
-        .start();
+        .boot();
     guest.wait_at("busy");
     disturb(&rig, guest, &backend);
     rig.close(backend);
@@ -108,7 +108,7 @@ fn finds_data_after_the_back_end_was_restarted() {
         )
         .cpus(2)
         .reconnecting_disk(backend.socket())
-        .start();
+        .boot();
     guest.wait_at("idle");
     backend.stop();
     let backend = rig.serve(&[]);
