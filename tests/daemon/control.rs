@@ -231,6 +231,30 @@ fn clients_that_read_nothing_come_and_go_and_stay_too_many_disturb_nobody() {
 }
 
 #[test]
+fn clients_that_say_nothing_keep_no_other_out() {
+    let rig = Rig::new();
+    let backend = serve(&rig, &[]);
+    let connect = || Qmp::connect(&control(&rig));
+    let mut first = connect();
+    let mut busy = connect();
+    let mut others: Vec<_> = (2..MAX_CLIENTS).map(|_| connect()).collect();
+    wait_for("a place", || {
+        busy.ask("query-status", json!({}));
+        let mut newcomer = UnixStream::connect(control(&rig)).unwrap();
+        newcomer.set_read_timeout(Some(PATIENCE)).unwrap();
+        newcomer.read(&mut [0]).unwrap() > 0
+    });
+    assert_eq!(first.hear(), None, "it has been silent for longest");
+    for other in &mut others {
+        other.ask("query-status", json!({}));
+    }
+    backend.stop();
+}
+
+/// Of the control socket.
+const MAX_CLIENTS: usize = 16;
+
+#[test]
 fn who_takes_over_is_asked_at_the_same_place() {
     let rig = Rig::new();
     let upgrades = rig.folder.path().join("upgrade");

@@ -51,6 +51,8 @@ pub(in crate::control) struct Client {
     /// What has come and was not looked at.
     input: VecDeque<u8>,
     output: VecDeque<u8>,
+    /// When it has last sent something, been answered late, or connected.
+    heard_at: Instant,
     /// Since when it has read nothing though there is something.
     stalled_since: Option<Instant>,
     /// It sends no more.
@@ -67,6 +69,7 @@ impl Client {
             session: Session::default(),
             input: VecDeque::new(),
             output: VecDeque::new(),
+            heard_at: Instant::now(),
             stalled_since: None,
             has_ended: false,
         };
@@ -86,6 +89,7 @@ impl Client {
     ) -> (Stay, Wish) {
         let line = self.session.answer(answer);
         self.put(&line);
+        self.heard_at = Instant::now();
         self.serve(subject)
     }
 
@@ -134,6 +138,16 @@ impl Client {
         }
     }
 
+    /// Since when it has wanted nothing; `None` while it waits for an answer.
+    pub fn idle_since(&self) -> Option<Instant> {
+        (!self.session.awaits_answer()).then_some(self.heard_at)
+    }
+
+    /// Whether it has introduced itself.
+    pub fn is_introduced(&self) -> bool {
+        self.session.hears_events()
+    }
+
     /// When it has to go unless it reads something before.
     pub fn until(&self) -> Option<Instant> {
         self.stalled_since.map(|since| since + PATIENCE)
@@ -169,7 +183,10 @@ impl Client {
         let mut chunk = [0; CHUNK];
         match recv(&self.socket, &mut chunk, RecvFlags::DONTWAIT) {
             Ok((0, _)) => self.has_ended = true,
-            Ok((len, _)) => self.input.extend(&chunk[..len]),
+            Ok((len, _)) => {
+                self.input.extend(&chunk[..len]);
+                self.heard_at = Instant::now();
+            }
             Err(Errno::AGAIN | Errno::INTR) => {}
             Err(_) => return Stay::Goes,
         }

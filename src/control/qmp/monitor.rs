@@ -2,7 +2,7 @@
 
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use event_manager::{Error, EventOps, Events};
 
@@ -16,6 +16,11 @@ use super::subject::Subject;
 
 /// Most clients at a time. What each can make the process hold is bounded, too.
 const MAX_CLIENTS: usize = 16;
+
+/// After so long without a word a client loses its place to one that comes when there is no
+/// other. Programs keep a connection for days, so this is no limit as long as there are
+/// places.
+pub(super) const IDLE: Duration = Duration::from_secs(10);
 
 /// See the module's text.
 pub(in crate::control) struct Monitor {
@@ -52,8 +57,19 @@ impl Monitor {
         ops: &mut EventOps,
     ) -> Result<(), Error> {
         if self.clients.len() >= MAX_CLIENTS {
-            log::warn!("a control client is turned away: there are {MAX_CLIENTS} already");
-            return Ok(());
+            match most_idle(&self.clients, Instant::now()) {
+                Some(at) => {
+                    log::warn!(
+                        "a control client that has been silent is hung up on: there are \
+                         {MAX_CLIENTS}, and another one has come"
+                    );
+                    self.go_on(at, Stay::Goes, ops)?;
+                }
+                None => {
+                    log::warn!("a control client is turned away: there are {MAX_CLIENTS} already");
+                    return Ok(());
+                }
+            }
         }
         self.admitted += 1;
         let client = match Client::new(socket, ClientId(self.admitted)) {
@@ -163,4 +179,15 @@ impl Monitor {
         }
         Ok(())
     }
+}
+
+/// The one that is missed least of those that have been [`IDLE`]: rather one that has not
+/// introduced itself, else the one that has been so for longest.
+pub(super) fn most_idle(clients: &[Client], now: Instant) -> Option<usize> {
+    let idle = clients.iter().enumerate().filter_map(|(at, client)| {
+        let since = client.idle_since()?;
+        let is_idle = now.saturating_duration_since(since) >= IDLE;
+        is_idle.then_some((client.is_introduced(), since, at))
+    });
+    idle.min().map(|(_, _, at)| at)
 }

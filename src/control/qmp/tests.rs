@@ -1,6 +1,7 @@
 //! Clients, well-behaved and not, against a disk that is none.
 
 use std::io::{BufRead, BufReader, Read, Write};
+use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
@@ -8,6 +9,7 @@ use event_manager::EventSet;
 use serde_json::{Value, json};
 
 use super::client::{Client, ClientId, Stay};
+use super::monitor::{IDLE, most_idle};
 use super::*;
 use crate::device::{
     KindCounts, Latencies, LatencyBins, LimitsError, QueueReport, Statistics, Throttle,
@@ -488,6 +490,38 @@ fn a_client_whose_resize_is_under_way_is_not_listened_to_and_may_go() {
     drop(theirs);
     // What it has asked for behind that is of no use to anybody.
     assert_eq!(client.serve(&fake), (Stay::Goes, Wish::Nothing));
+}
+
+#[test]
+fn the_client_that_has_been_idle_for_longest_loses_its_place() {
+    let mut pairs: Vec<_> = (0..4).map(|_| connected()).collect();
+    for (client, theirs) in pairs.iter_mut().skip(1) {
+        negotiate(client, theirs);
+    }
+    // The second one is heard last, and the third waits.
+    pairs[2].1.write_all(RESIZE).unwrap();
+    for at in [2, 3, 1] {
+        let (client, theirs) = &mut pairs[at];
+        if at != 2 {
+            let question = br#"{"execute":"query-status"}"#;
+            theirs.write_all(question).unwrap();
+        }
+        assert_eq!(client.serve(&Fake::default()).0, Stay::Stays);
+    }
+    let (mut clients, _theirs): (Vec<_>, Vec<_>) = pairs.into_iter().unzip();
+    let fds: Vec<_> = clients.iter().map(AsRawFd::as_raw_fd).collect();
+    assert_eq!(most_idle(&clients, Instant::now()), None, "none is yet");
+    let later = Instant::now() + IDLE;
+    // First who has not introduced himself.
+    let mut gone = Vec::new();
+    while let Some(at) = most_idle(&clients, later) {
+        gone.push(clients.remove(at).as_raw_fd());
+    }
+    assert_eq!(gone, [fds[0], fds[3], fds[1]]);
+    assert_eq!(clients.len(), 1, "one waits for an answer");
+    clients[0].answer(Ok(json!({})), &Fake::default());
+    assert_eq!(most_idle(&clients, later), None, "it was answered just now");
+    assert_eq!(most_idle(&clients, Instant::now() + IDLE), Some(0));
 }
 
 #[test]
