@@ -11,6 +11,7 @@ use vhost_user_ploop::control::qmp::{Level, Session, Subject, Wish};
 use vhost_user_ploop::device::{
     Latencies, LatencyBins, LimitsError, QueueReport, ThrottleLimits, Totals,
 };
+use vhost_user_ploop::format::Sector;
 use vhost_user_ploop::ploop::EngineReport;
 
 const COMMANDS: &[&str] = &[
@@ -23,6 +24,7 @@ const COMMANDS: &[&str] = &[
     "block_set_io_throttle",
     "block-latency-histogram-set",
     "block_resize",
+    "grow",
     "quit",
     "no-such",
 ];
@@ -123,8 +125,8 @@ fn answers(session: &mut Session, bytes: &[u8], pieces: &[u8]) -> Vec<(Value, Wi
         while let Some((line, wish)) = session.answer_next(&mut piece, &Disk) {
             assert_eq!(session.awaits_answer(), wish.is_answered_later());
             let line = match wish {
-                Wish::Resize(size) => {
-                    assert!(size.0 > 0 && line.is_empty());
+                Wish::Resize(_) | Wish::Grow(_) => {
+                    assert!(wish != Wish::Resize(Sector(0)) && line.is_empty());
                     // Nothing is taken before that.
                     let waits = piece;
                     assert_eq!(session.answer_next(&mut piece, &Disk), None);
@@ -170,8 +172,9 @@ fuzz_target!(|input: Input| {
                 let command = COMMANDS[usize::from(*command) % COMMANDS.len()];
                 let mut request = json!({ "execute": command, "id": id });
                 if let Some(argument) = argument {
-                    request["arguments"] = match argument % 4 {
+                    request["arguments"] = match argument % 5 {
                         3 => json!({ "device": "disk", "size": u32::from(*id) << 4 }),
+                        4 => json!({ "by": u32::from(*id) << 4 }),
                         0 => json!({ "flat": argument % 2 == 0 }),
                         1 => json!({ "id": "disk", "boundaries": [argument, id] }),
                         _ => json!({

@@ -228,6 +228,8 @@ impl ImageSync {
 struct Growing {
     growth: Growth,
     client: ClientId,
+    /// Whether the client is told the size, as it has only asked for more.
+    tells_size: bool,
 }
 
 struct MainLoop<'a> {
@@ -322,8 +324,8 @@ impl MainLoop<'_> {
                     log::info!("a control client sent quit");
                     self.begin_end();
                 }
-                Wish::Resize(size) => {
-                    if let Err(why) = self.begin_growth(size, client, ops)? {
+                Wish::Resize(_) | Wish::Grow(_) => {
+                    if let Err(why) = self.begin_growth(what, client, ops)? {
                         let refusal = Err(Failure::generic(why));
                         wish = self
                             .desk
@@ -339,7 +341,7 @@ impl MainLoop<'_> {
     /// Begins to make the disk larger, or says why not.
     fn begin_growth(
         &mut self,
-        size: Sector,
+        wish: Wish,
         client: ClientId,
         ops: &mut EventOps,
     ) -> Result<Result<(), String>, event_manager::Error> {
@@ -354,10 +356,21 @@ impl MainLoop<'_> {
         if self.successor.as_ref().is_some_and(Successor::is_ready) {
             return refuse("Another process is about to take over; ask that one");
         }
+        // Nothing changes it meanwhile.
+        let old_size = self.served.engine().disk_size();
+        let (size, tells_size) = match wish {
+            Wish::Resize(size) => (size, false),
+            Wish::Grow(by) => (Sector(old_size.0.saturating_add(by.0)), true),
+            Wish::Nothing | Wish::Quit => return Ok(Ok(())),
+        };
         match self.served.grow(size) {
             Ok(growth) => {
                 ops.add(grown_events(&growth))?;
-                self.growing = Some(Growing { growth, client });
+                self.growing = Some(Growing {
+                    growth,
+                    client,
+                    tells_size,
+                });
                 Ok(Ok(()))
             }
             Err(error) => Ok(Err(error.words())),
@@ -365,16 +378,24 @@ impl MainLoop<'_> {
     }
 
     fn hear_of_growth(&mut self, ops: &mut EventOps) -> Result<(), event_manager::Error> {
-        let Some(Growing { growth, client }) = self.growing.take() else {
+        let Some(Growing {
+            growth,
+            client,
+            tells_size,
+        }) = self.growing.take()
+        else {
             return Ok(());
         };
         ops.remove(grown_events(&growth))?;
         let answer = match growth.result() {
-            Ok(_) => {
+            Ok(size) => {
                 if let Some(connection) = &self.connection {
                     connection.config_changed();
                 }
-                Ok(serde_json::json!({}))
+                Ok(match tells_size {
+                    true => serde_json::json!({ "size": size.bytes() }),
+                    false => serde_json::json!({}),
+                })
             }
             Err(error) => {
                 // Its client may have gone.

@@ -240,6 +240,16 @@ fn a_disk_of_each_kind_grows_under_the_default_sandbox_and_its_front_end_is_told
         // It has that size already.
         assert_eq!(qmp.ask(RESIZE, to(size)), json!({}));
         assert_eq!(capacity(&mut front_end), size);
+        // By as much more, and told what that comes to.
+        let grow = |qmp: &mut Qmp, by| qmp.ask("grow", json!({ "by": by }));
+        assert_eq!(grow(&mut qmp, 0), json!({ "size": size }));
+        let more = 2 * MIB_OF_DISK;
+        for _ in 0..2 {
+            let grown = grow(&mut qmp, more - SECTOR);
+            size += more;
+            assert_eq!(grown, json!({ "size": size }), "{kind}");
+            assert_eq!(capacity(&mut front_end), size);
+        }
         drop(front_end);
         backend.stop();
         expect_sound(&rig, size);
@@ -278,6 +288,8 @@ fn sizes_that_cannot_be_are_refused_and_change_nothing() {
             assert!(desc(&answer).contains(expected), "{wanted}: {answer}");
             assert_eq!(answer["error"]["class"], "GenericError");
         }
+        let answer = qmp.answer("grow", json!({ "by": largest }));
+        assert!(desc(&answer).contains("holds at most"), "{answer}");
         if kind.contains("version 1") || kind == "v1" {
             let answer = qmp.answer(RESIZE, to(3 << 40));
             assert!(desc(&answer).contains("version 1"), "{answer}");

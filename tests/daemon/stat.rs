@@ -251,8 +251,9 @@ fn the_process_of_a_snapshot_tells_who_asks_for_its_disk() {
     backend.stop();
 }
 
-#[test]
-fn who_resizes_a_disk_hears_of_the_end_of_its_process() {
+/// Resizes a disk of 64 MiB that is served by a process that answers like this: with
+/// nothing, it hangs up. Gives back what `ploop-img` said, and what the process was asked for.
+fn resize_by_another(size: &str, answer: Option<Value>) -> (Ran, Value) {
     let folder = TempDir::new().unwrap();
     let disk = create(folder.path(), "disk.hds", &[]);
     let _locks = image::open(&disk, OpenMode::new(Access::Serve))
@@ -260,24 +261,45 @@ fn who_resizes_a_disk_hears_of_the_end_of_its_process() {
         .locks;
     let socket = folder.path().join("control");
     let listener = UnixListener::bind(&socket).unwrap();
-    // Hangs up on who asks for more than what it serves.
     let image = fs::metadata(&disk).unwrap();
     let id = format!("{:x}-{:x}", image.dev(), image.ino());
     let process = std::thread::spawn(move || {
         let (client, _) = listener.accept().unwrap();
-        let answer = |value: Value| writeln!(&client, "{value}").unwrap();
-        answer(json!({ "QMP": {} }));
+        let say = |value: Value| writeln!(&client, "{value}").unwrap();
+        say(json!({ "QMP": {} }));
         for line in BufReader::new(&client).lines() {
-            if line.unwrap().contains("block_resize") {
-                break;
+            let request: Value = serde_json::from_str(&line.unwrap()).unwrap();
+            let name = request["execute"].as_str().unwrap();
+            if name != "qmp_capabilities" && !name.starts_with("query-") {
+                answer.into_iter().for_each(say);
+                return request;
             }
-            answer(json!({ "return": { "file-id": id } }));
+            say(json!({ "return": { "file-id": id } }));
         }
+        Value::Null
     });
     let control = format!("--control={}", socket.display());
-    let said = ploop_img(["resize", disk.to_str().unwrap(), "80M", &control]).fails();
+    let ran = ploop_img(["resize", disk.to_str().unwrap(), size, &control]);
+    (ran, process.join().unwrap())
+}
+
+#[test]
+fn who_resizes_a_disk_hears_of_the_end_of_its_process() {
+    let (ran, asked) = resize_by_another("80M", None);
+    assert_eq!(asked["arguments"]["size"], 80 << 20);
+    let said = ran.fails();
     assert!(said.contains("may be larger all the same"), "{said}");
-    process.join().unwrap();
+}
+
+#[test]
+fn by_how_much_a_disk_grows_is_added_to_what_its_process_says_it_has() {
+    // Others have made it larger since it was looked at.
+    let size = json!({ "return": { "size": 90 << 20 } });
+    let (ran, asked) = resize_by_another("+1M", Some(size));
+    assert_eq!(asked["execute"], "grow", "{asked}");
+    assert_eq!(asked["arguments"], json!({ "by": 1 << 20 }));
+    let said = ran.ok();
+    assert!(said.contains("90 MiB"), "{said}");
 }
 
 #[test]

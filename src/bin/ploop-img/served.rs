@@ -6,7 +6,7 @@ use std::path::Path;
 
 use serde_json::{Value, json};
 use vhost_user_ploop::control::{AskError, Asker, file_id, find_control_socket};
-use vhost_user_ploop::format::Sector;
+use vhost_user_ploop::format::{SECTOR_SIZE, Sector};
 use vhost_user_ploop::image::{self, Access, ImageError, NewSize, OpenMode, Shrink};
 
 use crate::notes;
@@ -57,10 +57,20 @@ pub fn resize(
         let nodes = nodes.map_err(|error| said(&error))?;
         return Err(said(&other_disk(control, &nodes)));
     }
-    let size = image::size_after(path, size, shrink)?;
-    let arguments = json!({ "node-name": "disk", "size": size.bytes() });
-    match server.ask_patiently("block_resize", arguments) {
-        Ok(_) => Ok(size),
+    let expected = image::size_after(path, size, shrink)?;
+    let (command, arguments) = match size {
+        // Added up there: others may make it larger at the same time.
+        NewSize::GrowBy(more) => ("grow", json!({ "by": more.bytes() })),
+        NewSize::Exactly(_) | NewSize::ShrinkBy(_) => (
+            "block_resize",
+            json!({ "node-name": "disk", "size": expected.bytes() }),
+        ),
+    };
+    match server.ask_patiently(command, arguments) {
+        Ok(answer) => Ok(match answer["size"].as_u64() {
+            Some(bytes) => Sector(bytes / SECTOR_SIZE),
+            None => expected,
+        }),
         Err(error @ AskError::Io(_)) => Err(said(&format_args!(
             "{error}; the disk may be larger all the same, which 'ploop-img info' shows"
         ))),

@@ -24,13 +24,16 @@ pub enum Wish {
     /// The disk is to become of this size, or a little larger. The answer is not there before
     /// that has happened, or has failed.
     Resize(Sector),
+    /// It is to become larger by so much, or a little more than it is when the wish is
+    /// granted. Likewise; the answer says how large it is then.
+    Grow(Sector),
 }
 
 impl Wish {
     /// Whether whoever grants it answers the command.
     #[must_use]
     pub fn is_answered_later(self) -> bool {
-        matches!(self, Self::Resize(_))
+        matches!(self, Self::Resize(_) | Self::Grow(_))
     }
 }
 
@@ -46,6 +49,7 @@ const COMMANDS: &[(&str, Run)] = &[
     ("block-latency-histogram-set", set_latency_histogram),
     ("block_resize", resize),
     ("block_set_io_throttle", set_io_throttle),
+    ("grow", grow),
     ("query-block", query_block),
     ("query-block-jobs", no_jobs),
     ("query-blockstats", query_blockstats),
@@ -250,12 +254,26 @@ fn resize(mut arguments: Arguments, context: &mut Context<'_>) -> Answer {
         Ok(size) if size > 0 => size,
         _ => return Err(Failure::generic("Parameter 'size' expects a >0 size")),
     };
-    if size % SECTOR_SIZE != 0 {
-        let why = format!("The size is no multiple of {SECTOR_SIZE} bytes: {size}");
-        return Err(Failure::generic(why));
-    }
-    context.wish = Wish::Resize(Sector(size / SECTOR_SIZE));
+    context.wish = Wish::Resize(sectors(size)?);
     Ok(json!({}))
+}
+
+/// Begins it. By how much is for the one to add up who knows the size at that moment: who
+/// asks may know an older one.
+fn grow(mut arguments: Arguments, context: &mut Context<'_>) -> Answer {
+    let by = arguments.required_count("by")?;
+    arguments.end()?;
+    context.wish = Wish::Grow(sectors(by)?);
+    Ok(json!({}))
+}
+
+fn sectors(bytes: u64) -> Result<Sector, Failure> {
+    match bytes % SECTOR_SIZE {
+        0 => Ok(Sector(bytes / SECTOR_SIZE)),
+        _ => Err(Failure::generic(format!(
+            "The size is no multiple of {SECTOR_SIZE} bytes: {bytes}"
+        ))),
+    }
 }
 
 /// There are none that a client could have started.
