@@ -283,6 +283,11 @@ impl Reader {
         }
     }
 
+    /// Whether all bytes were read.
+    pub fn is_at_end(&self) -> bool {
+        self.bytes.is_empty()
+    }
+
     /// That there is nothing else in it.
     ///
     /// # Errors

@@ -119,7 +119,7 @@ pub fn run(args: &Args, sandbox: &Sandbox) -> Result<(), Error> {
         .share_locks(args.take_over.is_some());
     let image = Image::new(image::open(&args.blk_file, mode)?).map_err(Error::Setup)?;
     if let Some(limits) = args.throttle {
-        image.throttle().set(limits)?;
+        image.throttle().begin_with(limits)?;
     }
     let taken = match &args.take_over {
         Some(path) => upgrade::take_over(path, image, (args, cpus), sandbox, &signals)?,

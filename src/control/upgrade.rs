@@ -32,7 +32,7 @@ pub(super) use take::{Taken, take_over};
 use super::Args;
 use super::bound::Bound;
 use super::socket::{MadeFile, ServerSocket, SocketError, check_listener};
-use crate::device::Suspended;
+use crate::device::{Suspended, ThrottleLimits};
 use crate::format::Sector;
 use crate::parcel::{ParcelError, Reader, Writer};
 use crate::storage::HostFile;
@@ -57,6 +57,14 @@ mod kind {
     pub const GO: u32 = 7;
     /// The front-end is mine.
     pub const SERVING: u32 = 8;
+}
+
+/// What of the state not every process knows, as bits. Who takes over says in "ready" what it
+/// knows, and is told only of that, behind all the rest. One that says nothing knows nothing:
+/// so the messages stay of one version.
+mod part {
+    /// Limits that were set while the disk was served.
+    pub const LIMITS: u64 = 1;
 }
 
 /// How long a message may take whose sender has nothing else to do.
@@ -196,6 +204,8 @@ struct State<S> {
     waiting: Vec<UnixStream>,
     /// The one that is.
     connection: Option<Suspended>,
+    /// See [`part::LIMITS`].
+    limits: Option<ThrottleLimits>,
 }
 
 impl State<&ServerSocket> {
@@ -209,6 +219,10 @@ impl State<&ServerSocket> {
         to.bool(self.connection.is_some());
         if let Some(connection) = &self.connection {
             connection.write(to);
+        }
+        if let Some(limits) = &self.limits {
+            to.u64(part::LIMITS);
+            limits.write(to);
         }
     }
 }
@@ -287,16 +301,31 @@ fn read_path(from: &mut Reader) -> Result<PathBuf, ParcelError> {
 
 impl State<HandedSocket> {
     fn read(mut from: Reader) -> Result<Self, ParcelError> {
-        let state = Self {
+        let mut state = Self {
             size: Sector(from.u64()?),
             front_ends: HandedSocket::read(&mut from)?,
             upgrades: from.optional(HandedSocket::read)?,
             control: from.optional(HandedSocket::read)?,
             waiting: from.list(Reader::socket)?,
             connection: from.optional(Suspended::read)?,
+            limits: None,
+        };
+        state.limits = match read_parts(&mut from)? {
+            0 => None,
+            part::LIMITS => Some(ThrottleLimits::read(&mut from)?),
+            _ => return Err(ParcelError::Invalid("what was not asked for")),
         };
         from.end()?;
         Ok(state)
+    }
+}
+
+/// Which parts there are, or are known, as the rest of a message begins with; a process that
+/// knows of none does not say so.
+fn read_parts(from: &mut Reader) -> Result<u64, ParcelError> {
+    match from.is_at_end() {
+        true => Ok(0),
+        false => from.u64(),
     }
 }
 

@@ -21,6 +21,8 @@ use std::time::{Duration, Instant};
 use crossbeam_utils::CachePadded;
 use thiserror::Error;
 
+use crate::parcel::{ParcelError, Reader, Writer};
+
 /// Moments are counted in so many parts of a nanosecond: for a fast disk's bytes.
 const PARTS: f64 = 16.0;
 
@@ -131,16 +133,7 @@ impl Limits {
             },
         };
         let at = Self::NAMES.iter().position(|known| *known == base)?;
-        let limit = [
-            &mut self.bps,
-            &mut self.bps_rd,
-            &mut self.bps_wr,
-            &mut self.iops,
-            &mut self.iops_rd,
-            &mut self.iops_wr,
-        ]
-        .into_iter()
-        .nth(at)?;
+        let limit = self.all_mut().into_iter().nth(at)?;
         Some(match part {
             Part::Avg => &mut limit.avg,
             Part::Max => &mut limit.max,
@@ -165,6 +158,46 @@ impl Limits {
             &self.iops_rd,
             &self.iops_wr,
         ]
+    }
+
+    fn all_mut(&mut self) -> [&mut Limit; 6] {
+        [
+            &mut self.bps,
+            &mut self.bps_rd,
+            &mut self.bps_wr,
+            &mut self.iops,
+            &mut self.iops_rd,
+            &mut self.iops_wr,
+        ]
+    }
+
+    /// For another process.
+    pub(crate) fn write(&self, to: &mut Writer<'_>) {
+        for limit in self.all() {
+            to.u64(limit.avg);
+            to.u64(limit.max);
+            to.u64(limit.max_length);
+        }
+        to.u64(self.iops_size);
+    }
+
+    /// Those of another process.
+    ///
+    /// # Errors
+    /// If there are none, or they cannot be.
+    pub(crate) fn read(from: &mut Reader) -> Result<Self, ParcelError> {
+        let mut limits = Self::default();
+        for limit in limits.all_mut() {
+            *limit = Limit {
+                avg: from.u64()?,
+                max: from.u64()?,
+                max_length: from.u64()?,
+            };
+        }
+        limits.iops_size = from.u64()?;
+        let check = limits.check();
+        check.map_err(|_| ParcelError::Invalid("limits that cannot be"))?;
+        Ok(limits)
     }
 
     /// That they can be.
@@ -332,7 +365,17 @@ pub struct Throttle {
     start: Instant,
     /// Counts changes of the limits. Looked at by every queue for each request.
     changes: CachePadded<AtomicU64>,
-    limits: Mutex<(Limits, Option<Arc<Buckets>>)>,
+    held: Mutex<Held>,
+}
+
+/// The limits that hold.
+#[derive(Debug, Default)]
+struct Held {
+    limits: Limits,
+    /// `None` if there are none.
+    buckets: Option<Arc<Buckets>>,
+    /// Whether they are others than the process began with, or were set again.
+    are_new: bool,
 }
 
 impl Default for Throttle {
@@ -340,7 +383,7 @@ impl Default for Throttle {
         Self {
             start: Instant::now(),
             changes: CachePadded::default(),
-            limits: Mutex::default(),
+            held: Mutex::default(),
         }
     }
 }
@@ -348,7 +391,22 @@ impl Default for Throttle {
 impl Throttle {
     /// Those that hold.
     pub fn limits(&self) -> Limits {
-        self.lock().0
+        self.lock().limits
+    }
+
+    /// The same, if they were [set](Self::set): `None` if they are what the disk
+    /// [began](Self::begin_with) with.
+    pub fn new_limits(&self) -> Option<Limits> {
+        let held = self.lock();
+        held.are_new.then_some(held.limits)
+    }
+
+    /// Those that hold from the beginning, before anything is served.
+    ///
+    /// # Errors
+    /// If they cannot be.
+    pub fn begin_with(&self, limits: Limits) -> Result<(), LimitsError> {
+        self.hold(limits, false)
     }
 
     /// Lets others hold from now on. What was waiting is judged by them.
@@ -356,15 +414,23 @@ impl Throttle {
     /// # Errors
     /// If they cannot be; then nothing has changed.
     pub fn set(&self, limits: Limits) -> Result<(), LimitsError> {
+        self.hold(limits, true)
+    }
+
+    fn hold(&self, limits: Limits, are_new: bool) -> Result<(), LimitsError> {
         limits.check()?;
         let buckets = limits.are_any().then(|| Arc::new(Buckets::new(&limits)));
-        *self.lock() = (limits, buckets);
+        *self.lock() = Held {
+            limits,
+            buckets,
+            are_new,
+        };
         self.changes.fetch_add(1, Ordering::Release);
         Ok(())
     }
 
-    fn lock(&self) -> MutexGuard<'_, (Limits, Option<Arc<Buckets>>)> {
-        self.limits.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> MutexGuard<'_, Held> {
+        self.held.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn now(&self) -> u64 {
@@ -514,7 +580,7 @@ impl<T> Valve<T> {
         }
         // In this order: it may be newer than the number says, and is looked at again then.
         self.changes = self.throttle.changes.load(Ordering::Acquire);
-        self.buckets = self.throttle.lock().1.clone();
+        self.buckets = self.throttle.lock().buckets.clone();
         for line in &mut self.waiting {
             line.booked = None;
         }

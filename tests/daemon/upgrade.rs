@@ -18,10 +18,12 @@ use rustix::net::{
     SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
 };
 use rustix::process::{Pid, Resource, Rlimit, Signal, kill_process, prlimit};
+use serde_json::json;
 use vhost::{VhostBackend, VhostUserDirtyLogRegion};
 use virtio_bindings::virtio_blk::{VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT};
 
-use crate::common::{self, backend::Backend, small_fs::SmallFs};
+use crate::common::{self, backend::Backend, qmp::Qmp, small_fs::SmallFs};
+use crate::control;
 use crate::death::{self, CLUSTER};
 use crate::front_end::*;
 use crate::{OK, Rig, daemon, descriptors, expect_service, ploop_img, start_front_end, wait_for};
@@ -706,6 +708,17 @@ impl FakeOne {
     /// Welcomes it to the socket of front-ends at `path`, and hands one over that is said to
     /// be `made` there.
     fn hand_over(&mut self, path: &Path, listener: &UnixListener, made: Option<&Path>) {
+        self.hand_over_with(&[], path, listener, made);
+    }
+
+    /// The same, with something behind the state as the first processes knew it.
+    fn hand_over_with(
+        &mut self,
+        parts: &[u8],
+        path: &Path,
+        listener: &UnixListener,
+        made: Option<&Path>,
+    ) {
         let text = |path: &Path| {
             let bytes = path.as_os_str().as_encoded_bytes();
             [&(bytes.len() as u32).to_le_bytes(), bytes].concat()
@@ -722,6 +735,7 @@ impl FakeOne {
         }
         // No other sockets, nobody who waits, no connection.
         state.extend([0; 7]);
+        state.extend(parts);
         self.say(STATE, &state, &[listener.as_fd()]);
     }
 
@@ -739,6 +753,92 @@ impl FakeOne {
         }
         self.child.wait().unwrap().code()
     }
+}
+
+/// Limits, as one process tells another of them.
+fn limits(iops: u64, iops_size: u64) -> Vec<u8> {
+    let none = [0_u64, 0, 1];
+    let numbers = [none, none, none, [iops, 0, 1], none, none].concat();
+    let numbers = [&[1], &numbers[..], &[iops_size]].concat();
+    numbers.into_iter().flat_map(u64::to_le_bytes).collect()
+}
+
+#[test]
+fn limits_that_were_set_go_along_to_processes_that_know_of_them() {
+    let rig = Rig::new();
+    let socket = format!("--upgrade-socket={}", upgrades(&rig).display());
+    let options = [socket.as_str(), "--throttle=iops=9000"];
+    let mut backend = control::serve(&rig, &options);
+    let shown = || {
+        let nodes = Qmp::connect(&control::control(&rig)).ask("query-named-block-nodes", json!({}));
+        ["iops", "iops_max", "bps"].map(|name| nodes[0][name].as_u64().unwrap_or_default())
+    };
+    let take_over = |backend: Backend| {
+        backend.taken_over(&rig.image, &upgrades(&rig), &["--throttle=bps=80000000"])
+    };
+    let state = |parts: &[u8]| {
+        let mut fake = Fake::connect(&rig);
+        fake.hello(&rig);
+        fake.expect(WELCOME);
+        fake.say(READY, parts);
+        fake.expect(STATE)
+    };
+    let knows = 1_u64.to_le_bytes();
+    let longer = [u64::MAX; 2].map(u64::to_le_bytes).concat();
+    // None were set, and the next one has its own.
+    assert_eq!(shown(), [9000, 0, 0]);
+    assert_eq!(state(&knows), state(&[]));
+    backend = take_over(backend);
+    assert_eq!(shown(), [0, 0, 80_000_000]);
+    let plain = state(&[]);
+    let arguments = json!({
+        "id": "disk", "bps": 0, "bps_rd": 0, "bps_wr": 0,
+        "iops": 7000, "iops_rd": 0, "iops_wr": 0, "iops_size": 4096,
+    });
+    Qmp::connect(&control::control(&rig)).ask("block_set_io_throttle", arguments);
+    for _ in 0..2 {
+        assert_eq!(state(&[]), plain, "one that is older is told what it knows");
+        for knows in [&knows[..], &longer] {
+            let state = state(knows);
+            assert_eq!(state[..plain.len()], plain);
+            assert_eq!(state[plain.len()..], limits(7000, 4096));
+        }
+        backend = take_over(backend);
+        assert_eq!(shown(), [7000, 0, 0]);
+    }
+    let log = backend.log();
+    assert!(log.contains("does not know of limits"), "{log}");
+    backend.stop();
+}
+
+#[test]
+fn limits_that_cannot_be_are_refused() {
+    let others = tempfile::tempdir().unwrap();
+    let at = others.path().join("own");
+    let own = UnixListener::bind(&at).unwrap();
+    own.set_nonblocking(true).unwrap();
+    let unknown = [2_u64.to_le_bytes().to_vec(), limits(0, 0)].concat();
+    let short = limits(7000, 0);
+    for odd in [
+        &limits(0, 512)[..],
+        &limits(u64::MAX, 0),
+        &unknown,
+        &short[..short.len() - 1],
+        &short[..1],
+        &[short.clone(), vec![0]].concat(),
+    ] {
+        let rig = Rig::new();
+        let mut one = FakeOne::start(&rig);
+        one.hand_over_with(odd, &at, &own, None);
+        assert_eq!(one.hear(), None, "{odd:?}");
+        assert_eq!(one.end(None), Some(1));
+    }
+    let rig = Rig::new();
+    let mut one = FakeOne::start(&rig);
+    one.hand_over_with(&short, &at, &own, Some(&at));
+    one.go();
+    expect_service(&mut start_front_end(&at));
+    assert_eq!(one.end(Some(Signal::TERM)), Some(0));
 }
 
 #[test]

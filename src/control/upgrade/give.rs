@@ -8,14 +8,14 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
-use super::{ANSWER_TIME, State, Terms, VERSION, kind, say};
+use super::{ANSWER_TIME, State, Terms, VERSION, kind, part, read_parts, say};
 use crate::control::deadline;
 use crate::control::main_loop::Carried;
 use crate::control::served::{Image, Passed, Served};
 use crate::control::signals::Signals;
 use crate::control::socket::ServerSocket;
 use crate::control::{Args, Doors, Error, with_causes};
-use crate::device::{Connection, NotSuspended, Suspended};
+use crate::device::{Connection, NotSuspended, Suspended, ThrottleLimits};
 use crate::parcel::{ParcelError, Reader, Writer};
 use crate::peer::Peer;
 
@@ -48,6 +48,8 @@ pub(in crate::control) struct Successor {
     until: Instant,
     is_welcome: bool,
     is_ready: bool,
+    /// See [`part`].
+    parts: u64,
 }
 
 /// What a message of it has led to.
@@ -75,6 +77,7 @@ impl Successor {
             until: Instant::now() + PREPARATION,
             is_welcome: false,
             is_ready: false,
+            parts: 0,
         })
     }
 
@@ -95,9 +98,11 @@ impl Successor {
     /// Does what its next message asks for.
     pub fn hear(&mut self, terms: &Terms, doors: &Doors) -> Step {
         let message = Reader::receive(&self.socket, None, MESSAGE_TIME);
-        let answered = message.and_then(|message| match message.kind {
+        let answered = message.and_then(|mut message| match message.kind {
             kind::HELLO => self.greet(message, terms, doors),
             kind::READY if self.is_welcome && !self.is_ready => {
+                // What follows is for processes that are newer than this one.
+                self.parts = read_parts(&mut message)?;
                 self.is_ready = true;
                 self.until = Instant::now() + SYNC_TIME;
                 Ok(Step::IsReady)
@@ -145,6 +150,19 @@ impl Successor {
         } else {
             log::warn!("{} is not ready in time", self.peer);
         }
+    }
+
+    /// Limits that it is told of.
+    fn limits_of(&self, image: &Image) -> Option<ThrottleLimits> {
+        let limits = image.throttle().new_limits()?;
+        if self.parts & part::LIMITS == 0 {
+            log::warn!(
+                "{} does not know of limits that were set while the disk was served, and has its own",
+                self.peer
+            );
+            return None;
+        }
+        Some(limits)
     }
 
     /// Whether it has hung up.
@@ -244,6 +262,7 @@ pub(in crate::control) fn hand_over(
         control: doors.control.as_ref(),
         waiting,
         connection: suspended,
+        limits: successor.limits_of(image),
     };
     let given = match &closed {
         Ok(()) => give(successor, &state, signals),

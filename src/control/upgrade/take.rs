@@ -12,7 +12,8 @@ use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, socket_with};
 
 use super::{
-    ANSWER_TIME, State, Terms, UpgradeError, VERSION, bound_at, folder_of, kind, read_path, say,
+    ANSWER_TIME, State, Terms, UpgradeError, VERSION, bound_at, folder_of, kind, part, read_path,
+    say,
 };
 use crate::control::bound::Bound;
 use crate::control::main_loop::{Carried, Room};
@@ -72,13 +73,23 @@ pub(in crate::control) fn take_over(
     // The start is over: to open the image is what the other process can do as well, if
     // this one fails.
     sandbox.settle()?;
-    say(&socket, kind::READY).map_err(UpgradeError::from)?;
+    let mut ready = Writer::default();
+    ready.u64(part::LIMITS);
+    ready
+        .send(&socket, kind::READY, ANSWER_TIME)
+        .map_err(UpgradeError::from)?;
     let state = expect(receive(DRAIN)?, kind::STATE)?;
     let state = State::read(state).map_err(UpgradeError::from)?;
     state.front_ends.check(front_ends.as_ref())?;
     let others = [(&state.upgrades, None), (&state.control, control.as_ref())];
     for (socket, bound) in others {
         socket.as_ref().map_or(Ok(()), |it| it.check(bound))?;
+    }
+    if let Some(limits) = state.limits {
+        if args.throttle.is_some_and(|own| own != limits) {
+            log::info!("limits that were set while the disk was served hold, not --throttle");
+        }
+        image.throttle().set(limits)?;
     }
     say(&socket, kind::PREPARED).map_err(UpgradeError::from)?;
     expect(receive(ANSWER_TIME)?, kind::GO)?;

@@ -160,7 +160,7 @@ fn a_burst_lasts_as_long_as_it_may() {
 fn queues_take_turns() {
     let throttle = Arc::new(Throttle::default());
     throttle.set(iops(limit(1000, 0, 1))).unwrap();
-    let buckets = Arc::clone(throttle.lock().1.as_ref().unwrap());
+    let buckets = Arc::clone(throttle.lock().buckets.as_ref().unwrap());
     // Each books its next request when its last one goes.
     let mut next = [0; 4].map(|now| buckets.book(Kind::Read, 512, now));
     let mut counts = [0; 4];
