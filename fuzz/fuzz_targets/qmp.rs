@@ -25,6 +25,7 @@ const COMMANDS: &[&str] = &[
     "block-latency-histogram-set",
     "block_resize",
     "grow",
+    "throttle",
     "quit",
     "no-such",
 ];

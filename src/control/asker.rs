@@ -73,18 +73,11 @@ impl Asker {
         self.ask_with(command, json!({}))
     }
 
-    /// What a command returns that may take any time.
+    /// What a command returns.
     ///
     /// # Errors
     /// See [`AskError`].
-    pub fn ask_patiently(&mut self, command: &str, arguments: Value) -> Result<Value, AskError> {
-        self.socket.set_read_timeout(None)?;
-        let answer = self.ask_with(command, arguments);
-        self.socket.set_read_timeout(Some(PATIENCE))?;
-        answer
-    }
-
-    fn ask_with(&mut self, command: &str, arguments: Value) -> Result<Value, AskError> {
+    pub fn ask_with(&mut self, command: &str, arguments: Value) -> Result<Value, AskError> {
         let request = json!({ "execute": command, "arguments": arguments });
         self.socket.write_all(format!("{request}\n").as_bytes())?;
         loop {
@@ -100,6 +93,17 @@ impl Asker {
                 None => Err(AskError::Odd),
             };
         }
+    }
+
+    /// What a command returns that may take any time.
+    ///
+    /// # Errors
+    /// See [`AskError`].
+    pub fn ask_patiently(&mut self, command: &str, arguments: Value) -> Result<Value, AskError> {
+        self.socket.set_read_timeout(None)?;
+        let answer = self.ask_with(command, arguments);
+        self.socket.set_read_timeout(Some(PATIENCE))?;
+        answer
     }
 
     fn hear(&mut self) -> Result<Value, AskError> {

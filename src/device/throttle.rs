@@ -13,6 +13,7 @@
 //! writes.
 
 use std::collections::VecDeque;
+use std::fmt::{self, Display};
 use std::str::FromStr;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -141,6 +142,58 @@ impl Limits {
         })
     }
 
+    /// What all numbers are called that [`Self::field`] knows: the limits first, then their
+    /// bursts.
+    pub const NUMBERS: [&'static str; 19] = [
+        "bps",
+        "bps_rd",
+        "bps_wr",
+        "iops",
+        "iops_rd",
+        "iops_wr",
+        "bps_max",
+        "bps_rd_max",
+        "bps_wr_max",
+        "iops_max",
+        "iops_rd_max",
+        "iops_wr_max",
+        "bps_max_length",
+        "bps_rd_max_length",
+        "bps_wr_max_length",
+        "iops_max_length",
+        "iops_rd_max_length",
+        "iops_wr_max_length",
+        "iops_size",
+    ];
+
+    /// The same with some numbers changed, by their names. A burst goes with its limit, its
+    /// length with the burst, and the size of operations with the last limit on them, unless
+    /// they are named, too: nobody has to know what else there is to lift a limit.
+    ///
+    /// # Errors
+    /// If there is no number of that name; gives it back.
+    pub fn with<'a>(&self, changes: &[(&'a str, u64)]) -> Result<Self, &'a str> {
+        let mut limits = *self;
+        for &(name, value) in changes {
+            *limits.field(name).ok_or(name)? = value;
+        }
+        let is_named = |name: &str| changes.iter().any(|(named, _)| *named == name);
+        for (limit, name) in limits.all_mut().into_iter().zip(Self::NAMES) {
+            let [max, length] = ["max", "max_length"].map(|part| format!("{name}_{part}"));
+            if limit.avg == 0 && !is_named(&max) {
+                limit.max = 0;
+            }
+            if limit.max == 0 && !is_named(&length) {
+                limit.max_length = 1;
+            }
+        }
+        let counts = [limits.iops, limits.iops_rd, limits.iops_wr];
+        if counts.iter().all(|limit| limit.avg == 0) && !is_named("iops_size") {
+            limits.iops_size = 0;
+        }
+        Ok(limits)
+    }
+
     /// Each limit with its name.
     pub fn named(&self) -> impl Iterator<Item = (&'static str, &Limit)> {
         Self::NAMES.into_iter().zip(self.all())
@@ -218,6 +271,23 @@ impl Limits {
             return Err(LimitsError::Size);
         }
         self.all().into_iter().try_for_each(Limit::check)
+    }
+}
+
+/// As on the command line, and empty if there are none.
+impl Display for Limits {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (mut limits, plain) = (*self, &mut Self::default());
+        let mut separator = "";
+        for name in Self::NUMBERS {
+            let value = limits.field(name).map(|value| *value);
+            let usual = plain.field(name).map(|value| *value);
+            if let Some(value) = value.filter(|_| value != usual) {
+                write!(f, "{separator}{name}={value}")?;
+                separator = ",";
+            }
+        }
+        Ok(())
     }
 }
 

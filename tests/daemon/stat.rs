@@ -303,6 +303,49 @@ fn by_how_much_a_disk_grows_is_added_to_what_its_process_says_it_has() {
 }
 
 #[test]
+fn limits_are_shown_and_changed_while_a_disk_is_served() {
+    let host = Host::new();
+    let throttle = |options: &[&str]| host.ploop_img(&[&["throttle"], options].concat());
+    let said = throttle(&[]).fails();
+    assert!(said.contains("no process that serves"), "{said}");
+    let backend = host.serve(&["--throttle=iops_rd=77"]);
+    assert_eq!(throttle(&[]).ok(), "iops_rd=77\n");
+    assert_eq!(throttle(&["--none"]).ok(), "no limits\n");
+    assert_eq!(
+        throttle(&["--iops=500", "--bps=100M"]).ok(),
+        "bps=104857600,iops=500\n"
+    );
+    let burst = "bps=104857600,iops=500,iops_max=2000,iops_max_length=10";
+    let shown = throttle(&["--iops-max", "2000", "--iops_max_length", "10"]).ok();
+    assert_eq!(shown, format!("{burst}\n"));
+    for (options, why) in [
+        (&["--iops-rd=5"][..], "cannot be used at the same time"),
+        (&["--iops-max=5"], "cannot be lower"),
+        (&["--bps-max-length=5"], "without burst rate"),
+    ] {
+        let said = throttle(options).fails();
+        assert!(said.contains(why), "{said}");
+    }
+    // They are those of the disk, and all that is refused has changed nothing.
+    let nodes = Qmp::connect(&host.socket()).ask("query-named-block-nodes", json!({}));
+    assert_eq!(
+        (&nodes[0]["iops"], &nodes[0]["iops_max"]),
+        (&json!(500), &json!(2000))
+    );
+    let json: Value = serde_json::from_str(&throttle(&["--output=json"]).ok()).unwrap();
+    assert_eq!(json["bps"], 100 << 20);
+    assert_eq!(json["bps_max_length"], 1);
+    assert_eq!(json.as_object().unwrap().len(), 19);
+    assert_eq!(throttle(&["--iops=0"]).ok(), "bps=104857600\n");
+    assert_eq!(throttle(&["--none", "--iops-wr=9"]).ok(), "iops_wr=9\n");
+    backend.stop();
+    // What is shown can be given.
+    let backend = host.serve(&[&format!("--throttle={burst}")]);
+    assert_eq!(throttle(&[]).ok(), format!("{burst}\n"));
+    backend.stop();
+}
+
+#[test]
 fn what_is_watched_goes_on_until_the_process_ends() {
     let host = Host::new();
     let backend = host.serve(&[]);

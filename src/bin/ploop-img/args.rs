@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::{Arg, ArgMatches, Args, FromArgMatches, Parser, Subcommand, ValueEnum};
 use vhost_user_ploop::format::{ClusterSize, Guid, Sector, SnapshotNotes, Version};
 
 use vhost_user_ploop::image::{self, DiskFormat, NewSize};
@@ -298,6 +298,32 @@ Examples:
         #[command(flatten)]
         format: OutputFormat,
     },
+    /// Show or change the limits on what a guest may do with its disk
+    ///
+    /// Asks the process that serves the disk, as 'stat' does, and shows the limits that hold
+    /// then, as its --throttle takes them. Without any option nothing is changed. What is not
+    /// named stays as it is, and 0 lifts a limit, with its burst. They hold until they are
+    /// changed again or the process ends; one that takes over keeps them.
+    #[command(after_help = "\
+Examples:
+  ploop-img throttle vm1
+  ploop-img throttle vm1 --iops 500 --bps 100M
+  ploop-img throttle vm1 --iops-max 2000 --iops-max-length 10
+  ploop-img throttle vm1 --none               as fast as the host can")]
+    Throttle {
+        /// A bundle's folder, its DiskDescriptor.xml, or a bare image
+        path: PathBuf,
+        /// The socket of the process's --control
+        #[arg(long, value_name = "PATH")]
+        control: Option<PathBuf>,
+        /// Lift all limits but those that are given with it
+        #[arg(long)]
+        none: bool,
+        #[command(flatten)]
+        limits: Limits,
+        #[command(flatten)]
+        format: OutputFormat,
+    },
     /// Give back the space of zeros and of gaps
     Compact {
         /// A bundle's folder, its DiskDescriptor.xml, or a bare image
@@ -305,6 +331,92 @@ Examples:
         #[command(flatten)]
         verbosity: Verbosity,
     },
+}
+
+/// Limits that are to be changed, by their names.
+#[derive(Clone, Debug)]
+pub struct Limits(pub Vec<(&'static str, u64)>);
+
+/// Their names, the options, and what they are.
+const LIMITS: [(&str, &str, &str); 19] = [
+    ("bps", "bps", "Bytes a second"),
+    ("bps_rd", "bps-rd", "Bytes of reads a second"),
+    ("bps_wr", "bps-wr", "Bytes of writes a second"),
+    ("iops", "iops", "Operations a second"),
+    ("iops_rd", "iops-rd", "Reads a second"),
+    ("iops_wr", "iops-wr", "Writes and discards a second"),
+    ("bps_max", "bps-max", "Bytes a second in a burst"),
+    ("bps_rd_max", "bps-rd-max", "Of reads"),
+    ("bps_wr_max", "bps-wr-max", "Of writes"),
+    ("iops_max", "iops-max", "Operations a second in a burst"),
+    ("iops_rd_max", "iops-rd-max", "Reads"),
+    ("iops_wr_max", "iops-wr-max", "Writes and discards"),
+    (
+        "bps_max_length",
+        "bps-max-length",
+        "How many seconds a burst of bytes may last",
+    ),
+    ("bps_rd_max_length", "bps-rd-max-length", "Of reads"),
+    ("bps_wr_max_length", "bps-wr-max-length", "Of writes"),
+    (
+        "iops_max_length",
+        "iops-max-length",
+        "How many seconds a burst of operations may last",
+    ),
+    ("iops_rd_max_length", "iops-rd-max-length", "Of reads"),
+    (
+        "iops_wr_max_length",
+        "iops-wr-max-length",
+        "Of writes and discards",
+    ),
+    (
+        "iops_size",
+        "iops-size",
+        "An operation of more bytes counts as several of so many",
+    ),
+];
+
+impl FromArgMatches for Limits {
+    fn from_arg_matches(matches: &ArgMatches) -> Result<Self, clap::Error> {
+        let value = |&(name, ..): &(&'static str, &str, &str)| {
+            let value = matches.get_one::<u64>(name)?;
+            Some((name, *value))
+        };
+        Ok(Self(LIMITS.iter().filter_map(value).collect()))
+    }
+
+    fn update_from_arg_matches(&mut self, matches: &ArgMatches) -> Result<(), clap::Error> {
+        *self = Self::from_arg_matches(matches)?;
+        Ok(())
+    }
+}
+
+impl Args for Limits {
+    fn augment_args(command: clap::Command) -> clap::Command {
+        let option = |&(name, option, help): &(&'static str, &'static str, &'static str)| {
+            let arg = Arg::new(name)
+                .long(option)
+                .help(help)
+                .help_heading("Limits");
+            // As --throttle has it, too.
+            let arg = if name == option { arg } else { arg.alias(name) };
+            let is_bytes = name.starts_with("bps") && !name.ends_with("length");
+            match (is_bytes || name == "iops_size", name.ends_with("length")) {
+                (true, _) => arg.value_name("BYTES").value_parser(parse_bytes),
+                (_, true) => arg
+                    .value_name("SECONDS")
+                    .value_parser(clap::value_parser!(u64)),
+                _ => arg
+                    .value_name("NUMBER")
+                    .value_parser(clap::value_parser!(u64)),
+            }
+        };
+        command.args(LIMITS.iter().map(option))
+    }
+
+    fn augment_args_for_update(command: clap::Command) -> clap::Command {
+        Self::augment_args(command)
+    }
 }
 
 /// What to copy where.
@@ -609,4 +721,34 @@ pub enum Output {
     Human,
     /// For programs, with the keys that qemu-img has
     Json,
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+    use vhost_user_ploop::device::ThrottleLimits;
+
+    use super::*;
+
+    #[test]
+    fn the_description_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn limits_are_named_as_the_daemon_names_them() {
+        assert_eq!(LIMITS.map(|(name, ..)| name), ThrottleLimits::NUMBERS);
+        for (name, option, _) in LIMITS {
+            assert_eq!(option.replace('-', "_"), name);
+            for option in [option, name] {
+                let args = ["ploop-img", "throttle", "x", &format!("--{option}"), "7"];
+                let Command::Throttle { limits, none, .. } =
+                    Cli::try_parse_from(args).unwrap().command
+                else {
+                    panic!("another command");
+                };
+                assert_eq!((limits.0, none), (vec![(name, 7)], false));
+            }
+        }
+    }
 }

@@ -9,6 +9,7 @@ mod served;
 mod show;
 mod size;
 mod stat;
+mod throttle;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -202,7 +203,19 @@ fn run(command: Command) -> Result<ExitCode, ImageError> {
             format,
         } => {
             let watch = watch.map(Duration::from_secs);
-            return Ok(stat::run(&path, control, watch, format.output));
+            let shown = stat::run(&path, control.as_deref(), watch, format.output);
+            return Ok(end(shown));
+        }
+        Command::Throttle {
+            path,
+            control,
+            none,
+            limits,
+            format,
+        } => {
+            let control = control.as_deref();
+            let changed = throttle::run(&path, control, none, &limits.0, format.output);
+            return Ok(end(changed));
         }
         Command::Compact { path, verbosity } => {
             let gained = image::compact(&path, &Bar::of(&verbosity))?;
@@ -212,6 +225,17 @@ fn run(command: Command) -> Result<ExitCode, ImageError> {
         }
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// Says why something was not done, if it was not.
+fn end(result: Result<(), String>) -> ExitCode {
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(why) => {
+            notes::say(why);
+            ExitCode::FAILURE
+        }
+    }
 }
 
 /// Two disks, and the exit codes of `qemu-img compare`.

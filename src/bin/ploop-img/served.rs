@@ -2,7 +2,7 @@
 
 use std::fmt::Display;
 use std::fs::File;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
 use vhost_user_ploop::control::{AskError, Asker, file_id, find_control_socket};
@@ -15,6 +15,41 @@ use crate::notes;
 pub fn server_of(path: &Path) -> Option<Asker> {
     let socket = find_control_socket(path).ok().flatten()?;
     Asker::connect(&socket).ok()
+}
+
+/// One that was found.
+pub struct Server {
+    pub socket: PathBuf,
+    pub asker: Asker,
+}
+
+/// The process that serves the disk at `path`: who listens at `control`, or is found by the
+/// image.
+///
+/// # Errors
+/// In words: there is none that can be asked, or it serves another disk.
+pub fn connect(path: &Path, control: Option<&Path>) -> Result<Server, String> {
+    let words = |error: &dyn Display| error.to_string();
+    let socket = match control {
+        Some(socket) => Some(socket.to_owned()),
+        None => find_control_socket(path).map_err(|error| words(&error))?,
+    };
+    let socket = socket.ok_or_else(|| {
+        format!(
+            "no process that serves {} can be found; give the socket of its --control with \
+             --control",
+            path.display()
+        )
+    })?;
+    let mut asker = Asker::connect(&socket).map_err(|error| words(&error))?;
+    let engine = asker.ask("query-engine").map_err(|error| words(&error))?;
+    if serves_another(&engine, path) {
+        let nodes = asker.ask("query-named-block-nodes");
+        let nodes = nodes.map_err(|error| words(&error))?;
+        let why = other_disk(control, &nodes);
+        return Err(format!("{}: {why}", path.display()));
+    }
+    Ok(Server { socket, asker })
 }
 
 /// Why a disk that is being served was not changed.
@@ -81,7 +116,7 @@ pub fn resize(
 /// Says that a process serves another disk than it is asked about. A path would not do to
 /// tell them apart: a process may have been started elsewhere, and calls the image by the path
 /// that it had from there.
-pub fn other_disk(control: Option<&Path>, nodes: &Value) -> String {
+fn other_disk(control: Option<&Path>, nodes: &Value) -> String {
     let file = nodes[0]["file"].as_str().unwrap_or_default();
     let server = match control {
         Some(socket) => socket.display().to_string(),
@@ -92,7 +127,7 @@ pub fn other_disk(control: Option<&Path>, nodes: &Value) -> String {
 
 /// Whether a process with such an `engine` serves another disk than the one at `path`: no
 /// level or snapshot of it. Who may not read the image cannot know, and may ask.
-pub fn serves_another(engine: &Value, path: &Path) -> bool {
+fn serves_another(engine: &Value, path: &Path) -> bool {
     let Ok(image) = image::open(path, OpenMode::new(Access::Read).force_share(true)) else {
         return false;
     };

@@ -1,17 +1,14 @@
 //! `stat`: what a guest does with its disk, and how the process that serves it fares.
 
 use std::collections::BTreeMap;
-use std::fmt::Display;
-use std::path::{Path, PathBuf};
-use std::process::ExitCode;
+use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
-use vhost_user_ploop::control::{AskError, Asker, find_control_socket};
+use vhost_user_ploop::control::{AskError, Asker};
 
 use crate::args::Output;
-use crate::notes;
 use crate::served;
 use crate::show::{self, print};
 use crate::size::human;
@@ -76,38 +73,18 @@ fn number(value: &Value) -> u64 {
 }
 
 /// Shows the disk at `path`, once or every so often until the process that serves it ends.
+///
+/// # Errors
+/// In words.
 pub fn run(
     path: &Path,
-    control: Option<PathBuf>,
+    control: Option<&Path>,
     watch: Option<Duration>,
     output: Output,
-) -> ExitCode {
-    match try_run(path, control, watch, output) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            notes::say(error);
-            ExitCode::FAILURE
-        }
-    }
-}
-
-fn try_run(
-    path: &Path,
-    control: Option<PathBuf>,
-    watch: Option<Duration>,
-    output: Output,
-) -> Result<(), Box<dyn Display>> {
-    let boxed = |error: AskError| -> Box<dyn Display> { Box::new(error) };
-    let socket = match &control {
-        Some(socket) => socket,
-        None => &find(path)?,
-    };
-    let mut asker = Asker::connect(socket).map_err(boxed)?;
-    let mut last = Sample::take(&mut asker).map_err(boxed)?;
-    if served::serves_another(&last.engine, path) {
-        let why = served::other_disk(control.as_deref(), &last.nodes);
-        return Err(Box::new(format!("{}: {why}", path.display())));
-    }
+) -> Result<(), String> {
+    let words = |error: AskError| error.to_string();
+    let mut server = served::connect(path, control)?;
+    let mut last = Sample::take(&mut server.asker).map_err(words)?;
     let Some(pause) = watch else {
         match output {
             Output::Json => show::json(&last.json()),
@@ -120,7 +97,7 @@ fn try_run(
             print(heading());
         }
         thread::sleep(pause);
-        let now = Sample::take(&mut asker).map_err(boxed)?;
+        let now = Sample::take(&mut server.asker).map_err(words)?;
         match output {
             // A line each.
             Output::Json => print(now.json()),
@@ -129,18 +106,6 @@ fn try_run(
         last = now;
     }
     Ok(())
-}
-
-fn find(path: &Path) -> Result<PathBuf, Box<dyn Display>> {
-    match find_control_socket(path) {
-        Ok(Some(socket)) => Ok(socket),
-        Ok(None) => Err(Box::new(format!(
-            "no process that serves {} can be found; give the socket of its --control with \
-             --control",
-            path.display()
-        ))),
-        Err(error) => Err(Box::new(error)),
-    }
 }
 
 fn once(sample: &Sample) {

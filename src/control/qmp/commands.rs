@@ -5,7 +5,7 @@
 
 use serde_json::{Value, json};
 
-use super::arguments::Arguments;
+use super::arguments::{Arguments, missing};
 use super::message::{Answer, Class, Failure, Request};
 use super::names::{DISK, lower_level};
 use super::shapes;
@@ -61,6 +61,7 @@ const COMMANDS: &[(&str, Run)] = &[
     ("query-status", query_status),
     ("query-version", query_version),
     ("quit", quit),
+    ("throttle", throttle),
 ];
 
 /// The one by which a client ends its introduction.
@@ -226,6 +227,25 @@ fn set_io_throttle(mut arguments: Arguments, context: &mut Context<'_>) -> Answe
     let set = context.subject.set_limits(limits);
     set.map_err(|error| Failure::generic(error.to_string()))?;
     Ok(json!({}))
+}
+
+/// Changes those limits that are named, and returns all: who changes one need not know the
+/// others, which somebody else may change at the same time.
+fn throttle(mut arguments: Arguments, context: &mut Context<'_>) -> Answer {
+    let mut changes = Vec::new();
+    for name in ThrottleLimits::NUMBERS {
+        if let Some(value) = arguments.count(name)? {
+            changes.push((name, value));
+        }
+    }
+    arguments.end()?;
+    if !changes.is_empty() {
+        let limits = context.subject.limits().with(&changes);
+        let limits = limits.map_err(missing)?;
+        let set = context.subject.set_limits(limits);
+        set.map_err(|error| Failure::generic(error.to_string()))?;
+    }
+    Ok(shapes::limits(context.subject.limits()))
 }
 
 fn set(limits: &mut ThrottleLimits, name: &str, value: u64) {

@@ -175,6 +175,15 @@ fn device_stats(totals: &Totals) -> Value {
     stats
 }
 
+/// All of them, those that are none included.
+pub(super) fn limits(mut limits: ThrottleLimits) -> Value {
+    let number = |name: &str| {
+        let value = limits.field(name).map(|value| *value);
+        (name.to_owned(), json!(value))
+    };
+    Value::Object(ThrottleLimits::NUMBERS.into_iter().map(number).collect())
+}
+
 /// Of each kind, where buckets begin that have something, and how much.
 pub(super) fn latencies(latencies: &Latencies) -> Value {
     let buckets = |histogram: &Histogram| -> Value {

@@ -335,6 +335,52 @@ fn what_is_to_be_resized_is_looked_up_and_sizes_are_checked_as_in_qemu() {
 }
 
 #[test]
+fn limits_are_changed_by_who_knows_no_others() {
+    let mut session = negotiated();
+    let fake = Fake::default();
+    let mut throttle = |arguments: Value| obey(&mut session, &fake, "throttle", arguments);
+    let none = throttle(json!({}))["return"].clone();
+    assert_eq!(none.as_object().unwrap().len(), 19);
+    assert_eq!(
+        (&none["bps"], &none["iops_wr_max_length"]),
+        (&json!(0), &json!(1))
+    );
+    assert_eq!(fake.throttle.new_limits(), None, "nothing was set");
+    throttle(json!({ "iops": 500, "iops_max": 2000, "iops_max_length": 10 }));
+    let all = throttle(json!({ "bps_rd": 7 }))["return"].clone();
+    let expected = json!([500, 2000, 10, 7, 0]);
+    assert_eq!(
+        json!([
+            all["iops"],
+            all["iops_max"],
+            all["iops_max_length"],
+            all["bps_rd"],
+            all["bps"]
+        ]),
+        expected
+    );
+    for (arguments, expected) in [
+        (json!({ "iops_rd": 5 }), "at the same time"),
+        (
+            json!({ "iops_size": "x" }),
+            "Invalid parameter type for 'iops_size'",
+        ),
+        (json!({ "iops": -1 }), "negative"),
+        (json!({ "iops": 5, "id": "disk" }), "'id' is unexpected"),
+    ] {
+        let answer = throttle(arguments);
+        let desc = answer["error"]["desc"].as_str().unwrap();
+        assert!(desc.contains(expected), "{desc}");
+    }
+    assert_eq!(
+        throttle(json!({}))["return"],
+        all,
+        "what fails changes nothing"
+    );
+    assert_eq!(throttle(json!({ "iops": 0, "bps_rd": 0 }))["return"], none);
+}
+
+#[test]
 fn a_resize_is_answered_when_it_is_over_and_nothing_else_before() {
     for name in [
         json!({ "device": "disk" }),

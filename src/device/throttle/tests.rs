@@ -157,6 +157,56 @@ fn a_burst_lasts_as_long_as_it_may() {
 }
 
 #[test]
+fn limits_are_changed_one_by_one() {
+    let limits: Limits = "iops=500,iops_max=2000,iops_max_length=10,iops_size=4096,bps_rd=7"
+        .parse()
+        .unwrap();
+    let with =
+        |changes: &[(&'static str, u64)]| limits.with(changes).map(|limits| limits.to_string());
+    assert_eq!(with(&[]), Ok(limits.to_string()));
+    for (changes, expected) in [
+        (
+            &[("bps_wr", 9)][..],
+            "bps_rd=7,bps_wr=9,iops=500,iops_max=2000,iops_max_length=10,iops_size=4096",
+        ),
+        (&[("iops_max", 0)], "bps_rd=7,iops=500,iops_size=4096"),
+        (&[("iops", 0)], "bps_rd=7"),
+        (
+            &[("iops", 0), ("iops_rd", 3)],
+            "bps_rd=7,iops_rd=3,iops_size=4096",
+        ),
+        (&[("iops", 0), ("bps_rd", 0)], ""),
+        // What is named stays, even where it cannot be.
+        (
+            &[("iops", 0), ("iops_max", 5)],
+            "bps_rd=7,iops_max=5,iops_max_length=10",
+        ),
+    ] {
+        assert_eq!(with(changes).as_deref(), Ok(expected));
+    }
+    assert_eq!(with(&[("iops_min", 0)]), Err("iops_min"));
+    let mut all = Limits::default();
+    assert!(Limits::NUMBERS.iter().all(|name| all.field(name).is_some()));
+}
+
+proptest! {
+    #[test]
+    fn limits_are_shown_as_they_are_given(
+        names in prop::sample::subsequence(Limits::NUMBERS.to_vec(), 1..19),
+        value in 2..1000_u64,
+    ) {
+        let mut limits = Limits::default();
+        for name in &names {
+            *limits.field(name).unwrap() = value;
+        }
+        let shown = limits.to_string();
+        prop_assert_eq!(shown.split(',').count(), names.len());
+        let again = shown.parse::<Limits>();
+        prop_assert_eq!(again.ok(), limits.check().is_ok().then_some(limits));
+    }
+}
+
+#[test]
 fn queues_take_turns() {
     let throttle = Arc::new(Throttle::default());
     throttle.set(iops(limit(1000, 0, 1))).unwrap();
