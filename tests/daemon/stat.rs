@@ -346,27 +346,44 @@ fn limits_are_shown_and_changed_while_a_disk_is_served() {
 }
 
 #[test]
-fn what_is_watched_goes_on_until_the_process_ends() {
+fn what_is_watched_goes_on_until_nobody_serves_the_disk_any_more() {
     let host = Host::new();
-    let backend = host.serve(&[]);
+    let upgrades = host.rig.folder.path().join("upgrade");
+    let mut backend = host.serve(&[&format!("--upgrade-socket={}", upgrades.display())]);
+    let mut front_end = start_front_end(backend.socket());
     let mut command = ploop_img_command();
     command.env(VARIABLE, &host.runtime);
     command
         .args(["stat", "--watch=1", "--output=json"])
         .arg(&host.rig.image);
-    let watching = command
+    let mut watching = command
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
         .spawn()
         .unwrap();
-    std::thread::sleep(std::time::Duration::from_secs(4));
-    backend.stop();
-    let watched: Ran = watching.wait_with_output().unwrap().into();
-    let lines: Vec<_> = watched.stdout.lines().collect();
-    assert!(!lines.is_empty(), "{watched:?}");
-    for line in lines {
-        let sample: Value = serde_json::from_str(line).unwrap();
-        assert_eq!(sample["status"], "running");
+    let lines = BufReader::new(watching.stdout.take().unwrap()).lines();
+    let mut reports = lines.map(|line| serde_json::from_str::<Value>(&line.unwrap()).unwrap());
+    for _ in 0..2 {
+        reports.next().unwrap();
+        // Until an interval has it in it.
+        expect_service(&mut front_end);
+        let busy = reports
+            .by_ref()
+            .take(10)
+            .find(|it| it["reads"]["p50-ns"].is_u64());
+        let busy = busy.expect("what was done is shown");
+        assert_eq!(busy["status"], "running");
+        assert!(
+            busy["writes"]["bytes-per-second"].as_f64() > Some(0.0),
+            "{busy}"
+        );
+        assert_eq!(busy["virtual-size"], 64 << 20);
+        backend = backend.taken_over(&host.rig.image, &upgrades, &[]);
     }
+    reports.next().unwrap();
+    drop(front_end);
+    backend.stop();
+    while reports.next().is_some() {}
+    let watched: Ran = watching.wait_with_output().unwrap().into();
     assert!(watched.fails().contains("does not answer"));
 }

@@ -279,11 +279,20 @@ Examples:
     /// Show what a guest does with its disk at present
     ///
     /// Asks the process that serves the disk. It is found by itself where the host has a
-    /// run-time folder for that (/run/vhost-user-ploop, or PLOOP_RUNTIME_DIR).
+    /// run-time folder for that (/run/vhost-user-ploop, or PLOOP_RUNTIME_DIR). Without --watch
+    /// all is shown since that process began; with it, what has been done in each interval,
+    /// as long as the disk is served, by whichever process.
+    ///
+    /// Latencies (p50, p99: half of the requests took no longer, and 99 of 100) are from the
+    /// guest's ring to its answer. depth is how many requests were under way on average, flight
+    /// how many are at the moment; dirty are pages of the block allocation table that are to be
+    /// written, syncs/s what the metadata took; parked are writes that wait for space on the
+    /// host; the disk size is what the image takes there.
     #[command(after_help = "\
 Examples:
   ploop-img stat vm1
   ploop-img stat vm1 --watch                  a line each second
+  ploop-img stat vm1 --watch 10 --output json
   ploop-img stat vm1 --control /run/vm1.qmp")]
     Stat {
         /// A bundle's folder, its DiskDescriptor.xml, or a bare image

@@ -5,6 +5,7 @@
 mod args;
 mod notes;
 mod progress;
+mod sample;
 mod served;
 mod show;
 mod size;

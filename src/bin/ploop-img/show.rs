@@ -34,6 +34,13 @@ pub fn json(value: &impl Serialize) {
     }
 }
 
+/// The same on one line.
+pub fn json_line(value: &impl Serialize) {
+    if let Ok(text) = serde_json::to_string(value) {
+        say!("{}", json_printable(&text));
+    }
+}
+
 /// The same JSON, without what a terminal would obey. JSON itself demands that of
 /// some characters only; all of them can only be inside strings.
 fn json_printable(line: &str) -> String {

@@ -1,76 +1,19 @@
 //! `stat`: what a guest does with its disk, and how the process that serves it fares.
 
-use std::collections::BTreeMap;
 use std::path::Path;
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use serde_json::{Value, json};
 use vhost_user_ploop::control::{AskError, Asker};
 
 use crate::args::Output;
-use crate::served;
+use crate::sample::{self, Activity, Report, Sample, duration};
+use crate::served::{self, Server};
 use crate::show::{self, print};
 use crate::size::human;
 
 /// How many lines stand below a heading.
 const PAGE: u64 = 20;
-
-/// Kinds of requests: as they are called here, in `query-blockstats`, and in
-/// `query-latencies`.
-const KINDS: [(&str, &str, &str); 4] = [
-    ("reads", "rd", "reads"),
-    ("writes", "wr", "writes"),
-    ("flushes", "flush", "flushes"),
-    ("discards", "unmap", "unmaps"),
-];
-
-/// All that is asked.
-struct Sample {
-    at: Instant,
-    nodes: Value,
-    status: Value,
-    stats: Value,
-    engine: Value,
-    latencies: Value,
-}
-
-impl Sample {
-    fn take(asker: &mut Asker) -> Result<Self, AskError> {
-        Ok(Self {
-            at: Instant::now(),
-            nodes: asker.ask("query-named-block-nodes")?,
-            status: asker.ask("query-status")?,
-            stats: asker.ask("query-blockstats")?[0]["stats"].take(),
-            engine: asker.ask("query-engine")?,
-            latencies: asker.ask("query-latencies")?,
-        })
-    }
-
-    fn stat(&self, name: &str) -> u64 {
-        number(&self.stats[name])
-    }
-
-    fn in_flight(&self) -> u64 {
-        let queues = self.engine["queues"].as_array();
-        let queues = queues.into_iter().flatten();
-        queues.map(|queue| number(&queue["in-flight"])).sum()
-    }
-
-    fn json(&self) -> Value {
-        json!({
-            "status": self.status["status"],
-            "node": self.nodes[0],
-            "stats": self.stats,
-            "engine": self.engine,
-            "latencies": self.latencies,
-        })
-    }
-}
-
-fn number(value: &Value) -> u64 {
-    value.as_u64().unwrap_or_default()
-}
 
 /// Shows the disk at `path`, once or every so often until the process that serves it ends.
 ///
@@ -82,179 +25,179 @@ pub fn run(
     watch: Option<Duration>,
     output: Output,
 ) -> Result<(), String> {
-    let words = |error: AskError| error.to_string();
     let mut server = served::connect(path, control)?;
-    let mut last = Sample::take(&mut server.asker).map_err(words)?;
-    let Some(pause) = watch else {
-        match output {
-            Output::Json => show::json(&last.json()),
-            Output::Human => once(&last),
-        }
-        return Ok(());
-    };
-    for line in 0.. {
-        if output == Output::Human && line % PAGE == 0 {
-            print(heading());
-        }
-        thread::sleep(pause);
-        let now = Sample::take(&mut server.asker).map_err(words)?;
-        match output {
-            // A line each.
-            Output::Json => print(now.json()),
-            Output::Human => print(difference(&last, &now)),
-        }
-        last = now;
+    let first = Sample::take(&mut server.asker).map_err(|error| error.to_string())?;
+    match (watch, output) {
+        (Some(pause), _) => return watch_every(pause, server, first, output),
+        (None, Output::Json) => show::json(&first.json()),
+        (None, Output::Human) => once(&first),
     }
     Ok(())
 }
 
+fn watch_every(
+    pause: Duration,
+    mut server: Server,
+    mut last: Sample,
+    output: Output,
+) -> Result<(), String> {
+    let mut lines = 0;
+    loop {
+        if output == Output::Human && lines % PAGE == 0 {
+            print(heading());
+        }
+        thread::sleep(pause);
+        match Sample::take(&mut server.asker) {
+            Ok(now) => {
+                let report = Report::of(&last, &now);
+                match output {
+                    Output::Json => show::json_line(&report),
+                    Output::Human => print(line(&report)),
+                }
+                last = now;
+                lines += 1;
+            }
+            Err(error @ AskError::Io(_)) => {
+                let next = next_process(&server, &last);
+                (server.asker, last) = next.ok_or_else(|| error.to_string())?;
+            }
+            Err(error) => return Err(error.to_string()),
+        }
+    }
+}
+
+/// Another process that has taken the disk over, which listens at the same place. What it
+/// counts begins anew.
+fn next_process(server: &Server, last: &Sample) -> Option<(Asker, Sample)> {
+    let mut asker = Asker::connect(&server.socket).ok()?;
+    let sample = Sample::take(&mut asker).ok()?;
+    sample.is_of_the_same_disk(last).then_some((asker, sample))
+}
+
 fn once(sample: &Sample) {
-    let node = &sample.nodes[0];
-    let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
-    print(format!("image: {}", text(&node["file"])));
-    print(format!("status: {}", text(&sample.status["status"])));
+    print(format!("image: {}", sample.file()));
+    print(format!("status: {}", sample.status()));
     print(format!(
         "virtual size: {}, disk size: {}",
-        human(number(&node["image"]["virtual-size"])),
-        human(number(&node["image"]["actual-size"]))
+        human(sample.virtual_size()),
+        human(sample.actual_size())
     ));
     print(format!(
         "{:<10}{:>12}{:>12}{:>8}{:>10}{:>10}{:>10}",
         "", "operations", "bytes", "failed", "average", "p50", "p99"
     ));
-    for (name, stat, latency) in KINDS {
-        let count = sample.stat(&format!("{stat}_operations"));
-        let failed = sample.stat(&format!("failed_{stat}_operations"));
-        let time = sample.stat(&format!("{stat}_total_time_ns"));
-        let average = time.checked_div(count + failed);
-        let buckets = buckets(&sample.latencies[latency]);
+    for (name, kind) in [
+        ("reads", sample::READS),
+        ("writes", sample::WRITES),
+        ("flushes", sample::FLUSHES),
+        ("discards", sample::DISCARDS),
+    ] {
+        let counts = sample.counts(kind);
+        let average = counts
+            .time_ns
+            .checked_div(counts.operations + counts.failed);
+        let buckets = sample.latencies(kind);
         print(format!(
-            "{name:<10}{count:>12}{:>12}{failed:>8}{:>10}{:>10}{:>10}",
-            human(sample.stat(&format!("{stat}_bytes"))),
+            "{name:<10}{:>12}{:>12}{:>8}{:>10}{:>10}{:>10}",
+            counts.operations,
+            human(counts.bytes),
+            counts.failed,
             duration(average),
-            duration(quantile(&buckets, 50)),
-            duration(quantile(&buckets, 99)),
+            duration(buckets.quantile(50)),
+            duration(buckets.quantile(99)),
         ));
     }
-    let engine = &sample.engine;
     print(format!(
         "in flight: {}, waiting for space: {}",
         sample.in_flight(),
-        engine["parked"]
+        sample.engine("parked")
     ));
     print(format!(
         "metadata: {} rounds, {} syncs, {} pages to be written",
-        engine["rounds"], engine["syncs"], engine["dirty-pages"]
+        sample.engine("rounds"),
+        sample.engine("syncs"),
+        sample.engine("dirty-pages")
     ));
+    let limits = sample.limits();
+    if limits.are_any() {
+        print(format!("limits: {limits}"));
+    }
 }
 
 fn heading() -> String {
+    let kind = |operations: &str, bytes: &str| {
+        format!("{operations:>9}{bytes:>11}{:>8}{:>8}", "p50", "p99")
+    };
     format!(
-        "{:>9}{:>11}{:>9}{:>9}{:>9}{:>11}{:>9}{:>9}{:>8}{:>8}{:>7}{:>7}",
-        "reads/s",
-        "read/s",
-        "p50",
-        "p99",
-        "writes/s",
-        "written/s",
-        "p50",
-        "p99",
-        "flush/s",
+        "{}{}{:>9}{:>11}{:>7}{:>7}{:>7}{:>8}{:>7}{:>11}",
+        kind("reads/s", "read/s"),
+        kind("writes/s", "written/s"),
+        "flushes/s",
+        "discards/s",
+        "depth",
         "flight",
         "dirty",
-        "parked"
+        "syncs/s",
+        "parked",
+        "disk size",
     )
 }
 
-fn difference(before: &Sample, now: &Sample) -> String {
-    let seconds = (now.at - before.at).as_secs_f64();
-    let rate = |name: &str| {
-        let more = now.stat(name).saturating_sub(before.stat(name));
-        (more as f64 / seconds).round() as u64
+fn line(report: &Report) -> String {
+    let whole = |rate: f64| rate.round() as u64;
+    let kind = |activity: &Activity| {
+        format!(
+            "{:>9}{:>11}{:>8}{:>8}",
+            whole(activity.operations_per_second),
+            human(whole(activity.bytes_per_second)),
+            duration(activity.p50_ns),
+            duration(activity.p99_ns)
+        )
     };
-    let latency = |kind: &str| {
-        let mut buckets = buckets(&now.latencies[kind]);
-        for (start, count) in self::buckets(&before.latencies[kind]) {
-            let bucket = buckets.entry(start).or_default();
-            *bucket = bucket.saturating_sub(count);
-        }
-        [50, 99].map(|percent| duration(quantile(&buckets, percent)))
+    let status = match report.status.as_str() {
+        "running" => String::new(),
+        other => format!("  {other}"),
     };
-    let ([read50, read99], [write50, write99]) = (latency("reads"), latency("writes"));
     format!(
-        "{:>9}{:>11}{read50:>9}{read99:>9}{:>9}{:>11}{write50:>9}{write99:>9}{:>8}{:>8}{:>7}{:>7}",
-        rate("rd_operations"),
-        human(rate("rd_bytes")),
-        rate("wr_operations"),
-        human(rate("wr_bytes")),
-        rate("flush_operations"),
-        now.in_flight(),
-        number(&now.engine["dirty-pages"]),
-        number(&now.engine["parked"]),
+        "{}{}{:>9}{:>11}{:>7.1}{:>7}{:>7}{:>8}{:>7}{:>11}{status}",
+        kind(&report.reads),
+        kind(&report.writes),
+        whole(report.flushes.operations_per_second),
+        whole(report.discards.operations_per_second),
+        report.queue_depth,
+        report.in_flight,
+        report.dirty_pages,
+        whole(report.syncs_per_second),
+        report.parked,
+        human(report.actual_size),
     )
-}
-
-/// Where buckets begin, in ns, and how much they have.
-fn buckets(list: &Value) -> BTreeMap<u64, u64> {
-    let list = list.as_array().into_iter().flatten();
-    list.map(|pair| (number(&pair[0]), number(&pair[1])))
-        .collect()
-}
-
-/// A duration that so many in a hundred do not exceed, in ns.
-fn quantile(buckets: &BTreeMap<u64, u64>, percent: u64) -> Option<u64> {
-    let all: u64 = buckets.values().sum();
-    let mut left = (all * percent).div_ceil(100);
-    let found = buckets.iter().find(|(_, count)| {
-        left = left.saturating_sub(**count);
-        left == 0 && **count > 0
-    });
-    // The middle of a bucket that is an eighth of a power of two wide.
-    found.map(|(&start, _)| start + (start / 16).max(64))
-}
-
-fn duration(ns: Option<u64>) -> String {
-    let Some(ns) = ns else {
-        return "-".to_owned();
-    };
-    let (value, unit) = match ns as f64 {
-        ns @ ..1e3 => (ns, "ns"),
-        ns @ ..1e6 => (ns / 1e3, "us"),
-        ns @ ..1e9 => (ns / 1e6, "ms"),
-        ns => (ns / 1e9, "s"),
-    };
-    match value {
-        ..10.0 => format!("{value:.1} {unit}"),
-        _ => format!("{value:.0} {unit}"),
-    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::sample::tests::sample;
 
     #[test]
-    fn quantiles_are_found_among_buckets() {
-        let of = |list: &[(u64, u64)]| list.iter().copied().collect::<BTreeMap<_, _>>();
-        let buckets = of(&[(1_024, 50), (2_048, 49), (1 << 30, 1)]);
-        assert_eq!(quantile(&buckets, 50), Some(1_088));
-        assert_eq!(quantile(&buckets, 51), Some(2_176));
-        assert_eq!(quantile(&buckets, 99), Some(2_176));
-        assert_eq!(quantile(&buckets, 100), Some((1 << 30) + (1 << 26)));
-        assert_eq!(quantile(&of(&[]), 50), None);
-        assert_eq!(quantile(&of(&[(512, 0)]), 50), None);
-    }
-
-    #[test]
-    fn durations_have_a_unit_that_fits() {
-        let shown = [
-            None,
-            Some(950),
-            Some(1_500),
-            Some(102_000),
-            Some(2_000_000_000),
-        ];
-        let shown = shown.map(duration);
-        assert_eq!(shown, ["-", "950 ns", "1.5 us", "102 us", "2.0 s"]);
+    fn what_is_shown_stands_below_its_name() {
+        let mut report = Report::of(&sample("/a", 1, 0), &sample("/a", 2, 1234));
+        let (heading, line_) = (heading(), line(&report));
+        assert_eq!(heading.len(), line_.len(), "{heading}\n{line_}");
+        for (name, expected) in [
+            (" reads/s", "1234"),
+            (" read/s", "4.82 MiB"),
+            ("p99", "104 us"),
+            (" writes/s", "0"),
+            ("depth", "0.1"),
+            ("flight", "3"),
+            ("dirty", "7"),
+            ("disk size", "3 MiB"),
+        ] {
+            let end = heading.find(name).unwrap() + name.len();
+            let found = line_[..end].rsplit("  ").next().unwrap().trim();
+            assert_eq!(found, expected, "{name}\n{heading}\n{line_}");
+        }
+        report.status = "io-error".to_owned();
+        assert!(line(&report).ends_with("  io-error"));
     }
 }

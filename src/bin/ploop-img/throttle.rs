@@ -7,6 +7,7 @@ use vhost_user_ploop::control::AskError;
 use vhost_user_ploop::device::ThrottleLimits;
 
 use crate::args::Output;
+use crate::sample::limits_in;
 use crate::served;
 use crate::show::{self, print};
 
@@ -34,20 +35,10 @@ pub fn run(
     let limits = answer.map_err(|error: AskError| format!("{}: {error}", path.display()))?;
     match output {
         Output::Json => show::json(&limits),
-        Output::Human => match limits_of(&limits).to_string() {
+        Output::Human => match limits_in(&limits).to_string() {
             none if none.is_empty() => print("no limits"),
             some => print(some),
         },
     }
     Ok(())
-}
-
-fn limits_of(answer: &Value) -> ThrottleLimits {
-    let mut limits = ThrottleLimits::default();
-    for name in ThrottleLimits::NUMBERS {
-        if let (Some(field), Some(value)) = (limits.field(name), answer[name].as_u64()) {
-            *field = value;
-        }
-    }
-    limits
 }
