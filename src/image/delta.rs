@@ -168,11 +168,22 @@ impl<F: ImageFile> Delta<F> {
         Ok(scan)
     }
 
+    /// A guest whose process was killed remembers what is not in the file, clusters that
+    /// look unused among it, and another process would serve it on: not any more.
+    ///
+    /// # Errors
+    /// Any of `fsetxattr(2)`; nothing is changed then.
+    pub(super) fn rename_opening(&self) -> Result<()> {
+        let renamed = self.file.rename_opening();
+        renamed.context(self.path(), "note that the image is changed")
+    }
+
     /// The first step of every change: the in-use mark, made stable.
     ///
     /// # Errors
-    /// Any of `pwrite(2)` and `fdatasync(2)`.
+    /// Any of `fsetxattr(2)`, `pwrite(2)` and `fdatasync(2)`.
     pub fn begin(&mut self) -> Result<()> {
+        self.rename_opening()?;
         self.had_extension =
             self.header.in_use == InUse::ClosedWithExtension && self.header.extension.0 != 0;
         if self.header.in_use != InUse::Open {

@@ -12,7 +12,9 @@ use rustix::fs::{FallocateFlags, OFlags, SeekFrom};
 use rustix::io::Errno;
 
 use super::fault;
-use crate::storage::{Aio, Cache, Disk, FileId, HostDisk, HostFile, HostOptions, filesystem};
+use crate::storage::{
+    Aio, Cache, Disk, FileId, HostDisk, HostFile, HostOptions, filesystem, opening,
+};
 
 /// A file with blocking access. Changes may reach the disk in any order, or not
 /// at all, until [`Self::sync`] says that they have.
@@ -69,6 +71,15 @@ pub trait ImageFile {
     /// # Errors
     /// Any of `lseek(2)`.
     fn next_data(&self, offset: u64) -> io::Result<Option<Range<u64>>>;
+
+    /// The file becomes another than the one that a killed process has left: who has served
+    /// a guest from it must not go on with what he knows of it.
+    ///
+    /// # Errors
+    /// Any of `fgetxattr(2)` and `fsetxattr(2)`.
+    fn rename_opening(&self) -> io::Result<()> {
+        Ok(())
+    }
 
     /// Whether the file system says where holes are. If not, all of the file may
     /// look like data to [`Self::next_data`].
@@ -233,6 +244,11 @@ impl ImageFile for HostImage {
             Err(Errno::NXIO) => Ok(None),
             Err(errno) => Err(errno.into()),
         }
+    }
+
+    fn rename_opening(&self) -> io::Result<()> {
+        fault::point();
+        opening::rename_opening(&self.file)
     }
 
     fn tells_holes(&self) -> bool {

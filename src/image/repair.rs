@@ -32,6 +32,7 @@ pub(super) fn repair<F: ImageFile>(
         (Repair::All, _) => InUse::Closed,
     };
     if delta.header().first_block_is_wrong() {
+        delta.rename_opening()?;
         delta.accept_first_block();
         // With the mark, in one sector, whatever the mark was.
         delta.set_mark(InUse::Open);

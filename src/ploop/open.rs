@@ -14,10 +14,11 @@ use super::md::{MdWriter, Metadata};
 use super::options::Options;
 use super::rule::{self, Rule};
 use super::runner::Runner;
-use super::take_over::{Beginning, NO_OPENING, refuse_take_over};
+use super::take_over::{Beginning, refuse_take_over};
 use crate::format::{
     BatScan, ClusterSize, Geometry, GuestCluster, Header, HostCluster, InUse, Sector,
 };
+use crate::storage::opening::NO_OPENING;
 use crate::storage::{Disk, FileId};
 
 /// What the files of a [`Disk`] are, base first: the index is the [`FileId`].

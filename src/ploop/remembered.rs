@@ -19,9 +19,10 @@ use std::io;
 use std::sync::atomic::Ordering;
 
 use super::entry::Entry;
-use super::take_over::{NO_OPENING, TakeOverError};
+use super::take_over::TakeOverError;
 use crate::format::{Geometry, GuestCluster};
 use crate::storage::SharedWords;
+use crate::storage::opening::NO_OPENING;
 
 const MAGIC: u64 = u64::from_be_bytes(*b"ploopmem");
 const VERSION: u64 = 1;

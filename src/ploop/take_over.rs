@@ -25,6 +25,7 @@ use super::entry::{Entry, Place};
 use super::remembered::{Identity, Remembered};
 use super::rule::{self, Rule};
 use crate::format::{ClusterSet, Geometry, GuestCluster, HostCluster};
+use crate::storage::opening::{NO_OPENING, new_opening};
 use crate::storage::{Disk, FileId, SharedWords};
 
 /// Why what a process has left cannot be taken over. The guest that it belongs to must
@@ -60,9 +61,6 @@ pub enum TakeOverError {
         source: io::Error,
     },
 }
-
-/// The name of no opening.
-pub(super) const NO_OPENING: u64 = 0;
 
 /// How far an engine has come.
 pub(super) enum Beginning {
@@ -191,7 +189,7 @@ impl<D: Disk> Engine<D> {
         if self.is_read_only() {
             return None;
         }
-        let name = new_name();
+        let name = new_opening();
         match self.disk.set_opening(self.top(), name) {
             Ok(()) => Some(name),
             Err(error) => {
@@ -577,12 +575,6 @@ impl<D: Disk> Engine<D> {
     }
 }
 
-/// Of an opening; nobody has had it.
-fn new_name() -> u64 {
-    let (name, _) = uuid::Uuid::new_v4().as_u64_pair();
-    name.max(NO_OPENING + 1)
-}
-
 /// What the process that had the image before has left must not be taken over, by any process
 /// that opens the image from now on: writes that its guest was told of may be lost.
 pub(super) fn refuse_take_over(disk: &impl Disk, top: FileId) {
@@ -591,7 +583,7 @@ pub(super) fn refuse_take_over(disk: &impl Disk, top: FileId) {
         return;
     }
     // Not the name of no opening: for a raw image that would be a good end.
-    match disk.set_opening(top, new_name()) {
+    match disk.set_opening(top, new_opening()) {
         Ok(()) => log::error!(
             "a sync has failed, so writes of a process that was killed may be lost: a guest of \
              it that lives on will be refused"

@@ -13,6 +13,7 @@ mod limits;
 pub mod lock;
 #[cfg(all(test, not(ploop_loom)))]
 pub(crate) mod one_file_fs;
+pub mod opening;
 mod segments;
 mod shared;
 

@@ -12,18 +12,15 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
-use rustix::fs::{AtFlags, OFlags, Statx, StatxFlags, XattrFlags};
+use rustix::fs::{AtFlags, OFlags, Statx, StatxFlags};
 use rustix::io::Errno;
 
 use super::{Cache, HostFile};
-use crate::storage::{AlignedBuf, filesystem};
+use crate::storage::{AlignedBuf, filesystem, opening};
 
 /// Every [`AlignedBuf`] starts at a multiple of this, in bytes. A file that
 /// demands more of addresses is not accessed directly.
 const BUFFER_ALIGNMENT: u32 = 4096;
-
-/// The extended attribute of [`crate::storage::Disk::set_opening`].
-const OPENING: &str = "user.ploop.opening";
 
 /// What direct transfers must be multiples of. In bytes, powers of two.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -236,20 +233,12 @@ impl SharedFile {
 
     /// See [`crate::storage::Disk::opening`].
     pub(super) fn opening(&self) -> io::Result<Option<u64>> {
-        let mut bytes = [0; size_of::<u64>()];
-        match rustix::fs::fgetxattr(&self.file, OPENING, &mut bytes) {
-            Ok(len) if len == bytes.len() => Ok(Some(u64::from_le_bytes(bytes))),
-            // Another length: not ours.
-            Ok(_) | Err(Errno::NODATA | Errno::NOTSUP | Errno::RANGE) => Ok(None),
-            Err(errno) => Err(errno.into()),
-        }
+        opening::opening(&self.file)
     }
 
     /// See [`crate::storage::Disk::set_opening`].
     pub(super) fn set_opening(&self, opening: u64) -> io::Result<()> {
-        let bytes = opening.to_le_bytes();
-        rustix::fs::fsetxattr(&self.file, OPENING, &bytes, XattrFlags::empty())?;
-        Ok(())
+        opening::set_opening(&self.file, opening)
     }
 
     /// In bytes.
