@@ -7,7 +7,8 @@
 use arbitrary::Arbitrary;
 use libfuzzer_sys::fuzz_target;
 use serde_json::{Value, json};
-use vhost_user_ploop::control::qmp::{Level, Session, Subject, Wish};
+use vhost_user_ploop::control::qmp::{Session, Wish};
+use vhost_user_ploop::control::{Level, Subject};
 use vhost_user_ploop::device::{
     Latencies, LatencyBins, LimitsError, QueueReport, ThrottleLimits, Totals,
 };

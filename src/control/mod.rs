@@ -17,6 +17,7 @@ mod sandbox;
 mod served;
 mod signals;
 mod socket;
+mod subject;
 mod upgrade;
 
 use std::io;
@@ -35,6 +36,7 @@ pub use place::{file_id, find as find_control_socket};
 pub use sandbox::{RunAs, Sandbox, SandboxError, SandboxOptions, SeccompMode};
 pub use signals::Signals;
 pub use socket::{ServerSocket, SocketAccess, SocketError};
+pub use subject::{Level, Subject};
 pub use upgrade::UpgradeError;
 
 use crate::device::{ConnectionError, LimitsError, LogicalBlockError, QueuesError};

@@ -9,14 +9,13 @@
 //! - `event`: what clients are told unasked;
 //! - `session`: one client's talk, without a socket;
 //! - `client`: its socket;
-//! - `monitor`: all clients;
-//! - `subject`: the disk, as all of these see it.
+//! - `monitor`: all clients.
 //!
 //! Everything runs in the main loop and waits for nothing: clients are other programs of
 //! the host, which may stall, flood and send rubbish, and none of that may touch a guest.
 //! What takes time is a [`Wish`], which others grant; until then its client waits.
 //! `docs/control.md` describes commands and events. Knows JSON and QMP. Must not know how
-//! a disk is served: what it says of one it asks a [`Subject`].
+//! a disk is served: what it says of one it asks a [`Subject`](super::Subject).
 
 mod arguments;
 mod client;
@@ -28,7 +27,6 @@ mod monitor;
 mod names;
 mod session;
 mod shapes;
-mod subject;
 #[cfg(test)]
 mod tests;
 
@@ -38,4 +36,3 @@ pub(super) use event::Event;
 pub use message::Failure;
 pub(super) use monitor::Monitor;
 pub use session::Session;
-pub use subject::{Level, Subject};

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use super::growth::{Grower, Growth, GrowthError};
 use super::place::file_id;
-use super::qmp::{Level, Subject};
+use super::subject::{Level, Subject};
 use super::{Args, Error, Sandbox};
 use crate::device::{
     BlockDevice, Latencies, LatencyBins, LimitsError, QueueReport, Queues, Statistics, Throttle,

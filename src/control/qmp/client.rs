@@ -17,7 +17,7 @@ use serde_json::Value;
 use super::commands::Wish;
 use super::message::Failure;
 use super::session::Session;
-use super::subject::Subject;
+use crate::control::subject::Subject;
 
 /// Bytes that are read at once.
 const CHUNK: usize = 16 << 10;

@@ -9,7 +9,7 @@ use super::arguments::{Arguments, missing};
 use super::message::{Answer, Class, Failure, Request};
 use super::names::{DISK, lower_level};
 use super::shapes;
-use super::subject::Subject;
+use crate::control::subject::Subject;
 use crate::device::ThrottleLimits;
 use crate::format::{SECTOR_SIZE, Sector};
 

@@ -12,7 +12,7 @@ use super::client::{Client, ClientId, Stay};
 use super::commands::Wish;
 use super::event::Event;
 use super::message::Failure;
-use super::subject::Subject;
+use crate::control::subject::Subject;
 
 /// Most clients at a time. What each can make the process hold is bounded, too.
 const MAX_CLIENTS: usize = 16;

@@ -6,7 +6,7 @@ use super::arguments::Arguments;
 use super::commands::{self, Context, NEGOTIATE, Wish};
 use super::framing::{Frame, Framer};
 use super::message::{self, Answer, Class, Failure, Request};
-use super::subject::Subject;
+use crate::control::subject::Subject;
 
 /// What a client has come to.
 #[derive(Debug, Default)]

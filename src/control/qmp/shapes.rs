@@ -3,7 +3,7 @@
 use serde_json::{Value, json};
 
 use super::names::{DISK, lower_level};
-use super::subject::{Level, Subject};
+use crate::control::subject::{Level, Subject};
 use crate::device::{
     Bins, Histogram, KindCounts, Latencies, LatencyBins, QueueReport, ThrottleLimits, Totals,
 };

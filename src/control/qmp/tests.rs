@@ -11,6 +11,7 @@ use serde_json::{Value, json};
 use super::client::{Client, ClientId, Stay};
 use super::monitor::{IDLE, most_idle};
 use super::*;
+use crate::control::{Level, Subject};
 use crate::device::{
     KindCounts, Latencies, LatencyBins, LimitsError, QueueReport, Statistics, Throttle,
     ThrottleLimits, Totals,

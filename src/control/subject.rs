@@ -1,6 +1,6 @@
-//! What commands are about, as this server sees it.
+//! The disk, as those see it who tell others of it: numbers and names.
 //!
-//! It knows numbers and names; what is behind them is another's.
+//! What is behind them is another's.
 
 use std::path::PathBuf;
 
