@@ -9,12 +9,13 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::Duration;
 
-use clap::builder::{PossibleValuesParser, TypedValueParser};
+use clap::builder::{OsStringValueParser, PossibleValuesParser, TypedValueParser};
 use clap::{ArgGroup, Parser, ValueEnum};
 use log::LevelFilter;
 use nix::unistd::{Group, Uid, User};
 
 use super::logging::LogFormat;
+use super::metrics::MetricsAddress;
 use super::sandbox::{RunAs, SandboxOptions, SeccompMode};
 use super::socket::SocketAccess;
 use crate::device::{
@@ -111,6 +112,24 @@ pub struct Args {
     /// leaves it out.
     #[arg(long, value_name = "GROUP", requires = "control", value_parser = group_id)]
     pub control_group: Option<u32>,
+
+    /// Tell Prometheus how the disk is doing, by HTTP, under /metrics: on a Unix socket
+    /// that is made at `unix:PATH`, or on `ADDRESS:PORT`, such as `127.0.0.1:9620`,
+    /// `[::1]:9620` or `localhost:9620`. A port alone is one of 127.0.0.1. Nobody is asked
+    /// who he is.
+    #[arg(long, value_name = "ADDRESS", conflicts_with = "take_over",
+          value_parser = metrics_address())]
+    pub metrics: Option<MetricsAddress>,
+
+    /// Who may connect to the Unix socket of --metrics: its permission bits, in octal.
+    /// [default: 600]
+    #[arg(long, value_name = "MODE", requires = "metrics", value_parser = socket_mode)]
+    pub metrics_mode: Option<u32>,
+
+    /// The group of the Unix socket of --metrics, as a name or a number. The default mode
+    /// leaves it out.
+    #[arg(long, value_name = "GROUP", requires = "metrics", value_parser = group_id)]
+    pub metrics_group: Option<u32>,
 
     /// Print what this program can do, as JSON, and exit. Nothing else counts then.
     #[arg(long)]
@@ -308,6 +327,10 @@ fn logical_block() -> impl TypedValueParser<Value = LogicalBlock> {
     })
 }
 
+fn metrics_address() -> impl TypedValueParser<Value = MetricsAddress> {
+    OsStringValueParser::new().try_map(|text| MetricsAddress::parse(&text))
+}
+
 fn socket_mode(text: &str) -> Result<u32, String> {
     let digits = text.bytes().all(|digit| digit.is_ascii_digit());
     let mode = u32::from_str_radix(text, 8).ok();
@@ -391,9 +414,18 @@ impl Args {
         }
     }
 
+    /// Who may connect to the Unix socket of metrics.
+    pub fn metrics_access(&self) -> SocketAccess {
+        SocketAccess {
+            mode: self.metrics_mode.or(SocketAccess::PRIVATE.mode),
+            group: self.metrics_group,
+        }
+    }
+
     /// Whether a socket is for another group than this process's own.
     pub fn gives_sockets_away(&self) -> bool {
-        self.socket_group.is_some() || self.control_group.is_some()
+        let groups = [self.socket_group, self.control_group, self.metrics_group];
+        groups.iter().any(Option::is_some)
     }
 
     /// What the process gives up.
@@ -519,6 +551,13 @@ mod tests {
             ("--socket-mode=+660", "an octal number up to 777"),
             ("--socket-mode=rw", "an octal number up to 777"),
             ("--control-mode=668", "an octal number up to 777"),
+            ("--metrics=example.org:9620", "no IP address"),
+            ("--metrics=:9620", "no IP address"),
+            ("--metrics=/run/socket", "unix:"),
+            ("--metrics=unix:", "unix:PATH"),
+            ("--metrics=127.0.0.1:65536", "no port"),
+            ("--metrics=::1", "no port"),
+            ("--metrics-mode=668", "an octal number up to 777"),
             ("--throttle=fast", "no limit"),
             ("--throttle=iops=many", "no number"),
             ("--throttle=iops_max=5", "require corresponding"),

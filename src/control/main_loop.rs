@@ -1,5 +1,6 @@
 //! The main thread: waits for front-ends, for their end, for what control clients have to
-//! say, and for the signal to end the program. Never blocks on any of them.
+//! say, for who asks for metrics, and for the signal to end the program. Never blocks on any
+//! of them.
 //!
 //! One front-end is served at a time, since two guests on one disk would destroy
 //! it. While one is, whoever else connects is turned away at once: a program that waits
@@ -20,11 +21,13 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
+use rustix::io::Errno;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::Doors;
 use super::deadline;
 use super::growth::Growth;
+use super::metrics::{Names, Server};
 use super::qmp::{ClientId, Event, Failure, Monitor, Wish};
 use super::served::Served;
 use super::signals::Signals;
@@ -64,19 +67,25 @@ mod event {
     pub const NOTICE: u32 = 8;
     pub const SYNCED: u32 = 9;
     pub const GROWN: u32 = 10;
+    pub const METRICS: u32 = 11;
+    pub const SCRAPER: u32 = 12;
 }
 
 /// Where the disk is asked and told of: its clients stay when one loop follows another.
 pub(super) struct Desk {
     monitor: Monitor,
+    metrics: Server,
     notices: Arc<Notices>,
 }
 
 impl Desk {
     /// Without clients; tells them of `notices`.
-    pub fn new(notices: Arc<Notices>) -> Self {
-        let monitor = Monitor::new(event::CLIENT);
-        Self { monitor, notices }
+    pub fn new(notices: Arc<Notices>, names: Names) -> Self {
+        Self {
+            monitor: Monitor::new(event::CLIENT),
+            metrics: Server::new(names, event::SCRAPER),
+            notices,
+        }
     }
 }
 
@@ -157,6 +166,9 @@ pub(super) fn run(
             manager.event_ops(id)?.remove(Events::empty(&successor))?;
         }
         for client in manager.subscriber_mut(id)?.desk.monitor.take_stalled() {
+            manager.event_ops(id)?.remove(Events::empty(&client))?;
+        }
+        for client in manager.subscriber_mut(id)?.desk.metrics.take_overdue() {
             manager.event_ops(id)?.remove(Events::empty(&client))?;
         }
     }
@@ -268,6 +280,8 @@ impl MainLoop<'_> {
             event::SUCCESSOR => self.hear_successor(ops),
             event::CONTROL => self.accept_client(ops),
             event::CLIENT => self.serve_client(events.fd(), ops),
+            event::METRICS => self.accept_scraper(ops),
+            event::SCRAPER => self.desk.metrics.serve(events.fd(), self.served, ops),
             event::NOTICE => self.pass_on_notices(ops),
             event::SYNCED => self.hear_of_sync(ops),
             event::GROWN => self.hear_of_growth(ops),
@@ -293,8 +307,8 @@ impl MainLoop<'_> {
         let Some(control) = &self.doors.control else {
             return Ok(());
         };
-        match control.listener().accept() {
-            Ok((socket, _)) => self.desk.monitor.admit(socket, self.served, ops),
+        match control.accept() {
+            Ok(socket) => self.desk.monitor.admit(socket.into(), self.served, ops),
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(()),
             Err(error) => {
                 log::error!("a control client cannot be accepted: {error}");
@@ -302,6 +316,24 @@ impl MainLoop<'_> {
                 thread::sleep(RETRY_DELAY);
                 Ok(())
             }
+        }
+    }
+
+    /// Somebody has come who asks for metrics.
+    fn accept_scraper(&mut self, ops: &mut EventOps) -> Result<(), event_manager::Error> {
+        let Some(metrics) = &self.doors.metrics else {
+            return Ok(());
+        };
+        match metrics.accept() {
+            Ok(socket) => self.desk.metrics.admit(socket, ops),
+            Err(error) if is_shortage(&error) => {
+                log::error!("a client for metrics cannot be accepted: {error}");
+                self.turn_next_away(metrics);
+                thread::sleep(RETRY_DELAY);
+                Ok(())
+            }
+            // Nobody, or somebody by network who has gone before he was seen.
+            Err(_) => Ok(()),
         }
     }
 
@@ -421,8 +453,8 @@ impl MainLoop<'_> {
     }
 
     fn accept(&mut self, ops: &mut EventOps) -> Result<(), event_manager::Error> {
-        let socket = match self.doors.front_ends.listener().accept() {
-            Ok((socket, _)) => socket,
+        let socket = match self.doors.front_ends.accept() {
+            Ok(socket) => UnixStream::from(socket),
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
             Err(error) => {
                 log::error!("a front-end cannot be accepted: {error}");
@@ -453,8 +485,8 @@ impl MainLoop<'_> {
         let Some(upgrades) = &self.doors.upgrades else {
             return Ok(());
         };
-        let socket = match upgrades.listener().accept() {
-            Ok((socket, _)) => socket,
+        let socket = match upgrades.accept() {
+            Ok(socket) => UnixStream::from(socket),
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
             Err(error) => {
                 log::error!("a process that is to take over cannot be accepted: {error}");
@@ -581,7 +613,7 @@ impl MainLoop<'_> {
     fn turn_next_away(&mut self, door: &ServerSocket) {
         drop(self.reserve.take());
         // If somebody else was faster to take it, whoever has come is still there.
-        drop(door.listener().accept());
+        drop(door.accept());
         self.reserve = reserve();
     }
 
@@ -664,7 +696,9 @@ impl MainLoop<'_> {
         let front_ends = self.waiting.iter().map(|one| one.until);
         let successor = self.successor.as_ref().map(Successor::until);
         let clients = self.desk.monitor.deadline();
-        let Some(first) = front_ends.chain(successor).chain(clients).min() else {
+        let scrapers = self.desk.metrics.deadline();
+        let all = front_ends.chain(successor).chain(clients).chain(scrapers);
+        let Some(first) = all.min() else {
             return -1;
         };
         let left = first.saturating_duration_since(Instant::now());
@@ -695,6 +729,9 @@ impl MainLoop<'_> {
         let control = self.doors.control.as_ref();
         all.extend(control.map(|it| Events::with_data(it, event::CONTROL, EventSet::IN)));
         all.extend(self.desk.monitor.first_events());
+        let metrics = self.doors.metrics.as_ref();
+        all.extend(metrics.map(|it| Events::with_data(it, event::METRICS, EventSet::IN)));
+        all.extend(self.desk.metrics.first_events());
         let notices = &*self.desk.notices;
         all.push(Events::with_data(notices, event::NOTICE, EventSet::IN));
         all.extend(self.connection.as_ref().map(ended_events));
@@ -702,6 +739,12 @@ impl MainLoop<'_> {
         all.extend(waiting.map(|one| spoken_events(&one.socket)));
         all
     }
+}
+
+/// Whether something is missing that may be there again in a while.
+fn is_shortage(error: &io::Error) -> bool {
+    let missing = [Errno::MFILE, Errno::NFILE, Errno::NOBUFS, Errno::NOMEM];
+    Errno::from_io_error(error).is_some_and(|errno| missing.contains(&errno))
 }
 
 /// As clients are told of it.

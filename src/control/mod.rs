@@ -11,6 +11,7 @@ mod deadline;
 mod growth;
 mod logging;
 mod main_loop;
+mod metrics;
 mod place;
 pub mod qmp;
 mod sandbox;
@@ -21,6 +22,7 @@ mod subject;
 mod upgrade;
 
 use std::io;
+use std::net::SocketAddr;
 use std::num::NonZeroUsize;
 use std::os::fd::RawFd;
 use std::path::{Path, PathBuf};
@@ -32,6 +34,7 @@ use thiserror::Error;
 pub use args::Args;
 pub use asker::{AskError, Asker};
 pub use logging::{LogFormat, Logging};
+pub use metrics::MetricsAddress;
 pub use place::{file_id, find as find_control_socket};
 pub use sandbox::{RunAs, Sandbox, SandboxError, SandboxOptions, SeccompMode};
 pub use signals::Signals;
@@ -46,6 +49,7 @@ use crate::ploop::{EngineError, OpenError};
 use crate::storage::ease_limits;
 use crate::storage::lock::LockError;
 use main_loop::{Carried, Desk, Left};
+use metrics::Names;
 use served::Image;
 use upgrade::{Given, Taken, Terms, folder_of};
 
@@ -72,6 +76,9 @@ pub enum Error {
     /// There is nothing to listen on.
     #[error(transparent)]
     Socket(#[from] SocketError),
+    /// An address is no file.
+    #[error("--metrics-mode and --metrics-group are for --metrics=unix:PATH, not for {0}")]
+    NoFile(SocketAddr),
     /// The queues cannot be as asked for.
     #[error(transparent)]
     Queues(#[from] QueuesError),
@@ -109,6 +116,8 @@ pub enum Error {
 pub fn run(args: &Args, sandbox: &Sandbox) -> Result<(), Error> {
     let signals = Signals::catch().map_err(Error::Setup)?;
     ease_limits();
+    // Who is confined does not know its folder.
+    let names = Names::of(args);
     // Who is confined cannot see what a control group allows.
     let cpus = thread::available_parallelism().map_or(1, NonZeroUsize::get);
     let access = if args.is_read_only() {
@@ -128,7 +137,7 @@ pub fn run(args: &Args, sandbox: &Sandbox) -> Result<(), Error> {
         None => begin(image, args, cpus, sandbox)?,
     };
     log::info!("{}", ready(args, taken.served.engine().disk_size()));
-    serve(taken, args, cpus, &signals)
+    serve(taken, names, args, cpus, &signals)
 }
 
 /// Opens the image and makes the sockets.
@@ -138,8 +147,11 @@ fn begin(mut image: Image, args: &Args, cpus: usize, sandbox: &Sandbox) -> Resul
         args.socket_path.as_deref(),
         args.upgrades(),
         control.as_ref().map(|control| control.path.as_path()),
+        args.metrics.as_ref().and_then(MetricsAddress::path),
     ];
     let folders: Vec<_> = sockets.into_iter().flatten().map(folder_of).collect();
+    // Whoever is confined has no network, and only root has the low ports.
+    let network = bind_network(args)?;
     sandbox.become_user()?;
     image.start_grower(args, sandbox)?;
     sandbox.confine(image.files(), &folders, args.gives_sockets_away())?;
@@ -149,7 +161,7 @@ fn begin(mut image: Image, args: &Args, cpus: usize, sandbox: &Sandbox) -> Resul
     let terms = terms.transpose().map_err(Error::Setup)?;
     let disk = image.disk(args)?;
     let served = image.serve(disk, args, cpus)?;
-    let opened = open_doors(args, control).and_then(|mut doors| {
+    let opened = open_doors(args, control, network).and_then(|mut doors| {
         doors.terms = terms;
         sandbox.settle()?;
         Ok(doors)
@@ -175,7 +187,13 @@ fn begin(mut image: Image, args: &Args, cpus: usize, sandbox: &Sandbox) -> Resul
 }
 
 /// Serves until a signal comes or another process has taken over.
-fn serve(taken: Taken, args: &Args, cpus: usize, signals: &Signals) -> Result<(), Error> {
+fn serve(
+    taken: Taken,
+    names: Names,
+    args: &Args,
+    cpus: usize,
+    signals: &Signals,
+) -> Result<(), Error> {
     let Taken {
         mut image,
         mut served,
@@ -183,7 +201,7 @@ fn serve(taken: Taken, args: &Args, cpus: usize, signals: &Signals) -> Result<()
         mut carried,
         room,
     } = taken;
-    let mut desk = Desk::new(Arc::clone(image.notices()));
+    let mut desk = Desk::new(Arc::clone(image.notices()), names);
     drop(room);
     let left = loop {
         match main_loop::run(&served, &doors, signals, carried, &mut desk) {
@@ -216,6 +234,8 @@ pub(crate) struct Doors {
     upgrades: Option<ServerSocket>,
     /// For programs that ask, watch and steer.
     control: Option<ServerSocket>,
+    /// For programs that ask for metrics.
+    metrics: Option<ServerSocket>,
     /// What a process that takes over has to agree to. It is known before anybody is served:
     /// nothing may fail any more when another process has given its place.
     terms: Option<Terms>,
@@ -224,25 +244,11 @@ pub(crate) struct Doors {
 }
 
 impl Doors {
-    fn new(
-        front_ends: ServerSocket,
-        upgrades: Option<ServerSocket>,
-        control: Option<ServerSocket>,
-        user: u32,
-    ) -> Self {
-        Self {
-            front_ends,
-            upgrades,
-            control,
-            terms: None,
-            user,
-        }
-    }
-
-    /// Leaves the sockets' files to another process.
-    fn leave(&mut self) {
+    /// Leaves the sockets' files to another process, which may not know of metrics.
+    fn leave(&mut self, knows_metrics: bool) {
         self.front_ends.leave();
-        let others = [&mut self.upgrades, &mut self.control];
+        let metrics = self.metrics.as_mut().filter(|_| knows_metrics);
+        let others = [self.upgrades.as_mut(), self.control.as_mut(), metrics];
         others.into_iter().flatten().for_each(ServerSocket::leave);
     }
 }
@@ -290,15 +296,45 @@ fn bind_control(args: &Args, control: &ControlSocket) -> Result<Option<ServerSoc
     }
 }
 
-fn open_doors(args: &Args, control: Option<ControlSocket>) -> Result<Doors, Error> {
+/// The socket for metrics, if it is reached by network.
+fn bind_network(args: &Args) -> Result<Option<ServerSocket>, Error> {
+    let Some(MetricsAddress::Tcp(address)) = args.metrics else {
+        return Ok(None);
+    };
+    if args.metrics_mode.is_some() || args.metrics_group.is_some() {
+        return Err(Error::NoFile(address));
+    }
+    let (socket, address) = ServerSocket::bind_tcp(address)?;
+    log::info!("metrics are at http://{address}/metrics");
+    if !address.ip().is_loopback() {
+        log::warn!("whoever can reach {address} can read the metrics");
+    }
+    Ok(Some(socket))
+}
+
+fn open_doors(
+    args: &Args,
+    control: Option<ControlSocket>,
+    network: Option<ServerSocket>,
+) -> Result<Doors, Error> {
     let upgrades = args.upgrade_socket.as_deref();
     let upgrades = upgrades.map(|path| ServerSocket::bind(path, SocketAccess::PRIVATE));
     let upgrades = upgrades.transpose()?;
     let control = control.map(|control| bind_control(args, &control));
     let control = control.transpose()?.flatten();
+    let metrics = args.metrics.as_ref().and_then(MetricsAddress::path);
+    let metrics = metrics.map(|path| ServerSocket::bind(path, args.metrics_access()));
+    let metrics = metrics.transpose()?.or(network);
     // Last: who sees it finds the others, too.
     let front_ends = open_socket(args)?;
-    Ok(Doors::new(front_ends, upgrades, control, own_user()))
+    Ok(Doors {
+        front_ends,
+        upgrades,
+        control,
+        metrics,
+        terms: None,
+        user: own_user(),
+    })
 }
 
 /// What went wrong, and why.

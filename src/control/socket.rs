@@ -1,6 +1,7 @@
-//! The listening socket: made at a path, or inherited as a descriptor.
+//! A listening socket: made at a path or an address, or inherited as a descriptor.
 
 use std::io;
+use std::net::{SocketAddr, TcpListener};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::UnixListener;
@@ -10,7 +11,8 @@ use rustix::fs::{AtFlags, Gid, Mode, OFlags, chmodat, chownat, linkat, unlinkat}
 use rustix::io::{Errno, FdFlags, fcntl_setfd};
 use rustix::net::sockopt::{socket_acceptconn, socket_domain, socket_type};
 use rustix::net::{
-    AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, connect, listen, socket_with,
+    AddressFamily, SocketAddrUnix, SocketFlags, SocketType, accept_with, bind, connect, listen,
+    socket_with,
 };
 use thiserror::Error;
 
@@ -34,6 +36,14 @@ pub enum SocketError {
         /// Why.
         source: io::Error,
     },
+    /// Any of `socket(2)`, `bind(2)`, `listen(2)`.
+    #[error("cannot listen on {address}")]
+    Address {
+        /// As given.
+        address: SocketAddr,
+        /// Why.
+        source: io::Error,
+    },
     /// It is closed, or not a socket.
     #[error("descriptor {fd} is not an open socket")]
     BadDescriptor {
@@ -42,8 +52,8 @@ pub enum SocketError {
         /// Why.
         source: io::Error,
     },
-    /// A TCP socket, for example.
-    #[error("descriptor {0} is not a stream socket of the Unix domain")]
+    /// A TCP socket, for example, where a front-end is to connect.
+    #[error("descriptor {0} is not a stream socket of the right domain")]
     WrongKind(RawFd),
     /// A connected one, most likely.
     #[error(
@@ -75,11 +85,12 @@ impl SocketAccess {
     };
 }
 
-/// A socket to accept front-ends on. One that was made at a path is removed when
-/// this is dropped.
+/// A socket to accept others on. One that was made at a path is removed when this is
+/// dropped.
 #[derive(Debug)]
 pub struct ServerSocket {
-    listener: UnixListener,
+    /// Does not block: another process may accept on it as well.
+    listener: OwnedFd,
     /// Removed when it is dropped.
     made: Option<MadeFile>,
 }
@@ -111,9 +122,26 @@ impl ServerSocket {
         let listener = listener.map_err(failed)?;
         listener.set_nonblocking(true).map_err(failed)?;
         Ok(Self {
-            listener,
+            listener: listener.into(),
             made: Some(MadeFile::at(path).map_err(failed)?),
         })
+    }
+
+    /// Makes a socket that programs reach by network. Returns the address as well: the
+    /// kernel chooses where the port is 0.
+    ///
+    /// # Errors
+    /// See [`SocketError`].
+    pub fn bind_tcp(address: SocketAddr) -> Result<(Self, SocketAddr), SocketError> {
+        let failed = |source| SocketError::Address { address, source };
+        let listener = TcpListener::bind(address).map_err(failed)?;
+        listener.set_nonblocking(true).map_err(failed)?;
+        let bound = listener.local_addr().map_err(failed)?;
+        let socket = Self {
+            listener: listener.into(),
+            made: None,
+        };
+        Ok((socket, bound))
     }
 
     /// Takes over a listening socket that was inherited as descriptor `fd`.
@@ -134,7 +162,7 @@ impl ServerSocket {
         // SAFETY: the caller says that it is ours, if it is open. If it is not,
         // the next call says so before anything is done with it.
         let borrowed = unsafe { BorrowedFd::borrow_raw(fd) };
-        check_listener(borrowed)?;
+        check_listener(borrowed, &UNIX)?;
         fcntl_setfd(borrowed, FdFlags::CLOEXEC).map_err(bad)?;
         // SAFETY: it is open, and the caller says that it is ours.
         let owned = unsafe { OwnedFd::from_raw_fd(fd) };
@@ -143,13 +171,13 @@ impl ServerSocket {
             .set_nonblocking(true)
             .map_err(|source| SocketError::BadDescriptor { fd, source })?;
         Ok(Self {
-            listener,
+            listener: listener.into(),
             made: None,
         })
     }
 
     /// One that another process has listened on. `made` is removed in the end.
-    pub(super) fn handed(listener: UnixListener, made: Option<MadeFile>) -> Self {
+    pub(super) fn handed(listener: OwnedFd, made: Option<MadeFile>) -> Self {
         Self { listener, made }
     }
 
@@ -165,9 +193,23 @@ impl ServerSocket {
         }
     }
 
-    /// The socket. It does not block: another process may accept on it as well.
-    pub fn listener(&self) -> &UnixListener {
-        &self.listener
+    /// One that has connected. It blocks.
+    ///
+    /// # Errors
+    /// `EAGAIN` if nobody has, or has any more; any other of `accept(2)`.
+    pub fn accept(&self) -> io::Result<OwnedFd> {
+        loop {
+            match accept_with(&self.listener, SocketFlags::CLOEXEC) {
+                Err(Errno::INTR) => {}
+                accepted => return Ok(accepted?),
+            }
+        }
+    }
+}
+
+impl AsFd for ServerSocket {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.listener.as_fd()
     }
 }
 
@@ -177,8 +219,21 @@ impl AsRawFd for ServerSocket {
     }
 }
 
+/// Where front-ends, control clients and other processes connect.
+pub(super) const UNIX: [AddressFamily; 1] = [AddressFamily::UNIX];
+
+/// Where metrics are asked for.
+pub(super) const UNIX_OR_TCP: [AddressFamily; 3] = [
+    AddressFamily::UNIX,
+    AddressFamily::INET,
+    AddressFamily::INET6,
+];
+
 /// That it is a socket of ours to accept on.
-pub(super) fn check_listener(socket: BorrowedFd<'_>) -> Result<(), SocketError> {
+pub(super) fn check_listener(
+    socket: BorrowedFd<'_>,
+    domains: &[AddressFamily],
+) -> Result<(), SocketError> {
     let fd = socket.as_raw_fd();
     let bad = |error: Errno| SocketError::BadDescriptor {
         fd,
@@ -186,7 +241,7 @@ pub(super) fn check_listener(socket: BorrowedFd<'_>) -> Result<(), SocketError> 
     };
     let domain = socket_domain(socket).map_err(bad)?;
     let kind = socket_type(socket).map_err(bad)?;
-    if domain != AddressFamily::UNIX || kind != SocketType::STREAM {
+    if !domains.contains(&domain) || kind != SocketType::STREAM {
         return Err(SocketError::WrongKind(fd));
     }
     if !socket_acceptconn(socket).map_err(bad)? {
@@ -455,7 +510,7 @@ mod tests {
         let listener = UnixListener::bind(&path).unwrap();
         let inherited = inherit(listener.into()).unwrap();
         UnixStream::connect(&path).unwrap();
-        inherited.listener().accept().unwrap();
+        inherited.accept().unwrap();
         drop(inherited);
         assert!(path.exists(), "it was not made here");
 
@@ -464,7 +519,11 @@ mod tests {
         assert!(matches!(error, SocketError::NotListening(_)), "{error}");
 
         let tcp = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        check_listener(tcp.as_fd(), &UNIX_OR_TCP).unwrap();
         let error = inherit(tcp.into()).unwrap_err();
+        assert!(matches!(error, SocketError::WrongKind(_)), "{error}");
+        let udp = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
+        let error = check_listener(udp.as_fd(), &UNIX_OR_TCP).unwrap_err();
         assert!(matches!(error, SocketError::WrongKind(_)), "{error}");
 
         let file = tempfile::tempfile().unwrap();

@@ -20,10 +20,11 @@ mod take;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use rustix::net::AddressFamily;
 use thiserror::Error;
 
 pub(super) use give::{Given, Step, Successor, hand_over};
@@ -31,7 +32,7 @@ pub(super) use take::{Taken, take_over};
 
 use super::Args;
 use super::bound::Bound;
-use super::socket::{MadeFile, ServerSocket, SocketError, check_listener};
+use super::socket::{MadeFile, ServerSocket, SocketError, UNIX, UNIX_OR_TCP, check_listener};
 use crate::device::{Suspended, ThrottleLimits};
 use crate::format::Sector;
 use crate::parcel::{ParcelError, Reader, Writer};
@@ -65,6 +66,10 @@ mod kind {
 mod part {
     /// Limits that were set while the disk was served.
     pub const LIMITS: u64 = 1;
+    /// Where metrics are asked for.
+    pub const METRICS: u64 = 2;
+    /// What this program knows.
+    pub const ALL: u64 = LIMITS | METRICS;
 }
 
 /// How long a message may take whose sender has nothing else to do.
@@ -206,6 +211,8 @@ struct State<S> {
     connection: Option<Suspended>,
     /// See [`part::LIMITS`].
     limits: Option<ThrottleLimits>,
+    /// See [`part::METRICS`].
+    metrics: Option<S>,
 }
 
 impl State<&ServerSocket> {
@@ -220,15 +227,26 @@ impl State<&ServerSocket> {
         if let Some(connection) = &self.connection {
             connection.write(to);
         }
+        let parts = [
+            (part::LIMITS, self.limits.is_some()),
+            (part::METRICS, self.metrics.is_some()),
+        ];
+        let parts = parts.into_iter().filter(|(_, is_there)| *is_there);
+        let parts = parts.fold(0, |all, (part, _)| all | part);
+        if parts != 0 {
+            to.u64(parts);
+        }
         if let Some(limits) = &self.limits {
-            to.u64(part::LIMITS);
             limits.write(to);
+        }
+        if let Some(metrics) = self.metrics {
+            write_socket(to, metrics);
         }
     }
 }
 
 fn write_socket<'a>(to: &mut Writer<'a>, socket: &'a ServerSocket) {
-    to.file(socket.listener().as_fd());
+    to.file(socket.as_fd());
     to.optional(socket.made(), |to, made| {
         to.text(made.path().as_os_str().as_encoded_bytes());
         let (device, inode) = made.identity();
@@ -262,7 +280,21 @@ impl HandedSocket {
 
     /// That it can be listened on, and is the one at its path, if it was seen to have one.
     fn check(&self, bound: Option<&Bound>) -> Result<(), UpgradeError> {
-        check_listener(self.listener.as_fd())?;
+        self.check_as(&UNIX, bound)
+    }
+
+    /// That it can be listened on, also if it is reached by network. Where its file is, is
+    /// said too late for that to be seen.
+    fn check_anywhere(&self) -> Result<(), UpgradeError> {
+        self.check_as(&UNIX_OR_TCP, None)
+    }
+
+    fn check_as(
+        &self,
+        domains: &[AddressFamily],
+        bound: Option<&Bound>,
+    ) -> Result<(), UpgradeError> {
+        check_listener(self.listener.as_fd(), domains)?;
         match bound.filter(|bound| !self.is(bound)) {
             Some(bound) => Err(UpgradeError::OtherSocket(bound.path().to_owned())),
             None => Ok(()),
@@ -276,7 +308,7 @@ impl HandedSocket {
             let (device, inode) = bound.file();
             MadeFile::known(bound.path().to_owned(), device, inode)
         });
-        ServerSocket::handed(UnixListener::from(self.listener), made)
+        ServerSocket::handed(self.listener, made)
     }
 }
 
@@ -309,12 +341,18 @@ impl State<HandedSocket> {
             waiting: from.list(Reader::socket)?,
             connection: from.optional(Suspended::read)?,
             limits: None,
+            metrics: None,
         };
-        state.limits = match read_parts(&mut from)? {
-            0 => None,
-            part::LIMITS => Some(ThrottleLimits::read(&mut from)?),
-            _ => return Err(ParcelError::Invalid("what was not asked for")),
-        };
+        let parts = read_parts(&mut from)?;
+        if parts & !part::ALL != 0 {
+            return Err(ParcelError::Invalid("what was not asked for"));
+        }
+        if parts & part::LIMITS != 0 {
+            state.limits = Some(ThrottleLimits::read(&mut from)?);
+        }
+        if parts & part::METRICS != 0 {
+            state.metrics = Some(HandedSocket::read(&mut from)?);
+        }
         from.end()?;
         Ok(state)
     }

@@ -71,6 +71,16 @@ impl Default for Histogram {
 }
 
 impl Histogram {
+    /// Of these, in ns.
+    #[cfg(test)]
+    pub(crate) fn of(durations: &[u64]) -> Self {
+        let recorder = Recorder::default();
+        durations.iter().for_each(|&ns| recorder.record(ns));
+        let mut histogram = Self::default();
+        histogram.add(&recorder);
+        histogram
+    }
+
     pub(super) fn add(&mut self, recorder: &Recorder) {
         for (sum, count) in self.0.iter_mut().zip(&recorder.0) {
             *sum += count.load(Ordering::Relaxed);

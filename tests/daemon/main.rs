@@ -10,6 +10,7 @@ mod front_end;
 mod grow;
 mod huge;
 mod log;
+mod metrics;
 mod nonsense;
 mod options;
 #[cfg(target_arch = "x86_64")]

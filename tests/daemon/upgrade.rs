@@ -35,8 +35,8 @@ const REFUSED: u32 = 3;
 const READY: u32 = 4;
 pub const STATE: u32 = 5;
 const PREPARED: u32 = 6;
-const GO: u32 = 7;
-const SERVING: u32 = 8;
+pub const GO: u32 = 7;
+pub const SERVING: u32 = 8;
 
 /// Descriptors that go with one byte.
 const GROUP: usize = 64;
@@ -61,7 +61,7 @@ impl Fake {
         Self(socket)
     }
 
-    fn say(&mut self, kind: u32, body: &[u8]) {
+    pub fn say(&mut self, kind: u32, body: &[u8]) {
         let header = [kind, body.len() as u32, 0].map(u32::to_le_bytes);
         let message = [&header.concat(), body].concat();
         self.0.write_all(&message).unwrap();
@@ -817,7 +817,7 @@ fn limits_that_cannot_be_are_refused() {
     let at = others.path().join("own");
     let own = UnixListener::bind(&at).unwrap();
     own.set_nonblocking(true).unwrap();
-    let unknown = [2_u64.to_le_bytes().to_vec(), limits(0, 0)].concat();
+    let unknown = [4_u64.to_le_bytes().to_vec(), limits(0, 0)].concat();
     let short = limits(7000, 0);
     for odd in [
         &limits(0, 512)[..],

@@ -154,6 +154,7 @@ const START: &[i64] = &[
     libc::SYS_getegid,
     libc::SYS_geteuid,
     libc::SYS_getgid,
+    libc::SYS_getsockname,
     libc::SYS_getuid,
     libc::SYS_io_uring_register,
     libc::SYS_landlock_add_rule,

@@ -165,6 +165,16 @@ impl Successor {
         Some(limits)
     }
 
+    /// The socket for metrics, if it is handed that.
+    fn metrics_of<'a>(&self, doors: &'a Doors) -> Option<&'a ServerSocket> {
+        let metrics = doors.metrics.as_ref()?;
+        if self.parts & part::METRICS == 0 {
+            log::warn!("{} does not know of metrics, and tells none", self.peer);
+            return None;
+        }
+        Some(metrics)
+    }
+
     /// Whether it has hung up.
     fn has_gone(&self) -> bool {
         let mut fds = [PollFd::new(&self.socket, PollFlags::RDHUP)];
@@ -263,6 +273,7 @@ pub(in crate::control) fn hand_over(
         waiting,
         connection: suspended,
         limits: successor.limits_of(image),
+        metrics: successor.metrics_of(doors),
     };
     let given = match &closed {
         Ok(()) => give(successor, &state, signals),
@@ -284,7 +295,7 @@ pub(in crate::control) fn hand_over(
                 successor.peer,
                 start.elapsed().as_secs_f64() * 1e3
             );
-            doors.leave();
+            doors.leave(successor.parts & part::METRICS != 0);
             return Ok(Given::Away);
         }
         Err(Failure::Before(error)) => {

@@ -74,7 +74,7 @@ pub(in crate::control) fn take_over(
     // this one fails.
     sandbox.settle()?;
     let mut ready = Writer::default();
-    ready.u64(part::LIMITS);
+    ready.u64(part::ALL);
     ready
         .send(&socket, kind::READY, ANSWER_TIME)
         .map_err(UpgradeError::from)?;
@@ -85,6 +85,8 @@ pub(in crate::control) fn take_over(
     for (socket, bound) in others {
         socket.as_ref().map_or(Ok(()), |it| it.check(bound))?;
     }
+    let metrics = state.metrics.as_ref();
+    metrics.map_or(Ok(()), |it| it.check_anywhere())?;
     if let Some(limits) = state.limits {
         if args.throttle.is_some_and(|own| own != limits) {
             log::info!("limits that were set while the disk was served hold, not --throttle");
@@ -119,13 +121,14 @@ pub(in crate::control) fn take_over(
         let bound = upgrades.filter(|bound| it.is(bound));
         it.own(bound)
     });
-    let mut doors = Doors::new(
-        state.front_ends.own(front_ends),
+    let doors = Doors {
+        front_ends: state.front_ends.own(front_ends),
         upgrades,
-        state.control.map(|it| it.own(control)),
+        control: state.control.map(|it| it.own(control)),
+        metrics: state.metrics.map(|it| it.own(None)),
+        terms: Some(terms),
         user,
-    );
-    doors.terms = Some(terms);
+    };
     Ok(Taken {
         doors,
         carried: Carried {
