@@ -11,6 +11,8 @@
 #   2. the distribution's backports, if what is there came from them
 #   3. what apt is set up for, unpacked in target/tools instead of installed
 #
+# A package that would start a service is always unpacked.
+#
 # Rust is not installed, only asked for.
 set -euo pipefail
 
@@ -48,6 +50,11 @@ shellcheck shellcheck
 mkfs.xfs xfsprogs
 debootstrap debootstrap
 ip iproute2
+"
+# What apt installs as a service, and starts, though only its programs are wanted.
+services="
+promtool prometheus
+prometheus prometheus
 "
 # The last is no program that somebody calls here: it comes with the driver for QEMU.
 libvirt_tools="
@@ -183,7 +190,10 @@ unpack() {
     if [ "$package" = gcc ] || grep -qE '^change libc6(:[a-z0-9]+)? [^-]' <<<"$steps"; then
         die "installing $package would change other packages (apt-get -s install $package shows which); install it yourself"
     fi
-    say "unpacking $package in $tools: to install it, apt would have to remove or change other packages, or it is not allowed to"
+    case $package in
+        prometheus) say "unpacking $package in $tools: installed, it would start as a service" ;;
+        *) say "unpacking $package in $tools: to install it, apt would have to remove or change other packages, or it is not allowed to" ;;
+    esac
     work=$tools/download
     rm -rf "$work"
     mkdir -p "$work" "$tools_root"
@@ -267,19 +277,26 @@ forget_superseded() {
 
 provide_missing() {
     local program _
-    local -a packages qemu=() other=()
+    local -a packages qemu=() other=() unpacked=()
     mapfile -t packages < <(missing_packages)
     [ ${#packages[@]} -gt 0 ] || return 0
     command -v apt-get >/dev/null ||
         die "this is not Debian or Ubuntu; install what these packages hold yourself: ${packages[*]}"
     for package in "${packages[@]}"; do
-        case $package in qemu-*) qemu+=("$package") ;; *) other+=("$package") ;; esac
+        case $package in
+            qemu-*) qemu+=("$package") ;;
+            prometheus) unpacked+=("$package") ;;
+            *) other+=("$package") ;;
+        esac
     done
     if may_install; then
         as_root apt-get update -q
     fi
     provide "${other[@]}"
     provide "${qemu[@]}"
+    for package in "${unpacked[@]}"; do
+        unpack "$package"
+    done
     while read -r program _; do
         [ -z "$program" ] || is_here "$program" || expose "$program"
     done <<<"$programs"
@@ -289,7 +306,7 @@ provide_missing() {
 case ${1:-demo} in
     demo) programs=$demo_tools ;;
     bench) programs=$demo_tools$bench_tools ;;
-    ci) programs=$demo_tools$ci_tools ;;
+    ci) programs=$demo_tools$ci_tools$services ;;
     libvirt) programs=$demo_tools$libvirt_tools ;;
     *) die "unknown set '$1': demo, bench, ci or libvirt" ;;
 esac

@@ -13,6 +13,7 @@ mod log;
 mod metrics;
 mod nonsense;
 mod options;
+mod prometheus;
 #[cfg(target_arch = "x86_64")]
 mod sandbox;
 mod stat;

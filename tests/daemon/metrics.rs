@@ -34,10 +34,10 @@ fn on_unix(rig: &Rig) -> String {
 }
 
 /// On a port of this host that the kernel has chosen.
-const ON_TCP: &str = "--metrics=127.0.0.1:0";
+pub const ON_TCP: &str = "--metrics=127.0.0.1:0";
 
 /// Which it is.
-fn address(backend: &Backend) -> String {
+pub fn address(backend: &Backend) -> String {
     const BEFORE: &str = "metrics are at http://";
     backend.expect_to_say(BEFORE);
     let log = backend.log();
@@ -76,7 +76,7 @@ fn connect(rig: &Rig) -> UnixStream {
     socket
 }
 
-fn text(rig: &Rig) -> String {
+pub fn text(rig: &Rig) -> String {
     page(connect(rig), "text/plain")
 }
 
@@ -102,7 +102,7 @@ fn names(page: &str) -> BTreeSet<String> {
         .collect()
 }
 
-fn write_and_read(front_end: &mut FrontEnd) {
+pub fn write_and_read(front_end: &mut FrontEnd) {
     let ring = &mut front_end.rings[1];
     for sector in [8, 80] {
         let source = [readable(DATA, 4096)];
@@ -414,7 +414,7 @@ fn a_process_that_knows_of_no_metrics_takes_over_without_them() {
 }
 
 /// All metrics that there can be, of a disk that is in use.
-fn every_name(rig: &Rig) -> (Backend, BTreeSet<String>) {
+pub fn every_name(rig: &Rig) -> (Backend, BTreeSet<String>) {
     let limits = "--throttle=bps=1000000000,iops=1000000";
     let backend = rig.serve(&[&on_unix(rig), limits]);
     write_and_read(&mut start_front_end(backend.socket()));
