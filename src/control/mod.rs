@@ -35,7 +35,9 @@ pub use args::Args;
 pub use asker::{AskError, Asker};
 pub use logging::{LogFormat, Logging};
 pub use metrics::MetricsAddress;
-pub use place::{file_id, find as find_control_socket};
+pub use place::{
+    Place as ControlPlace, all as control_places, file_id, find as find_control_socket,
+};
 pub use sandbox::{RunAs, Sandbox, SandboxError, SandboxOptions, SeccompMode};
 pub use signals::Signals;
 pub use socket::{ServerSocket, SocketAccess, SocketError};

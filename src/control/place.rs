@@ -75,6 +75,26 @@ pub(super) fn make(files: &[HostFile], run_as: RunAs) -> io::Result<Option<PathB
     Ok(Some(socket))
 }
 
+/// Where a running disk is asked.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Place {
+    /// See [`file_id`].
+    pub file_id: String,
+    /// Somebody listens there, or has.
+    pub socket: PathBuf,
+}
+
+/// All that there are on this host, as far as the caller may look.
+pub fn all() -> Vec<Place> {
+    let entries = folders().into_iter().flat_map(fs::read_dir).flatten();
+    let place = |entry: fs::DirEntry| Place {
+        file_id: entry.file_name().to_string_lossy().into_owned(),
+        socket: entry.path().join("control"),
+    };
+    let places = entries.flatten().map(place);
+    places.filter(|place| place.socket.exists()).collect()
+}
+
 /// The control socket of the process that serves the disk at `path`, if there is one where
 /// it would be.
 ///

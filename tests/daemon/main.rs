@@ -17,6 +17,7 @@ mod prometheus;
 #[cfg(target_arch = "x86_64")]
 mod sandbox;
 mod stat;
+mod top;
 mod upgrade;
 mod vanishing;
 

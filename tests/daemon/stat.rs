@@ -17,22 +17,22 @@ use crate::common::qmp::Qmp;
 use crate::grow::{create, with_snapshots};
 use crate::{Rig, expect_service, start_front_end};
 
-const VARIABLE: &str = "PLOOP_RUNTIME_DIR";
+pub const VARIABLE: &str = "PLOOP_RUNTIME_DIR";
 
-struct Host {
-    rig: Rig,
-    runtime: PathBuf,
+pub struct Host {
+    pub rig: Rig,
+    pub runtime: PathBuf,
 }
 
 impl Host {
-    fn new() -> Self {
+    pub fn new() -> Self {
         let rig = Rig::new();
         let runtime = rig.folder.path().join("run");
         fs::create_dir(&runtime).unwrap();
         Self { rig, runtime }
     }
 
-    fn serve(&self, options: &[&str]) -> Backend {
+    pub fn serve(&self, options: &[&str]) -> Backend {
         let mut command = Command::new(env!("CARGO_BIN_EXE_vhost-user-ploop"));
         command.env(VARIABLE, &self.runtime);
         Backend::start_as(command, &self.rig.image, &self.rig.socket, options)

@@ -1,47 +1,15 @@
 //! Progress: a bar on a terminal, lines where they are asked for, else nothing.
 
-use std::fs::{self, File};
+use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
-use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::process::{Command, Stdio};
-use std::thread::{self, JoinHandle};
 
-use rustix::fs::{Mode, OFlags};
 use rustix::process::{Pid, Signal, kill_process};
-use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
-use rustix::termios::{Winsize, tcsetwinsize};
 use tempfile::TempDir;
 
 use super::common::img::{ploop_img, ploop_img_command};
-
-/// A terminal: the side that programs have, and what they say to it.
-fn terminal() -> (OwnedFd, JoinHandle<String>) {
-    let flags = OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC;
-    let screen = openpt(flags).unwrap();
-    grantpt(&screen).unwrap();
-    unlockpt(&screen).unwrap();
-    let name = ptsname(&screen, Vec::new()).unwrap();
-    let flags = OFlags::RDWR | OFlags::NOCTTY | OFlags::CLOEXEC;
-    let line = rustix::fs::open(name.as_c_str(), flags, Mode::empty()).unwrap();
-    let size = Winsize {
-        ws_row: 24,
-        ws_col: 100,
-        ws_xpixel: 0,
-        ws_ypixel: 0,
-    };
-    tcsetwinsize(&line, size).unwrap();
-    let mut screen = File::from(screen);
-    let reader = thread::spawn(move || {
-        let (mut said, mut buffer) = (Vec::new(), [0; 4096]);
-        // Ends with an error once no program has the terminal any more.
-        while let Ok(read @ 1..) = screen.read(&mut buffer) {
-            said.extend(&buffer[..read]);
-        }
-        String::from_utf8(said).unwrap()
-    });
-    (line, reader)
-}
+use super::common::terminal::Terminal;
 
 fn command(args: &[&str]) -> Command {
     let mut command = ploop_img_command();
@@ -52,13 +20,13 @@ fn command(args: &[&str]) -> Command {
 /// Runs `ploop-img` with standard error on a terminal; gives back what it says
 /// there.
 fn on_a_terminal(args: &[&str]) -> String {
-    let (line, reader) = terminal();
+    let (terminal, line) = Terminal::new(100, 24);
     let mut command = command(args);
     let output = command.stderr(line).output().unwrap();
     // It holds the last descriptor of the terminal.
     drop(command);
     assert_eq!(output.status.code(), Some(0), "{output:?}");
-    reader.join().unwrap()
+    terminal.end()
 }
 
 fn raw_file(folder: &Path) -> String {
@@ -128,13 +96,13 @@ fn nothing_is_shown_where_standard_error_is_no_terminal() {
     assert_eq!(ran.code, Some(0));
     assert_eq!((ran.stdout.as_str(), ran.stderr.as_str()), ("", ""));
     // Not even where standard output is one.
-    let (line, reader) = terminal();
+    let (terminal, line) = Terminal::new(100, 24);
     let mut command = command(&["convert", &raw, &path("c")]);
     let child = command.stdout(line).stderr(Stdio::piped()).spawn().unwrap();
     drop(command);
     let output = child.wait_with_output().unwrap();
     assert_eq!((output.status.code(), output.stderr), (Some(0), vec![]));
-    assert_eq!(reader.join().unwrap(), "");
+    assert_eq!(terminal.end(), "");
 }
 
 #[test]

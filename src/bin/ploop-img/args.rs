@@ -8,6 +8,7 @@ use vhost_user_ploop::format::{ClusterSize, Guid, Sector, SnapshotNotes, Version
 use vhost_user_ploop::image::{self, DiskFormat, NewSize};
 
 use crate::size::{parse_bytes, parse_cluster_size, parse_disk_size, parse_new_size};
+use crate::top::{Column, LONGEST};
 
 /// Makes, checks and changes ploop disk images.
 #[derive(Debug, Parser)]
@@ -304,6 +305,44 @@ Examples:
         #[arg(long, value_name = "SECONDS", num_args = 0..=1, default_missing_value = "1",
               value_parser = clap::value_parser!(u64).range(1..=86400))]
         watch: Option<u64>,
+        #[command(flatten)]
+        format: OutputFormat,
+    },
+    /// Show all disks that are being served on this host, live
+    ///
+    /// Finds the processes that serve them as 'stat' does, shows those that the user may ask,
+    /// and those that come later as well. Keys sort the list, by a column, and select a disk,
+    /// of which more is shown; h says which. Columns that the terminal has no room for are
+    /// left out.
+    #[command(after_help = "\
+Examples:
+  ploop-img top
+  ploop-img top /vz/private --sort p99        the disks in a folder
+  ploop-img top vm1 vm2 --interval 5
+  ploop-img top --output json                 what all of them do in one second, once")]
+    Top {
+        /// Disks, and folders whose disks to show; without any, all
+        #[arg(value_name = "FOLDER|PATH")]
+        paths: Vec<PathBuf>,
+        /// The socket of a --control that is not found by the disk; can be given several times
+        #[arg(long, value_name = "PATH")]
+        control: Vec<PathBuf>,
+        /// The column to sort by, the highest first
+        #[arg(
+            short,
+            long,
+            value_name = "COLUMN",
+            value_enum,
+            default_value = "depth"
+        )]
+        sort: Column,
+        /// The lowest first
+        #[arg(short, long)]
+        reverse: bool,
+        /// How long each look is
+        #[arg(short, long, value_name = "SECONDS", default_value = "1",
+              value_parser = clap::value_parser!(u64).range(1..=LONGEST))]
+        interval: u64,
         #[command(flatten)]
         format: OutputFormat,
     },

@@ -11,6 +11,7 @@ mod show;
 mod size;
 mod stat;
 mod throttle;
+mod top;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -206,6 +207,23 @@ fn run(command: Command) -> Result<ExitCode, ImageError> {
             let watch = watch.map(Duration::from_secs);
             let shown = stat::run(&path, control.as_deref(), watch, format.output);
             return Ok(end(shown));
+        }
+        Command::Top {
+            paths,
+            control,
+            sort,
+            reverse,
+            interval,
+            format,
+        } => {
+            return Ok(end(top::run(top::Options {
+                paths,
+                controls: control,
+                sort,
+                is_reversed: reverse,
+                interval_seconds: interval,
+                output: format.output,
+            })));
         }
         Command::Throttle {
             path,

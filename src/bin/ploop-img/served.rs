@@ -34,13 +34,7 @@ pub fn connect(path: &Path, control: Option<&Path>) -> Result<Server, String> {
         Some(socket) => Some(socket.to_owned()),
         None => find_control_socket(path).map_err(|error| words(&error))?,
     };
-    let socket = socket.ok_or_else(|| {
-        format!(
-            "no process that serves {} can be found; give the socket of its --control with \
-             --control",
-            path.display()
-        )
-    })?;
+    let socket = socket.ok_or_else(|| unknown(path))?;
     let mut asker = Asker::connect(&socket).map_err(|error| words(&error))?;
     let engine = asker.ask("query-engine").map_err(|error| words(&error))?;
     if serves_another(&engine, path) {
@@ -50,6 +44,14 @@ pub fn connect(path: &Path, control: Option<&Path>) -> Result<Server, String> {
         return Err(format!("{}: {why}", path.display()));
     }
     Ok(Server { socket, asker })
+}
+
+/// Says that no process is where one would be that serves the disk.
+pub fn unknown(path: &Path) -> String {
+    format!(
+        "no process that serves {} can be found; give the socket of its --control with --control",
+        path.display()
+    )
 }
 
 /// Why a disk that is being served was not changed.
