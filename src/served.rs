@@ -95,16 +95,28 @@ impl CallOff {
 /// failed, which can be tried again.
 pub fn grow<D: Disk>(
     engine: &Engine<D>,
+    bundle: Option<&mut Bundle>,
+    size: Sector,
+    call_off: &CallOff,
+) -> Result<Sector, GrowError> {
+    grow_beside(engine, bundle, size, call_off, Outcome::wait)
+}
+
+/// The same for who has something else to do while it is prepared, which takes longest:
+/// `wait` waits for that.
+pub(crate) fn grow_beside<D: Disk>(
+    engine: &Engine<D>,
     mut bundle: Option<&mut Bundle>,
     size: Sector,
     call_off: &CallOff,
+    wait: impl FnOnce(&Outcome) -> Result<(), EngineError>,
 ) -> Result<Sector, GrowError> {
     if let Some(bundle) = &mut bundle {
         bundle.refresh().map_err(GrowError::Descriptor)?;
     }
     let size = whole_clusters(engine, size);
     engine.open_for_growth()?;
-    let prepared = call_off.prepare(engine, size)?.wait();
+    let prepared = wait(&call_off.prepare(engine, size)?);
     if prepared.is_err() && call_off.is_called_off() {
         return Err(GrowError::CalledOff);
     }

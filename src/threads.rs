@@ -23,14 +23,14 @@ pub enum Role {
     Deadline,
     /// Looks whether the files of the image are still what they were.
     Watch,
+    /// The same, and makes the disk larger.
+    Caretaker,
     /// Writes the image's metadata.
     Metadata,
     /// Makes new mappings.
     Runner,
     /// Waits for a sync of the image.
     Sync,
-    /// Makes the disk larger.
-    Grow,
     /// Answers the messages of a front-end.
     Messages,
     /// Serves a virtqueue.
@@ -45,10 +45,10 @@ impl Role {
         Self::Log,
         Self::Deadline,
         Self::Watch,
+        Self::Caretaker,
         Self::Metadata,
         Self::Runner,
         Self::Sync,
-        Self::Grow,
         Self::Messages,
         Self::Queue,
         Self::Clone,

@@ -25,8 +25,8 @@ use rustix::io::Errno;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::Doors;
+use super::caretaker::Growth;
 use super::deadline;
-use super::growth::Growth;
 use super::metrics::{Names, Server};
 use super::qmp::{ClientId, Event, Failure, Monitor, Wish};
 use super::served::Served;

@@ -7,8 +7,8 @@
 pub mod args;
 mod asker;
 mod bound;
+mod caretaker;
 mod deadline;
-mod growth;
 mod logging;
 mod main_loop;
 mod metrics;
@@ -155,7 +155,7 @@ fn begin(mut image: Image, args: &Args, cpus: usize, sandbox: &Sandbox) -> Resul
     // Whoever is confined has no network, and only root has the low ports.
     let network = bind_network(args)?;
     sandbox.become_user()?;
-    image.start_grower(args, sandbox)?;
+    image.start_caretaker(args, sandbox)?;
     sandbox.confine(image.files(), &folders, args.gives_sockets_away())?;
     let terms = args
         .can_be_upgraded()

@@ -99,18 +99,23 @@ impl Sandbox {
         self.0.run_as.apply().map_err(SandboxError::RunAs)
     }
 
-    /// What a thread keeps that works in the folder of a bundle, or of none, and is started
-    /// before [`Self::confine`].
+    /// What a thread keeps that works in the folder of a bundle, or of none, looks at these
+    /// files by their paths, and is started before [`Self::confine`].
     ///
     /// # Errors
     /// See [`SandboxError`].
-    pub fn keeping_to(&self, bundle: Option<&Bundle>) -> Result<KeepTo, SandboxError> {
+    pub fn keeping_to(
+        &self,
+        bundle: Option<&Bundle>,
+        files: &[HostFile],
+    ) -> Result<KeepTo, SandboxError> {
         if !self.0.confines {
-            return Ok(KeepTo(None));
+            return Ok(KeepTo::what_all_have());
         }
         let folder = bundle.map(|bundle| bundle.folder().file());
         let rules = files::in_folder(folder)?;
-        let capabilities = privileges::to_replace_in(folder).map_err(SandboxError::Capabilities)?;
+        let to_replace = privileges::to_replace_in(folder).map_err(SandboxError::Capabilities)?;
+        let capabilities = to_replace | privileges::to_look_at(files);
         Ok(KeepTo(Some((rules, capabilities))))
     }
 
@@ -150,6 +155,11 @@ impl Sandbox {
 pub struct KeepTo(Option<(RulesetCreated, CapabilitySet)>);
 
 impl KeepTo {
+    /// Nothing is given up that is left when it is applied.
+    pub fn what_all_have() -> Self {
+        Self(None)
+    }
+
     /// Gives up the rest, for the calling thread.
     ///
     /// # Errors

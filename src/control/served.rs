@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use super::growth::{Grower, Growth, GrowthError};
+use super::caretaker::{Caretaker, Growth, GrowthError};
 use super::place::file_id;
 use super::subject::{Level, Subject};
 use super::{Args, Error, Sandbox};
@@ -21,7 +21,6 @@ use crate::format::{Geometry, Sector};
 use crate::image::{self, Bundle, OpenImage};
 use crate::notices::Notices;
 use crate::ploop::{self, Chain, Engine, EngineError, EngineReport, Running};
-use crate::served::GrowError;
 use crate::storage::lock::{ImageLock, LockError};
 use crate::storage::{HostDisk, HostFile, KnownFile};
 
@@ -37,10 +36,9 @@ pub(super) struct Image {
     /// Of the last of them.
     top: String,
     chain: Chain,
-    /// Until there is [`Self::grower`].
+    /// Until there is [`Self::caretaker`].
     bundle: Option<Bundle>,
-    /// Only of one that is written to. Before the locks: what it does needs them.
-    grower: Option<Arc<Grower>>,
+    caretaker: Option<Arc<Caretaker>>,
     locks: Vec<ImageLock>,
     /// What goes on while engines come and go.
     statistics: Arc<Statistics>,
@@ -59,7 +57,7 @@ impl Image {
             files: image.files,
             chain: image.chain,
             bundle: image.bundle,
-            grower: None,
+            caretaker: None,
             locks: image.locks,
             statistics: Arc::default(),
             throttle: Arc::default(),
@@ -78,11 +76,12 @@ impl Image {
     }
 
     /// Starts the thread that makes the disk larger, if it can become so: before anything is
-    /// given up that the thread needs.
+    /// given up that the thread needs. One that only looks at the files needs nothing, and
+    /// starts later.
     ///
     /// # Errors
     /// When there can be no more threads, or it could not be restricted.
-    pub fn start_grower(&mut self, args: &Args, sandbox: &Sandbox) -> Result<(), Error> {
+    pub fn start_caretaker(&mut self, args: &Args, sandbox: &Sandbox) -> Result<(), Error> {
         let bundle = self.bundle.take();
         if args.is_read_only() {
             return Ok(());
@@ -91,8 +90,8 @@ impl Image {
         let bundle = bundle.or_else(|| image::bundle_around(&args.blk_file));
         // Lower levels stay what they are.
         let hidden = image::require_nothing_hidden(&self.files, &self.chain).err();
-        let keeps = sandbox.keeping_to(bundle.as_ref())?;
-        self.grower = Some(Arc::new(Grower::start(bundle, hidden, keeps)?));
+        let keeps = sandbox.keeping_to(bundle.as_ref(), &self.files)?;
+        self.caretaker = Some(Arc::new(Caretaker::start(bundle, hidden, keeps)?));
         Ok(())
     }
 
@@ -125,8 +124,16 @@ impl Image {
         };
         let disk = HostDisk::new(files, args.host_options()).map_err(Error::Setup)?;
         let notices = Some(Arc::clone(&self.notices));
-        disk.watch_files(notices).map_err(Error::Setup)?;
+        self.caretaker()?.watch(disk.watch(notices));
         Ok(disk)
+    }
+
+    fn caretaker(&mut self) -> Result<&Arc<Caretaker>, Error> {
+        let caretaker = match self.caretaker.take() {
+            Some(caretaker) => caretaker,
+            None => Arc::new(Caretaker::start_watching()?),
+        };
+        Ok(self.caretaker.insert(caretaker))
     }
 
     fn copies(&self) -> io::Result<Vec<HostFile>> {
@@ -156,7 +163,7 @@ impl Image {
                 device: Arc::new(device),
                 top: self.top.clone(),
                 running,
-                grower: self.grower.clone(),
+                caretaker: self.caretaker.clone(),
             }),
             Err(error) => {
                 // Says itself what goes wrong.
@@ -203,7 +210,7 @@ pub(super) struct Served {
     /// See [`file_id`].
     top: String,
     running: Running<HostDisk>,
-    grower: Option<Arc<Grower>>,
+    caretaker: Option<Arc<Caretaker>>,
 }
 
 /// What has become of an image that was to be passed on.
@@ -229,9 +236,9 @@ impl Served {
     /// # Errors
     /// See [`GrowthError`].
     pub fn grow(&self, size: Sector) -> Result<Growth, GrowthError> {
-        match &self.grower {
-            Some(grower) => grower.grow(Arc::clone(self.running.engine()), size),
-            None => Err(GrowError::Engine(EngineError::ReadOnly).into()),
+        match &self.caretaker {
+            Some(caretaker) => caretaker.grow(Arc::clone(self.running.engine()), size),
+            None => Err(GrowthError::Gone),
         }
     }
 
@@ -241,7 +248,7 @@ impl Served {
             device,
             top,
             running,
-            grower,
+            caretaker,
         } = self;
         match running.pass() {
             Ok(()) => Passed::Closed,
@@ -251,7 +258,7 @@ impl Served {
                     device,
                     top,
                     running,
-                    grower,
+                    caretaker,
                 };
                 Passed::Kept(kept, error)
             }

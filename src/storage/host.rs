@@ -32,6 +32,8 @@ use self::uring::{Generation, Uring};
 use super::{AlignedBuf, Buffer, Completion, Disk, FileId, Io, Op, Segments, filesystem};
 use crate::notices::Notices;
 
+pub use self::watch::FileWatch;
+
 /// One of the files of a disk, as the caller opened it. Its locks stay with the
 /// caller's description.
 #[derive(Debug)]
@@ -54,7 +56,7 @@ pub struct KnownFile<'a> {
     /// Whether it is used around the host's page cache.
     pub is_direct: bool,
     /// What it takes on the host's disk, in bytes. Of a disk whose files are
-    /// [watched](HostDisk::watch_files) it is some seconds old at most.
+    /// [watched](HostDisk::watch) it is some seconds old at most.
     pub allocation: u64,
 }
 
@@ -134,14 +136,11 @@ impl HostDisk {
         })
     }
 
-    /// From now on it is said in the log if a file is deleted, replaced, moved or cut
-    /// short while it is used, a few seconds later, and told to `notices`. Ends with the
-    /// last use of the files.
-    ///
-    /// # Errors
-    /// When there can be no more threads.
-    pub fn watch_files(&self, notices: Option<Arc<Notices>>) -> io::Result<()> {
-        watch::start(&self.files, notices)
+    /// By which is found out, said in the log and told to `notices` that a file was
+    /// deleted, replaced, moved or cut short while it is used.
+    #[must_use = "it finds out nothing unless it looks"]
+    pub fn watch(&self, notices: Option<Arc<Notices>>) -> FileWatch {
+        FileWatch::new(&self.files, notices)
     }
 
     /// What is known of the files, base first. Asks nobody: a file of a server that has

@@ -27,9 +27,7 @@ use crate::control::{control, serve};
 use crate::death::{self, CLUSTER, NEVER, begin, expect, reconnect};
 use crate::front_end::*;
 use crate::upgrade::{Fake, STATE, upgrades};
-use crate::{
-    IOERR, NOBODY, OK, Rig, descriptors, expect_service, start_front_end, tasks, wait_for,
-};
+use crate::{IOERR, NOBODY, OK, Rig, descriptors, expect_service, start_front_end, wait_for};
 
 const SECTOR: u64 = 512;
 const MIB_OF_DISK: u64 = 1 << 20;
@@ -311,8 +309,6 @@ fn sizes_that_cannot_be_are_refused_and_change_nothing() {
     let mut qmp = Qmp::connect(&control(&rig));
     let answer = qmp.answer(RESIZE, to(1 << 30));
     assert!(desc(&answer).contains("read-only"), "{answer}");
-    let threads = tasks(backend.pid());
-    assert!(!threads.iter().any(|task| task == "grow"), "{threads:?}");
     backend.stop();
 }
 
@@ -322,7 +318,7 @@ struct Halt(Pid);
 
 impl Halt {
     fn of(backend: &Backend) -> Self {
-        Self::of_thread(backend, "grow")
+        Self::of_thread(backend, "watch")
     }
 
     fn of_thread(backend: &Backend, name: &str) -> Self {
@@ -364,6 +360,18 @@ fn begin_resize(backend: &Backend, qmp: &mut Qmp, bytes: u64) {
     let before = descriptors(backend.pid());
     qmp.begin(RESIZE, to(bytes));
     wait_for("what it takes", || descriptors(backend.pid()) > before);
+}
+
+/// The same of a disk with this descriptor. Returns when that has been looked at, and all
+/// waits for the engine: which does nothing until what is returned is dropped.
+fn begin_resize_up_to_engine(backend: &Backend, qmp: &mut Qmp, bytes: u64, text: &str) -> Halt {
+    let watch = task(backend, "watch");
+    let before = has_read(&watch);
+    let halt = Halt::of_thread(backend, "md");
+    begin_resize(backend, qmp, bytes);
+    let wanted = before + text.len() as u64;
+    wait_for("its look", || has_read(&watch) >= wanted);
+    halt
 }
 
 const RESIZING: &str = "The disk is being resized already";
@@ -436,6 +444,24 @@ fn a_client_that_goes_does_not_keep_the_disk_from_growing() {
     });
     backend.stop();
     expect_sound(&rig, 80 * MIB_OF_DISK);
+}
+
+#[test]
+fn files_are_watched_also_while_a_disk_is_made_larger() {
+    let rig = rig_of(|folder| Some(create(folder, "bundle", &[]))).unwrap();
+    let backend = serve(&rig, &[]);
+    let mut qmp = Qmp::connect(&control(&rig));
+    let text = descriptor(&rig.image);
+    let halt = begin_resize_up_to_engine(&backend, &mut qmp, 1 << 30, &text);
+    let top = rig.image.join("root.hds");
+    let elsewhere = rig.image.join("elsewhere");
+    fs::rename(&top, &elsewhere).unwrap();
+    assert_eq!(qmp.event("IMAGE_VANISHED")["how"], "moved");
+    fs::rename(&elsewhere, &top).unwrap();
+    drop(halt);
+    assert_eq!(qmp.end(RESIZE)["return"], json!({}));
+    backend.stop();
+    expect_sound(&rig, 1 << 30);
 }
 
 #[test]
@@ -742,11 +768,7 @@ fn a_descriptor_that_is_changed_while_a_disk_is_made_larger_is_left_alone() {
         let mut front_end = start_front_end(backend.socket());
         let mut qmp = Qmp::connect(&control(&rig));
         // It has looked at the descriptor, and waits for what the other does.
-        let grow = task(&backend, "grow");
-        let before = has_read(&grow);
-        let halt = Halt::of_thread(&backend, "md");
-        begin_resize(&backend, &mut qmp, wanted);
-        wait_for("its look", || has_read(&grow) >= before + text.len() as u64);
+        let halt = begin_resize_up_to_engine(&backend, &mut qmp, wanted, &text);
         let changed = text.replacen("root.hds", "other.hds", 1);
         fs::write(bundle.join(DESCRIPTOR), &changed).unwrap();
         drop(halt);

@@ -1,8 +1,10 @@
 //! The daemon as one that a guest has taken over: its own threads are made to ask the
 //! kernel for what they never ask for themselves.
 
+use std::collections::BTreeSet;
 use std::ffi::c_long;
-use std::fs;
+use std::fs::{self, Permissions};
+use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
 use std::time::Duration;
 
 use nix::sys::ptrace;
@@ -11,8 +13,10 @@ use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
 
 use super::grow::{rig_of, with_snapshots};
-use super::{FrontEnd, Rig, expect_service, start_front_end};
+use super::{FrontEnd, NOBODY, Rig, expect_service, start_front_end, tasks};
 use crate::common::backend::Backend;
+use crate::common::qmp::Qmp;
+use crate::control::{control, serve};
 
 /// What became of a system call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -146,7 +150,22 @@ fn expect(options: &[&str], threads: &[&str], call: Call<'_>, outcome: Outcome) 
     }
 }
 
-const THREADS: [&str; 7] = ["messages", "vq0", "runner0", "md", "watch", "log", "grow"];
+/// One of each kind that serves, but for the first thread.
+const THREADS: [&str; 6] = ["messages", "vq0", "runner0", "md", "watch", "log"];
+
+/// The first thread, as the kernel cuts its name short.
+const FIRST: &str = "vhost-user-ploo";
+
+#[test]
+fn no_thread_is_forgotten_here() {
+    let rig = Rig::new();
+    let (backend, _front_end) = served(&rig, &[]);
+    let kind = |task: &String| task.trim_end_matches(char::is_numeric).to_owned();
+    let kinds: BTreeSet<_> = tasks(backend.pid()).iter().map(kind).collect();
+    let known = THREADS.iter().chain([&FIRST]);
+    let known = known.map(|name| kind(&(*name).to_owned())).collect();
+    assert_eq!(kinds, known);
+}
 
 #[test]
 fn no_thread_can_start_a_program_or_reach_another_process() {
@@ -179,7 +198,7 @@ fn no_thread_can_reach_the_network_or_other_sockets() {
         libc::SYS_socket,
         [unix, stream, NOTHING, NOTHING, NOTHING, NOTHING],
     );
-    expect(&[], &["messages", "vq0", "grow"], socket, Killed);
+    expect(&[], &["messages", "vq0", "watch"], socket, Killed);
     let connect = (
         libc::SYS_connect,
         [
@@ -236,18 +255,21 @@ fn other_files_are_out_of_reach() {
     let beside = rig.folder.path().join("beside");
     fs::write(&beside, "other").unwrap();
     let beside = beside.to_str().unwrap();
-    for thread in ["vq0", "messages", "runner0"] {
+    for thread in ["vq0", "messages", "runner0", "watch"] {
         let read = |path| inject(pid, thread, open(path, libc::O_RDONLY));
         assert_eq!(read("/etc/passwd"), refused);
         assert_eq!(read("/proc/self/mem"), refused);
         assert_eq!(read(beside), refused);
-        assert!(matches!(read(&image), Returned(fd) if fd >= 0));
+        match thread {
+            "watch" => assert_eq!(read(&image), refused),
+            _ => assert!(matches!(read(&image), Returned(fd) if fd >= 0)),
+        }
     }
     expect_service(&mut { front_end });
     backend.stop();
     let new = open("/tmp/new", libc::O_RDWR | libc::O_CREAT);
     expect(&[], &["vq0", "messages"], new, Killed);
-    expect(&[], &["log", "watch"], open("/etc/passwd", 0), Killed);
+    expect(&[], &["log"], open("/etc/passwd", 0), Killed);
     // Nor does the other half do without this one.
     expect(&["--seccomp=none"], &["vq0"], new, refused);
 }
@@ -261,7 +283,7 @@ fn one_thread_alone_reaches_the_folder_of_the_disk_and_nothing_else() {
     let in_folder = |name: &str| rig.image.join(name).to_str().unwrap().to_owned();
     let base = in_folder("root.hds");
     let descriptor = in_folder("DiskDescriptor.xml");
-    for thread in ["vq0", "messages", "runner0", "md", "vhost-user-ploo"] {
+    for thread in ["vq0", "messages", "runner0", "md", FIRST] {
         for path in [&base, &descriptor] {
             let written = inject(pid, thread, open(path, libc::O_RDWR));
             assert_eq!(written, refused, "{path} by {thread}");
@@ -269,17 +291,17 @@ fn one_thread_alone_reaches_the_folder_of_the_disk_and_nothing_else() {
         assert!(matches!(inject(pid, thread, open(&base, 0)), Returned(fd) if fd >= 0));
         assert_eq!(inject(pid, thread, open(&descriptor, 0)), refused);
     }
-    let grow = |path, flags| inject(pid, "grow", open(path, flags));
-    assert!(matches!(grow(&descriptor, libc::O_RDWR), Returned(fd) if fd >= 0));
+    let watch = |path, flags| inject(pid, "watch", open(path, flags));
+    assert!(matches!(watch(&descriptor, libc::O_RDWR), Returned(fd) if fd >= 0));
     let beside = rig.folder.path().join("new").to_str().unwrap().to_owned();
-    assert_eq!(grow(&beside, libc::O_RDWR | libc::O_CREAT), refused);
-    assert_eq!(grow("/etc/passwd", 0), refused);
+    assert_eq!(watch(&beside, libc::O_RDWR | libc::O_CREAT), refused);
+    assert_eq!(watch("/etc/passwd", 0), refused);
     expect_service(&mut front_end);
     drop(front_end);
     backend.stop();
     // No other can be made to make a file there, or to start such a thread.
     let new = in_folder("new");
-    for thread in ["vq0", "vhost-user-ploo"] {
+    for thread in ["vq0", FIRST] {
         let (backend, _front_end) = served(&rig, &[]);
         let made = inject(
             backend.pid(),
@@ -293,9 +315,19 @@ fn one_thread_alone_reaches_the_folder_of_the_disk_and_nothing_else() {
     let rig = Rig::new();
     let (backend, front_end) = served(&rig, &[]);
     let image = open(rig.image.to_str().unwrap(), libc::O_RDWR);
-    assert_eq!(inject(backend.pid(), "grow", image), refused);
+    assert_eq!(inject(backend.pid(), "watch", image), refused);
     drop(front_end);
     backend.stop();
+    // Of one that is only read it does not even try.
+    let rig = rig_of(|folder| Some(with_snapshots(folder))).unwrap();
+    let descriptor = rig.image.join("DiskDescriptor.xml");
+    let backend = rig.serve(&["--read-only"]);
+    let tried = inject(
+        backend.pid(),
+        "watch",
+        open(descriptor.to_str().unwrap(), 0),
+    );
+    assert_eq!(tried, Killed);
 }
 
 #[test]
@@ -320,11 +352,11 @@ fn no_thread_makes_a_file_that_runs_as_somebody_else() {
     };
     let (backend, front_end) = served(&rig, &[]);
     let pid = backend.pid();
-    let Returned(fd) = inject(pid, "grow", open(descriptor, libc::O_RDWR)) else {
+    let Returned(fd) = inject(pid, "watch", open(descriptor, libc::O_RDWR)) else {
         panic!("it may open it");
     };
-    assert_eq!(inject(pid, "grow", change_to(fd, 0o640)), Returned(0));
-    assert!(matches!(inject(pid, "grow", open_as(0o777)), Returned(fd) if fd >= 0));
+    assert_eq!(inject(pid, "watch", change_to(fd, 0o640)), Returned(0));
+    assert!(matches!(inject(pid, "watch", open_as(0o777)), Returned(fd) if fd >= 0));
     fs::remove_file(&made).unwrap();
     drop(front_end);
     backend.stop();
@@ -335,7 +367,7 @@ fn no_thread_makes_a_file_that_runs_as_somebody_else() {
             change_to(0, special),
         ] {
             let (backend, _front_end) = served(&rig, &[]);
-            assert_eq!(inject(backend.pid(), "grow", call), Killed, "{special:o}");
+            assert_eq!(inject(backend.pid(), "watch", call), Killed, "{special:o}");
             drop(backend);
             fs::remove_file(&rig.socket).unwrap();
         }
@@ -383,12 +415,32 @@ fn what_is_switched_off_is_off() {
 }
 
 #[test]
+fn files_in_a_folder_of_another_user_are_watched_and_not_read() {
+    if !rustix::process::geteuid().is_root() {
+        eprintln!("not tried: only root can give files away");
+        return;
+    }
+    let rig = Rig::new();
+    for path in [rig.folder.path(), &rig.image] {
+        chown(path, Some(NOBODY), Some(NOBODY)).unwrap();
+    }
+    fs::set_permissions(rig.folder.path(), Permissions::from_mode(0o700)).unwrap();
+    let backend = serve(&rig, &[]);
+    let mut qmp = Qmp::connect(&control(&rig));
+    let image = open(rig.image.to_str().unwrap(), libc::O_RDONLY);
+    let refused = Returned(-i64::from(libc::EACCES));
+    assert_eq!(inject(backend.pid(), "watch", image), refused);
+    fs::rename(&rig.image, rig.folder.path().join("elsewhere")).unwrap();
+    assert_eq!(qmp.event("IMAGE_VANISHED")["how"], "moved");
+    backend.stop();
+}
+
+#[test]
 fn another_user_can_serve() {
     if !rustix::process::geteuid().is_root() {
         eprintln!("not tried: only root can become another user");
         return;
     }
-    use std::os::unix::fs::{MetadataExt, chown};
     const USER: u32 = 54321;
     let rig = Rig::new();
     chown(rig.folder.path(), Some(USER), None).unwrap();

@@ -95,6 +95,15 @@ pub(super) fn to_replace_in(folder: Option<&File>) -> io::Result<CapabilitySet> 
     Ok(needed)
 }
 
+/// What it takes to look at these files by their paths, where permissions would not let this
+/// process pass through their folders.
+pub(super) fn to_look_at(files: &[HostFile]) -> CapabilitySet {
+    match are_all_ours(files, &[]) {
+        true => CapabilitySet::empty(),
+        false => CapabilitySet::DAC_READ_SEARCH,
+    }
+}
+
 /// Keeps those of these capabilities that the calling thread has.
 pub(super) fn keep(kept: CapabilitySet) -> io::Result<()> {
     let present = rustix::thread::capabilities(None)?;

@@ -121,7 +121,7 @@ const MAIN: &[i64] = &[
 
 /// To put a new file in the place of another, with the same owner; and to give up, with the
 /// first steps, what of files and privileges the start has left.
-const GROW: &[i64] = &[
+const CARETAKER: &[i64] = &[
     libc::SYS_capget,
     libc::SYS_capset,
     libc::SYS_fchown,
@@ -189,15 +189,15 @@ mod legacy {
     pub const LOOK: &[i64] = &[libc::SYS_stat, libc::SYS_lstat];
     pub const MESSAGES: &[i64] = &[libc::SYS_readlink];
     pub const MAIN: &[i64] = &[libc::SYS_epoll_wait, libc::SYS_unlink];
-    pub const GROW: &[i64] = &[libc::SYS_renameat];
+    pub const CARETAKER: &[i64] = &[libc::SYS_renameat];
     pub const START: &[i64] = &[libc::SYS_access, libc::SYS_arch_prctl, libc::SYS_open];
 }
 #[cfg(not(target_arch = "x86_64"))]
 mod legacy {
     #[cfg(target_arch = "aarch64")]
-    pub const GROW: &[i64] = &[libc::SYS_renameat];
+    pub const CARETAKER: &[i64] = &[libc::SYS_renameat];
     #[cfg(not(target_arch = "aarch64"))]
-    pub const GROW: &[i64] = &[];
+    pub const CARETAKER: &[i64] = &[];
     pub const ALWAYS: &[i64] = &[];
     pub const LOOK: &[i64] = &[];
     pub const MESSAGES: &[i64] = &[];
@@ -287,10 +287,10 @@ impl Allowed {
             .registers(&[REGISTER_PROBE])
     }
 
-    fn grow() -> Self {
+    fn caretaker() -> Self {
         Self::watch()
-            .calls(GROW)
-            .calls(legacy::GROW)
+            .calls(CARETAKER)
+            .calls(legacy::CARETAKER)
             .makes_files()
             .equal(libc::SYS_prctl, 0, libc::PR_CAP_AMBIENT as u64)
             .equal(libc::SYS_prctl, 0, libc::PR_SET_NO_NEW_PRIVS as u64)
@@ -298,8 +298,8 @@ impl Allowed {
 
     fn start() -> Self {
         Self::main()
-            .calls(GROW)
-            .calls(legacy::GROW)
+            .calls(CARETAKER)
+            .calls(legacy::CARETAKER)
             .calls(START)
             .calls(legacy::START)
             .ioctl(libc::TCGETS)
@@ -312,7 +312,7 @@ impl Allowed {
             Role::Metadata => Self::metadata(),
             Role::Runner | Role::Queue => Self::worker(),
             Role::Messages => Self::messages(),
-            Role::Grow => Self::grow(),
+            Role::Caretaker => Self::caretaker(),
             Role::Clone => Self::clone_thread(),
         }
     }
@@ -483,13 +483,13 @@ mod tests {
     fn who_starts_a_thread_may_do_what_the_thread_may() {
         let (start, main, messages) = (Allowed::start(), Allowed::main(), Allowed::messages());
         let (worker, clone) = (Allowed::worker(), Allowed::clone_thread());
-        let grow = Allowed::grow();
+        let caretaker = Allowed::caretaker();
         let pairs = [
             (&start, &main),
             (&main, &messages),
             (&messages, &worker),
             (&worker, &clone),
-            (&start, &grow),
+            (&start, &caretaker),
         ];
         for (starts, started) in pairs {
             for (call, rules) in &started.0 {

@@ -67,7 +67,7 @@ pub(in crate::control) fn take_over(
     let folders = folders.into_iter().chain([Some(path)]);
     let folders: Vec<PathBuf> = folders.flatten().map(folder_of).collect();
     sandbox.become_user()?;
-    image.start_grower(args, sandbox)?;
+    image.start_caretaker(args, sandbox)?;
     sandbox.confine(image.files(), &folders, false)?;
     let user = own_user();
     // The start is over: to open the image is what the other process can do as well, if

@@ -1,13 +1,12 @@
 //! Files that go while they are served: deleted, replaced, moved, or cut short.
 //!
 //! Nothing tells a process that holds a file open that others can no longer reach
-//! it: the guest would write into nothing for days. So a thread looks now and then and
-//! says it in the log, once of each file. It is a thread of its own because a look at
-//! a file of a server that has gone can take for ever.
+//! it: the guest would write into nothing for days. So somebody looks now and then, and
+//! what is found is said in the log, once of each file. It has to be a thread that no
+//! guest waits for: a look at a file of a server that has gone can take for ever.
 
 use std::io;
 use std::sync::{Arc, Weak};
-use std::thread;
 use std::time::Duration;
 
 use rustix::fs::Statx;
@@ -16,7 +15,6 @@ use rustix::io::Errno;
 use super::file::SharedFile;
 use crate::notices::{Notice, Notices};
 use crate::storage::filesystem::{stat_now, stat_path_now};
-use crate::threads::{self, Role};
 
 /// Between two looks: soon enough for a person, and next to nothing for an idle
 /// process.
@@ -174,25 +172,33 @@ fn say(file: &SharedFile, gone: Gone) {
     }
 }
 
-/// Starts the thread, which tells `notices` of what it says in the log. It ends by itself
-/// at the first look after the files have been closed.
-///
-/// # Errors
-/// When there can be no more threads.
-pub(super) fn start(files: &[Arc<SharedFile>], notices: Option<Arc<Notices>>) -> io::Result<()> {
-    let watch = |file: &Arc<SharedFile>| Watched {
-        notices: notices.clone(),
-        ..Watched::new(file)
-    };
-    let mut watched: Vec<_> = files.iter().map(watch).collect();
-    threads::start(Role::Watch, "watch", move || {
-        while !watched.is_empty() {
-            let in_doubt = watched.iter().any(|file| file.looked_cut && !file.is_cut());
-            thread::sleep(if in_doubt { DOUBT } else { INTERVAL });
-            watched.retain_mut(Watched::look);
-        }
-    })?;
-    Ok(())
+/// The files of a disk, to be looked at now and then: see
+/// [`HostDisk::watch`](super::HostDisk::watch). Keeps none of them open.
+#[derive(Debug)]
+pub struct FileWatch(Vec<Watched>);
+
+impl FileWatch {
+    /// Tells `notices` of what it says in the log.
+    pub(super) fn new(files: &[Arc<SharedFile>], notices: Option<Arc<Notices>>) -> Self {
+        let watch = |file: &Arc<SharedFile>| Watched {
+            notices: notices.clone(),
+            ..Watched::new(file)
+        };
+        Self(files.iter().map(watch).collect())
+    }
+
+    /// How long to wait before the next look; `None` once no file is used any more.
+    pub fn pause(&self) -> Option<Duration> {
+        let mut files = self.0.iter();
+        let in_doubt = files.any(|file| file.looked_cut && !file.is_cut());
+        let pause = if in_doubt { DOUBT } else { INTERVAL };
+        (!self.0.is_empty()).then_some(pause)
+    }
+
+    /// Looks at each, and says what is new. May take for ever.
+    pub fn look(&mut self) {
+        self.0.retain_mut(Watched::look);
+    }
 }
 
 #[cfg(test)]
