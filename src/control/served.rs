@@ -149,7 +149,23 @@ impl Image {
 
     /// Reads the image and makes the device on it.
     pub fn serve(&self, disk: HostDisk, args: &Args, cpus: usize) -> Result<Served, Error> {
+        self.serve_with(disk, args, cpus, args.engine_options())
+    }
+
+    /// As [`Self::serve`], when a process that lives has passed the image on.
+    pub fn serve_on(&self, disk: HostDisk, args: &Args, cpus: usize) -> Result<Served, Error> {
         let mut options = args.engine_options();
+        options.is_passed_on = true;
+        self.serve_with(disk, args, cpus, options)
+    }
+
+    fn serve_with(
+        &self,
+        disk: HostDisk,
+        args: &Args,
+        cpus: usize,
+        mut options: ploop::Options,
+    ) -> Result<Served, Error> {
         options.notices = Some(Arc::clone(&self.notices));
         let opened = Engine::open(disk, &self.chain, options);
         let opened = opened.map_err(|source| Error::Engine {

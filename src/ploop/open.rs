@@ -18,7 +18,7 @@ use super::take_over::{Beginning, refuse_take_over};
 use crate::format::{
     BatScan, ClusterSize, Geometry, GuestCluster, Header, HostCluster, InUse, Sector,
 };
-use crate::storage::opening::NO_OPENING;
+use crate::storage::opening::{NO_OPENING, new_opening};
 use crate::storage::{Disk, FileId};
 
 /// What the files of a [`Disk`] are, base first: the index is the [`FileId`].
@@ -146,6 +146,9 @@ fn prepare_image(
     // A file may end before its data area starts.
     let end = HostCluster(image.scan.used.len() as u32).max(geometry.first_host_cluster());
     if !options.read_only {
+        if image.header.in_use != InUse::Open && !options.is_passed_on {
+            refuse_former_guest(disk, top)?;
+        }
         mark_in_use(disk, top, &mut metadata.header, image.file_len)?;
     }
     Ok((Allocator::new(end), Some(metadata)))
@@ -218,6 +221,19 @@ fn report_unclosed(header: &Header, leaked: &[Extent]) {
             "the image was not closed cleanly; its mapping is sound, and clusters that it \
              does not map ({clusters}) will be used again"
         );
+    }
+}
+
+/// Of an image that somebody has closed: a name that the opening before has left is that of
+/// a guest whose process was killed, and of a program after it that knows no names. The mark
+/// which is about to be made would have the next process believe that guest.
+fn refuse_former_guest(disk: &impl Disk, file: FileId) -> Result<(), OpenError> {
+    match disk.opening(file) {
+        Ok(Some(name)) if name != NO_OPENING => disk.set_opening(file, new_opening()).map_err(
+            OpenError::io("change the attribute user.ploop.opening", file),
+        ),
+        // What cannot be read was said before, and cannot be believed later either.
+        _ => Ok(()),
     }
 }
 

@@ -42,6 +42,9 @@ pub struct Options {
     /// map alone until [`Engine::begin`](super::Engine::begin) or
     /// [`Engine::take_over`](super::Engine::take_over).
     pub awaits_take_over: bool,
+    /// A process that lives has passed the image on (`Control::Pass`),
+    /// and the guest with it that the opening is named for.
+    pub is_passed_on: bool,
     /// Who is told that the host is full and that it is not any more.
     pub notices: Option<Arc<Notices>>,
     /// When no more clusters than this are left to be given out, the file grows. Set by the engine.
@@ -60,6 +63,7 @@ impl Default for Options {
             preallocation: 128 << 20,
             smallest_clone: 256 << 10,
             awaits_take_over: false,
+            is_passed_on: false,
             notices: None,
             low_water: 0,
         }

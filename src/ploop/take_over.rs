@@ -190,16 +190,22 @@ impl<D: Disk> Engine<D> {
             return None;
         }
         let name = new_opening();
-        match self.disk.set_opening(self.top(), name) {
-            Ok(()) => Some(name),
-            Err(error) => {
-                log::info!(
-                    "the file system keeps no extended attributes ({error}): a guest cannot \
-                     live on if this process is killed"
-                );
-                None
-            }
+        let Err(error) = self.disk.set_opening(self.top(), name) else {
+            return Some(name);
+        };
+        match self.disk.opening(self.top()) {
+            Ok(None | Some(NO_OPENING)) => log::warn!(
+                "the opening cannot be noted with the image ({error}): a guest cannot live on \
+                 if this process is killed"
+            ),
+            _ => log::error!(
+                "the opening cannot be noted with the image ({error}), which has the name of \
+                 another: a guest cannot live on if this process is killed, and one of a \
+                 process that was killed before must be stopped, as the next process would \
+                 not refuse it"
+            ),
         }
+        None
     }
 
     /// A sync has failed: before anybody has come, it was the only one to say what became of

@@ -319,7 +319,7 @@ pub(in crate::control) fn hand_over(
     try_until_signal(signals, || image.set_raw_size(size).map_err(Error::Setup))?;
     let served = try_until_signal(signals, || {
         let disk = image.disk(args)?;
-        image.serve(disk, args, cpus)
+        image.serve_on(disk, args, cpus)
     })?;
     // The image may have a mark that the other process has made, and the guest's region what
     // it has written there. But nothing has completed since the disk had everything.

@@ -100,7 +100,7 @@ pub(in crate::control) fn take_over(
     image.set_raw_size(state.size).map_err(Error::Setup)?;
     // Not before: what it knows of the files would be old.
     let disk = image.disk(args)?;
-    let served = image.serve(disk, args, cpus)?;
+    let served = image.serve_on(disk, args, cpus)?;
     let (here, there) = (served.engine().disk_size().bytes(), state.size.bytes());
     if here != there {
         return Err(UpgradeError::OtherSize { here, there }.into());

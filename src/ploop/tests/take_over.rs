@@ -482,6 +482,61 @@ fn memory_of_an_image_that_was_closed_meanwhile_is_refused() {
     assert!(matches!(error, TakeOverError::Changed));
 }
 
+/// As another program does that has changed the image and knows nothing of openings.
+fn close_by_hand(disk: &SimDisk) {
+    const IN_USE: u64 = 44;
+    disk.write_all_at(FileId(0), &[0; 4], IN_USE).unwrap();
+}
+
+#[test]
+fn who_was_refused_is_refused_by_the_next_process_too() {
+    for serves_another in [false, true] {
+        let mortal = Mortal::single();
+        mortal.rig.write(0, &[7; SECTOR]).unwrap();
+        let Mortal {
+            rig,
+            memory,
+            levels,
+        } = mortal;
+        let disk = rig.disk.clone();
+        disk.kill();
+        drop(rig);
+        disk.restart();
+        close_by_hand(&disk);
+        let second = Rig::open_chain(&disk, levels.clone(), awaiting());
+        let error = second.engine.take_over(again(&memory)).unwrap_err();
+        assert!(matches!(error, TakeOverError::Changed));
+        if serves_another {
+            second.engine.begin();
+        }
+        disk.kill();
+        drop(second);
+        disk.restart();
+        let third = Rig::open_chain(&disk, levels, awaiting());
+        let error = third.engine.take_over(again(&memory)).unwrap_err();
+        assert!(matches!(error, TakeOverError::Changed));
+    }
+}
+
+/// The guest would lose the disk that it is to go on with.
+#[test]
+fn an_image_that_is_passed_on_keeps_the_name_of_its_guest() {
+    let mortal = Mortal::single();
+    mortal.rig.write(0, &[7; SECTOR]).unwrap();
+    mortal.rig.control(Control::Pass).unwrap();
+    let disk = mortal.rig.disk.clone();
+    let opening = disk.opening(FileId(0)).unwrap();
+    drop(mortal);
+    disk.restart();
+    let options = Options {
+        is_passed_on: true,
+        ..awaiting()
+    };
+    let rig = Rig::open(&disk, 1, options);
+    assert_eq!(disk.opening(FileId(0)).unwrap(), opening);
+    assert_eq!(rig.read(0, SECTOR), [7; SECTOR]);
+}
+
 /// Whatever the front-end writes there, nothing of it is believed unless all of it
 /// can be true.
 #[test]
