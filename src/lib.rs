@@ -4,8 +4,8 @@
 //! [`control`] (event loop, sockets, signals, the log), [`served`] (what is done to a disk
 //! that is being served), [`device`] (virtio-blk over vhost-user), [`image`] (offline work on images), [`ploop`] (the engine),
 //! [`storage`] (host file I/O), [`mod@format`] (bytes on disk). Beside them stand
-//! [`printable`], for what ends up on a terminal or in a log, [`threads`], which starts
-//! them, [`notices`], what somebody outside should hear of, `headroom`, which asks for memory
+//! [`printable`], for what ends up on a terminal or in a log, [`quantity`], for sizes on
+//! command lines, [`threads`], which starts them, [`notices`], what somebody outside should hear of, `headroom`, which asks for memory
 //! before it is needed, `parcel`, what one process hands to another, and
 //! `peer`, who that is.
 //! `docs/architecture.md` says who must not know what, and `docs/durability.md`
@@ -24,6 +24,7 @@ mod parcel;
 mod peer;
 pub mod ploop;
 pub mod printable;
+pub mod quantity;
 pub mod served;
 pub mod storage;
 pub mod threads;

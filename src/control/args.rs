@@ -205,7 +205,7 @@ pub struct Args {
     #[arg(long, value_name = "WHAT", value_enum, default_value_t = EnospcPolicy::Stop)]
     pub on_enospc: EnospcPolicy,
 
-    /// Limits on what guests may do, as `iops=500,bps=104857600`: operations and bytes a
+    /// Limits on what guests may do, as `iops=500,bps=100M`: operations and bytes a
     /// second, of reads alone with `_rd`, of writes with `_wr`; in a burst with `_max`, of
     /// so many seconds with `_max_length`. --control can change them.
     #[arg(long, value_name = "LIMITS", value_parser = |text: &str| text.parse::<ThrottleLimits>())]
@@ -560,6 +560,7 @@ mod tests {
             ("--metrics-mode=668", "an octal number up to 777"),
             ("--throttle=fast", "no limit"),
             ("--throttle=iops=many", "no number"),
+            ("--throttle=bps=many", "not a size"),
             ("--throttle=iops_max=5", "require corresponding"),
             ("--socket-group=no such", "has no such group"),
             ("--socket-group=4294967295", "at most 4294967294"),

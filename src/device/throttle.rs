@@ -23,6 +23,7 @@ use crossbeam_utils::CachePadded;
 use thiserror::Error;
 
 use crate::parcel::{ParcelError, Reader, Writer};
+use crate::quantity::parse_bytes;
 
 /// Moments are counted in so many parts of a nanosecond: for a fast disk's bytes.
 const PARTS: f64 = 16.0;
@@ -166,6 +167,13 @@ impl Limits {
         "iops_size",
     ];
 
+    /// Whether the number of this name is one of bytes, which may have a suffix.
+    #[must_use]
+    pub fn is_of_bytes(name: &str) -> bool {
+        let is_rate = name.starts_with("bps") && !name.ends_with("_length");
+        is_rate || name == "iops_size"
+    }
+
     /// The same with some numbers changed, by their names. A burst goes with its limit, its
     /// length with the burst, and the size of operations with the last limit on them, unless
     /// they are named, too: nobody has to know what else there is to lift a limit.
@@ -291,7 +299,7 @@ impl Display for Limits {
     }
 }
 
-/// As on the command line: `iops=100,bps=10485760,iops_max=1000`.
+/// As on the command line: `iops=100,bps=10M,iops_max=1000`.
 impl FromStr for Limits {
     type Err = String;
 
@@ -301,11 +309,16 @@ impl FromStr for Limits {
             let (name, value) = part
                 .split_once('=')
                 .ok_or_else(|| format!("'{part}' is no limit: write iops=100, for example"))?;
-            let field = limits.field(&name.replace('-', "_"));
+            let name = name.replace('-', "_");
+            let is_of_bytes = Self::is_of_bytes(&name);
+            let field = limits.field(&name);
             let field = field.ok_or_else(|| format!("there is no limit '{name}'"))?;
-            *field = value
-                .parse()
-                .map_err(|_| format!("'{value}' is no number for {name}"))?;
+            *field = match is_of_bytes {
+                true => parse_bytes(value)?,
+                false => value
+                    .parse()
+                    .map_err(|_| format!("'{value}' is no number for {name}"))?,
+            };
         }
         limits.check().map_err(|error| error.to_string())?;
         Ok(limits)

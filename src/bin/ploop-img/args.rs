@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use clap::{Arg, ArgMatches, Args, FromArgMatches, Parser, Subcommand, ValueEnum};
+use vhost_user_ploop::device::ThrottleLimits;
 use vhost_user_ploop::format::{ClusterSize, Guid, Sector, SnapshotNotes, Version};
 
 use vhost_user_ploop::image::{self, DiskFormat, NewSize};
@@ -448,8 +449,7 @@ impl Args for Limits {
                 .help_heading("Limits");
             // As --throttle has it, too.
             let arg = if name == option { arg } else { arg.alias(name) };
-            let is_bytes = name.starts_with("bps") && !name.ends_with("length");
-            match (is_bytes || name == "iops_size", name.ends_with("length")) {
+            match (ThrottleLimits::is_of_bytes(name), name.ends_with("length")) {
                 (true, _) => arg.value_name("BYTES").value_parser(parse_bytes),
                 (_, true) => arg
                     .value_name("SECONDS")
@@ -774,7 +774,6 @@ pub enum Output {
 #[cfg(test)]
 mod tests {
     use clap::CommandFactory;
-    use vhost_user_ploop::device::ThrottleLimits;
 
     use super::*;
 

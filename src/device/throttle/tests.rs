@@ -318,12 +318,15 @@ fn a_valve_that_is_opened_for_good_knows_no_limits_any_more() {
 
 #[test]
 fn limits_are_read_from_text() {
-    let limits: Limits = "iops=100,iops-max=200,iops_max_length=3,bps_rd=5"
-        .parse()
-        .unwrap();
+    let limits: Limits =
+        "iops=100,iops-max=200,iops_max_length=3,bps_rd=5,bps_wr=1.5k,iops_size=4KiB"
+            .parse()
+            .unwrap();
     let expected = Limits {
         iops: limit(100, 200, 3),
         bps_rd: limit(5, 0, 1),
+        bps_wr: limit(1536, 0, 1),
+        iops_size: 4096,
         ..Limits::default()
     };
     assert_eq!(limits, expected);
@@ -336,6 +339,9 @@ fn limits_are_read_from_text() {
         "iops=1,",
         "iops_max=1",
         "iops=-1",
+        "iops=1k",
+        "bps=1x",
+        "bps=5,bps_max=9,bps_max_length=1k",
     ] {
         assert!(odd.parse::<Limits>().is_err(), "{odd}");
     }
