@@ -28,51 +28,69 @@ pub enum GrowError {
     CalledOff,
 }
 
-/// By which a growth can be called off from another thread, before it begins or while it
-/// is prepared: until anything of it can be seen.
+/// By which a growth can be called off from another thread, before it begins or while the
+/// engine prepares it.
 #[derive(Debug, Default)]
 pub struct CallOff(Mutex<Progress>);
 
+#[derive(Debug, Default)]
+struct Progress {
+    stage: Stage,
+    is_called_off: bool,
+}
+
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-enum Progress {
+enum Stage {
     #[default]
-    Revocable,
-    CalledOff,
+    NotBegun,
+    /// It is looked whether the disk may become larger.
+    Begins,
+    /// The engine prepares it, and nobody else does anything.
+    Prepares,
     /// It goes through, or fails, in the time that some writes take.
     Commits,
 }
 
 impl CallOff {
-    /// Calls it off, if that is still possible. Returns at once; [`grow`] does soon.
-    pub fn call_off<D: Disk>(&self, engine: &Engine<D>) {
+    /// Calls it off, if that is still possible. Returns at once. `true` if there is nothing
+    /// to wait for: it is called off, and nothing is done for it any more but by the engine,
+    /// which can be closed. Else [`grow`] ends soon.
+    pub fn call_off<D: Disk>(&self, engine: &Engine<D>) -> bool {
         let mut progress = self.lock();
-        if *progress == Progress::Revocable {
-            *progress = Progress::CalledOff;
+        match progress.stage {
+            Stage::Commits => return false,
             // Behind what the engine was asked for under this lock.
-            engine.abandon_growth();
+            Stage::Prepares if !progress.is_called_off => engine.abandon_growth(),
+            _ => {}
         }
+        progress.is_called_off = true;
+        matches!(progress.stage, Stage::NotBegun | Stage::Prepares)
+    }
+
+    fn begin(&self) -> Result<(), GrowError> {
+        self.go_on_to(Stage::Begins).map(drop)
     }
 
     fn prepare<D: Disk>(&self, engine: &Engine<D>, size: Sector) -> Result<Outcome, GrowError> {
-        match *self.lock() {
-            Progress::CalledOff => Err(GrowError::CalledOff),
-            _ => Ok(engine.begin_growth(size)),
-        }
+        let _progress = self.go_on_to(Stage::Prepares)?;
+        Ok(engine.begin_growth(size))
     }
 
     fn commit(&self) -> Result<(), GrowError> {
+        self.go_on_to(Stage::Commits).map(drop)
+    }
+
+    fn go_on_to(&self, stage: Stage) -> Result<MutexGuard<'_, Progress>, GrowError> {
         let mut progress = self.lock();
-        match *progress {
-            Progress::CalledOff => Err(GrowError::CalledOff),
-            _ => {
-                *progress = Progress::Commits;
-                Ok(())
-            }
+        if progress.is_called_off {
+            return Err(GrowError::CalledOff);
         }
+        progress.stage = stage;
+        Ok(progress)
     }
 
     fn is_called_off(&self) -> bool {
-        *self.lock() == Progress::CalledOff
+        self.lock().is_called_off
     }
 
     fn lock(&self) -> MutexGuard<'_, Progress> {
@@ -111,6 +129,7 @@ pub(crate) fn grow_beside<D: Disk>(
     call_off: &CallOff,
     wait: impl FnOnce(&Outcome) -> Result<(), EngineError>,
 ) -> Result<Sector, GrowError> {
+    call_off.begin()?;
     if let Some(bundle) = &mut bundle {
         bundle.refresh().map_err(GrowError::Descriptor)?;
     }
@@ -121,6 +140,8 @@ pub(crate) fn grow_beside<D: Disk>(
         return Err(GrowError::CalledOff);
     }
     prepared?;
+    // If it is too late, what was prepared is forgotten already.
+    call_off.commit()?;
     let descriptor = match new_descriptor(bundle, size) {
         Ok(descriptor) => descriptor,
         Err(error) => {
@@ -128,8 +149,6 @@ pub(crate) fn grow_beside<D: Disk>(
             return Err(GrowError::Descriptor(error));
         }
     };
-    // If it is too late, what was prepared is forgotten already.
-    call_off.commit()?;
     if engine.is_raw() {
         if let Some(descriptor) = descriptor
             && let Err(error) = put_in_place(descriptor)

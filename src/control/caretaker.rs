@@ -277,9 +277,10 @@ pub(super) struct Growth {
 }
 
 impl Growth {
-    /// It is to end soon, well or not. Returns at once.
-    pub fn call_off(&self) {
-        self.call_off.call_off(&self.engine);
+    /// It is to end soon, well or not. Returns at once: `true` if it has ended, and came to
+    /// nothing.
+    pub fn call_off(&self) -> bool {
+        self.call_off.call_off(&self.engine)
     }
 
     /// What has come of it. Waits until it is over.
@@ -289,6 +290,17 @@ impl Growth {
     pub fn result(self) -> Result<Sector, GrowthError> {
         let result = self.result.recv().map_err(|_| GrowthError::Gone)?;
         Ok(result?)
+    }
+
+    /// Calls it off and waits until it is over; what has come of it.
+    ///
+    /// # Errors
+    /// The disk is not larger.
+    pub fn end(self) -> Result<Sector, GrowthError> {
+        match self.call_off() {
+            true => Err(GrowError::CalledOff.into()),
+            false => self.result(),
+        }
     }
 }
 

@@ -22,10 +22,11 @@ use std::time::{Duration, Instant};
 
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
 use rustix::io::Errno;
+use serde_json::{Value, json};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::Doors;
-use super::caretaker::Growth;
+use super::caretaker::{Growth, GrowthError};
 use super::deadline;
 use super::metrics::{Names, Server};
 use super::qmp::{ClientId, Event, Failure, Monitor, Wish};
@@ -152,7 +153,6 @@ pub(super) fn run(
         successor: None,
         sync: None,
         growing: None,
-        is_ending: false,
         outcome: None,
     });
     let mut waited = Ok(0);
@@ -173,13 +173,9 @@ pub(super) fn run(
         }
     }
     let mut main_loop = manager.remove_subscriber(id)?;
-    if let Some(growing) = main_loop.growing.take() {
-        // The loop has failed. Whoever goes on has to know what the disk is.
-        growing.growth.call_off();
-        let _ = growing.growth.result();
-    }
+    let successor = main_loop.successor.take();
     if let (Ok(_), Some(Ok(Outcome::TakeOver)), Some(successor)) =
-        (&waited, &main_loop.outcome, main_loop.successor)
+        (&waited, &main_loop.outcome, successor)
     {
         let waiting = main_loop.waiting.into_iter();
         let carried = Carried {
@@ -188,9 +184,7 @@ pub(super) fn run(
         };
         return Ok(Left::For(successor, carried));
     }
-    if let Some(connection) = main_loop.connection {
-        connection.stop(Parked::Fail);
-    }
+    main_loop.end();
     waited?;
     main_loop.outcome.transpose()?;
     Ok(Left::Signalled)
@@ -239,9 +233,28 @@ impl ImageSync {
 /// A disk that is being made larger, and who waits for it.
 struct Growing {
     growth: Growth,
+    asker: Asker,
+}
+
+struct Asker {
     client: ClientId,
     /// Whether the client is told the size, as it has only asked for more.
-    tells_size: bool,
+    is_told_size: bool,
+}
+
+impl Asker {
+    /// What it is told.
+    fn answer(&self, result: Result<Sector, GrowthError>) -> Result<Value, Failure> {
+        match result {
+            Ok(size) if self.is_told_size => Ok(json!({ "size": size.bytes() })),
+            Ok(_) => Ok(json!({})),
+            Err(error) => {
+                // It may have gone.
+                log::warn!("{}", error.words());
+                Err(Failure::generic(error.words()))
+            }
+        }
+    }
 }
 
 struct MainLoop<'a> {
@@ -258,10 +271,8 @@ struct MainLoop<'a> {
     /// A process that prepares itself to take over, or waits for [`Self::sync`].
     successor: Option<Successor>,
     sync: Option<ImageSync>,
-    /// The loop does not end meanwhile.
+    /// Nobody takes over meanwhile.
     growing: Option<Growing>,
-    /// The program is to end.
-    is_ending: bool,
     /// Of the loop, when it is to end.
     outcome: Option<Result<Outcome, event_manager::Error>>,
 }
@@ -289,16 +300,29 @@ impl MainLoop<'_> {
         }
     }
 
-    /// The program is to end, as soon as nothing is done to the disk.
+    /// The program is to end.
     fn begin_end(&mut self) {
-        if !self.is_ending {
-            log::info!("shutting down");
-            deadline::set();
+        if matches!(self.outcome, Some(Ok(Outcome::Signal))) {
+            return;
         }
-        self.is_ending = true;
-        match &self.growing {
-            Some(growing) => growing.growth.call_off(),
-            None => self.outcome = Some(Ok(Outcome::Signal)),
+        log::info!("shutting down");
+        deadline::set();
+        if let Some(growing) = &self.growing {
+            growing.growth.call_off();
+        }
+        self.outcome = Some(Ok(Outcome::Signal));
+    }
+
+    /// Nobody is served any more. The guest goes first: what it went on to write would be in
+    /// each sync that is waited for from now on.
+    fn end(&mut self) {
+        if let Some(connection) = self.connection.take() {
+            connection.stop(Parked::Fail);
+        }
+        if let Some(Growing { growth, asker }) = self.growing.take() {
+            let answer = asker.answer(growth.end());
+            let monitor = &mut self.desk.monitor;
+            monitor.answer_last(asker.client, answer, self.served);
         }
     }
 
@@ -381,7 +405,7 @@ impl MainLoop<'_> {
         if self.growing.is_some() {
             return refuse("The disk is being resized already");
         }
-        if self.is_ending || self.outcome.is_some() {
+        if self.outcome.is_some() {
             return refuse("The program is about to end");
         }
         // It has looked at the image.
@@ -390,7 +414,7 @@ impl MainLoop<'_> {
         }
         // Nothing changes it meanwhile.
         let old_size = self.served.engine().disk_size();
-        let (size, tells_size) = match wish {
+        let (size, is_told_size) = match wish {
             Wish::Resize(size) => (size, false),
             Wish::Grow(by) => (Sector(old_size.0.saturating_add(by.0)), true),
             Wish::Nothing | Wish::Quit => return Ok(Ok(())),
@@ -398,11 +422,11 @@ impl MainLoop<'_> {
         match self.served.grow(size) {
             Ok(growth) => {
                 ops.add(grown_events(&growth))?;
-                self.growing = Some(Growing {
-                    growth,
+                let asker = Asker {
                     client,
-                    tells_size,
-                });
+                    is_told_size,
+                };
+                self.growing = Some(Growing { growth, asker });
                 Ok(Ok(()))
             }
             Err(error) => Ok(Err(error.words())),
@@ -410,38 +434,27 @@ impl MainLoop<'_> {
     }
 
     fn hear_of_growth(&mut self, ops: &mut EventOps) -> Result<(), event_manager::Error> {
-        let Some(Growing {
-            growth,
-            client,
-            tells_size,
-        }) = self.growing.take()
-        else {
+        let Some(Growing { growth, asker }) = self.growing.take() else {
             return Ok(());
         };
         ops.remove(grown_events(&growth))?;
-        let answer = match growth.result() {
-            Ok(size) => {
-                if let Some(connection) = &self.connection {
-                    connection.config_changed();
-                }
-                Ok(match tells_size {
-                    true => serde_json::json!({ "size": size.bytes() }),
-                    false => serde_json::json!({}),
-                })
-            }
-            Err(error) => {
-                // Its client may have gone.
-                log::warn!("{}", error.words());
-                Err(Failure::generic(error.words()))
-            }
-        };
-        // First: what its client wants next comes after all this.
-        if self.is_ending {
-            self.outcome = Some(Ok(Outcome::Signal));
-        } else {
-            self.begin_take_over(ops)?;
+        self.go_on_after_growth(growth.result(), asker, ops)
+    }
+
+    fn go_on_after_growth(
+        &mut self,
+        result: Result<Sector, GrowthError>,
+        asker: Asker,
+        ops: &mut EventOps,
+    ) -> Result<(), event_manager::Error> {
+        if let (Ok(_), Some(connection)) = (&result, &self.connection) {
+            connection.config_changed();
         }
-        let wish = self.desk.monitor.answer(client, answer, self.served, ops)?;
+        // First: what its client wants next comes after all this.
+        self.begin_take_over(ops)?;
+        let answer = asker.answer(result);
+        let monitor = &mut self.desk.monitor;
+        let wish = monitor.answer(asker.client, answer, self.served, ops)?;
         self.grant(wish, ops)
     }
 
@@ -521,7 +534,7 @@ impl MainLoop<'_> {
         match step {
             Step::Waits => self.successor = Some(successor),
             // Not in the midst of the end of the program.
-            Step::IsReady if self.outcome.is_none() && !self.is_ending => {
+            Step::IsReady if self.outcome.is_none() => {
                 self.successor = Some(successor);
                 self.begin_take_over(ops)?;
             }
@@ -532,8 +545,15 @@ impl MainLoop<'_> {
 
     /// Has the image synced for a process that waits for it, once nothing is done to the disk.
     fn begin_take_over(&mut self, ops: &mut EventOps) -> Result<(), event_manager::Error> {
-        if let Some(growing) = &self.growing {
-            growing.growth.call_off();
+        if self.outcome.is_some() {
+            return Ok(());
+        }
+        let called_off = self.growing.take_if(|growing| growing.growth.call_off());
+        if let Some(Growing { growth, asker }) = called_off {
+            ops.remove(grown_events(&growth))?;
+            return self.go_on_after_growth(growth.end(), asker, ops);
+        }
+        if self.growing.is_some() {
             return Ok(());
         }
         let Some(successor) = self.successor.take_if(|successor| successor.is_ready()) else {
@@ -586,7 +606,7 @@ impl MainLoop<'_> {
         match (self.successor.as_ref().filter(waits), sync.result()) {
             // Of one that has gone, and another process waits that something is not done yet.
             _ if self.growing.is_some() => {}
-            (Some(_), Ok(())) if self.outcome.is_none() && !self.is_ending => {
+            (Some(_), Ok(())) if self.outcome.is_none() => {
                 self.outcome = Some(Ok(Outcome::TakeOver));
             }
             (Some(successor), Err(error)) => {

@@ -351,7 +351,10 @@ fn has_read(task: &Path) -> u64 {
 
 impl Drop for Halt {
     fn drop(&mut self) {
-        let _ = ptrace::detach(self.0, None);
+        if ptrace::detach(self.0, None).is_err() {
+            // It has ended with its process, which waits for this.
+            let _ = waitpid(self.0, Some(WaitPidFlag::__WALL));
+        }
     }
 }
 
@@ -464,33 +467,56 @@ fn files_are_watched_also_while_a_disk_is_made_larger() {
     expect_sound(&rig, 1 << 30);
 }
 
+fn terminate(backend: &Backend) {
+    let pid = rustix::process::Pid::from_raw(backend.pid() as i32).unwrap();
+    rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
+}
+
 #[test]
 fn the_end_of_the_program_calls_growing_off() {
-    for by_client in [false, true] {
+    // Before anything was done, and while all waits for the engine.
+    for (thread, by_client) in [("watch", false), ("md", true)] {
         for (kind, rig) in rigs() {
-            eprintln!("{kind}, {by_client}");
+            eprintln!("{kind}, {thread}, {by_client}");
             let disk = bundle_of(&rig).unwrap_or(&rig.image).to_owned();
             let size = size_of(&disk);
             let backend = serve(&rig, &[]);
             let mut qmp = Qmp::connect(&control(&rig));
             let mut other = Qmp::connect(&control(&rig));
-            let halt = Halt::of(&backend);
+            let halt = Halt::of_thread(&backend, thread);
             begin_resize(&backend, &mut qmp, 1 << 30);
+            assert_eq!(desc(&other.answer(RESIZE, to(1 << 30))), RESIZING);
             if by_client {
                 other.ask("quit", json!({}));
             } else {
-                let pid = rustix::process::Pid::from_raw(backend.pid() as i32).unwrap();
-                rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
-                backend.expect_to_say("shutting down");
+                terminate(&backend);
             }
-            assert_eq!(desc(&other.answer(RESIZE, to(1 << 30))), RESIZING);
-            drop(halt);
+            // Nobody waits for that thread.
             let answer = qmp.end(RESIZE);
             assert!(desc(&answer).contains("called off"), "{answer}");
+            drop(halt);
             backend.ends();
             expect_sound(&rig, size);
         }
     }
+}
+
+#[test]
+fn a_guest_is_not_served_any_more_while_the_program_ends_in_the_midst_of_a_growth() {
+    let rig = rig_of(|folder| Some(create(folder, "bundle", &[]))).unwrap();
+    let backend = serve(&rig, &[]);
+    let mut front_end = start_front_end(backend.socket());
+    expect_service(&mut front_end);
+    let mut qmp = Qmp::connect(&control(&rig));
+    let text = descriptor(&rig.image);
+    let halt = begin_resize_up_to_engine(&backend, &mut qmp, 1 << 30, &text);
+    terminate(&backend);
+    let hangs_up = || front_end.vhost.get_queue_num().is_err();
+    wait_for("the end of the connection", hangs_up);
+    // Not because the program had to be cut short.
+    drop(halt);
+    backend.ends();
+    expect_sound(&rig, 64 * MIB_OF_DISK);
 }
 
 #[test]

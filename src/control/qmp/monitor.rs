@@ -122,6 +122,19 @@ impl Monitor {
         self.with(is_it, answer, ops)
     }
 
+    /// The same when nothing is waited for any more: it hears what it can be told at once,
+    /// and what it wishes for next is not granted.
+    pub fn answer_last(
+        &mut self,
+        id: ClientId,
+        answer: Result<Value, Failure>,
+        subject: &dyn Subject,
+    ) {
+        if let Some(client) = self.clients.iter_mut().find(|client| client.id() == id) {
+            let _ = client.answer(answer, subject);
+        }
+    }
+
     fn with(
         &mut self,
         is_it: impl Fn(&Client) -> bool,
