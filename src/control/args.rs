@@ -115,8 +115,8 @@ pub struct Args {
 
     /// Tell Prometheus how the disk is doing, by HTTP, under /metrics: on a Unix socket
     /// that is made at `unix:PATH`, or on `ADDRESS:PORT`, such as `127.0.0.1:9620`,
-    /// `[::1]:9620` or `localhost:9620`. A port alone is one of 127.0.0.1. Nobody is asked
-    /// who he is.
+    /// `[::1]:9620` or `localhost:9620`. A port alone is one of 127.0.0.1. Whoever
+    /// can connect can read the metrics.
     #[arg(long, value_name = "ADDRESS", conflicts_with = "take_over",
           value_parser = metrics_address())]
     pub metrics: Option<MetricsAddress>,

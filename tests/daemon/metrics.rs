@@ -7,6 +7,7 @@ use std::net::{SocketAddr, TcpStream};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -361,6 +362,40 @@ fn clients_that_are_silent_slow_or_too_many_disturb_nobody() {
     let _last = connect(&rig);
     drop(front_end);
     backend.stop();
+}
+
+#[test]
+fn a_flood_of_questions_disturbs_nobody_and_does_not_hold_up_the_end() {
+    let rig = Rig::new();
+    let control_option = format!("--control={}", control(&rig).display());
+    let backend = rig.serve(&[ON_TCP, &control_option]);
+    let address = address(&backend);
+    let mut front_end = start_front_end(backend.socket());
+    let mut qmp = Qmp::connect(&control(&rig));
+    let answered = AtomicU64::new(0);
+    thread::scope(|scope| {
+        for _ in 0..4 {
+            // Until there is nobody any more to be asked.
+            scope.spawn(|| {
+                while let Ok(mut socket) = TcpStream::connect(&address) {
+                    let mut answer = Vec::new();
+                    let asked = socket.write_all(question("*/*").as_bytes());
+                    if asked.is_ok() && socket.read_to_end(&mut answer).is_ok() {
+                        answered.fetch_add(1, Ordering::Relaxed);
+                    }
+                }
+            });
+        }
+        wait_for("many answers", || {
+            expect_service(&mut front_end);
+            qmp.ask("query-status", json!({}));
+            answered.load(Ordering::Relaxed) >= 500
+        });
+        drop(front_end);
+        let start = Instant::now();
+        backend.stop();
+        assert!(start.elapsed() < Duration::from_secs(5));
+    });
 }
 
 #[test]
