@@ -321,8 +321,7 @@ impl MainLoop<'_> {
         }
         if let Some(Growing { growth, asker }) = self.growing.take() {
             let answer = asker.answer(growth.end());
-            let monitor = &mut self.desk.monitor;
-            monitor.answer_last(asker.client, answer, self.served);
+            self.desk.monitor.answer_last(asker.client, answer);
         }
     }
 
@@ -332,7 +331,7 @@ impl MainLoop<'_> {
             return Ok(());
         };
         match control.accept() {
-            Ok(socket) => self.desk.monitor.admit(socket.into(), self.served, ops),
+            Ok(socket) => self.desk.monitor.admit(socket.into(), ops),
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(()),
             Err(error) => {
                 log::error!("a control client cannot be accepted: {error}");
@@ -362,36 +361,34 @@ impl MainLoop<'_> {
     }
 
     fn serve_client(&mut self, fd: RawFd, ops: &mut EventOps) -> Result<(), event_manager::Error> {
-        let wish = self.desk.monitor.serve(fd, self.served, ops)?;
-        self.grant(wish, ops)
+        match self.desk.monitor.serve(fd, self.served, ops)? {
+            Some((client, wish)) => self.grant(client, wish, ops),
+            None => Ok(()),
+        }
     }
 
-    /// Grants a client's wish, and those that it has when it was refused one.
+    /// Grants a client's wish.
     fn grant(
         &mut self,
-        mut wish: Option<(ClientId, Wish)>,
+        client: ClientId,
+        wish: Wish,
         ops: &mut EventOps,
     ) -> Result<(), event_manager::Error> {
-        while let Some((client, what)) = wish {
-            wish = None;
-            match what {
-                Wish::Nothing => {}
-                Wish::Quit => {
-                    log::info!("a control client sent quit");
-                    self.begin_end();
-                }
-                Wish::Resize(_) | Wish::Grow(_) => {
-                    if let Err(why) = self.begin_growth(what, client, ops)? {
-                        let refusal = Err(Failure::generic(why));
-                        wish = self
-                            .desk
-                            .monitor
-                            .answer(client, refusal, self.served, ops)?;
-                    }
-                }
+        match wish {
+            Wish::Nothing => Ok(()),
+            Wish::Quit => {
+                log::info!("a control client sent quit");
+                self.begin_end();
+                Ok(())
             }
+            Wish::Resize(_) | Wish::Grow(_) => match self.begin_growth(wish, client, ops)? {
+                Ok(()) => Ok(()),
+                Err(why) => {
+                    let refusal = Err(Failure::generic(why));
+                    self.desk.monitor.answer(client, refusal, ops)
+                }
+            },
         }
-        Ok(())
     }
 
     /// Begins to make the disk larger, or says why not.
@@ -450,12 +447,9 @@ impl MainLoop<'_> {
         if let (Ok(_), Some(connection)) = (&result, &self.connection) {
             connection.config_changed();
         }
-        // First: what its client wants next comes after all this.
         self.begin_take_over(ops)?;
         let answer = asker.answer(result);
-        let monitor = &mut self.desk.monitor;
-        let wish = monitor.answer(asker.client, answer, self.served, ops)?;
-        self.grant(wish, ops)
+        self.desk.monitor.answer(asker.client, answer, ops)
     }
 
     fn pass_on_notices(&mut self, ops: &mut EventOps) -> Result<(), event_manager::Error> {

@@ -9,7 +9,8 @@ use std::path::PathBuf;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use serde_json::json;
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::{Value, json};
 use virtio_bindings::virtio_blk::{VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT};
 
 use crate::common::backend::Backend;
@@ -249,6 +250,114 @@ fn clients_that_say_nothing_keep_no_other_out() {
         other.ask("query-status", json!({}));
     }
     backend.stop();
+}
+
+/// Reads what it is answered and throws it away, until the end.
+fn read_all(mut socket: UnixStream) -> thread::JoinHandle<()> {
+    thread::spawn(move || {
+        let mut buffer = [0; 64 << 10];
+        while matches!(socket.read(&mut buffer), Ok(1..)) {}
+    })
+}
+
+#[test]
+fn a_client_that_is_refused_one_thing_after_another_keeps_nobody_waiting() {
+    let rig = Rig::new();
+    let backend = serve(&rig, &["--read-only"]);
+    let floods: Vec<_> = [
+        json!({ "execute": "grow", "arguments": { "by": 512 } }),
+        json!({ "execute": "block_resize", "arguments": { "device": "disk", "size": 512 } }),
+        json!({ "execute": "query-status" }),
+    ]
+    .into_iter()
+    .map(|command| {
+        let command = command.to_string();
+        let mut client = Qmp::connect(&control(&rig)).socket;
+        let reader = read_all(client.try_clone().unwrap());
+        let writer = thread::spawn(move || {
+            // Sent faster than it can be looked at, and answered with less.
+            let commands = format!("{command:4000}").repeat(10);
+            while client.write_all(commands.as_bytes()).is_ok() {}
+        });
+        (reader, writer)
+    })
+    .collect();
+    let mut other = Qmp::connect(&control(&rig));
+    for _ in 0..20 {
+        other.ask("query-status", json!({}));
+    }
+    expect_reads(&mut start_front_end(backend.socket()));
+    backend.stop();
+    for (reader, writer) in floods {
+        reader.join().unwrap();
+        writer.join().unwrap();
+    }
+}
+
+fn expect_reads(front_end: &mut FrontEnd) {
+    let target = [writable(DATA, 512)];
+    assert_eq!(front_end.rings[0].run(VIRTIO_BLK_T_IN, 0, &target).0, OK);
+}
+
+#[test]
+fn of_what_a_client_has_sent_a_little_is_done_at_a_time() {
+    // Few enough that it can be told all answers without reading any.
+    const MANY: usize = 150;
+    for command in [
+        json!({ "execute": "grow", "arguments": { "by": 512 } }),
+        json!({ "execute": "block_resize", "arguments": { "device": "disk", "size": 512 } }),
+        json!({ "execute": "query-status" }),
+    ] {
+        let rig = Rig::new();
+        let backend = serve(&rig, &["--read-only"]);
+        let [mut busy, mut other] = [(); 2].map(|()| Qmp::connect(&control(&rig)));
+        stopped(&backend, || {
+            let commands = command.to_string().repeat(MANY);
+            busy.socket.write_all(commands.as_bytes()).unwrap();
+            other.begin("quit", json!({}));
+        });
+        other.end("quit");
+        backend.ends();
+        let answered = busy.last_words().len();
+        assert!((1..MANY).contains(&answered), "{command}: {answered}");
+    }
+}
+
+/// Does something while the process does nothing: it finds it all there at once.
+fn stopped<T>(backend: &Backend, act: impl FnOnce() -> T) -> T {
+    let pid = Pid::from_raw(backend.pid().cast_signed()).unwrap();
+    kill_process(pid, Signal::STOP).unwrap();
+    wait_for("its stop", || {
+        let stat = fs::read_to_string(format!("/proc/{}/stat", backend.pid())).unwrap();
+        stat.rsplit(") ").next().unwrap().starts_with('T')
+    });
+    let done = act();
+    kill_process(pid, Signal::CONT).unwrap();
+    done
+}
+
+#[test]
+fn who_says_all_at_once_is_heard() {
+    let rig = Rig::new();
+    let backend = serve(&rig, &[]);
+    let at_once = |command: Value| {
+        let mut client = stopped(&backend, || {
+            let mut client = UnixStream::connect(control(&rig)).unwrap();
+            let all = format!("{}{command}", json!({ "execute": "qmp_capabilities" }));
+            client.write_all(all.as_bytes()).unwrap();
+            client.shutdown(Shutdown::Write).unwrap();
+            client
+        });
+        client.set_read_timeout(Some(PATIENCE)).unwrap();
+        let mut heard = String::new();
+        client.read_to_string(&mut heard).unwrap();
+        let last = heard.lines().last().unwrap();
+        serde_json::from_str::<Value>(last).unwrap()
+    };
+    let grown = at_once(json!({ "execute": "grow", "arguments": { "by": 1 << 20 } }));
+    assert_eq!(grown["return"]["size"], 65 << 20, "{grown}");
+    at_once(json!({ "execute": "quit" }));
+    backend.ends();
 }
 
 /// Of the control socket.

@@ -1,7 +1,8 @@
 //! One client: its socket, and what waits on either side of it.
 //!
 //! Nothing is waited for. A client that does not read its answers is not asked for more
-//! commands, and one that stays so, or that events pile up for, is hung up on.
+//! commands, and one that stays so, or that events pile up for, is hung up on. No client
+//! keeps the others waiting either: of what it has sent, a little is done at a time.
 
 use std::collections::VecDeque;
 use std::os::fd::{AsRawFd, RawFd};
@@ -18,6 +19,7 @@ use super::commands::Wish;
 use super::message::Failure;
 use super::session::Session;
 use crate::control::subject::Subject;
+use crate::peer::Peer;
 
 /// Bytes that are read at once.
 const CHUNK: usize = 16 << 10;
@@ -25,7 +27,10 @@ const CHUNK: usize = 16 << 10;
 /// With so many bytes waiting for the client to read them, no command of it is obeyed.
 const HIGH_WATER: usize = 64 << 10;
 
-/// With so many it is hung up on.
+/// So many commands are obeyed before everybody else has a turn.
+const TURN: usize = 64;
+
+/// With so many bytes waiting for the client to read them it is hung up on.
 const MAX_WAITING: usize = 1 << 20;
 
 /// How long a client may read nothing of what there is for it.
@@ -47,11 +52,13 @@ pub(in crate::control) struct ClientId(pub(super) u64);
 pub(in crate::control) struct Client {
     socket: UnixStream,
     id: ClientId,
+    /// Who it is, if the kernel has told.
+    peer: Option<Peer>,
     session: Session,
     /// What has come and was not looked at.
     input: VecDeque<u8>,
     output: VecDeque<u8>,
-    /// When it has last sent something, been answered late, or connected.
+    /// When it has last said something that was answered, been answered late, or connected.
     heard_at: Instant,
     /// Since when it has read nothing though there is something.
     stalled_since: Option<Instant>,
@@ -60,12 +67,13 @@ pub(in crate::control) struct Client {
 }
 
 impl Client {
-    /// Greets one that has connected.
-    pub fn new(socket: UnixStream, id: ClientId) -> std::io::Result<Self> {
+    /// One that has connected. It is greeted when it is [served](Self::serve).
+    pub fn new(socket: UnixStream, id: ClientId, peer: Option<Peer>) -> std::io::Result<Self> {
         socket.set_nonblocking(true)?;
         let mut client = Self {
             socket,
             id,
+            peer,
             session: Session::default(),
             input: VecDeque::new(),
             output: VecDeque::new(),
@@ -81,19 +89,23 @@ impl Client {
         self.id
     }
 
-    /// Answers the command that waits for it, and goes on with what has come since.
-    pub fn answer(
-        &mut self,
-        answer: Result<Value, Failure>,
-        subject: &dyn Subject,
-    ) -> (Stay, Wish) {
+    pub fn peer(&self) -> Option<Peer> {
+        self.peer
+    }
+
+    /// Answers the command that waits for it. What has come since has to wait for its turn:
+    /// whoever asks again and again for what is refused would never let go.
+    pub fn answer(&mut self, answer: Result<Value, Failure>) -> Stay {
         let line = self.session.answer(answer);
         self.put(&line);
         self.heard_at = Instant::now();
-        self.serve(subject)
+        match self.send() {
+            Stay::Stays if !self.is_over() => Stay::Stays,
+            _ => Stay::Goes,
+        }
     }
 
-    /// Does what can be done for it now.
+    /// Does what can be done for it now, as far as others need not wait for long.
     pub fn serve(&mut self, subject: &dyn Subject) -> (Stay, Wish) {
         let stay = self.send();
         if stay == Stay::Goes {
@@ -106,17 +118,10 @@ impl Client {
         if self.wants_input() && self.receive() == Stay::Goes {
             return (Stay::Goes, Wish::Nothing);
         }
-        loop {
-            let wish = self.obey(subject);
-            if self.send() == Stay::Goes || self.is_over() {
-                return (Stay::Goes, wish);
-            }
-            // What is left waits for the client to read.
-            let is_full = self.output.len() >= HIGH_WATER;
-            let waits = is_full || self.session.awaits_answer();
-            if self.input.is_empty() || waits || wish != Wish::Nothing {
-                return (Stay::Stays, wish);
-            }
+        let wish = self.obey(subject);
+        match self.send() {
+            Stay::Stays if !self.is_over() => (Stay::Stays, wish),
+            _ => (Stay::Goes, wish),
         }
     }
 
@@ -138,9 +143,12 @@ impl Client {
         }
     }
 
-    /// Since when it has wanted nothing; `None` while it waits for an answer.
+    /// Since when it has wanted nothing; `None` while there is something to be done for it,
+    /// heard of it or told to it.
     pub fn idle_since(&self) -> Option<Instant> {
-        (!self.session.awaits_answer()).then_some(self.heard_at)
+        let waits = self.session.awaits_answer() || !self.output.is_empty();
+        let has_sent = !self.input.is_empty() || has_sent(&self.socket);
+        (!waits && !has_sent).then_some(self.heard_at)
     }
 
     /// Whether it has introduced itself.
@@ -159,7 +167,9 @@ impl Client {
         if self.wants_input() {
             events |= EventSet::IN;
         }
-        if !self.output.is_empty() {
+        // What has come already is gone on with when there is room for an answer.
+        let goes_on = !self.input.is_empty() && !self.session.awaits_answer();
+        if goes_on || !self.output.is_empty() {
             events |= EventSet::OUT;
         }
         events
@@ -183,28 +193,27 @@ impl Client {
         let mut chunk = [0; CHUNK];
         match recv(&self.socket, &mut chunk, RecvFlags::DONTWAIT) {
             Ok((0, _)) => self.has_ended = true,
-            Ok((len, _)) => {
-                self.input.extend(&chunk[..len]);
-                self.heard_at = Instant::now();
-            }
+            Ok((len, _)) => self.input.extend(&chunk[..len]),
             Err(Errno::AGAIN | Errno::INTR) => {}
             Err(_) => return Stay::Goes,
         }
         Stay::Stays
     }
 
-    /// Obeys what has come, as long as there is room for answers.
+    /// Obeys what has come, as long as there is room for answers, and a [`TURN`] at most.
     fn obey(&mut self, subject: &dyn Subject) -> Wish {
-        while self.output.len() < HIGH_WATER
-            && !self.input.is_empty()
-            && !self.session.awaits_answer()
-        {
+        for _ in 0..TURN {
+            let is_full = self.output.len() >= HIGH_WATER;
+            if is_full || self.input.is_empty() || self.session.awaits_answer() {
+                break;
+            }
             let input = self.input.make_contiguous();
             let mut rest = &*input;
             let answer = self.session.answer_next(&mut rest, subject);
             let taken = input.len() - rest.len();
             self.input.drain(..taken);
             if let Some((line, wish)) = answer {
+                self.heard_at = Instant::now();
                 self.put(&line);
                 if wish != Wish::Nothing {
                     return wish;
@@ -239,9 +248,17 @@ impl Client {
 
 /// Whether nobody is there any more to be answered.
 fn has_hung_up(socket: &UnixStream) -> bool {
-    let mut fds = [PollFd::new(socket, PollFlags::empty())];
-    let gone = PollFlags::HUP | PollFlags::ERR;
-    poll(&mut fds, Some(&Timespec::default())) == Ok(1) && fds[0].revents().intersects(gone)
+    is_any(socket, PollFlags::HUP | PollFlags::ERR)
+}
+
+/// Whether something has come that was not read, if only the end.
+fn has_sent(socket: &UnixStream) -> bool {
+    is_any(socket, PollFlags::IN)
+}
+
+fn is_any(socket: &UnixStream, events: PollFlags) -> bool {
+    let mut fds = [PollFd::new(socket, events)];
+    poll(&mut fds, Some(&Timespec::default())) == Ok(1) && fds[0].revents().intersects(events)
 }
 
 impl AsRawFd for Client {

@@ -1,5 +1,6 @@
 //! All clients of the control socket.
 
+use std::cmp::Reverse;
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
@@ -13,6 +14,7 @@ use super::commands::Wish;
 use super::event::Event;
 use super::message::Failure;
 use crate::control::subject::Subject;
+use crate::peer::Peer;
 
 /// Most clients at a time. What each can make the process hold is bounded, too.
 const MAX_CLIENTS: usize = 16;
@@ -46,18 +48,15 @@ impl Monitor {
         self.clients.iter().map(|client| client.events(self.data))
     }
 
-    /// One more has connected.
+    /// One more has connected. It is greeted, and what it has sent already is read, when its
+    /// first event comes.
     ///
     /// # Errors
     /// Any of `epoll_ctl(2)` that is not about this client.
-    pub fn admit(
-        &mut self,
-        socket: UnixStream,
-        subject: &dyn Subject,
-        ops: &mut EventOps,
-    ) -> Result<(), Error> {
+    pub fn admit(&mut self, socket: UnixStream, ops: &mut EventOps) -> Result<(), Error> {
+        let peer = Peer::of(&socket).ok();
         if self.clients.len() >= MAX_CLIENTS {
-            match most_idle(&self.clients, Instant::now()) {
+            match most_idle(&self.clients, peer, Instant::now()) {
                 Some(at) => {
                     log::warn!(
                         "a control client that has been silent is hung up on: there are \
@@ -72,21 +71,19 @@ impl Monitor {
             }
         }
         self.admitted += 1;
-        let client = match Client::new(socket, ClientId(self.admitted)) {
+        let client = match Client::new(socket, ClientId(self.admitted), peer) {
             Ok(client) => client,
             Err(error) => {
                 log::warn!("a control client cannot be served: {error}");
                 return Ok(());
             }
         };
-        let fd = client.as_raw_fd();
         if let Err(error) = ops.add(client.events(self.data)) {
             log::warn!("a control client cannot be served: {error}");
             return Ok(());
         }
         self.clients.push(client);
-        // Greets it. It has not introduced itself, so it cannot have wished for anything.
-        self.serve(fd, subject, ops).map(drop)
+        Ok(())
     }
 
     /// Something is to be done for the client with that descriptor. Returns what it wishes
@@ -106,7 +103,6 @@ impl Monitor {
     }
 
     /// Answers the command of this client that waits for it, if the client is still there.
-    /// Returns what it wishes for next.
     ///
     /// # Errors
     /// See [`Self::admit`].
@@ -114,24 +110,17 @@ impl Monitor {
         &mut self,
         id: ClientId,
         answer: Result<Value, Failure>,
-        subject: &dyn Subject,
         ops: &mut EventOps,
-    ) -> Result<Option<(ClientId, Wish)>, Error> {
+    ) -> Result<(), Error> {
         let is_it = |client: &Client| client.id() == id;
-        let answer = |client: &mut Client| client.answer(answer, subject);
-        self.with(is_it, answer, ops)
+        let answer = |client: &mut Client| (client.answer(answer), Wish::Nothing);
+        self.with(is_it, answer, ops).map(drop)
     }
 
-    /// The same when nothing is waited for any more: it hears what it can be told at once,
-    /// and what it wishes for next is not granted.
-    pub fn answer_last(
-        &mut self,
-        id: ClientId,
-        answer: Result<Value, Failure>,
-        subject: &dyn Subject,
-    ) {
+    /// The same when nothing is waited for any more: it hears what it can be told at once.
+    pub fn answer_last(&mut self, id: ClientId, answer: Result<Value, Failure>) {
         if let Some(client) = self.clients.iter_mut().find(|client| client.id() == id) {
-            let _ = client.answer(answer, subject);
+            let _ = client.answer(answer);
         }
     }
 
@@ -194,13 +183,21 @@ impl Monitor {
     }
 }
 
-/// The one that is missed least of those that have been [`IDLE`]: rather one that has not
-/// introduced itself, else the one that has been so for longest.
-pub(super) fn most_idle(clients: &[Client], now: Instant) -> Option<usize> {
+/// The one that is missed least of those that have been [`IDLE`], if any has to make room for
+/// a newcomer: of the process that has most of them; there, rather one that has not introduced
+/// itself, else the one that has been so for longest. A process that forgets its connections
+/// loses those, and not another one, which has said nothing for long either, its only one: who
+/// has fewer places than the newcomer's process keeps them.
+pub(super) fn most_idle(clients: &[Client], newcomer: Option<Peer>, now: Instant) -> Option<usize> {
+    let places = |peer| clients.iter().filter(|it| it.peer() == peer).count();
+    let newcomers = places(newcomer);
     let idle = clients.iter().enumerate().filter_map(|(at, client)| {
         let since = client.idle_since()?;
         let is_idle = now.saturating_duration_since(since) >= IDLE;
-        is_idle.then_some((client.is_introduced(), since, at))
+        let places = places(client.peer());
+        let yields = client.peer() == newcomer || places > newcomers;
+        let order = (Reverse(places), client.is_introduced(), since, at);
+        (is_idle && yields).then_some(order)
     });
-    idle.min().map(|(_, _, at)| at)
+    idle.min().map(|(_, _, _, at)| at)
 }

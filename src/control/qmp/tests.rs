@@ -1,6 +1,7 @@
 //! Clients, well-behaved and not, against a disk that is none.
 
 use std::io::{BufRead, BufReader, Read, Write};
+use std::num::NonZeroI32;
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
@@ -17,6 +18,7 @@ use crate::device::{
     ThrottleLimits, Totals,
 };
 use crate::format::Sector;
+use crate::peer::Peer;
 use crate::ploop::EngineReport;
 
 /// A disk with a snapshot.
@@ -490,11 +492,21 @@ fn a_disk_that_waits_for_space_does_not_run() {
 
 /// A client and its other end.
 fn connected() -> (Client, UnixStream) {
+    connected_by(1)
+}
+
+/// The same, with the number of the process at the other end.
+fn connected_by(pid: i32) -> (Client, UnixStream) {
     let (ours, theirs) = UnixStream::pair().unwrap();
     theirs
         .set_read_timeout(Some(Duration::from_secs(10)))
         .unwrap();
-    (Client::new(ours, ClientId(1)).unwrap(), theirs)
+    (Client::new(ours, ClientId(1), peer(pid)).unwrap(), theirs)
+}
+
+fn peer(pid: i32) -> Option<Peer> {
+    let pid = NonZeroI32::new(pid);
+    Some(Peer { pid, uid: 0 })
 }
 
 fn negotiate(client: &mut Client, theirs: &mut UnixStream) {
@@ -547,15 +559,23 @@ fn a_client_whose_resize_is_under_way_is_not_listened_to_and_may_go() {
     assert_eq!(client.serve(&fake), (Stay::Stays, Wish::Nothing));
     // Events may come before the answer.
     assert_eq!(client.tell("event\r\n"), Stay::Stays);
-    assert_eq!(
-        client.answer(Ok(json!({})), &fake),
-        (Stay::Stays, Wish::Quit)
-    );
+    assert_eq!(client.answer(Ok(json!({}))), Stay::Stays);
+    assert_eq!(client.interest(), EventSet::OUT);
+    assert_eq!(client.serve(&fake), (Stay::Stays, Wish::Quit));
     drop(client);
     let mut heard = String::new();
     theirs.read_to_string(&mut heard).unwrap();
     let expected = "event\r\n{\"id\":1,\"return\":{}}\r\n{\"id\":2,\"return\":{}}\r\n";
     assert_eq!(heard, expected);
+
+    let (mut client, mut theirs) = connected();
+    negotiate(&mut client, &mut theirs);
+    theirs.write_all(RESIZE).unwrap();
+    theirs.shutdown(std::net::Shutdown::Write).unwrap();
+    // Before it hears the end, and after.
+    assert_eq!(client.serve(&fake), (Stay::Stays, wish));
+    assert_eq!(client.answer(Ok(json!({}))), Stay::Stays);
+    assert_eq!(client.serve(&fake), (Stay::Goes, Wish::Nothing));
 
     let (mut client, mut theirs) = connected();
     negotiate(&mut client, &mut theirs);
@@ -583,20 +603,119 @@ fn the_client_that_has_been_idle_for_longest_loses_its_place() {
         }
         assert_eq!(client.serve(&Fake::default()).0, Stay::Stays);
     }
+    pairs[0].0.serve(&Fake::default());
     let (mut clients, _theirs): (Vec<_>, Vec<_>) = pairs.into_iter().unzip();
     let fds: Vec<_> = clients.iter().map(AsRawFd::as_raw_fd).collect();
-    assert_eq!(most_idle(&clients, Instant::now()), None, "none is yet");
+    assert_eq!(
+        most_idle(&clients, peer(1), Instant::now()),
+        None,
+        "none is yet"
+    );
     let later = Instant::now() + IDLE;
     // First who has not introduced himself.
     let mut gone = Vec::new();
-    while let Some(at) = most_idle(&clients, later) {
+    while let Some(at) = most_idle(&clients, peer(1), later) {
         gone.push(clients.remove(at).as_raw_fd());
     }
     assert_eq!(gone, [fds[0], fds[3], fds[1]]);
     assert_eq!(clients.len(), 1, "one waits for an answer");
-    clients[0].answer(Ok(json!({})), &Fake::default());
-    assert_eq!(most_idle(&clients, later), None, "it was answered just now");
-    assert_eq!(most_idle(&clients, Instant::now() + IDLE), Some(0));
+    clients[0].answer(Ok(json!({})));
+    assert_eq!(
+        most_idle(&clients, peer(1), later),
+        None,
+        "it was answered just now"
+    );
+    assert_eq!(most_idle(&clients, peer(1), Instant::now() + IDLE), Some(0));
+}
+
+const STATUS: &[u8] = br#"{"execute":"query-status"}"#;
+
+#[test]
+fn a_client_is_not_idle_while_something_is_to_be_done_for_it() {
+    let is_idle = |client: &Client| client.idle_since().is_some();
+    let (mut client, mut theirs) = connected();
+    assert!(!is_idle(&client), "it is to be greeted");
+    negotiate(&mut client, &mut theirs);
+    assert!(is_idle(&client));
+    theirs.write_all(STATUS).unwrap();
+    assert!(!is_idle(&client), "it has sent something");
+    client.serve(&Fake::default());
+    assert!(is_idle(&client));
+    // More than is done at a time.
+    theirs.write_all(&STATUS.repeat(100)).unwrap();
+    client.serve(&Fake::default());
+    assert!(!is_idle(&client), "not all of it was done");
+    assert_eq!(client.interest(), EventSet::OUT);
+    client.serve(&Fake::default());
+    assert!(is_idle(&client));
+    assert_eq!(client.interest(), EventSet::IN);
+    // More than it reads.
+    let event = "x".repeat(64 << 10);
+    while client.until().is_none() {
+        client.tell(&event);
+    }
+    assert!(!is_idle(&client), "there is something to tell it");
+    let mut told = vec![0; 1 << 20];
+    while !is_idle(&client) {
+        assert!(theirs.read(&mut told).unwrap() > 0);
+        client.serve(&Fake::default());
+    }
+}
+
+#[test]
+fn only_what_is_complete_counts_as_heard() {
+    let (mut client, mut theirs) = connected();
+    negotiate(&mut client, &mut theirs);
+    let since = client.idle_since().unwrap();
+    for part in [&b"\r\n  "[..], b"{", b"\"execute\":"] {
+        theirs.write_all(part).unwrap();
+        assert_eq!(client.serve(&Fake::default()), (Stay::Stays, Wish::Nothing));
+        assert_eq!(client.idle_since(), Some(since));
+    }
+    theirs.write_all(b"\"query-status\"}").unwrap();
+    client.serve(&Fake::default());
+    assert!(client.idle_since() > Some(since));
+}
+
+#[test]
+fn a_process_that_forgets_its_connections_takes_no_place_of_others() {
+    let (listener, leaking, late) = (1, 2, 3);
+    let (mut clients, mut others) = (Vec::new(), Vec::new());
+    let mut connect = |clients: &mut Vec<Client>, pid| {
+        let (mut client, mut theirs) = connected_by(pid);
+        negotiate(&mut client, &mut theirs);
+        others.push(theirs);
+        clients.push(client);
+    };
+    connect(&mut clients, listener);
+    for _ in 0..3 {
+        connect(&mut clients, leaking);
+    }
+    let later = Instant::now() + IDLE;
+    let stays = |clients: &mut Vec<Client>, newcomer| {
+        let at = most_idle(clients, peer(newcomer), later);
+        at.is_none_or(|at| clients.remove(at).peer() == peer(leaking))
+    };
+    // Whoever comes, it has to make room itself.
+    for newcomer in [leaking, late] {
+        assert!(stays(&mut clients, newcomer));
+        assert_eq!(
+            clients
+                .iter()
+                .filter(|it| it.peer() == peer(leaking))
+                .count(),
+            2
+        );
+        connect(&mut clients, newcomer);
+    }
+    // Also while none but the listener is idle.
+    clients.retain(|it| it.peer() == peer(listener));
+    for _ in 0..3 {
+        connect(&mut clients, leaking);
+    }
+    let now = clients[0].idle_since().unwrap() + IDLE;
+    assert_eq!(most_idle(&clients, peer(leaking), now), None);
+    assert_eq!(most_idle(&clients, peer(late), now), Some(0));
 }
 
 #[test]
@@ -607,7 +726,7 @@ fn a_client_that_never_reads_is_not_asked_for_more_and_then_hung_up_on() {
     let question = br#"{"execute":"query-commands"}"#.repeat(100);
     // Until nothing of it goes in any more.
     let mut turns = 0;
-    while client.interest().contains(EventSet::IN) {
+    while client.until().is_none() || client.interest().contains(EventSet::IN) {
         let _ = theirs.write(&question);
         assert_eq!(client.serve(&Fake::default()), (Stay::Stays, Wish::Nothing));
         turns += 1;
