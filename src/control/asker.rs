@@ -31,6 +31,9 @@ pub enum AskError {
     /// It speaks another language.
     #[error("what listens there is not a control socket")]
     Odd,
+    /// It does not know the command, and says so.
+    #[error("{0}")]
+    Unknown(String),
     /// It says why.
     #[error("{0}")]
     Refused(String),
@@ -86,7 +89,11 @@ impl Asker {
                 continue;
             }
             if let Some(desc) = line["error"]["desc"].as_str() {
-                return Err(AskError::Refused(desc.to_owned()));
+                let desc = desc.to_owned();
+                return Err(match line["error"]["class"].as_str() {
+                    Some("CommandNotFound") => AskError::Unknown(desc),
+                    _ => AskError::Refused(desc),
+                });
             }
             return match line.get_mut("return") {
                 Some(value) => Ok(value.take()),

@@ -6,10 +6,11 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::{Arc, Mutex};
 
 use serde_json::{Value, json};
 use tempfile::TempDir;
-use vhost_user_ploop::image::{self, Access, OpenMode};
+use vhost_user_ploop::image::{self, Access, OpenImage, OpenMode};
 
 use crate::common::backend::Backend;
 use crate::common::img::{Ran, ploop_img, ploop_img_command};
@@ -251,55 +252,162 @@ fn the_process_of_a_snapshot_tells_who_asks_for_its_disk() {
     backend.stop();
 }
 
-/// Resizes a disk of 64 MiB that is served by a process that answers like this: with
-/// nothing, it hangs up. Gives back what `ploop-img` said, and what the process was asked for.
-fn resize_by_another(size: &str, answer: Option<Value>) -> (Ran, Value) {
-    let folder = TempDir::new().unwrap();
-    let disk = create(folder.path(), "disk.hds", &[]);
-    let _locks = image::open(&disk, OpenMode::new(Access::Serve))
-        .unwrap()
-        .locks;
-    let socket = folder.path().join("control");
-    let listener = UnixListener::bind(&socket).unwrap();
-    let image = fs::metadata(&disk).unwrap();
-    let id = format!("{:x}-{:x}", image.dev(), image.ino());
-    let process = std::thread::spawn(move || {
-        let (client, _) = listener.accept().unwrap();
-        let say = |value: Value| writeln!(&client, "{value}").unwrap();
-        say(json!({ "QMP": {} }));
-        for line in BufReader::new(&client).lines() {
-            let request: Value = serde_json::from_str(&line.unwrap()).unwrap();
-            let name = request["execute"].as_str().unwrap();
-            if name != "qmp_capabilities" && !name.starts_with("query-") {
-                answer.into_iter().for_each(say);
-                return request;
+/// A disk of 64 MiB that is in use, with a process that says what a test has it say.
+struct Another {
+    disk: String,
+    control: String,
+    asked: Arc<Mutex<Vec<Value>>>,
+    _image: OpenImage,
+    _folder: TempDir,
+}
+
+impl Another {
+    /// `answer` gets the number of the connection, from 0, what is asked for, and the
+    /// `file-id` of the disk. `None`: it hangs up.
+    fn new(answer: impl Fn(usize, &str, &str) -> Option<Value> + Send + 'static) -> Self {
+        let folder = TempDir::new().unwrap();
+        let path = create(folder.path(), "disk.hds", &[]);
+        let image = image::open(&path, OpenMode::new(Access::Serve)).unwrap();
+        let socket = folder.path().join("control");
+        let listener = UnixListener::bind(&socket).unwrap();
+        let file = fs::metadata(&path).unwrap();
+        let id = format!("{:x}-{:x}", file.dev(), file.ino());
+        let asked = Arc::default();
+        let another = Self {
+            disk: path.to_str().unwrap().to_owned(),
+            control: format!("--control={}", socket.display()),
+            asked: Arc::clone(&asked),
+            _image: image,
+            _folder: folder,
+        };
+        std::thread::spawn(move || {
+            for (number, client) in listener.incoming().enumerate() {
+                let client = client.unwrap();
+                // It may have gone.
+                let say = |value: Value| drop(writeln!(&client, "{value}"));
+                say(json!({ "QMP": {} }));
+                for line in BufReader::new(&client).lines().map_while(Result::ok) {
+                    let request: Value = serde_json::from_str(&line).unwrap();
+                    let name = request["execute"].as_str().unwrap();
+                    let answer = match name {
+                        "qmp_capabilities" => returned(json!({})),
+                        name => answer(number, name, &id),
+                    };
+                    asked.lock().unwrap().push(request);
+                    match answer {
+                        Some(answer) => say(answer),
+                        None => break,
+                    }
+                }
             }
-            say(json!({ "return": { "file-id": id } }));
-        }
-        Value::Null
-    });
-    let control = format!("--control={}", socket.display());
-    let ran = ploop_img(["resize", disk.to_str().unwrap(), size, &control]);
-    (ran, process.join().unwrap())
+        });
+        another
+    }
+
+    /// With which arguments it was asked for this last.
+    fn asked(&self, command: &str) -> Option<Value> {
+        let asked = self.asked.lock().unwrap();
+        let last = asked.iter().rev().find(|it| it["execute"] == command);
+        last.map(|request| request["arguments"].clone())
+    }
+
+    fn ploop_img(&self, command: &str, options: &[&str]) -> Ran {
+        let first = [command, &self.disk, &self.control];
+        ploop_img([&first, options].concat())
+    }
+}
+
+fn returned(value: Value) -> Option<Value> {
+    Some(json!({ "return": value }))
+}
+
+/// Of a process that says little else.
+fn file_id(command: &str, id: &str) -> Option<Value> {
+    match command {
+        "query-engine" => returned(json!({ "file-id": id })),
+        _ => returned(json!([{}])),
+    }
 }
 
 #[test]
 fn who_resizes_a_disk_hears_of_the_end_of_its_process() {
-    let (ran, asked) = resize_by_another("80M", None);
-    assert_eq!(asked["arguments"]["size"], 80 << 20);
-    let said = ran.fails();
+    let process = Another::new(|_, command, id| match command {
+        "block_resize" => None,
+        other => file_id(other, id),
+    });
+    let said = process.ploop_img("resize", &["80M"]).fails();
+    let asked = process.asked("block_resize").unwrap();
+    assert_eq!(asked["size"], 80 << 20);
     assert!(said.contains("may be larger all the same"), "{said}");
 }
 
 #[test]
 fn by_how_much_a_disk_grows_is_added_to_what_its_process_says_it_has() {
-    // Others have made it larger since it was looked at.
-    let size = json!({ "return": { "size": 90 << 20 } });
-    let (ran, asked) = resize_by_another("+1M", Some(size));
-    assert_eq!(asked["execute"], "grow", "{asked}");
-    assert_eq!(asked["arguments"], json!({ "by": 1 << 20 }));
-    let said = ran.ok();
+    let process = Another::new(|_, command, id| match command {
+        // Others have made it larger since it was looked at.
+        "grow" => returned(json!({ "size": 90 << 20 })),
+        other => file_id(other, id),
+    });
+    let said = process.ploop_img("resize", &["+1M"]).ok();
+    assert_eq!(process.asked("grow"), Some(json!({ "by": 1 << 20 })));
     assert!(said.contains("90 MiB"), "{said}");
+}
+
+#[test]
+fn an_older_process_that_cannot_add_is_told_the_sum() {
+    let process = Another::new(|_, command, id| match command {
+        "grow" => Some(json!({ "error": {
+            "class": "CommandNotFound",
+            "desc": "The command grow has not been found",
+        } })),
+        other => file_id(other, id),
+    });
+    let said = process.ploop_img("resize", &["+1M"]).ok();
+    let sum = json!({ "node-name": "disk", "size": 65 << 20 });
+    assert_eq!(process.asked("block_resize"), Some(sum));
+    assert!(said.contains("65 MiB"), "{said}");
+    // One that can, and does not do it, is told nothing else.
+    let process = Another::new(|_, command, id| match command {
+        "grow" => Some(json!({ "error": { "class": "GenericError", "desc": "no" } })),
+        other => file_id(other, id),
+    });
+    process.ploop_img("resize", &["+1M"]).fails();
+    assert_eq!(process.asked("block_resize"), None);
+}
+
+#[test]
+fn limits_are_those_of_the_disk_that_is_named_or_of_none() {
+    let process = Another::new(|_, command, id| file_id(command, id));
+    let nowhere = "/no/such/disk";
+    let throttle = |options: &[&str]| {
+        let first = ["throttle", nowhere, &process.control];
+        ploop_img([&first, options].concat())
+    };
+    for change in [&["--iops=1"][..], &["--none"], &["--bps-max=5", "--bps=1"]] {
+        let said = throttle(change).fails();
+        assert!(said.contains(nowhere), "{said}");
+        assert!(said.contains("cannot be told"), "{said}");
+        assert_eq!(process.asked("throttle"), None);
+    }
+    // Who may not see the image may look.
+    throttle(&[]).ok();
+    assert_eq!(process.asked("throttle"), Some(json!({})));
+    ploop_img(["stat", nowhere, &process.control]).ok();
+    process.ploop_img("throttle", &["--iops=1"]).ok();
+    assert_eq!(process.asked("throttle"), Some(json!({ "iops": 1 })));
+}
+
+#[test]
+fn who_changes_limits_hears_of_the_end_of_the_process() {
+    let process = Another::new(|_, command, id| match command {
+        "throttle" => None,
+        other => file_id(other, id),
+    });
+    let hint = "may hold all the same";
+    let said = process.ploop_img("throttle", &["--iops=5"]).fails();
+    assert!(said.contains(hint), "{said}");
+    let said = process.ploop_img("throttle", &[]).fails();
+    assert!(!said.contains(hint), "nothing was to be changed: {said}");
 }
 
 #[test]

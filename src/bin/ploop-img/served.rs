@@ -23,12 +23,22 @@ pub struct Server {
     pub asker: Asker,
 }
 
+/// What a process is wanted for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Purpose {
+    /// Who may not read the image, or whose image is no longer there, may ask about it.
+    Look,
+    /// Only of the right disk.
+    Change,
+}
+
 /// The process that serves the disk at `path`: who listens at `control`, or is found by the
 /// image.
 ///
 /// # Errors
-/// In words: there is none that can be asked, or it serves another disk.
-pub fn connect(path: &Path, control: Option<&Path>) -> Result<Server, String> {
+/// In words: there is none that can be asked, it serves another disk, or that cannot be told
+/// and something is to be changed.
+pub fn connect(path: &Path, control: Option<&Path>, purpose: Purpose) -> Result<Server, String> {
     let words = |error: &dyn Display| error.to_string();
     let socket = match control {
         Some(socket) => Some(socket.to_owned()),
@@ -37,11 +47,20 @@ pub fn connect(path: &Path, control: Option<&Path>) -> Result<Server, String> {
     let socket = socket.ok_or_else(|| unknown(path))?;
     let mut asker = Asker::connect(&socket).map_err(|error| words(&error))?;
     let engine = asker.ask("query-engine").map_err(|error| words(&error))?;
-    if serves_another(&engine, path) {
-        let nodes = asker.ask("query-named-block-nodes");
-        let nodes = nodes.map_err(|error| words(&error))?;
-        let why = other_disk(control, &nodes);
-        return Err(format!("{}: {why}", path.display()));
+    match (serves(&engine, path), purpose) {
+        (Ok(true), _) | (Err(_), Purpose::Look) => {}
+        (Ok(false), _) => {
+            let nodes = asker.ask("query-named-block-nodes");
+            let nodes = nodes.map_err(|error| words(&error))?;
+            let why = other_disk(control, &nodes);
+            return Err(format!("{}: {why}", path.display()));
+        }
+        (Err(error), Purpose::Change) => {
+            return Err(format!(
+                "{error}, so whether {} serves that disk cannot be told",
+                socket.display()
+            ));
+        }
     }
     Ok(Server { socket, asker })
 }
@@ -95,15 +114,22 @@ pub fn resize(
         return Err(said(&other_disk(control, &nodes)));
     }
     let expected = image::size_after(path, size, shrink)?;
-    let (command, arguments) = match size {
-        // Added up there: others may make it larger at the same time.
-        NewSize::GrowBy(more) => ("grow", json!({ "by": more.bytes() })),
-        NewSize::Exactly(_) | NewSize::ShrinkBy(_) => (
-            "block_resize",
-            json!({ "node-name": "disk", "size": expected.bytes() }),
-        ),
+    let exactly = |server: &mut Asker| {
+        let arguments = json!({ "node-name": "disk", "size": expected.bytes() });
+        server.ask_patiently("block_resize", arguments)
     };
-    match server.ask_patiently(command, arguments) {
+    let answer = match size {
+        // Added up there: others may make it larger at the same time.
+        NewSize::GrowBy(more) => {
+            match server.ask_patiently("grow", json!({ "by": more.bytes() })) {
+                // It is of an older version.
+                Err(AskError::Unknown(_)) => exactly(&mut server),
+                answer => answer,
+            }
+        }
+        NewSize::Exactly(_) | NewSize::ShrinkBy(_) => exactly(&mut server),
+    };
+    match answer {
         Ok(answer) => Ok(match answer["size"].as_u64() {
             Some(bytes) => Sector(bytes / SECTOR_SIZE),
             None => expected,
@@ -127,22 +153,23 @@ fn other_disk(control: Option<&Path>, nodes: &Value) -> String {
     format!("{server} is of another disk, {file}")
 }
 
-/// Whether a process with such an `engine` serves another disk than the one at `path`: no
-/// level or snapshot of it. Who may not read the image cannot know, and may ask.
-fn serves_another(engine: &Value, path: &Path) -> bool {
-    let Ok(image) = image::open(path, OpenMode::new(Access::Read).force_share(true)) else {
-        return false;
-    };
+/// Whether a process with such an `engine` serves the disk at `path`: a level or a snapshot of
+/// it.
+///
+/// # Errors
+/// Whatever keeps the disk from being looked at.
+fn serves(engine: &Value, path: &Path) -> Result<bool, ImageError> {
+    let image = image::open(path, OpenMode::new(Access::Read).force_share(true))?;
     let is_it = |file: &File| id_of(file).is_some_and(|id| engine["file-id"] == id);
     if image.files.iter().any(|file| is_it(&file.file)) {
-        return false;
+        return Ok(true);
     }
     let bundle = image.bundle.iter();
     let mut others = bundle.flat_map(|bundle| {
         let images = bundle.descriptor().images().iter();
         images.filter_map(|image| bundle.folder().open_image(&image.file, false).ok())
     });
-    !others.any(|file| is_it(&file))
+    Ok(others.any(|file| is_it(&file)))
 }
 
 fn id_of(file: &File) -> Option<String> {

@@ -8,7 +8,7 @@ use vhost_user_ploop::control::{AskError, Asker};
 
 use crate::args::Output;
 use crate::sample::{self, Activity, Report, Sample, duration};
-use crate::served::{self, Server};
+use crate::served::{self, Purpose, Server};
 use crate::show::{self, print};
 use crate::size::human;
 
@@ -25,7 +25,7 @@ pub fn run(
     watch: Option<Duration>,
     output: Output,
 ) -> Result<(), String> {
-    let mut server = served::connect(path, control)?;
+    let mut server = served::connect(path, control, Purpose::Look)?;
     let first = Sample::take(&mut server.asker).map_err(|error| error.to_string())?;
     match (watch, output) {
         (Some(pause), _) => return watch_every(pause, server, first, output),

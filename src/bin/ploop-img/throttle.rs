@@ -8,7 +8,7 @@ use vhost_user_ploop::device::ThrottleLimits;
 
 use crate::args::Output;
 use crate::sample::limits_in;
-use crate::served;
+use crate::served::{self, Purpose};
 use crate::show::{self, print};
 
 /// Changes what is named of the limits of the disk at `path`, lifts the others if `lifts_all`,
@@ -30,9 +30,22 @@ pub fn run(
     for &(name, value) in changes {
         arguments.insert(name.to_owned(), value.into());
     }
-    let mut server = served::connect(path, control)?;
+    let purpose = match arguments.is_empty() {
+        true => Purpose::Look,
+        false => Purpose::Change,
+    };
+    let mut server = served::connect(path, control, purpose)?;
     let answer = server.asker.ask_with("throttle", Value::Object(arguments));
-    let limits = answer.map_err(|error: AskError| format!("{}: {error}", path.display()))?;
+    let limits = answer.map_err(|error| {
+        let path = path.display();
+        match (&error, purpose) {
+            (AskError::Io(_), Purpose::Change) => format!(
+                "{path}: {error}; the limits may hold all the same, which 'ploop-img throttle' \
+                 without any shows"
+            ),
+            _ => format!("{path}: {error}"),
+        }
+    })?;
     match output {
         Output::Json => show::json(&limits),
         Output::Human => match limits_in(&limits).to_string() {
