@@ -5,7 +5,8 @@ use std::io::{BufRead, BufReader, Write};
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, Mutex};
 
 use serde_json::{Value, json};
@@ -16,7 +17,7 @@ use crate::common::backend::Backend;
 use crate::common::img::{Ran, ploop_img, ploop_img_command};
 use crate::common::qmp::Qmp;
 use crate::grow::{create, with_snapshots};
-use crate::{Rig, expect_service, start_front_end};
+use crate::{Rig, expect_service, start_front_end, wait_for};
 
 pub const VARIABLE: &str = "PLOOP_RUNTIME_DIR";
 
@@ -315,6 +316,14 @@ impl Another {
         let first = [command, &self.disk, &self.control];
         ploop_img([&first, options].concat())
     }
+
+    /// Watches the disk.
+    fn watch(&self, options: &[&str]) -> Child {
+        let mut command = ploop_img_command();
+        command.args(["stat", &self.disk, &self.control]);
+        let watching = command.args(options).stdout(Stdio::piped()).spawn();
+        watching.unwrap()
+    }
 }
 
 fn returned(value: Value) -> Option<Value> {
@@ -411,6 +420,71 @@ fn who_changes_limits_hears_of_the_end_of_the_process() {
 }
 
 #[test]
+fn whatever_a_process_says_is_shown_or_refused() {
+    for odd in [
+        json!(null),
+        json!(7),
+        json!("odd"),
+        json!([]),
+        json!([[]]),
+        json!({ "stats": 7, "reads": [7, [], [u64::MAX, u64::MAX], [0, u64::MAX]] }),
+        json!([{ "stats": {
+            "rd_operations": u64::MAX, "failed_rd_operations": u64::MAX,
+            "rd_bytes": u64::MAX, "rd_total_time_ns": u64::MAX, "wr_total_time_ns": u64::MAX,
+        } }]),
+    ] {
+        let process = Another::new(move |_, command, id| match command {
+            "query-engine" => {
+                let queue = json!({ "in-flight": u64::MAX });
+                returned(json!({ "file-id": id, "queues": [queue, queue, odd] }))
+            }
+            _ => returned(odd.clone()),
+        });
+        for command in ["stat", "throttle"] {
+            process.ploop_img(command, &[]).ok();
+            process.ploop_img(command, &["--output=json"]).ok();
+        }
+    }
+}
+
+#[test]
+fn what_is_watched_is_complete_though_its_process_hangs_up_on_the_client() {
+    let samples = AtomicUsize::new(0);
+    let process = Another::new(move |number, command, id| match command {
+        // All that is known of the first one is one sample.
+        "query-named-block-nodes" if samples.fetch_add(1, Relaxed) == 1 => None,
+        "query-blockstats" => {
+            let reads = [1_000_000, 1_500_000][number.min(1)];
+            returned(json!([{ "stats": { "rd_operations": reads } }]))
+        }
+        other => file_id(other, id),
+    });
+    let mut watching = process.watch(&["--watch=1", "--output=json"]);
+    let mut line = String::new();
+    let mut output = BufReader::new(watching.stdout.take().unwrap());
+    output.read_line(&mut line).unwrap();
+    let report: Value = serde_json::from_str(&line).unwrap();
+    let rate = report["reads"]["operations-per-second"].as_f64().unwrap();
+    let reads = rate * report["seconds"].as_f64().unwrap();
+    assert!((reads - 500_000.0).abs() < 5_000.0, "{report}");
+    drop(output);
+    assert!(watching.wait().unwrap().success());
+}
+
+#[test]
+fn what_is_watched_ends_when_nobody_reads_it_any_more() {
+    let process = Another::new(|_, command, id| file_id(command, id));
+    for options in [&["--watch=1"][..], &["--watch=86400"]] {
+        let mut watching = process.watch(options);
+        let mut output = BufReader::new(watching.stdout.take().unwrap());
+        output.read_line(&mut String::new()).unwrap();
+        drop(output);
+        wait_for("its end", || watching.try_wait().unwrap().is_some());
+        assert!(watching.wait().unwrap().success());
+    }
+}
+
+#[test]
 fn limits_are_shown_and_changed_while_a_disk_is_served() {
     let host = Host::new();
     let throttle = |options: &[&str]| host.ploop_img(&[&["throttle"], options].concat());
@@ -473,13 +547,15 @@ fn what_is_watched_goes_on_until_nobody_serves_the_disk_any_more() {
     let mut reports = lines.map(|line| serde_json::from_str::<Value>(&line.unwrap()).unwrap());
     for _ in 0..2 {
         reports.next().unwrap();
-        // Until an interval has it in it.
-        expect_service(&mut front_end);
-        let busy = reports
-            .by_ref()
-            .take(10)
-            .find(|it| it["reads"]["p50-ns"].is_u64());
-        let busy = busy.expect("what was done is shown");
+        // Until an interval has it in it: the first one may be from before the process began.
+        let busy = (0..30).find_map(|_| {
+            expect_service(&mut front_end);
+            reports.next().filter(|it| {
+                let is_any = |kind: &str| it[kind]["p50-ns"].is_u64();
+                is_any("reads") && is_any("writes")
+            })
+        });
+        let busy = busy.expect("what is done is shown");
         assert_eq!(busy["status"], "running");
         assert!(
             busy["writes"]["bytes-per-second"].as_f64() > Some(0.0),

@@ -53,13 +53,35 @@ pub struct Counts {
     pub time_ns: u64,
 }
 
+impl Counts {
+    /// Of one request that has ended, one way or the other.
+    pub fn average_ns(&self) -> Option<u64> {
+        let ended = self.operations.saturating_add(self.failed);
+        self.time_ns.checked_div(ended)
+    }
+
+    /// What has been done since; `None` if counting has begun anew.
+    fn since(&self, before: &Self) -> Option<Self> {
+        Some(Self {
+            operations: self.operations.checked_sub(before.operations)?,
+            bytes: self.bytes.checked_sub(before.bytes)?,
+            failed: self.failed.checked_sub(before.failed)?,
+            time_ns: self.time_ns.checked_sub(before.time_ns)?,
+        })
+    }
+}
+
 impl Sample {
     pub fn take(asker: &mut Asker) -> Result<Self, AskError> {
         Ok(Self {
             at: Instant::now(),
             nodes: asker.ask("query-named-block-nodes")?,
             status: asker.ask("query-status")?,
-            stats: asker.ask("query-blockstats")?[0]["stats"].take(),
+            stats: {
+                let mut devices = asker.ask("query-blockstats")?;
+                let stats = devices.pointer_mut("/0/stats").map(Value::take);
+                stats.unwrap_or_default()
+            },
             engine: asker.ask("query-engine")?,
             latencies: asker.ask("query-latencies")?,
         })
@@ -102,7 +124,8 @@ impl Sample {
     pub fn in_flight(&self) -> u64 {
         let queues = self.engine["queues"].as_array();
         let queues = queues.into_iter().flatten();
-        queues.map(|queue| number(&queue["in-flight"])).sum()
+        let in_flight = queues.map(|queue| number(&queue["in-flight"]));
+        in_flight.fold(0, u64::saturating_add)
     }
 
     /// A number of `query-engine`.
@@ -165,21 +188,22 @@ impl Buckets {
 
     fn and(mut self, other: &Self) -> Self {
         for (start, count) in &other.0 {
-            *self.0.entry(*start).or_default() += count;
+            let bucket = self.0.entry(*start).or_default();
+            *bucket = bucket.saturating_add(*count);
         }
         self
     }
 
     /// A duration that so many in a hundred do not exceed, in ns.
     pub fn quantile(&self, percent: u64) -> Option<u64> {
-        let all: u64 = self.0.values().sum();
-        let mut left = (all * percent).div_ceil(100);
+        let all: u128 = self.0.values().copied().map(u128::from).sum();
+        let mut left = (all * u128::from(percent)).div_ceil(100);
         let found = self.0.iter().find(|(_, count)| {
-            left = left.saturating_sub(**count);
+            left = left.saturating_sub(u128::from(**count));
             left == 0 && **count > 0
         });
         // The middle of a bucket that is an eighth of a power of two wide.
-        found.map(|(&start, _)| start + (start / 16).max(64))
+        found.map(|(&start, _)| start.saturating_add((start / 16).max(64)))
     }
 }
 
@@ -231,23 +255,24 @@ pub struct Activity {
 }
 
 impl Report {
+    /// What counts less than before is of a process that has taken over meanwhile, or of an
+    /// engine that has: then all that it says has been done in this time.
     pub fn of(before: &Sample, now: &Sample) -> Self {
         let seconds = (now.at - before.at).as_secs_f64().max(f64::MIN_POSITIVE);
         let per_second = |more: u64| rounded(more as f64 / seconds);
         let activity = |kind: Kind| {
-            let (then, now_) = (before.counts(kind), now.counts(kind));
-            let latencies = now.latencies(kind).since(&before.latencies(kind));
-            let more = Counts {
-                operations: now_.operations.saturating_sub(then.operations),
-                bytes: now_.bytes.saturating_sub(then.bytes),
-                failed: now_.failed.saturating_sub(then.failed),
-                time_ns: now_.time_ns.saturating_sub(then.time_ns),
+            let (more, latencies) = match now.counts(kind).since(&before.counts(kind)) {
+                Some(more) => {
+                    let latencies = now.latencies(kind).since(&before.latencies(kind));
+                    (more, latencies)
+                }
+                None => (now.counts(kind), now.latencies(kind)),
             };
             let activity = Activity {
                 operations_per_second: per_second(more.operations),
                 bytes_per_second: per_second(more.bytes),
                 failed: more.failed,
-                average_ns: more.time_ns.checked_div(more.operations + more.failed),
+                average_ns: more.average_ns(),
                 p50_ns: latencies.quantile(50),
                 p99_ns: latencies.quantile(99),
             };
@@ -255,9 +280,12 @@ impl Report {
         };
         let [reads, writes, flushes, discards] = [READS, WRITES, FLUSHES, DISCARDS].map(activity);
         let both = reads.1.and(&writes.1);
-        let time_ns = reads.2 + writes.2 + flushes.2 + discards.2;
-        let metadata =
-            |name: &str| per_second(now.engine(name).saturating_sub(before.engine(name)));
+        let times = [reads.2, writes.2, flushes.2, discards.2];
+        let time_ns = times.into_iter().fold(0, u64::saturating_add);
+        let metadata = |name: &str| {
+            let count = now.engine(name);
+            per_second(count.checked_sub(before.engine(name)).unwrap_or(count))
+        };
         let (limits, none) = (&mut now.limits(), &mut ThrottleLimits::default());
         let limit = |name| {
             let value = limits.field(name).map(|value| *value);
@@ -368,7 +396,11 @@ pub mod tests {
         );
         // A process that has taken over begins anew.
         let report = Report::of(&sample("/a", 1, 1000), &sample("/a", 2, 10));
-        assert_eq!(report.reads.operations_per_second, 0.0);
+        assert_eq!(report.reads.operations_per_second, 10.0);
+        assert_eq!((report.reads.failed, report.rounds_per_second), (2, 3.0));
+        assert_eq!(report.reads.p99_ns, Some(98_304 + 6144));
+        assert_eq!(report.writes, Activity::default(), "they may be the same");
+        let report = Report::of(&sample("/a", 3, 0), &sample("/a", 4, 0));
         let line = serde_json::to_value(&report).unwrap();
         assert_eq!(line["reads"]["p99-ns"], Value::Null);
         assert_eq!(line["limits"], json!({ "iops": 500, "iops_max": 900 }));
@@ -386,6 +418,11 @@ pub mod tests {
         assert_eq!(of(&[(512, 0)]).quantile(50), None);
         let both = buckets.and(&of(&[(512, 900)]));
         assert_eq!(both.quantile(90), Some(576));
+        // Whatever a process says.
+        let most = of(&[(0, u64::MAX), (u64::MAX, u64::MAX)]);
+        let quantiles = [50, 51].map(|percent| most.quantile(percent));
+        assert_eq!(quantiles, [Some(64), Some(u64::MAX)]);
+        assert_eq!(most.clone().and(&most), most);
     }
 
     #[test]

@@ -1,9 +1,12 @@
 //! Results, for people and for programs.
 
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
 use jiff::tz::TimeZone;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
 use serde::Serialize;
 use vhost_user_ploop::format::{ClusterSize, Guid, Sector};
 use vhost_user_ploop::image::{
@@ -57,6 +60,28 @@ fn json_printable(line: &str) -> String {
 /// One line.
 pub fn print(line: impl std::fmt::Display) {
     say!("{line}");
+}
+
+/// Waits so long, but no longer than somebody reads standard output; `false` if nobody does
+/// any more. For what would go on for ever.
+pub fn has_reader_after(pause: Duration) -> bool {
+    let output = std::io::stdout();
+    let end = Instant::now() + pause;
+    loop {
+        // The end of its reader is told without being asked for.
+        let mut fds = [PollFd::new(&output, PollFlags::empty())];
+        let left = end.saturating_duration_since(Instant::now());
+        let left = Timespec::try_from(left).unwrap_or(Timespec::default());
+        match poll(&mut fds, Some(&left)) {
+            Err(Errno::INTR) => {}
+            Ok(0) => return true,
+            Ok(_) => return false,
+            Err(_) => {
+                std::thread::sleep(pause);
+                return true;
+            }
+        }
+    }
 }
 
 /// `info`: the top alone, or the whole chain.

@@ -1,7 +1,6 @@
 //! `stat`: what a guest does with its disk, and how the process that serves it fares.
 
 use std::path::Path;
-use std::thread;
 use std::time::Duration;
 
 use vhost_user_ploop::control::{AskError, Asker};
@@ -46,29 +45,31 @@ fn watch_every(
         if output == Output::Human && lines % PAGE == 0 {
             print(heading());
         }
-        thread::sleep(pause);
-        match Sample::take(&mut server.asker) {
-            Ok(now) => {
-                let report = Report::of(&last, &now);
-                match output {
-                    Output::Json => show::json_line(&report),
-                    Output::Human => print(line(&report)),
-                }
-                last = now;
-                lines += 1;
-            }
-            Err(error @ AskError::Io(_)) => {
-                let next = next_process(&server, &last);
-                (server.asker, last) = next.ok_or_else(|| error.to_string())?;
-            }
-            Err(error) => return Err(error.to_string()),
+        if !show::has_reader_after(pause) {
+            return Ok(());
         }
+        let now = match Sample::take(&mut server.asker) {
+            Err(error @ AskError::Io(_)) => {
+                let next = connect_again(&server, &last).ok_or_else(|| error.to_string())?;
+                server.asker = next.0;
+                Ok(next.1)
+            }
+            taken => taken,
+        };
+        let now = now.map_err(|error| error.to_string())?;
+        let report = Report::of(&last, &now);
+        match output {
+            Output::Json => show::json_line(&report),
+            Output::Human => print(line(&report)),
+        }
+        last = now;
+        lines += 1;
     }
 }
 
-/// Another process that has taken the disk over, which listens at the same place. What it
-/// counts begins anew.
-fn next_process(server: &Server, last: &Sample) -> Option<(Asker, Sample)> {
+/// Asks who listens at the same place: another process that has taken the disk over, or the
+/// same one, which has hung up on a client that was silent for too long.
+fn connect_again(server: &Server, last: &Sample) -> Option<(Asker, Sample)> {
     let mut asker = Asker::connect(&server.socket).ok()?;
     let sample = Sample::take(&mut asker).ok()?;
     sample.is_of_the_same_disk(last).then_some((asker, sample))
@@ -93,16 +94,13 @@ fn once(sample: &Sample) {
         ("discards", sample::DISCARDS),
     ] {
         let counts = sample.counts(kind);
-        let average = counts
-            .time_ns
-            .checked_div(counts.operations + counts.failed);
         let buckets = sample.latencies(kind);
         print(format!(
             "{name:<10}{:>12}{:>12}{:>8}{:>10}{:>10}{:>10}",
             counts.operations,
             human(counts.bytes),
             counts.failed,
-            duration(average),
+            duration(counts.average_ns()),
             duration(buckets.quantile(50)),
             duration(buckets.quantile(99)),
         ));
