@@ -381,7 +381,7 @@ impl Backend {
         fields.trim_start().starts_with('Z')
     }
 
-    fn signal(&self, signal: Signal) {
+    pub fn signal(&self, signal: Signal) {
         let pid = Pid::from_child(&self.child);
         kill_process(pid, signal).expect("a child can be signalled");
     }

@@ -13,8 +13,13 @@ use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT,
 };
 
+use rustix::io::Errno;
+use rustix::process::Signal;
+
 use crate::common::backend::Backend;
+use crate::common::fixtures::fixture;
 use crate::front_end::*;
+use crate::grow::rig_of;
 use crate::{OK, Rig, tasks, wait_for};
 
 /// Sectors of a cluster.
@@ -223,6 +228,30 @@ fn a_guest_whose_image_was_repaired_after_a_kill_is_refused() {
         drop(front_end);
         backend.stop();
     }
+}
+
+/// Of a raw image, the sync at the end of a process to which nobody came is the only one to
+/// tell what became of the writes of the one before.
+#[test]
+fn a_guest_is_refused_after_a_process_that_ended_without_a_sync() {
+    let Some(rig) = rig_of(|folder| fixture("plain").unpack(folder)) else {
+        return;
+    };
+    let backend = rig.serve(NEVER);
+    let (mut front_end, region) = begin(&backend);
+    write(&mut front_end, 0, 1);
+    backend.kill();
+    let syncs = [libc::SYS_fdatasync, libc::SYS_fsync];
+    let backend = rig.serve_without(&syncs, Errno::IO, &["--aio=psync"]);
+    backend.signal(Signal::TERM);
+    backend.fails();
+    let backend = rig.serve(NEVER);
+    reconnect(&mut front_end, &backend, Some(&region));
+    let base = front_end.rings[0].avail_idx();
+    front_end.start_ring_at(0, base);
+    front_end.vhost.set_vring_enable(0, true).unwrap_err();
+    drop(front_end);
+    backend.stop();
 }
 
 #[test]

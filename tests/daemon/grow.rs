@@ -12,6 +12,7 @@ use std::process::Command;
 use nix::sys::ptrace;
 use nix::sys::wait::{WaitPidFlag, waitpid};
 use nix::unistd::Pid;
+use rustix::io::Errno;
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 use tempfile::TempDir;
@@ -197,6 +198,18 @@ fn told(channel: &mut UnixStream) -> [u32; 3] {
     channel.read_exact(&mut bytes).unwrap();
     let word = |at: usize| u32::from_le_bytes(bytes[at..at + 4].try_into().unwrap());
     [word(0), word(4), word(8)]
+}
+
+#[test]
+fn a_disk_grows_where_the_opening_can_have_no_name() {
+    let rig = rig_of(|folder| Some(create(folder, "disk.hds", &[]))).unwrap();
+    let socket = format!("--control={}", control(&rig).display());
+    let backend = rig.serve_without(&[libc::SYS_fsetxattr], Errno::ACCESS, &[&socket]);
+    let mut qmp = Qmp::connect(&control(&rig));
+    let arguments = json!({ "node-name": "disk", "size": 128 * MIB_OF_DISK });
+    assert_eq!(qmp.ask("block_resize", arguments), json!({}));
+    drop(start_front_end(backend.socket()));
+    backend.stop();
 }
 
 #[test]

@@ -37,8 +37,10 @@ use std::{
 use common::{backend::Backend, img::ploop_img};
 use front_end::*;
 use rustix::fs::{OFlags, fcntl_setfl};
+use rustix::io::Errno;
 use rustix::io::{FdFlags, fcntl_setfd};
 use rustix::process::{Pid, Resource, Rlimit, prlimit};
+use seccompiler::{BpfProgram, SeccompAction, SeccompFilter, TargetArch};
 use tempfile::TempDir;
 use vhost::VhostBackend;
 use virtio_bindings::virtio_blk::{
@@ -76,6 +78,23 @@ impl Rig {
 
     fn serve(&self, options: &[&str]) -> Backend {
         Backend::start(&self.image, &self.socket, options)
+    }
+
+    /// The same where these system calls fail with `errno`.
+    fn serve_without(&self, calls: &[i64], errno: Errno, options: &[&str]) -> Backend {
+        let rules = calls.iter().map(|&call| (call, Vec::new())).collect();
+        let refusal = SeccompAction::Errno(errno.raw_os_error() as u32);
+        let (arch, other) = (TargetArch::x86_64, SeccompAction::Allow);
+        let filter = SeccompFilter::new(rules, other, refusal, arch).unwrap();
+        let filter: BpfProgram = filter.try_into().unwrap();
+        thread::scope(|scope| {
+            // The daemon inherits what its parent's thread has.
+            let started = scope.spawn(|| {
+                seccompiler::apply_filter(&filter).unwrap();
+                self.serve(options)
+            });
+            started.join().unwrap()
+        })
     }
 
     /// Runs the daemon to its end, which should come at once.

@@ -94,10 +94,11 @@ const TRANSFER: &[i64] = &[
     libc::SYS_shutdown,
 ];
 
+/// To name the opening of the image, and to see what name it has.
+const OPENING: &[i64] = &[libc::SYS_fgetxattr, libc::SYS_fsetxattr];
+
 /// To talk to a front-end, to map its memory, and to start a queue.
 const MESSAGES: &[i64] = &[
-    libc::SYS_fgetxattr,
-    libc::SYS_fsetxattr,
     libc::SYS_getsockopt,
     libc::SYS_io_uring_setup,
     libc::SYS_memfd_create,
@@ -127,7 +128,6 @@ const CARETAKER: &[i64] = &[
     libc::SYS_fchown,
     libc::SYS_fdatasync,
     libc::SYS_fremovexattr,
-    libc::SYS_fsetxattr,
     libc::SYS_fsync,
     libc::SYS_landlock_restrict_self,
     libc::SYS_lseek,
@@ -255,7 +255,7 @@ impl Allowed {
     fn metadata() -> Self {
         Self::watch()
             .calls(TRANSFER)
-            .calls(&[libc::SYS_fsetxattr])
+            .calls(OPENING)
             .clones()
             .opens_again()
             .registers(&[REGISTER_FILES_UPDATE])
@@ -273,6 +273,7 @@ impl Allowed {
 
     fn messages() -> Self {
         Self::worker()
+            .calls(OPENING)
             .calls(MESSAGES)
             .calls(legacy::MESSAGES)
             .registers(&[REGISTER_FILES, REGISTER_RESTRICTIONS, REGISTER_ENABLE_RINGS])
@@ -289,6 +290,7 @@ impl Allowed {
 
     fn caretaker() -> Self {
         Self::watch()
+            .calls(OPENING)
             .calls(CARETAKER)
             .calls(legacy::CARETAKER)
             .makes_files()
