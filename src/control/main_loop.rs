@@ -356,7 +356,12 @@ impl MainLoop<'_> {
                 Ok(())
             }
             // Nobody, or somebody by network who has gone before he was seen.
-            Err(_) => Ok(()),
+            Err(error) if is_of_one_client(&error) => Ok(()),
+            Err(error) => {
+                log::error!("clients for metrics cannot be accepted: {error}");
+                thread::sleep(RETRY_DELAY);
+                Ok(())
+            }
         }
     }
 
@@ -759,6 +764,25 @@ impl MainLoop<'_> {
 fn is_shortage(error: &io::Error) -> bool {
     let missing = [Errno::MFILE, Errno::NFILE, Errno::NOBUFS, Errno::NOMEM];
     Errno::from_io_error(error).is_some_and(|errno| missing.contains(&errno))
+}
+
+/// Whether accept(2) says this of a client, and the next one may do better.
+fn is_of_one_client(error: &io::Error) -> bool {
+    let of_one = [
+        Errno::AGAIN,
+        Errno::CONNABORTED,
+        Errno::HOSTDOWN,
+        Errno::HOSTUNREACH,
+        Errno::INTR,
+        Errno::NETDOWN,
+        Errno::NETUNREACH,
+        Errno::NONET,
+        Errno::NOPROTOOPT,
+        Errno::OPNOTSUPP,
+        Errno::PERM,
+        Errno::PROTO,
+    ];
+    Errno::from_io_error(error).is_some_and(|errno| of_one.contains(&errno))
 }
 
 /// As clients are told of it.

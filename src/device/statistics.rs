@@ -286,7 +286,8 @@ struct KindCounters {
 /// Adds to a counter that nobody else writes.
 fn count(counter: &AtomicU64, more: u64) {
     let sum = counter.load(Ordering::Relaxed).wrapping_add(more);
-    counter.store(sum, Ordering::Relaxed);
+    // Whoever sees an end sees the beginning, too.
+    counter.store(sum, Ordering::Release);
 }
 
 impl QueueCounters {
@@ -334,7 +335,7 @@ impl QueueCounters {
     fn report(&self, index: usize, now: u64) -> QueueReport {
         let load = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         // In this order: it may end meanwhile, but not before it has begun.
-        let ended = load(&self.ended);
+        let ended = self.ended.load(Ordering::Acquire);
         let in_flight = load(&self.begun).wrapping_sub(ended);
         let [reads, writes, flushes, unmaps] = self.kinds.each_ref().map(|kind| KindCounts {
             operations: load(&kind.operations),

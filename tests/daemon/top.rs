@@ -220,6 +220,20 @@ fn a_terminal_shows_disks_live_and_is_as_before_in_the_end() {
     host.end();
 }
 
+/// It waits for the other half.
+#[test]
+fn half_a_key_keeps_nobody_from_ending_it() {
+    let host = Host::new();
+    let (mut terminal, child) = on_a_terminal(&host, "xterm");
+    wait_for("the disks", || terminal.shown().contains("2 disks"));
+    terminal.enter("\x1b[");
+    kill_process(Pid::from_child(&child), Signal::TERM).unwrap();
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(0), "{output:?}");
+    drop(terminal);
+    host.end();
+}
+
 #[test]
 fn where_there_is_no_terminal_there_is_an_error() {
     let host = Host::new();

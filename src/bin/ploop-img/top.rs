@@ -14,9 +14,11 @@ use std::collections::BTreeSet;
 use std::env;
 use std::io::{self, IsTerminal};
 use std::path::PathBuf;
+use std::process;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, channel};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use ratatui::DefaultTerminal;
@@ -24,6 +26,7 @@ use ratatui::crossterm::event::{self, Event, KeyCode, KeyEvent, KeyEventKind, Ke
 use serde::Serialize;
 use serde_json::{Value, json};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use signal_hook::iterator::Signals;
 
 pub use disks::Column;
 
@@ -163,9 +166,7 @@ fn live(wanted: Wanted, pace: Pace, order: Order) -> Result<(), String> {
     log::set_max_level(log::LevelFilter::Off);
     let words = |error: io::Error| format!("cannot show disks live: {error}");
     let is_to_end = Arc::new(AtomicBool::new(false));
-    for signal in [SIGTERM, SIGHUP, SIGINT] {
-        signal_hook::flag::register(signal, Arc::clone(&is_to_end)).map_err(words)?;
-    }
+    end_by_signal(Arc::clone(&is_to_end)).map_err(words)?;
     let (tell, hear) = channel();
     watch::watch(wanted, &pace, &tell).map_err(words)?;
     let mut terminal = ratatui::try_init().map_err(words)?;
@@ -173,6 +174,22 @@ fn live(wanted: Wanted, pace: Pace, order: Order) -> Result<(), String> {
     // What the terminal was before matters more than why.
     let restored = ratatui::try_restore();
     shown.and(restored).map_err(words)
+}
+
+/// Ends the program at a signal, as `q` does. Who waits for a key may not come to see it: a
+/// terminal that has gone, or has sent half a key, keeps him for ever.
+fn end_by_signal(is_to_end: Arc<AtomicBool>) -> io::Result<()> {
+    let mut signals = Signals::new([SIGTERM, SIGHUP, SIGINT])?;
+    let wait = move || {
+        if signals.forever().next().is_some() {
+            is_to_end.store(true, Ordering::Relaxed);
+            thread::sleep(2 * TICK);
+            let _ = ratatui::try_restore();
+            process::exit(0);
+        }
+    };
+    thread::Builder::new().name("signals".into()).spawn(wait)?;
+    Ok(())
 }
 
 fn show_live(
