@@ -20,7 +20,7 @@ const GAP: Duration = Duration::from_millis(20);
 const LOOK: Duration = Duration::from_millis(20);
 
 /// For how long, since the first of the stops, what cannot be given back is gone on with.
-const GRACE: Duration = Duration::from_secs(1);
+pub(super) const GRACE: Duration = Duration::from_secs(1);
 
 /// For how long, since the first of the stops, what limits have kept back is gone on with
 /// where it cannot be given back: far longer than a disk needs for what an honest driver has
@@ -48,6 +48,15 @@ impl Stops {
             start: Instant::now(),
             quiet: CachePadded::default(),
             first: AtomicU64::default(),
+        }
+    }
+
+    /// As if the first of them had begun so long ago.
+    #[cfg(test)]
+    pub fn since(ago: Duration) -> Self {
+        Self {
+            start: Instant::now() - ago,
+            ..Self::new()
         }
     }
 

@@ -512,11 +512,12 @@ fn a_change_by_the_official_tool_is_undone_from_its_copy() {
 
 #[test]
 fn who_is_in_the_way_is_in_the_way() {
-    let (disk, [first, _]) = three_levels();
+    let (disk, [first, second]) = three_levels();
     let open_for = |access| open(&disk.path, OpenMode::new(access));
     let serving = open_for(Access::Serve).unwrap();
     assert!(serving.is_top());
-    assert_eq!(serving.guids().len(), 3);
+    let names = [first, second, disk.bundle().descriptor().top()];
+    assert_eq!(serving.guids(), names.map(Some));
     let writable: Vec<_> = serving.files.iter().map(|file| file.writable).collect();
     assert_eq!(writable, [false, false, true]);
     for access in [Access::Read, Access::Repair] {
@@ -716,6 +717,47 @@ fn a_chain_that_was_rounded_down_is_made_whole() {
         // What was behind the end was never the guest's.
         expected[5 * CLUSTER - 10 * 512..].fill(0);
         assert!(content == expected);
+    }
+}
+
+/// What another branch lies on as well stays as large as it is, or that branch could not be
+/// made whole any more.
+#[test]
+fn a_chain_is_made_whole_beside_another_branch() {
+    let disk = Disk::new(5);
+    disk.write([1, 4], 2);
+    let base = snapshot(&disk);
+    disk.write([2], 3);
+    let branch = snapshot(&disk);
+    switch_snapshot(&disk.path, base).unwrap();
+    disk.write([3], 4);
+    let mut bundle = disk.bundle();
+    let mut descriptor = bundle.descriptor().clone();
+    let cut = 5 * CLUSTER_SECTORS - 10;
+    set_size(&disk.image_file(base), cut, 5);
+    for above in [branch, descriptor.top()] {
+        set_size(&disk.image_file(above), 4 * CLUSTER_SECTORS, 4);
+    }
+    descriptor.disk_size = Sector(4 * CLUSTER_SECTORS);
+    bundle.save(descriptor).unwrap();
+
+    let report = disk.check(Some(Repair::All));
+    let found = (report.corruptions, report.corruptions_fixed);
+    assert_eq!(found, (0, 1), "{report:?}");
+    let read = OpenMode::new(Access::Read);
+    let image = open(&disk.path, read).unwrap();
+    let reader = DiskReader::load(&image).unwrap();
+    assert_eq!(reader.disk_size().0, 5 * CLUSTER_SECTORS);
+    for (cluster, byte) in [0, 2, 0, 4, 2].into_iter().enumerate() {
+        let mut sector = [0xff; 512];
+        reader
+            .read(&mut sector, (cluster * CLUSTER) as u64)
+            .unwrap();
+        assert_eq!(sector, [byte; 512], "{cluster}");
+    }
+    match open(&disk.path, read.snapshot(Some(branch))) {
+        Err(ImageError::CutDisk { disk_size, .. }) => assert_eq!(disk_size.0, cut),
+        other => panic!("{other:?}"),
     }
 }
 

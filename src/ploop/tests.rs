@@ -352,6 +352,28 @@ fn parts_of_clusters_are_zeroed_in_place() {
     );
 }
 
+/// What it leaves of the range is as it was: to zero it would be work for nothing.
+#[test]
+fn a_discard_of_a_part_of_a_cluster_takes_whole_host_blocks() {
+    const BLOCK: u64 = 4096;
+    for (start, end, gone) in [
+        (512, 3 * BLOCK - 512, BLOCK..2 * BLOCK),
+        (BLOCK, 3 * BLOCK, BLOCK..3 * BLOCK),
+        (BLOCK - 512, 2 * BLOCK, BLOCK..2 * BLOCK),
+        (BLOCK, 2 * BLOCK + 512, BLOCK..2 * BLOCK),
+        (BLOCK + 512, 2 * BLOCK, 0..0),
+        (BLOCK, 2 * BLOCK - 512, 0..0),
+        (BLOCK - 512, BLOCK + 512, 0..0),
+    ] {
+        let rig = Rig::new(4 * CLUSTER);
+        let mut expected = vec![5; CLUSTER as usize];
+        rig.write(0, &expected).unwrap();
+        rig.discard(start, end - start).unwrap();
+        expected[gone.start as usize..gone.end as usize].fill(0);
+        assert!(rig.read(0, CLUSTER as usize) == expected, "{start}..{end}");
+    }
+}
+
 #[test]
 fn a_flush_with_nothing_to_do_asks_nobody() {
     let rig = Rig::new(4 * CLUSTER);

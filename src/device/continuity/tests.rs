@@ -200,6 +200,30 @@ fn a_region_has_a_part_for_each_queue_and_keeps_what_is_noted() {
     assert!(!continuity.is_kept() && continuity.queue(0).is_none());
 }
 
+/// The front-end can have put anything there.
+#[test]
+fn a_mode_is_known_only_if_it_was_noted() {
+    let rig = Rig::new(InUse::Closed);
+    let mut continuity = rig.continuity();
+    let region = make(&mut continuity);
+    set(&mut continuity, &region).unwrap();
+    continuity.admit(false).unwrap();
+    let others = !(NOTE_MODE | NOTE_ON);
+    for (note, mode) in [
+        (0, None),
+        (NOTE_ON, None),
+        (NOTE_MODE, Some(false)),
+        (NOTE_MODE | NOTE_ON, Some(true)),
+    ] {
+        for note in [note, note | others] {
+            rig.device.engine().set_note(note);
+            let taken = set(&mut rig.continuity(), &region).unwrap();
+            assert_eq!(taken, mode, "{note:#x}");
+        }
+    }
+    continuity.forget();
+}
+
 #[test]
 fn whoever_asks_for_a_region_has_given_up_the_one_before() {
     let rig = Rig::new(InUse::Closed);

@@ -696,6 +696,35 @@ fn chains_without_a_status_byte_have_no_answer() {
     assert_eq!(answer, no_answer(RequestError::BrokenChain));
 }
 
+/// Also where there is no place for an answer.
+#[test]
+fn what_is_refused_counts_as_what_it_was_to_be() {
+    let rig = Rig::new();
+    for (request_type, kind) in [
+        (virtio_blk::VIRTIO_BLK_T_IN, Some(Kind::Read)),
+        (virtio_blk::VIRTIO_BLK_T_OUT, Some(Kind::Write)),
+        (virtio_blk::VIRTIO_BLK_T_FLUSH, Some(Kind::Flush)),
+        (virtio_blk::VIRTIO_BLK_T_DISCARD, Some(Kind::Unmap)),
+        (virtio_blk::VIRTIO_BLK_T_WRITE_ZEROES, Some(Kind::Write)),
+        (virtio_blk::VIRTIO_BLK_T_GET_ID, None),
+        (77, None),
+    ] {
+        rig.header(request_type, 0);
+        let out_of_order = [header_part(), status_part(), readable(DATA, 512)];
+        for parts in [&out_of_order[..], &[header_part()]] {
+            let rejected = rig.parse(parts).unwrap_err();
+            assert_eq!(rejected.kind, kind, "{request_type}");
+            if let Some(reply) = rejected.reply {
+                reply.abandon();
+            }
+        }
+        let cut = rig.parse(&[readable(HEADER, 15), status_part()]);
+        let Rejected { kind, reply, .. } = cut.unwrap_err();
+        assert_eq!(kind, None, "it is not known what it was to be");
+        reply.unwrap().abandon();
+    }
+}
+
 #[test]
 fn loops_and_links_that_lead_nowhere_end() {
     let rig = Rig::new();

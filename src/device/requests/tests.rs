@@ -1,7 +1,9 @@
 //! The requests of one queue on a simulated disk, whose threads the tests drive.
 
+use std::cell::{Cell, RefCell};
+use std::rc::Rc;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use smallvec::smallvec;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
@@ -9,10 +11,12 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 use super::*;
 use crate::device::memory::{SharedMemory, anonymous};
 use crate::device::request::RequestError;
+use crate::device::stops::{self, Stops};
 use crate::device::throttle::Limits;
 use crate::device::{Queues, Serial};
 use crate::format::{ClusterSize, Header, Sector};
-use crate::ploop::{Chain, Engine, Level, MdWriter, Opened, Options, Runner, SectorRange};
+use crate::ploop::control::Control;
+use crate::ploop::{Chain, Engine, Level, MdWriter, Opened, Options, Runner, SectorRange, preempt};
 use crate::sim::disk::{Medium, SimDisk};
 use crate::storage::FileId;
 
@@ -31,11 +35,29 @@ fn status_of(head: u16) -> GuestAddress {
 /// Of a request that has no answer.
 const UNTOUCHED: u8 = 0xaa;
 
+/// All of the engine but the queue.
+struct Others {
+    runners: Vec<Runner<SimDisk>>,
+    md: MdWriter<SimDisk>,
+    disk: SimDisk,
+}
+
+impl Others {
+    fn turn(&mut self) {
+        for runner in &mut self.runners {
+            runner.poll(Duration::ZERO);
+        }
+        self.md.poll(Duration::ZERO);
+        if self.disk.is_busy() {
+            self.disk.step();
+        }
+    }
+}
+
 struct Rig {
     disk: SimDisk,
     device: Arc<BlockDevice<SimDisk>>,
-    runners: Vec<Runner<SimDisk>>,
-    md: MdWriter<SimDisk>,
+    others: Rc<RefCell<Others>>,
     /// Taken at the end.
     requests: Option<Requests<SimDisk>>,
     memory: QueueMemory,
@@ -45,6 +67,10 @@ struct Rig {
 
 impl Rig {
     fn new(ended: Vec<Used>) -> Self {
+        Self::with_stops(ended, Stops::new())
+    }
+
+    fn with_stops(ended: Vec<Used>, stops: Stops) -> Self {
         let disk = SimDisk::new(1, Medium::default(), 1);
         let cluster = ClusterSize::from_bytes(CLUSTER).unwrap();
         let header = Header::new(DISK_SIZE, cluster).unwrap();
@@ -61,7 +87,14 @@ impl Rig {
         } = opened;
         let serial: Serial = "a serial number".parse().unwrap();
         let queues = Queues::new(1, QUEUE_SIZE).unwrap();
-        let device = Arc::new(BlockDevice::new(engine, serial, queues));
+        let mut device = BlockDevice::new(engine, serial, queues);
+        device.stops = stops;
+        let device = Arc::new(device);
+        let others = Others {
+            runners,
+            md,
+            disk: disk.clone(),
+        };
         let queue = device.engine().queue().unwrap();
         let shared = Arc::new(SharedMemory::new());
         shared.replace(anonymous(GuestAddress(0), 0x1000));
@@ -74,8 +107,7 @@ impl Rig {
             requests: Some(Requests::new(3, Arc::clone(&device), queue, ended)),
             disk,
             device,
-            runners,
-            md,
+            others: Rc::new(RefCell::new(others)),
             memory,
             data: vec![7; 1 << 20],
         }
@@ -165,14 +197,39 @@ impl Rig {
         panic!("nothing has ended");
     }
 
-    fn turn_others(&mut self) {
-        for runner in &mut self.runners {
-            runner.poll(Duration::ZERO);
-        }
-        self.md.poll(Duration::ZERO);
-        if self.disk.is_busy() {
-            self.disk.step();
-        }
+    fn turn_others(&self) {
+        self.others.borrow_mut().turn();
+    }
+
+    /// Of all of the disk, which takes as much of the engine as may be under way.
+    fn zero(&mut self, head: u16) {
+        let range = SectorRange {
+            start: Sector(0),
+            count: DISK_SIZE,
+        };
+        let ranges = smallvec![range];
+        let unmap = false;
+        let command = Command::WriteZeroes { ranges, unmap };
+        self.accept(head, Operation::Engine(command));
+    }
+
+    /// As [`Self::drain`], while the others have a turn whenever the queue has looked so
+    /// often. Says how often it has.
+    fn drain_with_others(&mut self, parked: Parked, from: usize) -> (Vec<u16>, usize) {
+        let looks = Rc::new(Cell::new(0));
+        let (others, counted) = (Rc::clone(&self.others), Rc::clone(&looks));
+        let _hook = preempt::each(move |at| {
+            // Others come to such points, too.
+            if at == "reaped"
+                && let Ok(mut others) = others.try_borrow_mut()
+            {
+                counted.set(counted.get() + 1);
+                if counted.get() >= from {
+                    others.turn();
+                }
+            }
+        });
+        (self.drain(parked, true), looks.get())
     }
 
     fn drain(&mut self, parked: Parked, may_give_back: bool) -> Vec<u16> {
@@ -450,6 +507,70 @@ fn what_cannot_be_given_back_is_done_although_limits_keep_it_back() {
     }
     assert!(rig.drain(Parked::Fail, false).is_empty());
     assert_eq!([0, 1, 2, 3].map(|head| rig.status(head)), [OK; 4]);
+}
+
+#[test]
+fn what_limits_keep_back_is_left_when_the_time_is_over() {
+    let mut rig = Rig::with_stops(Vec::new(), Stops::since(stops::GRACE));
+    rig.limit("bps_rd=1");
+    rig.read_holes(0, 512);
+    for head in 1..=5 {
+        rig.read_holes(head, MANY_HOLES);
+    }
+    rig.go_past(6);
+    assert!(rig.drain(Parked::Drop, true).is_empty());
+    assert_eq!(rig.heads(), [6, 0]);
+    assert_eq!([1, 2, 3, 4, 5].map(|head| rig.status(head)), [UNTOUCHED; 5]);
+    assert_eq!(rig.left().unfinished, [1, 2, 3, 4, 5]);
+}
+
+/// It could wait for the one who waits for this ring.
+#[test]
+fn nothing_is_waited_for_that_a_suspended_engine_does_not_begin() {
+    let mut rig = Rig::new(Vec::new());
+    rig.read_holes(0, MANY_HOLES);
+    rig.limit("bps_rd=1");
+    for head in 1..=2 {
+        rig.read_holes(head, 512);
+    }
+    rig.go_past(3);
+    rig.device.engine().control(Control::Suspend);
+    while !rig.requests().engine.is_suspended() {
+        rig.turn_others();
+    }
+    let (given_back, looks) = rig.drain_with_others(Parked::Fail, 1);
+    assert!(given_back.is_empty());
+    assert!(looks < 10, "it has looked {looks} times");
+    assert_eq!([0, 1, 2].map(|head| rig.status(head)), [IO_ERROR; 3]);
+}
+
+/// Whether there is room for more that limits keep back, or nothing more of that.
+#[test]
+fn who_waits_in_a_drain_for_what_is_under_way_sleeps() {
+    const LOOKS: usize = 6;
+    for waiting in [1, 4] {
+        let mut rig = Rig::new(Vec::new());
+        rig.zero(0);
+        for _ in 0..10 {
+            rig.poll();
+        }
+        assert!(rig.requests().engine.is_begun());
+        rig.limit("iops_wr=1");
+        rig.discard(1);
+        for head in 2..2 + waiting {
+            rig.zero(head);
+        }
+        rig.go_past(9);
+        let start = Instant::now();
+        // Nothing wakes it until then.
+        let (given_back, looks) = rig.drain_with_others(Parked::Fail, LOOKS);
+        assert!(given_back.is_empty());
+        assert!(looks >= LOOKS);
+        let slept = start.elapsed();
+        assert!(slept >= Duration::from_millis(50), "{looks} in {slept:?}");
+        let statuses: Vec<_> = (0..2 + waiting).map(|head| rig.status(head)).collect();
+        assert!(statuses.iter().all(|status| *status == OK), "{statuses:?}");
+    }
 }
 
 #[test]

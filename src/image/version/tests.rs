@@ -1,7 +1,7 @@
 use super::*;
 use crate::image::check::check_delta;
 use crate::image::testing::{
-    Entry, Medium, MemImage, cluster_content, header, image, read_cluster,
+    Entry, Medium, MemImage, cluster_content, header, image, read_cluster, set_word,
 };
 use Entry::{At, Hole, Raw};
 
@@ -100,6 +100,41 @@ fn a_wrong_copy_is_refused() {
         assert!(undo(&mut own, copy).is_err());
     }
     undo(&mut own, &good).unwrap();
+}
+
+/// Each of them is whole, and could be that of an image.
+#[test]
+fn a_copy_of_another_image_is_refused() {
+    let (medium, mut delta) = change_sample(Version::V1);
+    let content = medium.contents().remove(1);
+    let content = &content[..content.len() - CHECKSUM_LEN];
+    let sealed = |content: &[u8]| [content, &Md5::digest(content)[..]].concat();
+    let longer = [content, &[0; 4]].concat();
+    let with_word = |content: &[u8], at: usize, word: u32| {
+        let mut content = content.to_vec();
+        set_word(&mut content, at, word);
+        sealed(&content)
+    };
+    let now = *delta.geometry();
+    let cluster = now.cluster.sectors() as u32;
+    let (entries, disk_size) = (now.entries, now.disk_size.0 as u32);
+    let data_start = (now.data_start / 512) as u32;
+    for (what, copy) in [
+        ("cluster", with_word(content, 28, 2 * cluster)),
+        ("number of entries", with_word(&longer, 32, entries + 1)),
+        ("disk size", with_word(content, 36, disk_size - 1)),
+        (
+            "start of data",
+            with_word(content, 48, data_start + cluster),
+        ),
+        ("end", sealed(&content[..content.len() - 4])),
+        ("length", sealed(&longer)),
+    ] {
+        assert!(undo(&mut delta, &copy).is_err(), "another {what}");
+    }
+    undo(&mut delta, &sealed(content)).unwrap();
+    assert_eq!(delta.geometry().version, Version::V1);
+    check_content(&delta);
 }
 
 #[test]

@@ -1,9 +1,11 @@
 //! What queues have to do with each other: nothing (S24). When one may sleep, and how
 //! much it has under way.
 
+use std::rc::Rc;
 use std::sync::atomic::Ordering;
 
 use super::*;
+use crate::ploop::preempt;
 
 /// Clusters of the disk that have their entries in one md page.
 const PAGE: u64 = 1024;
@@ -246,4 +248,83 @@ fn a_suspended_queue_begins_no_more_of_what_was_pushed() {
     assert_eq!(rig.ended(read), None);
     rig.control(Control::Resume).unwrap();
     assert_eq!(rig.result(read), Ok(()));
+}
+
+/// For how long a drain may go on with what it need not drop: far longer than it takes.
+const LONG: Duration = Duration::from_secs(60);
+
+/// So many parts of zeroing may be under way at a time, of 1 MiB each.
+const ZEROING_AT_ONCE: u64 = 16;
+
+fn zeroing(rig: &Rig, parts: u64) -> u64 {
+    let ranges = smallvec![range(0, parts << 20)];
+    let unmap = false;
+    rig.push(Command::WriteZeroes { ranges, unmap })
+}
+
+/// How the requests have ended when the queue was drained. Whenever it has looked, this
+/// runs.
+fn ends_of_drain(
+    rig: &Rc<Rig>,
+    grace: Duration,
+    requests: &[u64],
+    others: impl Fn(&Rig) + 'static,
+) -> Vec<Result<(), EngineError>> {
+    let shared = rig.clone();
+    let _hook = preempt::each(move |at| {
+        if at == "reaped" {
+            others(&shared);
+        }
+    });
+    let mut done = Vec::new();
+    rig.queues[0].borrow_mut().drain(&mut done, grace);
+    rig.done.borrow_mut().append(&mut done);
+    let ended = |tag: &u64| rig.ended(*tag).expect("nothing is left by a drain");
+    requests.iter().map(ended).collect()
+}
+
+/// Others may have been pushed behind it: what they were to come after has to be done.
+#[test]
+fn a_drain_goes_on_with_zeroing_for_a_while_and_drops_what_else_has_not_begun() {
+    let undone = Err(EngineError::Undone);
+    for (grace, is_suspended, expected) in [
+        (LONG, false, Ok(())),
+        (Duration::ZERO, false, undone),
+        (LONG, true, undone),
+    ] {
+        let rig = Rc::new(Rig::new(200 * 64 * CLUSTER));
+        let first = zeroing(&rig, 2 * ZEROING_AT_ONCE);
+        let read = read_of_holes(&rig);
+        let ranges = smallvec![range(0, 64 * CLUSTER)];
+        let discard = rig.push(Command::Discard { ranges });
+        if is_suspended {
+            rig.engine.set_suspended(true);
+        }
+        let requests = [first, read, discard];
+        let ends = ends_of_drain(&rig, grace, &requests, Rig::poll_runners);
+        assert_eq!(ends, [expected, undone, undone], "{grace:?} {is_suspended}");
+    }
+}
+
+/// What it asks the metadata thread for is that nothing waits for space.
+#[test]
+fn a_drain_waits_only_when_all_has_begun_that_may() {
+    let rig = Rc::new(Rig::new(200 * 64 * CLUSTER));
+    // What comes with the opening.
+    rig.poll_md();
+    let zeroing = zeroing(&rig, 2 * ZEROING_AT_ONCE);
+    let begun = rig.engine.dispatched.load(Ordering::Relaxed);
+    assert!((1..16).contains(&begun), "{begun} at once");
+    let waited = Rc::new(Cell::new(None));
+    let first = waited.clone();
+    let ends = ends_of_drain(&rig, LONG, &[zeroing], move |rig| {
+        if first.get().is_none() && !rig.engine.md.is_empty() {
+            first.set(Some(rig.engine.dispatched.load(Ordering::Relaxed)));
+        }
+        if first.get().is_some() {
+            rig.poll_runners();
+        }
+    });
+    assert_eq!(ends, [Ok(())]);
+    assert_eq!(waited.get(), Some(ZEROING_AT_ONCE as usize));
 }
