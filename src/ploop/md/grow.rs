@@ -37,7 +37,7 @@ use super::super::rule::{self, Rule};
 use super::super::sync::atomic::Ordering;
 use super::{MdOp, MdWriter, Waiter};
 use crate::format::{
-    Fate, Geometry, Growth, GuestCluster, Header, HeaderError, HostCluster, InUse, Sector,
+    Fate, Geometry, Growth, GuestCluster, Header, HeaderError, HostCluster, Sector,
 };
 use crate::storage::{Disk, Op, ZeroMode};
 
@@ -159,7 +159,7 @@ impl Growing {
 
     /// Whether it has to be looked at again though nothing wakes the thread.
     pub fn polls(&self) -> bool {
-        self.waits == 0 && (self.stop || !matches!(self.stage, Stage::Prepared))
+        self.waits == 0 && !matches!(self.stage, Stage::Prepared)
     }
 
     fn tell(&mut self, result: Result<(), EngineError>) {
@@ -267,7 +267,7 @@ impl<D: Disk> MdWriter<D> {
         let Some(mut growing) = self.growing.take() else {
             return outcome.set(Err(EngineError::NotPrepared));
         };
-        if !matches!(growing.stage, Stage::Prepared) || growing.stop {
+        if !matches!(growing.stage, Stage::Prepared) {
             self.growing = Some(growing);
             return outcome.set(Err(EngineError::Growing));
         }
@@ -288,8 +288,8 @@ impl<D: Disk> MdWriter<D> {
         let old = std::mem::replace(&mut self.geometry, growing.geometry);
         match (&growing.growth, &mut self.metadata) {
             (Some(growth), Some(metadata)) => {
+                // It says that the image is in use, as the one before does.
                 metadata.header = growth.header().clone();
-                metadata.header.in_use = InUse::Open;
                 metadata.bat_tail = vec![0; tail_len(&growing.geometry)];
                 self.engine.bat.mark_dirty(0);
                 growing.stage = Stage::Committing;
@@ -310,8 +310,14 @@ impl<D: Disk> MdWriter<D> {
     }
 
     pub(super) fn abandon_growth(&mut self, outcome: Outcome) {
-        if let Some(growing) = &mut self.growing {
-            growing.stop = true;
+        match &mut self.growing {
+            // At once: whoever asks next does not find it in the way.
+            Some(Growing {
+                stage: Stage::Prepared,
+                ..
+            }) => self.fail_growth(EngineError::Stopped),
+            Some(growing) => growing.stop = true,
+            None => {}
         }
         outcome.set(Ok(()));
     }
