@@ -149,25 +149,7 @@ pub(crate) fn grow_beside<D: Disk>(
             return Err(GrowError::Descriptor(error));
         }
     };
-    if engine.is_raw() {
-        if let Some(descriptor) = descriptor
-            && let Err(error) = put_in_place(descriptor)
-        {
-            engine.abandon_growth();
-            return Err(GrowError::Descriptor(error));
-        }
-        engine.commit_growth()?;
-    } else {
-        engine.commit_growth()?;
-        if let Some(descriptor) = descriptor
-            && let Err(error) = put_in_place(descriptor)
-        {
-            log::warn!(
-                "the descriptor still has the old size of the disk, though the image has the \
-                 new one: {error}"
-            );
-        }
-    }
+    commit(engine, descriptor)?;
     log::info!("the disk has {} bytes from now on", size.bytes());
     Ok(size)
 }
@@ -187,6 +169,30 @@ fn new_descriptor(
         descriptor.require_unchanged()?;
     }
     Ok(descriptor)
+}
+
+/// The last step. Until it has succeeded the guest has the old size.
+fn commit<D: Disk>(
+    engine: &Engine<D>,
+    descriptor: Option<NewDescriptor<'_>>,
+) -> Result<(), GrowError> {
+    let put_descriptor = || descriptor.map_or(Ok(()), put_in_place);
+    if engine.is_raw() {
+        if let Err(error) = put_descriptor() {
+            engine.abandon_growth();
+            return Err(GrowError::Descriptor(error));
+        }
+        engine.commit_growth()?;
+    } else {
+        engine.commit_growth()?;
+        if let Err(error) = put_descriptor() {
+            log::warn!(
+                "the descriptor still has the old size of the disk, though the image has the \
+                 new one: {error}"
+            );
+        }
+    }
+    Ok(())
 }
 
 /// Unless another program has changed the old one. It still can between the two steps: no
@@ -214,3 +220,6 @@ fn whole_clusters<D: Disk>(engine: &Engine<D>, wanted: Sector) -> Sector {
     }
     size
 }
+
+#[cfg(all(test, not(ploop_loom)))]
+mod tests;

@@ -43,6 +43,25 @@ mod tests {
 
     use super::*;
 
+    /// A front-end can send as many as it likes.
+    #[test]
+    fn events_that_are_gone_are_not_kept() {
+        let signalled = Signalled::default();
+        let make = || {
+            let event = eventfd(0, EventfdFlags::NONBLOCK).unwrap();
+            Arc::new(Event::new(File::from(event)).unwrap())
+        };
+        let living = make();
+        signalled.add(&living);
+        for _ in 0..10 {
+            signalled.add(&make());
+        }
+        let events = signalled.0.lock().unwrap();
+        // The last one goes when the next one comes.
+        assert_eq!(events.len(), 2);
+        assert!(Weak::ptr_eq(&events[0], &Arc::downgrade(&living)));
+    }
+
     #[test]
     fn who_is_blocked_in_a_signal_is_let_go_whatever_ring_is_waited_for() {
         let signalled = Arc::new(Signalled::default());

@@ -9,6 +9,7 @@
 //! They are counted by generation, of which two are told apart. Every sync starts a new
 //! one and waits for the old one to be over; later stable writes do not hold it up.
 
+use super::preempt;
 use super::sync::atomic::{AtomicU32, Ordering, fence};
 
 /// The shared count. One for each engine.
@@ -31,6 +32,7 @@ impl StableWrites {
             let generation = self.generation.load(Ordering::Acquire);
             self.count(generation).fetch_add(1, Ordering::AcqRel);
             fence(Ordering::SeqCst);
+            preempt::point("stable write counted");
             // Who starts a new generation after this sees the count.
             if self.generation.load(Ordering::Acquire) == generation {
                 return Generation(generation);
@@ -74,5 +76,73 @@ impl StableWrites {
 
     fn count(&self, generation: u32) -> &AtomicU32 {
         &self.under_way[(generation % 2) as usize]
+    }
+}
+
+#[cfg(all(test, not(ploop_loom)))]
+mod tests {
+    use std::cell::Cell;
+    use std::rc::Rc;
+
+    use super::*;
+
+    #[test]
+    fn a_sync_waits_for_those_that_had_begun_by_its_end_and_for_no_others() {
+        let writes = StableWrites::default();
+        let told = Cell::new(0);
+        let tell = || told.set(told.get() + 1);
+        for _ in 0..3 {
+            told.set(0);
+            assert!(writes.is_old_over() && writes.is_empty());
+            let (first, second) = (writes.begin(tell), writes.begin(tell));
+            writes.advance();
+            let later = writes.begin(tell);
+            writes.end(first, tell);
+            assert!(!writes.is_old_over());
+            // The last of those that nobody waits for.
+            writes.end(later, tell);
+            assert_eq!(told.get(), 0);
+            let later = writes.begin(tell);
+            writes.end(second, tell);
+            assert!(writes.is_old_over());
+            assert_eq!(told.get(), 1);
+            writes.advance();
+            assert!(!writes.is_old_over());
+            writes.end(later, tell);
+            assert!(writes.is_old_over());
+            assert_eq!(told.get(), 2);
+        }
+    }
+
+    /// The sync may have looked before it was counted.
+    #[test]
+    fn one_that_begins_while_a_sync_ends_is_waited_for_by_the_next() {
+        let writes = Rc::new(StableWrites::default());
+        let sync = writes.clone();
+        let _hook = preempt::once("stable write counted", move || sync.advance());
+        let told = Cell::new(0);
+        let tell = || told.set(told.get() + 1);
+        let write = writes.begin(tell);
+        assert!(writes.is_old_over());
+        assert_eq!(told.get(), 1, "whoever saw it counted waits");
+        writes.advance();
+        assert!(!writes.is_old_over());
+        writes.end(write, tell);
+        assert!(writes.is_old_over() && writes.is_empty());
+    }
+
+    #[test]
+    fn generations_are_told_apart_also_where_their_number_starts_anew() {
+        let writes = StableWrites {
+            generation: AtomicU32::new(u32::MAX),
+            ..StableWrites::default()
+        };
+        for _ in 0..3 {
+            let write = writes.begin(|| ());
+            writes.advance();
+            assert!(!writes.is_old_over());
+            writes.end(write, || ());
+            assert!(writes.is_old_over());
+        }
     }
 }
