@@ -1,7 +1,10 @@
 //! A disk becomes larger while it is in use.
 
+use std::rc::Rc;
+
 use super::*;
-use crate::format::{Header, InUse};
+use crate::format::{Geometry, Header, HostCluster, InUse};
+use crate::ploop::preempt;
 use crate::sim::checker::Image;
 use crate::storage::SharedWords;
 
@@ -35,9 +38,13 @@ pub(super) fn full(version: u8) -> SimDisk {
 }
 
 fn empty(version: u8) -> SimDisk {
+    empty_of(version, OLD)
+}
+
+fn empty_of(version: u8, clusters: u64) -> SimDisk {
     let disk = SimDisk::new(1, Medium::default(), 1);
     let cluster = ClusterSize::from_bytes(CLUSTER).unwrap();
-    let header = Header::new(sectors(OLD), cluster).unwrap();
+    let header = Header::new(sectors(clusters), cluster).unwrap();
     let mut bytes = header.to_bytes();
     if version == 1 {
         bytes[..16].copy_from_slice(b"WithoutFreeSpace");
@@ -77,6 +84,8 @@ fn a_disk_grows_and_what_was_in_the_way_has_moved() {
         let rig = Rig::open(&disk, 1, options());
         rig.grow(Sector(sectors(NEW).0 - 1)).unwrap();
         assert_eq!(rig.engine.disk_size(), sectors(NEW), "in whole clusters");
+        assert_eq!(rig.engine.geometry().disk_size, sectors(NEW));
+        assert_eq!(u64::from(rig.engine.geometry().entries), NEW);
         rig.check_full();
         assert_eq!(rig.read((NEW - 1) * CLUSTER, 512), [0; 512]);
         rig.write((NEW - 1) * CLUSTER, &content(99)).unwrap();
@@ -336,6 +345,26 @@ fn one_grows_at_a_time_and_one_that_is_given_up_leaves_nothing() {
 }
 
 #[test]
+fn what_was_prepared_and_given_up_is_in_nobodys_way() {
+    let rig = Rig::open(&full(2), 1, options());
+    let prepare = Control::PrepareGrowth(sectors(NEW));
+    rig.control(prepare).unwrap();
+    // All of it before the metadata thread has a look.
+    let given_up = rig.engine.control(Control::AbandonGrowth);
+    let committed = rig.engine.control(Control::CommitGrowth);
+    let prepared = rig.engine.control(prepare);
+    while prepared.get().is_none() {
+        rig.turn();
+    }
+    assert_eq!(given_up.get(), Some(Ok(())));
+    assert_eq!(committed.get(), Some(Err(EngineError::NotPrepared)));
+    assert_eq!(prepared.get(), Some(Ok(())));
+    rig.control(Control::CommitGrowth).unwrap();
+    assert_eq!(rig.engine.disk_size(), sectors(NEW));
+    rig.check_full();
+}
+
+#[test]
 fn a_header_that_could_not_be_written_can_be_committed_again() {
     let disk = full(2);
     let rig = Rig::open(&disk, 1, options());
@@ -375,6 +404,11 @@ fn it_waits_while_the_engine_is_suspended() {
         let growth = rig.engine.control(Control::PrepareGrowth(sectors(NEW)));
         (0..turns).for_each(|_| rig.turn());
         rig.control(Control::Suspend).unwrap();
+        // What was begun may end.
+        (0..20).for_each(|_| rig.turn());
+        disk.start_trace();
+        (0..20).for_each(|_| rig.turn());
+        assert_eq!(disk.take_trace(), [""; 0], "after {turns} turns");
         rig.control(Control::Resume).unwrap();
         while growth.get().is_none() {
             rig.turn();
@@ -383,6 +417,315 @@ fn it_waits_while_the_engine_is_suspended() {
         rig.control(Control::CommitGrowth).unwrap();
         rig.check_full();
     }
+}
+
+/// Lets all have turns but the second queue.
+fn turn_without_second(rig: &Rig) {
+    for _ in 0..500 {
+        rig.poll_queue(0);
+        rig.poll_runners();
+        rig.poll_md();
+        rig.step_disk();
+    }
+}
+
+/// It may still do what only the old size allows.
+#[test]
+fn a_disk_has_grown_when_nobody_is_left_that_has_seen_the_old_size() {
+    let rig = Rig::open(&full(2), 1, options()).and_a_queue();
+    rig.control(Control::PrepareGrowth(sectors(NEW))).unwrap();
+    // A read that nobody looks after.
+    let data = rig.segments(&[0; 512]);
+    let start = Sector(0);
+    rig.push_to(1, Command::Read { start, data });
+    let growth = rig.engine.control(Control::CommitGrowth);
+    turn_without_second(&rig);
+    assert_eq!(rig.engine.disk_size(), sectors(NEW), "as far as it goes");
+    assert_eq!(growth.get(), None);
+    // Nobody would tell the metadata thread of the end of the read.
+    let looks_again = rig.md.borrow_mut().poll(rig.now.get());
+    assert_eq!(looks_again, Some(Duration::from_millis(1)));
+    while growth.get().is_none() {
+        rig.turn();
+    }
+    assert_eq!(growth.get(), Some(Ok(())));
+}
+
+/// It is given one that lies where the BAT goes, and has not mapped it yet.
+#[test]
+fn who_has_been_given_a_cluster_in_the_way_is_waited_for() {
+    let disk = empty(2);
+    let rig = Rc::new(Rig::open(&disk, 1, options()).and_a_queue());
+    rig.write(0, &content(0)).unwrap();
+    let growth = Rc::new(RefCell::new(None));
+    let (others, begun) = (rig.clone(), growth.clone());
+    let hook = preempt::once("allocated", move || {
+        let growth = others.engine.control(Control::PrepareGrowth(sectors(NEW)));
+        turn_without_second(&others);
+        assert_eq!(growth.get(), None);
+        *begun.borrow_mut() = Some(growth);
+    });
+    let write = rig.push_write_to(1, CLUSTER, &content(1));
+    drop(hook);
+    assert_eq!(rig.result(write), Ok(()));
+    let growth = growth.borrow_mut().take().expect("it was given one");
+    while growth.get().is_none() {
+        rig.turn();
+    }
+    assert_eq!(growth.get(), Some(Ok(())));
+    rig.control(Control::CommitGrowth).unwrap();
+    for cluster in 0..2 {
+        assert!(rig.read(cluster * CLUSTER, CLUSTER as usize) == content(cluster));
+    }
+    rig.control(Control::Close).unwrap();
+    check_image(&disk);
+}
+
+/// What is there was no entry before.
+#[test]
+fn what_follows_the_last_entry_in_its_page_does_not_become_entries() {
+    // The second one has entries in two pages.
+    for (version, old) in [(1, OLD), (2, OLD), (1, 1500), (2, 1500)] {
+        let disk = empty_of(version, old);
+        let geometry = *header(&disk).geometry();
+        let page_end = geometry.metadata_len().next_multiple_of(Geometry::MD_PAGE);
+        let rest = page_end.min(geometry.data_start) - geometry.metadata_len();
+        disk.prepare(
+            FileId(0),
+            geometry.metadata_len(),
+            &vec![0x11; rest as usize],
+        );
+        let rig = Rig::open(&disk, 1, options());
+        for cluster in 0..OLD {
+            rig.write(cluster * CLUSTER, &content(cluster)).unwrap();
+        }
+        // So many entries in the same page, and more than there is room for.
+        for size in [old + 10, NEW] {
+            rig.grow(sectors(size)).unwrap();
+            let behind = (size - old).min(100) * CLUSTER;
+            let read = rig.read(old * CLUSTER, behind as usize);
+            assert!(read.iter().all(|byte| *byte == 0));
+        }
+        let rig = rig.reopen();
+        rig.check_full();
+        check_image(&disk);
+        assert_eq!(rig.read(old * CLUSTER, 512), [0; 512]);
+    }
+}
+
+/// Where zeros have to be written by hand, blocks are read and written for that.
+#[test]
+fn nothing_is_zeroed_where_a_page_may_be_written() {
+    let disk = full(2);
+    let rig = Rig::open(&disk, 1, options());
+    disk.start_trace();
+    rig.grow(sectors(NEW)).unwrap();
+    let trace = disk.take_trace();
+    let zeroed = trace.iter().filter(|line| line.contains(": Zero {"));
+    let zeroed: Vec<_> = zeroed
+        .filter(|line| line.contains("KeepAllocated"))
+        .collect();
+    assert_eq!(zeroed.len(), 1, "{trace:?}");
+    let offset = format!("offset: {:x},", Geometry::MD_PAGE);
+    assert!(zeroed[0].contains(&offset), "{zeroed:?}");
+}
+
+/// Not the clusters that its own BAT has taken.
+#[test]
+fn a_growth_that_is_given_up_leaves_the_one_before_what_it_has() {
+    let disk = full(2);
+    let rig = Rig::open(&disk, 1, options());
+    // Some are free, in the way.
+    rig.discard(0, 4 * CLUSTER).unwrap();
+    rig.flush().unwrap();
+    for _ in 0..100 {
+        rig.turn();
+    }
+    rig.grow(sectors(NEW)).unwrap();
+    rig.control(Control::PrepareGrowth(sectors(3 * NEW)))
+        .unwrap();
+    rig.control(Control::AbandonGrowth).unwrap();
+    let first = rig.engine.geometry().first_host_cluster();
+    for cluster in 0..2 * OLD {
+        rig.write(cluster * CLUSTER, &content(cluster)).unwrap();
+    }
+    let mapped = rig.engine.mapped_here();
+    assert!(mapped.iter().all(|(_, host)| *host >= first));
+    rig.reopen().check_full();
+    check_image(&disk);
+}
+
+/// Where the end of the disk was in the midst of a cluster, that has moved.
+#[test]
+fn the_place_of_what_has_moved_and_is_not_in_the_way_is_used_again() {
+    let disk = SimDisk::new(1, Medium::default(), 1);
+    let cluster = ClusterSize::from_bytes(CLUSTER).unwrap();
+    let header = Header::new(Sector(sectors(OLD).0 - 8), cluster).unwrap();
+    disk.prepare(FileId(0), header.geometry().data_start - 512, &[0; 512]);
+    disk.prepare(FileId(0), 0, &header.to_bytes());
+    let rig = Rig::open(&disk, 1, options());
+    let last = CLUSTER as usize - 4096;
+    rig.write((OLD - 1) * CLUSTER, &content(3)[..last]).unwrap();
+    rig.flush().unwrap();
+    // As other programs leave it.
+    let end = header.geometry().data_start + last as u64;
+    disk.prepare(FileId(0), end, &[0x11; 4096]);
+    rig.grow(sectors(OLD)).unwrap();
+    for cluster in 0..OLD - 1 {
+        rig.write(cluster * CLUSTER, &content(cluster)).unwrap();
+        rig.flush().unwrap();
+    }
+    let hosts = rig.engine.mapped_here().into_iter().map(|(_, host)| host.0);
+    let mut hosts: Vec<_> = hosts.collect();
+    hosts.sort_unstable();
+    let first = header.geometry().first_host_cluster().0;
+    assert_eq!(hosts, (first..first + OLD as u32).collect::<Vec<_>>());
+    let read = rig.read((OLD - 1) * CLUSTER, CLUSTER as usize);
+    assert!(read[..last] == content(3)[..last] && read[last..] == [0; 4096]);
+}
+
+/// What could not be copied, or of which it is not known that it is stable, stays.
+#[test]
+fn what_cannot_be_moved_stays_where_it_is() {
+    use crate::sim::disk::Faults;
+    let error = EngineError::Io(Errno::IO);
+    let (mut read, mut write, mut sync) = [Faults::default(); 3].into();
+    (read.read, write.write, sync.sync) = (1.0, 1.0, 1.0);
+    for (faults, expected) in [
+        (read, error),
+        (write, error),
+        (sync, EngineError::SyncFailed),
+    ] {
+        let disk = full(2);
+        let rig = Rig::open(&disk, 1, options());
+        let before = rig.engine.mapped_here();
+        disk.change_medium(|medium| medium.faults = faults);
+        let prepared = rig.control(Control::PrepareGrowth(sectors(NEW)));
+        assert_eq!(prepared, Err(expected));
+        assert!(rig.engine.mapped_here() == before);
+        disk.change_medium(|medium| medium.faults = Faults::default());
+        rig.check_full();
+        for cluster in 0..OLD {
+            rig.write(cluster * CLUSTER, &content(cluster)).unwrap();
+        }
+        if expected == error {
+            rig.grow(sectors(NEW)).unwrap();
+            rig.reopen().check_full();
+        }
+    }
+}
+
+/// Some of it may have been written.
+#[test]
+fn where_a_copy_has_failed_to_go_nothing_of_it_is_read() {
+    for seed in 0..8 {
+        let medium = Medium::default();
+        let disk = SimDisk::new(1, medium, seed);
+        let image = full(2);
+        let len = image.live_len(FileId(0)) as usize;
+        disk.prepare(FileId(0), 0, &image.read_live(FileId(0), 0, len));
+        let rig = Rig::open(&disk, 1, options());
+        disk.change_medium(|medium| medium.faults.write = 1.0);
+        let prepared = rig.control(Control::PrepareGrowth(sectors(NEW)));
+        assert_eq!(prepared, Err(EngineError::Io(Errno::IO)));
+        disk.change_medium(|medium| medium.faults.write = 0.0);
+        rig.grow(sectors(OLD + 10)).unwrap();
+        for cluster in OLD..OLD + 10 {
+            rig.write(cluster * CLUSTER, &[7; 512]).unwrap();
+            let read = rig.read(cluster * CLUSTER + 512, CLUSTER as usize - 512);
+            assert!(read.iter().all(|byte| *byte == 0), "{seed} {cluster}");
+        }
+    }
+}
+
+#[test]
+fn what_only_a_lower_delta_has_is_not_in_the_way_of_the_top() {
+    let disk = empty_image(Medium::default(), 2, OLD * CLUSTER);
+    let base = Rig::open(&disk, 1, options());
+    for cluster in 0..OLD {
+        base.write(cluster * CLUSTER, &content(cluster)).unwrap();
+    }
+    base.control(Control::Close).unwrap();
+    drop(base);
+    let options = Options {
+        preallocation: 0,
+        ..options()
+    };
+    let rig = Rig::open(&disk, 2, options);
+    rig.grow(sectors(NEW)).unwrap();
+    assert_eq!(disk.live_len(FileId(1)), 3 * CLUSTER);
+    rig.check_full();
+}
+
+/// The BAT is longer than it has to be, and says where something is that no guest has seen.
+#[test]
+fn what_an_entry_behind_the_disk_maps_becomes_a_hole() {
+    let disk = full(2);
+    let mut bytes = disk.read_live(FileId(0), 0, Header::LEN);
+    let smaller = OLD - 2;
+    bytes[36..44].copy_from_slice(&sectors(smaller).0.to_le_bytes());
+    disk.prepare(FileId(0), 0, &bytes);
+    let rig = Rig::open(&disk, 1, options());
+    assert_eq!(rig.engine.disk_size(), sectors(smaller));
+    rig.grow(sectors(OLD)).unwrap();
+    let mapped = rig.engine.mapped_here();
+    assert_eq!(mapped.len() as u64, smaller);
+    for cluster in smaller..OLD {
+        assert_eq!(rig.read(cluster * CLUSTER, 512), [0; 512]);
+    }
+}
+
+/// Both begin at the end of the file that is known.
+#[test]
+fn a_growth_and_writers_do_not_make_the_file_longer_at_a_time() {
+    for turns in 0..30 {
+        let disk = empty(2);
+        let rig = Rig::open(&disk, 1, options()).and_a_queue();
+        let writes = (0..OLD).map(|at| rig.push_write_to(1, at * CLUSTER, &content(at)));
+        let writes: Vec<_> = writes.collect();
+        (0..turns).for_each(|_| rig.turn());
+        let growth = rig.engine.control(Control::PrepareGrowth(sectors(NEW)));
+        while growth.get().is_none() {
+            rig.turn();
+            let end = HostCluster(rig.engine.alloc.end());
+            let end = rig.engine.grid().host_offset(end);
+            assert!(end <= disk.live_len(FileId(0)), "after {turns} turns");
+        }
+        for write in writes {
+            rig.result(write).unwrap();
+        }
+        assert_eq!(growth.get(), Some(Ok(())));
+        rig.control(Control::CommitGrowth).unwrap();
+        rig.check_full();
+    }
+}
+
+#[test]
+fn after_a_failed_sync_a_raw_file_keeps_its_length() {
+    let disk = SimDisk::new(1, Medium::default(), 1);
+    disk.prepare(FileId(0), 0, &content(3));
+    let level = Level::Plain {
+        size: Sector(CLUSTER / 512),
+        cluster: ClusterSize::from_bytes(CLUSTER).unwrap(),
+    };
+    let rig = Rig::open_chain(&disk, vec![level], options());
+    rig.write(0, &content(4)).unwrap();
+    disk.change_medium(|medium| medium.faults.sync = 1.0);
+    assert_eq!(rig.flush(), Err(EngineError::SyncFailed));
+    assert_eq!(rig.grow(sectors(9)), Err(EngineError::SyncFailed));
+    assert_eq!(disk.live_len(FileId(0)), CLUSTER);
+}
+
+/// Nobody is to wait for what is there.
+#[test]
+fn a_disk_that_has_the_size_already_is_not_written_to() {
+    let disk = full(2);
+    let rig = Rig::open(&disk, 1, options());
+    (0..100).for_each(|_| rig.turn());
+    disk.start_trace();
+    rig.grow(sectors(OLD)).unwrap();
+    (0..100).for_each(|_| rig.turn());
+    assert_eq!(disk.take_trace(), [""; 0]);
 }
 
 #[test]
