@@ -575,6 +575,7 @@ impl<D: Disk> Queue<D> {
         }
         if let Some(generation) = local.generation {
             self.engine.end_stable_write(generation);
+            preempt::point("stable write ended");
         }
         if sync_has_failed {
             self.allowance.end(local.charge);

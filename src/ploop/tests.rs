@@ -1,6 +1,7 @@
 //! The engine on a simulated disk, all its threads driven by the test.
 
 use std::cell::{Cell, RefCell};
+use std::rc::Rc;
 use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
@@ -502,6 +503,44 @@ fn a_stable_write_that_fails_by_itself_concerns_nobody_else() {
     rig.write(512, &[7; 512]).unwrap();
     rig.flush().unwrap();
     assert_eq!(rig.read(512, 512), [7; 512]);
+}
+
+/// Its sync may have lost what the flush is to cover, and the flush's own would not tell.
+#[test]
+fn a_flush_waits_until_it_is_known_what_has_failed_of_a_stable_write() {
+    let rig = Rc::new(Rig::new(4 * CLUSTER).and_a_queue());
+    assert!(rig.engine.begin_write_through(true).is_some());
+    rig.write(0, &[5; 512]).unwrap();
+    rig.disk
+        .change_medium(|medium| medium.faults.stable_write = 1.0);
+    let write = rig.push_write_to(1, 0, &[6; 512]);
+    while rig.disk.is_busy() {
+        rig.step_disk();
+    }
+    rig.disk
+        .change_medium(|medium| medium.faults.stable_write = 0.0);
+    // It hears of the failure, and tries again.
+    rig.poll_queue(1);
+    rig.engine.uncover();
+    let flush = rig.push(Command::Flush);
+    let sync = |rig: &Rig| {
+        for _ in 0..200 {
+            rig.poll_md();
+            rig.step_disk();
+        }
+    };
+    sync(&rig);
+    rig.poll_queue(0);
+    assert_eq!((rig.ended(write), rig.ended(flush)), (None, None));
+    // The metadata thread goes on the moment that it may.
+    let others = rig.clone();
+    let hook = preempt::once("stable write ended", move || sync(&others));
+    rig.poll_queue(1);
+    drop(hook);
+    rig.poll_queue(0);
+    let failed = Err(EngineError::SyncFailed);
+    assert_eq!(rig.ended(flush), Some(failed));
+    assert_eq!(rig.result(write), failed);
 }
 
 /// That it could not be written the second time says nothing about the first.

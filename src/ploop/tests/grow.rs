@@ -4,6 +4,7 @@ use std::rc::Rc;
 
 use super::*;
 use crate::format::{Geometry, Header, HostCluster, InUse};
+use crate::ploop::control::Outcome;
 use crate::ploop::preempt;
 use crate::sim::checker::Image;
 use crate::storage::SharedWords;
@@ -260,7 +261,6 @@ fn without_space_the_disk_stays_as_it_is_and_can_grow_later() {
 /// Its file is shorter than the larger BAT.
 #[test]
 fn a_growth_that_comes_to_nothing_leaves_the_guest_its_space() {
-    const HUGE: u64 = 1 << 20;
     let options = Options {
         on_enospc: OnEnospc::Report,
         ..options()
@@ -396,6 +396,49 @@ fn an_image_that_is_closed_meanwhile_is_as_it_was() {
     }
 }
 
+/// Operations that have begun may end, and no more.
+fn expect_suspension_to_hold_it(rig: &Rig, growth: &Outcome) {
+    rig.control(Control::Suspend).unwrap();
+    let before = growth.get();
+    let is_locked = || rig.engine.bat.iter().any(|entry| entry.is_locked());
+    for _ in 0..60 {
+        assert!(!is_locked(), "a write to it would wait");
+        rig.turn();
+    }
+    assert_eq!(growth.get(), before);
+    rig.control(Control::Resume).unwrap();
+}
+
+/// What has to move does not move at once.
+#[test]
+fn no_more_clusters_are_moved_while_the_engine_is_suspended() {
+    const CLUSTERS: u64 = 700;
+    let content = |cluster: u64| [cluster as u8; 512];
+    let disk = empty_of(2, CLUSTERS);
+    let rig = Rig::open(&disk, 1, options());
+    for cluster in 0..CLUSTERS {
+        rig.write(cluster * CLUSTER, &content(cluster)).unwrap();
+    }
+    // Its BAT takes 611 clusters, and 512 are moved at once.
+    let size = sectors(5_000_000);
+    let growth = rig.engine.control(Control::PrepareGrowth(size));
+    while !rig.engine.bat.iter().any(|entry| entry.is_locked()) {
+        rig.turn();
+    }
+    expect_suspension_to_hold_it(&rig, &growth);
+    let first = rig.engine.alloc.first();
+    let mut mapped = rig.engine.mapped_here().into_iter();
+    assert!(mapped.any(|(_, host)| host.0 < first), "not all has moved");
+    while growth.get().is_none() {
+        rig.turn();
+    }
+    assert_eq!(growth.get(), Some(Ok(())));
+    rig.control(Control::CommitGrowth).unwrap();
+    for cluster in 0..CLUSTERS {
+        assert_eq!(rig.read(cluster * CLUSTER, 512), content(cluster));
+    }
+}
+
 #[test]
 fn it_waits_while_the_engine_is_suspended() {
     for turns in 0..40 {
@@ -403,13 +446,7 @@ fn it_waits_while_the_engine_is_suspended() {
         let rig = Rig::open(&disk, 1, options());
         let growth = rig.engine.control(Control::PrepareGrowth(sectors(NEW)));
         (0..turns).for_each(|_| rig.turn());
-        rig.control(Control::Suspend).unwrap();
-        // What was begun may end.
-        (0..20).for_each(|_| rig.turn());
-        disk.start_trace();
-        (0..20).for_each(|_| rig.turn());
-        assert_eq!(disk.take_trace(), [""; 0], "after {turns} turns");
-        rig.control(Control::Resume).unwrap();
+        expect_suspension_to_hold_it(&rig, &growth);
         while growth.get().is_none() {
             rig.turn();
         }
@@ -485,7 +522,10 @@ fn who_has_been_given_a_cluster_in_the_way_is_waited_for() {
 #[test]
 fn what_follows_the_last_entry_in_its_page_does_not_become_entries() {
     // The second one has entries in two pages.
-    for (version, old) in [(1, OLD), (2, OLD), (1, 1500), (2, 1500)] {
+    let disks = [(1, OLD), (2, OLD), (1, 1500), (2, 1500)];
+    // So many entries more in the same page, and more than there is room for.
+    let cases = disks.map(|(version, old)| [(version, old, old + 10), (version, old, NEW)]);
+    for (version, old, size) in cases.into_iter().flatten() {
         let disk = empty_of(version, old);
         let geometry = *header(&disk).geometry();
         let page_end = geometry.metadata_len().next_multiple_of(Geometry::MD_PAGE);
@@ -499,17 +539,17 @@ fn what_follows_the_last_entry_in_its_page_does_not_become_entries() {
         for cluster in 0..OLD {
             rig.write(cluster * CLUSTER, &content(cluster)).unwrap();
         }
-        // So many entries in the same page, and more than there is room for.
-        for size in [old + 10, NEW] {
-            rig.grow(sectors(size)).unwrap();
+        rig.grow(sectors(size)).unwrap();
+        let expect_zeros = |rig: &Rig| {
             let behind = (size - old).min(100) * CLUSTER;
             let read = rig.read(old * CLUSTER, behind as usize);
             assert!(read.iter().all(|byte| *byte == 0));
-        }
+        };
+        expect_zeros(&rig);
         let rig = rig.reopen();
         rig.check_full();
         check_image(&disk);
-        assert_eq!(rig.read(old * CLUSTER, 512), [0; 512]);
+        expect_zeros(&rig);
     }
 }
 
@@ -582,6 +622,104 @@ fn the_place_of_what_has_moved_and_is_not_in_the_way_is_used_again() {
     assert_eq!(hosts, (first..first + OLD as u32).collect::<Vec<_>>());
     let read = rig.read((OLD - 1) * CLUSTER, CLUSTER as usize);
     assert!(read[..last] == content(3)[..last] && read[last..] == [0; 4096]);
+}
+
+/// The number behind `name` in a line of a trace.
+fn number(line: &str, name: &str) -> Option<u64> {
+    let (_, rest) = line.split_once(name)?;
+    let end = rest.find(|digit: char| !digit.is_ascii_hexdigit());
+    u64::from_str_radix(&rest[..end.unwrap_or(rest.len())], 16).ok()
+}
+
+/// Grows a disk to such a size, of which the host does so many steps a turn: all that is
+/// written or punched where the BAT goes, and that `is_meant`, has ended before the file is
+/// made longer for that. How much there is of it.
+fn expect_none_in_the_way(rig: &Rig, size: u64, steps: usize, is_meant: fn(&str) -> bool) -> usize {
+    let growth = rig.engine.control(Control::PrepareGrowth(sectors(size)));
+    while growth.get().is_none() {
+        rig.turn();
+        (1..steps).for_each(|_| rig.step_disk());
+    }
+    assert_eq!(growth.get(), Some(Ok(())));
+    rig.control(Control::CommitGrowth).unwrap();
+    let trace = rig.disk.take_trace();
+    let starts = |line: &str| line.contains(" starts ");
+    let is_long = |line: &str| {
+        let len = number(line, "len: ");
+        line.contains("Allocate") && len.is_some_and(|len| len > 100 * CLUSTER)
+    };
+    let making = trace.iter().position(|line| starts(line) && is_long(line));
+    let making = making.expect("the file has become longer");
+    let meant = trace.iter().filter(|line| starts(line) && is_meant(line));
+    let mut count = 0;
+    for line in meant {
+        let (_, id) = line.split_once(" starts ").expect("it starts");
+        let (id, _) = id.split_once(':').expect("it has a number");
+        let end = trace
+            .iter()
+            .position(|line| line.starts_with(&format!("{id} ends")));
+        assert!(end.is_some_and(|end| end < making), "{trace:#?}");
+        count += 1;
+    }
+    count
+}
+
+/// Its BAT takes 129 clusters.
+const HUGE: u64 = 1 << 20;
+
+#[test]
+fn nothing_is_punched_any_more_where_the_bat_goes_when_that_is_made() {
+    let mut punched = 0;
+    for turns in 0..40 {
+        let disk = full(2);
+        let rig = Rig::open(&disk, 1, options());
+        disk.start_trace();
+        // Each is a hole of its own.
+        let clusters = (0..OLD).step_by(2);
+        let ranges = clusters.map(|cluster| range(cluster * CLUSTER, CLUSTER));
+        rig.push(Command::Discard {
+            ranges: ranges.collect(),
+        });
+        (0..turns).for_each(|_| rig.turn());
+        let is_punch = |line: &str| line.contains("Punch");
+        punched += expect_none_in_the_way(&rig, HUGE, 1 + turns % 5, is_punch);
+    }
+    assert!(punched > 100, "{punched}");
+}
+
+#[test]
+fn nothing_is_copied_any_more_to_where_the_bat_goes_when_that_is_made() {
+    // The second runner has them.
+    const FIRST: u64 = 64;
+    const COPIES: u64 = 6;
+    let mut copied = 0;
+    for turns in 0..40 {
+        let disk = empty_image(Medium::default(), 2, 2 * FIRST * CLUSTER);
+        let base = Rig::open(&disk, 1, options());
+        for cluster in FIRST..FIRST + COPIES {
+            base.write(cluster * CLUSTER, &content(cluster)).unwrap();
+        }
+        base.control(Control::Close).unwrap();
+        drop(base);
+        let rig = Rig::open(&disk, 2, options()).and_a_queue();
+        disk.start_trace();
+        let write = |cluster| rig.push_write_to(1, cluster * CLUSTER, &[7; 512]);
+        let writes: Vec<_> = (FIRST..FIRST + COPIES).map(write).collect();
+        (0..turns).for_each(|_| rig.turn());
+        copied += expect_none_in_the_way(&rig, HUGE, 1 + turns % 5, |line| {
+            let offset = number(line, "write file 1 0x");
+            let is_cluster = line.contains(&format!("+{CLUSTER:#x} "));
+            is_cluster && offset.is_some_and(|offset| offset < 100 * CLUSTER)
+        });
+        for write in writes {
+            rig.result(write).unwrap();
+        }
+        for cluster in FIRST..FIRST + COPIES {
+            let expected = [&[7; 512], &content(cluster)[512..]].concat();
+            assert!(rig.read(cluster * CLUSTER, CLUSTER as usize) == expected);
+        }
+    }
+    assert!(copied > 50, "{copied}");
 }
 
 /// What could not be copied, or of which it is not known that it is stable, stays.
@@ -678,13 +816,24 @@ fn what_an_entry_behind_the_disk_maps_becomes_a_hole() {
 /// Both begin at the end of the file that is known.
 #[test]
 fn a_growth_and_writers_do_not_make_the_file_longer_at_a_time() {
-    for turns in 0..30 {
+    for (turns, is_first) in (0..30).flat_map(|turns| [(turns, true), (turns, false)]) {
         let disk = empty(2);
         let rig = Rig::open(&disk, 1, options()).and_a_queue();
-        let writes = (0..OLD).map(|at| rig.push_write_to(1, at * CLUSTER, &content(at)));
-        let writes: Vec<_> = writes.collect();
-        (0..turns).for_each(|_| rig.turn());
-        let growth = rig.engine.control(Control::PrepareGrowth(sectors(NEW)));
+        let grow = || rig.engine.control(Control::PrepareGrowth(sectors(NEW)));
+        let write = |at| rig.push_write_to(1, at * CLUSTER, &content(at));
+        let first = is_first.then(grow);
+        let writes: Vec<_> = match is_first {
+            true => {
+                (0..turns).for_each(|_| rig.turn());
+                (0..OLD).map(write).collect()
+            }
+            false => {
+                let writes = (0..OLD).map(write).collect();
+                (0..turns).for_each(|_| rig.turn());
+                writes
+            }
+        };
+        let growth = first.unwrap_or_else(grow);
         while growth.get().is_none() {
             rig.turn();
             let end = HostCluster(rig.engine.alloc.end());

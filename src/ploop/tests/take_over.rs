@@ -779,6 +779,36 @@ fn a_stable_write_in_doubt_counts_as_a_failed_sync() {
     assert_eq!(mortal.rig.flush(), Err(EngineError::SyncFailed));
 }
 
+#[test]
+fn a_doubt_that_was_resolved_is_none() {
+    let mortal = Mortal::single();
+    let rig = &mortal.rig;
+    rig.write(0, &[5; SECTOR]).unwrap();
+    assert!(rig.engine.begin_write_through(true).is_some());
+    rig.write(0, &[6; SECTOR]).unwrap();
+    rig.disk.change_medium(|medium| medium.faults.write = 1.0);
+    let failed = rig.write(0, &[7; SECTOR]);
+    assert_eq!(failed, Err(EngineError::Io(Errno::IO)));
+    rig.disk.change_medium(|medium| medium.faults.write = 0.0);
+    let mortal = mortal.die_and_rise();
+    assert_eq!(mortal.rig.flush(), Ok(()));
+}
+
+/// Nor by the process itself that was told of the failure.
+#[test]
+fn nobody_takes_over_when_a_sync_has_failed_before() {
+    let mortal = Mortal::single();
+    mortal.rig.write(0, &[7; SECTOR]).unwrap();
+    let (rig, memory) = mortal.die();
+    let faults = |sync| rig.disk.change_medium(|medium| medium.faults.sync = sync);
+    faults(1.0);
+    let settled = rig.control(Control::Barrier);
+    assert_eq!(settled, Err(EngineError::SyncFailed));
+    faults(0.0);
+    let error = rig.engine.take_over(again(&memory)).unwrap_err();
+    assert!(matches!(error, TakeOverError::Changed), "{error}");
+}
+
 /// As if it had grown between the mapping of the memory and this.
 #[test]
 fn memory_that_is_shorter_than_a_disk_which_has_grown_is_made_longer() {

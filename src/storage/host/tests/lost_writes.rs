@@ -193,3 +193,15 @@ fn a_server_that_does_not_say_what_it_is_is_asked_by_one_description_all_the_sam
         assert!(!file.can(Fallocation::ZeroRange));
     }
 }
+
+/// The error of one could be the only word of what another write lost.
+#[test]
+fn where_one_description_is_told_no_write_is_a_stable_one() {
+    for cache in CACHES {
+        in_every_way(cache, |rig| assert!(!rig.disk.has_stable_writes()));
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("image");
+    std::fs::write(&path, BLOCK).unwrap();
+    assert!(disk_with(&path, Cache::Writeback).has_stable_writes());
+}
