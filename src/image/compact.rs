@@ -7,7 +7,7 @@ use std::path::Path;
 use super::convert::{is_zero, write_data};
 use super::delta::Delta;
 use super::error::{IoContext, Result};
-use super::file::ImageFile;
+use super::file::{ImageFile, rename_opening};
 use super::open::{Access, OpenMode, image_of, open};
 use super::progress::{Progress, check_cancelled};
 use super::repair::{examine_as, free_leaks};
@@ -76,6 +76,7 @@ impl Meter<'_> {
 
 /// There are no entries in a plain image, only holes to be made.
 fn compact_plain(file: &impl ImageFile, meter: &mut Meter<'_>) -> Result<()> {
+    rename_opening(file)?;
     let len = file.file_len().context(file.path(), "get the length")?;
     let mut start = 0;
     while start < len && !meter.progress.is_cancelled() {

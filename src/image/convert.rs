@@ -199,6 +199,7 @@ impl Conversion {
                 if let Some(size) = input.size() {
                     output.require_room(size.bytes())?;
                 }
+                output.begin()?;
                 self.copy(input, &mut output, progress)
             }
             (Destination::New(path), DiskFormat::Raw) => {

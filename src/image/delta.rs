@@ -6,7 +6,7 @@ use std::path::Path;
 use zerocopy::FromZeros;
 
 use super::error::{ImageError, IoContext, Result};
-use super::file::ImageFile;
+use super::file::{ImageFile, rename_opening};
 use crate::format::{
     BatScan, Geometry, GuestCluster, Header, HeaderError, HostCluster, InUse, SECTOR_SIZE, scan_bat,
 };
@@ -168,14 +168,12 @@ impl<F: ImageFile> Delta<F> {
         Ok(scan)
     }
 
-    /// A guest whose process was killed remembers what is not in the file, clusters that
-    /// look unused among it, and another process would serve it on: not any more.
+    /// See [`rename_opening`].
     ///
     /// # Errors
-    /// Any of `fsetxattr(2)`; nothing is changed then.
+    /// As that.
     pub(super) fn rename_opening(&self) -> Result<()> {
-        let renamed = self.file.rename_opening();
-        renamed.context(self.path(), "note that the image is changed")
+        rename_opening(&self.file)
     }
 
     /// The first step of every change: the in-use mark, made stable.

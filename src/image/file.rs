@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{FallocateFlags, OFlags, SeekFrom};
 use rustix::io::Errno;
 
+use super::error::{IoContext, Result};
 use super::fault;
 use crate::storage::{
     Aio, Cache, Disk, FileId, HostDisk, HostFile, HostOptions, filesystem, opening,
@@ -271,6 +272,17 @@ fn write_zeros(image: &HostImage, range: Range<u64>) -> io::Result<()> {
         offset += len;
     }
     Ok(())
+}
+
+/// To come before the first change of a file. A guest whose process was killed remembers
+/// what is not in the file (clusters that look unused, writes that were under way), and
+/// another process would serve it on: not any more.
+///
+/// # Errors
+/// Any of [`ImageFile::rename_opening`]; nothing is changed then.
+pub(super) fn rename_opening(file: &impl ImageFile) -> Result<()> {
+    let renamed = file.rename_opening();
+    renamed.context(file.path(), "note that the image is changed")
 }
 
 #[cfg(test)]

@@ -15,7 +15,7 @@ use rustix::io::Errno;
 
 use super::delta::{Delta, read_header};
 use super::error::{ImageError, IoContext, Result};
-use super::file::ImageFile;
+use super::file::{ImageFile, rename_opening};
 use super::open::{Access, OpenImage, OpenMode, image_of, open};
 use super::repair::{examine_as, free_leaks};
 use super::size::{refuse_growth, refuse_new, whole_clusters};
@@ -235,6 +235,7 @@ fn resize_raw<F: ImageFile>(
     new_size: Sector,
     mut update: impl FnMut() -> Result<()>,
 ) -> Result<()> {
+    rename_opening(file)?;
     if new_size < old_size {
         update()?;
     }

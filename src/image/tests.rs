@@ -13,6 +13,7 @@ use super::reader::DiskReader;
 use super::*;
 use crate::format::{ClusterSize, GuestCluster, Guid, HostCluster, InUse, Sector, Version};
 use crate::storage::lock::{ImageLock, LockMode};
+use crate::storage::opening::{self, NO_OPENING};
 
 const CLUSTER: usize = 32 << 10;
 const CLUSTER_SECTORS: u64 = 64;
@@ -330,14 +331,20 @@ fn a_disk_grows_and_shrinks_and_its_descriptor_follows() {
     assert_eq!(disk.read(None), [1]);
 }
 
-#[test]
-fn a_raw_disk_grows_and_shrinks_and_its_descriptor_follows() {
-    let disk = Disk::new(4);
+/// Full of ones.
+fn raw_disk(clusters: u64) -> Disk {
+    let disk = Disk::new(clusters);
     let descriptor = disk.path.join("DiskDescriptor.xml");
     let text = fs::read_to_string(&descriptor).unwrap();
     assert!(text.contains(">Compressed<"));
     fs::write(&descriptor, text.replace(">Compressed<", ">Plain<")).unwrap();
-    fs::write(disk.top_file(), [1; 4 * CLUSTER]).unwrap();
+    fs::write(disk.top_file(), vec![1; clusters as usize * CLUSTER]).unwrap();
+    disk
+}
+
+#[test]
+fn a_raw_disk_grows_and_shrinks_and_its_descriptor_follows() {
+    let disk = raw_disk(4);
     assert_eq!(disk.read(None), [1; 4]);
     let size = |clusters: u64| NewSize::Exactly(Sector(clusters * CLUSTER_SECTORS));
     assert!(resize(&disk.path, size(3), Shrink::Refused).is_err());
@@ -508,6 +515,83 @@ fn a_change_by_the_official_tool_is_undone_from_its_copy() {
     assert_eq!(fs::read(disk.top_file()).unwrap(), old);
     assert_eq!(disk.read(None), [0, 1, 0, 1, 0, 0]);
     disk.expect_no_strays();
+}
+
+/// That the image file is not any more what a guest knows that was served from it before
+/// `change`.
+fn expect_new_opening(file: &Path, change: impl FnOnce()) {
+    let opening = || opening::opening(&fs::File::open(file).unwrap()).unwrap();
+    let writable = fs::OpenOptions::new().write(true).open(file).unwrap();
+    let old = 7;
+    opening::set_opening(&writable, old).unwrap();
+    change();
+    assert!(!matches!(opening(), None | Some(NO_OPENING)));
+    assert_ne!(opening(), Some(old));
+}
+
+#[test]
+fn a_change_of_the_version_and_its_end_give_the_opening_another_name() {
+    let disk = Disk::new(6);
+    expect_new_opening(&disk.top_file(), || {
+        change_version(&disk.path, Version::V1).unwrap();
+    });
+    for is_official in [false, true] {
+        use md5::{Digest, Md5};
+        let (disk, _, mut copy) = half_converted();
+        let name = match is_official {
+            false => {
+                let digest = Md5::digest(&copy);
+                copy.extend_from_slice(&digest);
+                "root.hds.old-bat"
+            }
+            true => {
+                copy.resize(CLUSTER, 0);
+                "root.hds.idx"
+            }
+        };
+        fs::write(disk.path.join(name), copy).unwrap();
+        expect_new_opening(&disk.top_file(), || {
+            let report = disk.check(Some(Repair::All));
+            assert_eq!(report.corruptions_fixed, 1, "{report:?}");
+        });
+    }
+}
+
+#[test]
+fn each_change_of_a_raw_file_gives_the_opening_another_name() {
+    let size = |clusters| NewSize::Exactly(Sector(clusters * CLUSTER_SECTORS));
+    let disk = raw_disk(6);
+    let file = disk.top_file();
+    let path = &disk.path;
+    expect_new_opening(&file, || {
+        resize(path, size(7), Shrink::Refused).unwrap();
+    });
+    expect_new_opening(&file, || {
+        resize(path, size(5), Shrink::Allowed).unwrap();
+    });
+    expect_new_opening(&file, || {
+        compact(path, &()).unwrap();
+    });
+    expect_new_opening(&file, || {
+        let source = disk.folder.path().join("other.raw");
+        fs::write(&source, [1; 1000]).unwrap();
+        let conversion = Conversion {
+            source: Origin::Path(source),
+            source_format: Some(DiskFormat::Raw),
+            mode: OpenMode::new(Access::Read),
+            target: Destination::Existing(file.clone()),
+            target_format: Some(DiskFormat::Raw),
+            cluster: None,
+            keep_zeros: false,
+        };
+        conversion.run(&()).unwrap();
+    });
+    expect_new_opening(&file, || {
+        create_snapshot(path, None, None).unwrap();
+    });
+    expect_new_opening(&file, || {
+        merge_snapshots(path, None, None, &()).unwrap();
+    });
 }
 
 #[test]

@@ -193,6 +193,7 @@ pub(super) fn change<F: ImageFile>(
     let (new_header, new_entries) = converted(delta, version)?;
     keep_copy(&copy_of(delta))?;
 
+    delta.rename_opening()?;
     let mut header = delta.header().clone();
     header.set_converting();
     header.in_use = InUse::Open;
@@ -229,6 +230,7 @@ pub(super) fn undo<F: ImageFile>(delta: &mut Delta<F>, copy: &[u8]) -> Result<()
              without it nobody knows what the entries mean"
         ),
     })?;
+    delta.rename_opening()?;
     replace_all(delta, header, entries)
 }
 
@@ -244,6 +246,7 @@ pub(super) fn undo_official<F: ImageFile>(delta: &mut Delta<F>, idx: &[u8]) -> R
              entries mean"
         ),
     })?;
+    delta.rename_opening()?;
     replace_all(delta, header, entries)
 }
 

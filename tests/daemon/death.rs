@@ -20,7 +20,7 @@ use crate::common::backend::Backend;
 use crate::common::fixtures::fixture;
 use crate::front_end::*;
 use crate::grow::rig_of;
-use crate::{OK, Rig, tasks, wait_for};
+use crate::{OK, Rig, ploop_img, tasks, wait_for};
 
 /// Sectors of a cluster.
 pub const CLUSTER: u64 = 2048;
@@ -127,7 +127,7 @@ fn what_was_completed_survives_a_kill() {
     }
     drop(front_end);
     backend.stop();
-    crate::ploop_img(["check", rig.image.to_str().unwrap()]).ok();
+    ploop_img(["check", rig.image.to_str().unwrap()]).ok();
 }
 
 #[test]
@@ -198,6 +198,19 @@ fn flush(front_end: &mut FrontEnd) {
     assert_eq!(answer, (OK, 1));
 }
 
+/// The image is not what it was.
+const CHANGED: &str = "by somebody else meanwhile";
+
+/// That a guest must not go on, and why.
+fn expect_refusal(mut front_end: FrontEnd, region: &Region, backend: &Backend, why: &str) {
+    reconnect(&mut front_end, backend, Some(region));
+    let base = front_end.rings[0].avail_idx();
+    front_end.start_ring_at(0, base);
+    front_end.vhost.set_vring_enable(0, true).unwrap_err();
+    wait_for_nobody(backend);
+    backend.expect_to_say(why);
+}
+
 #[test]
 fn a_guest_whose_image_was_repaired_after_a_kill_is_refused() {
     for repair in ["leaks", "all"] {
@@ -213,16 +226,9 @@ fn a_guest_whose_image_was_repaired_after_a_kill_is_refused() {
         // looks unused.
         write(&mut front_end, 9 * CLUSTER, 2);
         backend.kill();
-        crate::ploop_img(["check", "--repair", repair, rig.image.to_str().unwrap()]);
+        ploop_img(["check", "--repair", repair, rig.image.to_str().unwrap()]);
         let backend = rig.serve(NEVER);
-        reconnect(&mut front_end, &backend, Some(&region));
-        let base = front_end.rings[0].avail_idx();
-        front_end.start_ring_at(0, base);
-        front_end.vhost.set_vring_enable(0, true).unwrap_err();
-        wait_for_nobody(&backend);
-        let said = backend.log();
-        assert!(said.contains("by somebody else meanwhile"), "{said}");
-        drop(front_end);
+        expect_refusal(front_end, &region, &backend, CHANGED);
         let (mut front_end, _region) = begin(&backend);
         expect(&mut front_end, CLUSTER, 1);
         drop(front_end);
@@ -255,6 +261,74 @@ fn a_guest_is_refused_after_a_process_that_ended_without_a_sync() {
 }
 
 #[test]
+fn a_guest_whose_raw_disk_was_changed_after_a_kill_is_refused() {
+    type Change = fn(&Rig, &str);
+    let changes: [(&str, Change); 5] = [
+        ("overwritten", |rig, bundle| {
+            let other = rig.folder.path().join("other.raw");
+            File::create(&other).unwrap().set_len(8 << 20).unwrap();
+            let target = format!("{bundle}/root.hds");
+            let other = other.to_str().unwrap();
+            ploop_img(["convert", "-n", "-f", "raw", "-O", "raw", other, &target]).ok();
+        }),
+        ("shrunk", |_, bundle| {
+            ploop_img(["resize", "--shrink", bundle, "8M"]).ok();
+        }),
+        ("grown", |_, bundle| {
+            ploop_img(["resize", bundle, "24M"]).ok();
+        }),
+        ("compacted", |_, bundle| {
+            ploop_img(["compact", bundle]).ok();
+        }),
+        ("kept in a snapshot and merged", |rig, bundle| {
+            ploop_img(["snapshot", "create", bundle]).ok();
+            let backend = rig.serve(NEVER);
+            let (mut front_end, _region) = begin(&backend);
+            write(&mut front_end, 3 * CLUSTER, 9);
+            drop(front_end);
+            backend.stop();
+            ploop_img(["snapshot", "merge", bundle]).ok();
+        }),
+    ];
+    for (what, change) in changes {
+        let Some(rig) = rig_of(|folder| fixture("plain").unpack(folder)) else {
+            return;
+        };
+        let backend = rig.serve(NEVER);
+        let (mut front_end, region) = begin(&backend);
+        write(&mut front_end, 3 * CLUSTER, 1);
+        backend.kill();
+        let bundle = rig.image.to_str().unwrap();
+        println!("the disk is {what}");
+        change(&rig, bundle);
+        let backend = rig.serve(NEVER);
+        expect_refusal(front_end, &region, &backend, CHANGED);
+        drop(begin(&backend));
+        backend.stop();
+    }
+}
+
+#[test]
+fn a_guest_whose_raw_disk_nobody_has_changed_goes_on_after_a_kill() {
+    let Some(rig) = rig_of(|folder| fixture("plain").unpack(folder)) else {
+        return;
+    };
+    let mut backend = rig.serve(NEVER);
+    let (mut front_end, region) = begin(&backend);
+    for looks in [&["check"][..], &["check", "--repair", "all"], &["info"]] {
+        write(&mut front_end, 3 * CLUSTER, 1);
+        backend.kill();
+        ploop_img(looks.iter().copied().chain(rig.image.to_str())).ok();
+        backend = rig.serve(NEVER);
+        reconnect(&mut front_end, &backend, Some(&region));
+        front_end.start_rings();
+        expect(&mut front_end, 3 * CLUSTER, 1);
+    }
+    drop(front_end);
+    backend.stop();
+}
+
+#[test]
 fn a_cache_that_is_off_stays_off_over_a_kill() {
     let rig = Rig::new();
     let mut backend = rig.serve(NEVER);
@@ -281,7 +355,7 @@ fn a_guest_goes_on_with_a_disk_that_has_grown_meanwhile() {
     // The part of the region that is for the map is rounded up; this is beyond.
     for size in ["8G", "64G"] {
         backend.stop();
-        crate::ploop_img(["resize", rig.image.to_str().unwrap(), size]).ok();
+        ploop_img(["resize", rig.image.to_str().unwrap(), size]).ok();
         backend = rig.serve(NEVER);
         reconnect(&mut front_end, &backend, Some(&region));
         front_end.start_rings();
@@ -297,5 +371,5 @@ fn a_guest_goes_on_with_a_disk_that_has_grown_meanwhile() {
     }
     drop(front_end);
     backend.stop();
-    crate::ploop_img(["check", rig.image.to_str().unwrap()]).ok();
+    ploop_img(["check", rig.image.to_str().unwrap()]).ok();
 }

@@ -7,7 +7,7 @@ use super::output::{Output, Piece};
 use super::{BLOCK, ZEROS, is_zero};
 use crate::format::Sector;
 use crate::image::error::{IoContext, Result};
-use crate::image::file::{HostImage, ImageFile};
+use crate::image::file::{HostImage, ImageFile, rename_opening};
 use crate::image::open::lock_file;
 use crate::image::source::{open_raw, unsupported};
 use crate::storage::HostFile;
@@ -40,6 +40,14 @@ impl ExistingOutput {
             done: 0,
             _lock: lock,
         })
+    }
+
+    /// Before anything is written.
+    ///
+    /// # Errors
+    /// As [`rename_opening`].
+    pub fn begin(&self) -> Result<()> {
+        rename_opening(&self.file)
     }
 
     /// That a disk up to byte `end` fits.

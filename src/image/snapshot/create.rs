@@ -6,7 +6,7 @@ use super::{Held, header_on_top, notes};
 use crate::format::{Guid, ImageKind};
 use crate::image::delta::Delta;
 use crate::image::error::{IoContext, Result};
-use crate::image::file::ImageFile;
+use crate::image::file::{ImageFile, rename_opening};
 use crate::image::open::image_of;
 
 /// Keeps the present state of the bundle at `path` as a snapshot; gives back its
@@ -30,6 +30,7 @@ pub fn create_snapshot(path: &Path, guid: Option<Guid>, description: Option<&str
         // What lies behind the end of the disk was never the guest's, and must not
         // come to light when the disk grows above it.
         let image = image_of(file)?;
+        rename_opening(&image)?;
         image
             .set_len(header.geometry().disk_size.bytes())
             .and_then(|()| image.sync())

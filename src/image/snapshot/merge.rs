@@ -9,7 +9,7 @@ use crate::image::bundle::Bundle;
 use crate::image::convert::{is_zero, write_data};
 use crate::image::delta::Delta;
 use crate::image::error::{ImageError, IoContext, Result};
-use crate::image::file::ImageFile;
+use crate::image::file::{ImageFile, rename_opening};
 use crate::image::open::image_of;
 use crate::image::progress::{Progress, check_cancelled};
 use crate::image::repair::drop_extension;
@@ -184,6 +184,8 @@ fn merge_into_plain<F: ImageFile>(
     let geometry = upper.geometry();
     let path = lower.path();
     let size = geometry.disk_size.bytes();
+    // It becomes the top again, perhaps, that a guest knows from before its snapshot.
+    rename_opening(lower)?;
     if lower.file_len().context(path, "get the length")? < size {
         lower.set_len(size).context(path, "grow")?;
     }
