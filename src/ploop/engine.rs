@@ -771,6 +771,9 @@ impl<D: Disk> Engine<D> {
 
     /// What comes before [`Self::begin_growth`], and may wait for the host.
     pub(crate) fn open_for_growth(&self) -> Result<(), EngineError> {
+        if self.is_read_only() {
+            return Err(EngineError::ReadOnly);
+        }
         if self.awaits_take_over() {
             // What the disk does not map may be a guest's all the same.
             return Err(EngineError::GuestAwaited);

@@ -110,7 +110,7 @@ fn beginning(
     options: &Options,
 ) -> Beginning {
     if options.read_only {
-        return Beginning::Begun(None);
+        return beginning_of_reader(disk, top, image);
     }
     let opening = disk.opening(top).unwrap_or_else(|error| {
         log::warn!("cannot read the attributes of the image: {error}");
@@ -128,6 +128,18 @@ fn beginning(
             report_unclosed(&image.header, &leaked);
             leaked
         }),
+    }
+}
+
+/// Who only reads takes nothing over and gives nothing out again. But it has to know as well
+/// whether a guest was told of more than the disk has.
+fn beginning_of_reader(disk: &impl Disk, top: FileId, image: Option<&TopImage>) -> Beginning {
+    let is_named = || matches!(disk.opening(top), Ok(Some(opening)) if opening != NO_OPENING);
+    Beginning::Awaited {
+        // A raw image has no mark.
+        unclosed: image.map_or_else(is_named, |image| image.header.in_use == InUse::Open),
+        opening: None,
+        leaked: Vec::new(),
     }
 }
 

@@ -50,6 +50,8 @@ const AT_FIRST: usize = 512;
 const SYNC_FAILED: u64 = 1;
 /// The disk has everything: the image was flushed and about to be closed.
 const SETTLED: u64 = 2;
+/// The process served the image read-only, so there is nothing that the disk does not have.
+const READ_ONLY: u64 = 4;
 
 /// What the memory must agree with.
 #[derive(Clone, Copy, Debug)]
@@ -177,7 +179,7 @@ impl Remembered {
         };
         get(AT_MAGIC) == MAGIC
             && get(AT_VERSION) == VERSION
-            && get(AT_FLAGS) == SETTLED
+            && get(AT_FLAGS) & !READ_ONLY == SETTLED
             && get(AT_DOUBTS) == 0
     }
 
@@ -276,6 +278,15 @@ impl Remembered {
 
     pub fn is_settled(&self) -> bool {
         self.get(AT_FLAGS) & SETTLED != 0
+    }
+
+    /// Nothing changes as long as this process remembers in it.
+    pub fn set_read_only(&self) {
+        self.raise(READ_ONLY);
+    }
+
+    pub fn is_read_only(&self) -> bool {
+        self.get(AT_FLAGS) & READ_ONLY != 0
     }
 
     pub fn set_note(&self, note: u64) {

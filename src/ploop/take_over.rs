@@ -44,6 +44,9 @@ pub enum TakeOverError {
     /// Requests may have been served without it.
     #[error("this process has served the image without the memory that came back")]
     Begun,
+    /// What is in it would have to be written.
+    #[error("the memory that came back is of use only to a process that may write")]
+    ReadOnly,
     /// It cannot be true.
     #[error("the memory that came back is damaged: guest cluster {cluster} {what}")]
     Damaged {
@@ -247,6 +250,9 @@ impl<D: Disk> Engine<D> {
     }
 
     fn remember(&self, remembered: Arc<Remembered>) {
+        if self.is_read_only() {
+            remembered.set_read_only();
+        }
         // First: whoever changes an entry from now on notes it there.
         self.remembered.store(Some(remembered.clone()));
         for (cluster, entry) in (0..).map(GuestCluster).zip(self.bat.iter()) {
@@ -356,10 +362,15 @@ impl<D: Disk> Engine<D> {
                 });
             }
         };
-        let is_unneeded = self.is_read_only() && found.opening() == NO_OPENING;
+        // Another process without a name of its opening may have known what the disk does not
+        // have.
+        let is_unneeded = self.is_read_only() && found.is_read_only();
         let mut beginning = self.beginning();
         if found.is_settled() || is_unneeded {
             return self.take_over_settled(found, &mut beginning);
+        }
+        if self.is_read_only() {
+            return Err(TakeOverError::ReadOnly);
         }
         let Beginning::Awaited {
             unclosed, opening, ..

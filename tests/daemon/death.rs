@@ -20,7 +20,7 @@ use crate::common::backend::Backend;
 use crate::common::fixtures::fixture;
 use crate::front_end::*;
 use crate::grow::rig_of;
-use crate::{OK, Rig, ploop_img, tasks, wait_for};
+use crate::{OK, Rig, ploop_img, start_front_end, tasks, wait_for};
 
 /// Sectors of a cluster.
 pub const CLUSTER: u64 = 2048;
@@ -326,6 +326,65 @@ fn a_guest_whose_raw_disk_nobody_has_changed_goes_on_after_a_kill() {
     }
     drop(front_end);
     backend.stop();
+}
+
+#[test]
+fn a_guest_that_was_told_of_writes_is_not_served_read_only_after_a_kill() {
+    for has_region in [false, true] {
+        let rig = Rig::new();
+        let backend = rig.serve(NEVER);
+        let (mut front_end, region) = begin(&backend);
+        write(&mut front_end, 0, 1);
+        backend.kill();
+        let backend = rig.serve(&["--read-only"]);
+        reconnect(&mut front_end, &backend, has_region.then_some(&region));
+        let base = front_end.rings[0].avail_idx();
+        front_end.start_ring_at(0, base);
+        front_end.vhost.set_vring_enable(0, true).unwrap_err();
+        backend.expect_to_say(match has_region {
+            true => "of use only to a process that may write",
+            false => "no in-flight region",
+        });
+        wait_for_nobody(&backend);
+        // Who begins has been told of nothing.
+        start_front_end(backend.socket());
+        wait_for_nobody(&backend);
+        backend.stop();
+        let backend = rig.serve(NEVER);
+        reconnect(&mut front_end, &backend, Some(&region));
+        front_end.start_rings();
+        expect(&mut front_end, 0, 1);
+        drop(front_end);
+        backend.stop();
+    }
+}
+
+#[test]
+fn a_guest_that_only_reads_goes_on_after_a_kill() {
+    for (is_closed, has_region) in [(true, true), (true, false), (false, true)] {
+        let rig = Rig::new();
+        let backend = rig.serve(NEVER);
+        let (mut writer, _region) = begin(&backend);
+        write(&mut writer, 0, 1);
+        flush(&mut writer);
+        drop(writer);
+        match is_closed {
+            true => backend.stop(),
+            false => backend.kill(),
+        }
+        let mut backend = rig.serve(&["--read-only"]);
+        let (mut front_end, region) = begin(&backend);
+        for _ in 0..2 {
+            expect(&mut front_end, 0, 1);
+            backend.kill();
+            backend = rig.serve(&["--read-only"]);
+            reconnect(&mut front_end, &backend, has_region.then_some(&region));
+            front_end.start_rings();
+        }
+        expect(&mut front_end, 0, 1);
+        drop(front_end);
+        backend.stop();
+    }
 }
 
 #[test]

@@ -106,6 +106,11 @@ pub(in crate::control) fn take_over(
         return Err(UpgradeError::OtherSize { here, there }.into());
     }
     let device = served.device();
+    if served.engine().is_read_only() {
+        // The mark may have been there before the other process, which left it and would not
+        // have been asked to go while it waited for somebody.
+        served.engine().begin();
+    }
     let resume = |suspended| Connection::resume(Arc::clone(device), suspended);
     let resumed = state.connection.map(resume).transpose();
     let resumed = resumed.map_err(Error::Connection)?;

@@ -462,6 +462,107 @@ fn memory_of_another_opening_is_refused_and_changes_nothing() {
     assert_eq!(rig.read(CLUSTER, SECTOR), [9; SECTOR]);
 }
 
+/// An engine that serves the image only to readers, as the next process.
+fn reader(disk: &SimDisk, levels: &[Level]) -> Rig {
+    disk.kill();
+    disk.restart();
+    let above = FileId(levels.len() as u8);
+    disk.change_medium(|medium| medium.first_writable = above);
+    let options = Options {
+        read_only: true,
+        ..awaiting()
+    };
+    Rig::open_chain(disk, levels.to_vec(), options)
+}
+
+#[test]
+fn who_only_reads_has_no_use_for_what_a_writer_knew() {
+    use std::sync::atomic::Ordering::Relaxed;
+    const AT_OPENING: usize = 6;
+    // One whose opening had a name, and one on a file system that keeps none.
+    for is_named in [true, false] {
+        let mortal = Mortal::single();
+        mortal.rig.write(0, &[7; SECTOR]).unwrap();
+        let Mortal {
+            rig,
+            memory,
+            levels,
+        } = mortal;
+        let disk = rig.disk.clone();
+        let name = memory.word(AT_OPENING).unwrap();
+        let old = name.load(Relaxed);
+        if !is_named {
+            name.store(0, Relaxed);
+        }
+        disk.kill();
+        drop(rig);
+        let rig = reader(&disk, &levels);
+        assert!(rig.engine.awaits_take_over());
+        let error = rig.engine.take_over(again(&memory)).unwrap_err();
+        assert!(matches!(error, TakeOverError::ReadOnly), "{error}");
+        rig.control(Control::Close).unwrap();
+        drop(rig);
+        // And who can use it still can.
+        disk.change_medium(|medium| medium.first_writable = FileId(0));
+        disk.kill();
+        disk.restart();
+        name.store(old, Relaxed);
+        let rig = Rig::open_chain(&disk, levels, awaiting());
+        rig.engine.take_over(again(&memory)).unwrap();
+        assert_eq!(rig.read(0, SECTOR), [7; SECTOR]);
+    }
+}
+
+#[test]
+fn of_a_process_that_only_read_nothing_is_missed() {
+    for is_closed in [true, false] {
+        let disk = empty_image(Medium::default(), 1, 16 * CLUSTER);
+        let rig = Rig::open(&disk, 1, options());
+        rig.write(0, &[7; SECTOR]).unwrap();
+        rig.flush().unwrap();
+        if is_closed {
+            rig.control(Control::Close).unwrap();
+        }
+        disk.kill();
+        drop(rig);
+        let levels = [Level::Ploop];
+        let mut rig = reader(&disk, &levels);
+        assert_eq!(rig.engine.awaits_take_over(), !is_closed);
+        let words = rig.engine.remembered_len() as usize / 8;
+        let memory = SharedWords::new(words).unwrap();
+        rig.engine.remember_in(again(&memory)).unwrap();
+        for _ in 0..3 {
+            assert!(!rig.engine.awaits_take_over());
+            assert_eq!(rig.read(0, SECTOR), [7; SECTOR]);
+            disk.kill();
+            drop(rig);
+            rig = reader(&disk, &levels);
+            rig.engine.take_over(again(&memory)).unwrap();
+        }
+        rig.control(Control::Close).unwrap();
+    }
+}
+
+#[test]
+fn who_only_reads_a_raw_image_knows_whether_somebody_may_come_back() {
+    let mortal = mortal_of_raw_image();
+    let Mortal { rig, levels, .. } = mortal;
+    let disk = rig.disk.clone();
+    disk.kill();
+    drop(rig);
+    let rig = reader(&disk, &levels);
+    assert!(rig.engine.awaits_take_over());
+    drop(rig);
+    disk.change_medium(|medium| medium.first_writable = FileId(0));
+    disk.kill();
+    disk.restart();
+    let rig = Rig::open_chain(&disk, levels.clone(), options());
+    rig.control(Control::Close).unwrap();
+    drop(rig);
+    let rig = reader(&disk, &levels);
+    assert!(!rig.engine.awaits_take_over());
+}
+
 #[test]
 fn memory_of_an_image_that_was_closed_meanwhile_is_refused() {
     let mortal = Mortal::single();
