@@ -203,6 +203,9 @@ impl<D: Disk> Continuity<D> {
             }
             None => {
                 engine.begin();
+                // Of a front-end that was here before and may come back: its requests that are
+                // under way must not run over what is written from now on.
+                self.forget();
                 return Ok(());
             }
         }

@@ -204,7 +204,7 @@ impl Remembered {
     /// whichever comes first.
     pub fn note(&self, cluster: GuestCluster, entry: Entry) {
         let Some(word) = self.words.word(AT_FIRST + cluster.0 as usize) else {
-            return self.disown(cluster);
+            return self.lack_room(cluster);
         };
         let _ = word.fetch_update(Ordering::AcqRel, Ordering::Acquire, |bits| {
             let is_news = Entry::from_remembered(bits).is_none_or(|old| old.is_older_than(entry));
@@ -212,11 +212,16 @@ impl Remembered {
         });
     }
 
-    /// There is no room for a change: nobody may take over without it.
-    fn disown(&self, cluster: GuestCluster) {
+    /// It belongs to no opening any more: nobody takes over with it. Gives back to which it
+    /// has belonged.
+    pub fn disown(&self) -> u64 {
         let opening = self.words.word(AT_OPENING);
-        let opening = opening.map_or(NO_OPENING, |word| word.swap(NO_OPENING, Ordering::AcqRel));
-        if opening != NO_OPENING {
+        opening.map_or(NO_OPENING, |word| word.swap(NO_OPENING, Ordering::AcqRel))
+    }
+
+    /// There is no room for a change: nobody may take over without it.
+    fn lack_room(&self, cluster: GuestCluster) {
+        if self.disown() != NO_OPENING {
             log::error!(
                 "the memory that outlives this process has no room for guest cluster {}: the                  guest cannot live on if this process is killed",
                 cluster.0

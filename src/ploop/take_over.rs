@@ -298,10 +298,13 @@ impl<D: Disk> Engine<D> {
         }
     }
 
-    /// Nothing is remembered any more: the memory goes away. What only memory knows is
-    /// lost then if the process is killed, so [`Self::settle`] comes before.
+    /// Nothing is remembered any more: the memory goes away, and whoever comes back with it
+    /// nevertheless is refused, as others may have been served meanwhile. What only memory
+    /// knows is lost then if the process is killed, so [`Self::settle`] comes before.
     pub fn forget(&self) {
-        self.remembered.store(None);
+        if let Some(remembered) = self.remembered.swap(None) {
+            remembered.disown();
+        }
     }
 
     /// Makes everything that completed before stable, mapping included: then there is

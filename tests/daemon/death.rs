@@ -388,6 +388,58 @@ fn a_guest_that_only_reads_goes_on_after_a_kill() {
 }
 
 #[test]
+fn a_guest_is_refused_once_another_one_was_served_without_a_region() {
+    for is_killed in [false, true] {
+        let rig = Rig::new();
+        let mut backend = rig.serve(NEVER);
+        let (mut front_end, region) = begin(&backend);
+        write(&mut front_end, 0, 1);
+        let (nowhere, _) = UnixStream::pair().unwrap();
+        front_end.vhost = Frontend::from_stream(nowhere, QUEUES.into());
+        wait_for_nobody(&backend);
+        let mut other = start_front_end(backend.socket());
+        write(&mut other, 0, 2);
+        drop(other);
+        if is_killed {
+            backend.kill();
+            backend = rig.serve(NEVER);
+        } else {
+            wait_for_nobody(&backend);
+        }
+        // What it had under way would run over what the other one has written.
+        let why = match is_killed {
+            true => CHANGED,
+            false => "without the memory that came back",
+        };
+        expect_refusal(front_end, &region, &backend, why);
+        drop(begin(&backend));
+        backend.stop();
+    }
+}
+
+#[test]
+fn a_driver_after_another_on_one_connection_may_go_on_after_a_kill() {
+    let rig = Rig::new();
+    let backend = rig.serve(NEVER);
+    let (mut front_end, region) = begin(&backend);
+    write(&mut front_end, 0, 1);
+    // Firmware, which leaves the device to the kernel without a word.
+    for index in 0..front_end.rings.len() {
+        front_end.vhost.get_vring_base(index).unwrap();
+    }
+    front_end.start_rings();
+    write(&mut front_end, CLUSTER, 2);
+    backend.kill();
+    let backend = rig.serve(NEVER);
+    reconnect(&mut front_end, &backend, Some(&region));
+    front_end.start_rings();
+    expect(&mut front_end, 0, 1);
+    expect(&mut front_end, CLUSTER, 2);
+    drop(front_end);
+    backend.stop();
+}
+
+#[test]
 fn a_cache_that_is_off_stays_off_over_a_kill() {
     let rig = Rig::new();
     let mut backend = rig.serve(NEVER);

@@ -239,6 +239,32 @@ fn whoever_asks_for_a_region_has_given_up_the_one_before() {
 }
 
 #[test]
+fn a_region_is_of_no_use_once_somebody_without_one_was_served() {
+    // A ring that begins, and one that goes on with this process.
+    for is_under_way in [false, true] {
+        let rig = Rig::new(InUse::Closed);
+        let mut before = rig.continuity();
+        let region = make(&mut before);
+        set(&mut before, &region).unwrap();
+        before.admit(false).unwrap();
+        // The driver begins anew: another one of the same guest.
+        before.admit(false).unwrap();
+        drop(before);
+        let mut another = rig.continuity();
+        another.admit(is_under_way).unwrap();
+        assert_eq!(rig.note(), None);
+        another.admit(false).unwrap();
+        drop(another);
+        let mut after = rig.continuity();
+        assert_eq!(set(&mut after, &region).unwrap(), None);
+        let lost = after.admit(true).unwrap_err();
+        assert!(matches!(lost, ContinuityError::Lost(TakeOverError::Begun)));
+        after.admit(false).unwrap();
+        assert_eq!(rig.note(), Some(0));
+    }
+}
+
+#[test]
 fn without_what_a_process_knew_only_a_guest_that_begins_anew_is_served() {
     let not_kept = |result| matches!(result, Err(ContinuityError::NotKept));
     // No region at all.
