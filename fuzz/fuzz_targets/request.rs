@@ -263,7 +263,9 @@ fn walk(memory: &[(u64, Vec<u8>)], head: u16) -> Option<Vec<Plain>> {
         let desc = desc_at(memory, table.checked_add(16 * u64::from(index))?)?;
         if desc.flags & INDIRECT != 0 {
             let is_table = desc.len.is_multiple_of(16) && desc.len > 0;
-            if is_indirect || !is_table || desc.flags & NEXT != 0 {
+            // A driver must not set NEXT as well (2.7.5.3.1). The device has the chain end
+            // with the table then, as QEMU has.
+            if is_indirect || !is_table {
                 return None;
             }
             (table, size, index) = (desc.addr, desc.len / 16, 0);

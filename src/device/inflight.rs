@@ -139,14 +139,26 @@ impl InFlightQueue {
         if recovery.is_stale {
             self.last_batch_head = 0;
         }
-        self.counter = heads
-            .iter()
-            .map(|&head| self.count_of(head))
-            .max()
-            .unwrap_or(0);
+        self.count_anew(&heads);
         self.set_header();
         recovery.heads = heads;
         recovery
+    }
+
+    /// Counts those that are in flight from 0 on: what the region says may be so high that
+    /// the next count would be one that is there. Whatever has been done of this when the
+    /// process dies, the order is the same, as no count becomes higher.
+    fn count_anew(&mut self, heads: &[u16]) {
+        for (count, &head) in (0..).zip(heads) {
+            if let Some(word) = self.word_of(head, 1) {
+                word.store(count, Ordering::Relaxed);
+                compiler_fence(Ordering::SeqCst);
+            }
+            self.counter = count;
+        }
+        if heads.is_empty() {
+            self.counter = 0;
+        }
     }
 
     /// Entries in flight in the order of their counters, without the `unnoted` last ones

@@ -234,6 +234,29 @@ fn what_is_taken_after_a_recovery_comes_after_what_was_left() {
     assert_eq!(queue(&words).recover(SIZE, 1, 5).heads, [4, 6, 2, 1]);
 }
 
+/// The front-end could write to the region.
+#[test]
+fn counts_that_are_as_high_as_can_be_are_in_nobodys_way() {
+    let words = words();
+    let mut first = queue(&words);
+    first.recover(SIZE, 0, 0);
+    for (head, count) in [(2, u64::MAX), (0, 0), (1, u64::MAX - 1)] {
+        first.take(head);
+        first
+            .word_of(head, 1)
+            .unwrap()
+            .store(count, Ordering::Relaxed);
+    }
+    let mut second = queue(&words);
+    assert_eq!(second.recover(SIZE, 0, 3).heads, [0, 1, 2]);
+    for head in [7, 3, 5] {
+        second.take(head);
+    }
+    let found = queue(&words).recover(SIZE, 0, 6);
+    assert_eq!(found.heads, [0, 1, 2, 7, 3, 5]);
+    assert!(!found.is_stale);
+}
+
 #[test]
 fn what_was_given_back_is_not_in_flight() {
     let words = words();
