@@ -186,5 +186,7 @@ pub fn memory(len: u64) -> File {
 /// Whether it gets readable in that time.
 pub fn is_readable(fd: &impl AsFd, time: Duration) -> bool {
     let time = Timespec::try_from(time).expect("it is short");
-    poll(&mut [PollFd::new(fd, PollFlags::IN)], Some(&time)) == Ok(1)
+    // libFuzzer has an alarm now and then.
+    let wait = || poll(&mut [PollFd::new(fd, PollFlags::IN)], Some(&time));
+    rustix::io::retry_on_intr(wait) == Ok(1)
 }
