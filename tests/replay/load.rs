@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use rustix::io::Errno;
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 use seccompiler::{BpfProgram, SeccompAction, SeccompFilter, TargetArch};
 use serde::{Deserialize, Serialize};
@@ -90,11 +91,25 @@ fn runs_in_the_guest() {
     }
     run_load(&plan, &disk, plan.write_through, &mut models);
 
-    unmount("/mnt", UnmountFlags::empty()).unwrap();
+    unmount_when_free("/mnt");
     let journal = journal.lock().unwrap().finish();
     let mut to = File::options().write(true).open("/dev/vdc").unwrap();
     to.write_all(&journal).unwrap();
     to.sync_all().unwrap();
+}
+
+/// Unmounts a file system that a process had files on which has ended: its rings, and what
+/// they hold, the kernel takes down a little later.
+fn unmount_when_free(path: &str) {
+    let start = Instant::now();
+    loop {
+        match unmount(path, UnmountFlags::empty()) {
+            Err(Errno::BUSY) if start.elapsed() < Duration::from_secs(60) => {
+                thread::sleep(Duration::from_millis(50));
+            }
+            result => return result.unwrap(),
+        }
+    }
 }
 
 /// One life of the daemon, which ends in order.
