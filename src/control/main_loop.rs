@@ -779,7 +779,6 @@ fn is_of_one_client(error: &io::Error) -> bool {
         Errno::NONET,
         Errno::NOPROTOOPT,
         Errno::OPNOTSUPP,
-        Errno::PERM,
         Errno::PROTO,
     ];
     Errno::from_io_error(error).is_some_and(|errno| of_one.contains(&errno))

@@ -149,15 +149,13 @@ impl InFlightQueue {
     /// the next count would be one that is there. Whatever has been done of this when the
     /// process dies, the order is the same, as no count becomes higher.
     fn count_anew(&mut self, heads: &[u16]) {
+        self.counter = 0;
         for (count, &head) in (0..).zip(heads) {
             if let Some(word) = self.word_of(head, 1) {
                 word.store(count, Ordering::Relaxed);
                 compiler_fence(Ordering::SeqCst);
             }
             self.counter = count;
-        }
-        if heads.is_empty() {
-            self.counter = 0;
         }
     }
 

@@ -286,8 +286,7 @@ struct KindCounters {
 /// Adds to a counter that nobody else writes.
 fn count(counter: &AtomicU64, more: u64) {
     let sum = counter.load(Ordering::Relaxed).wrapping_add(more);
-    // Whoever sees an end sees the beginning, too.
-    counter.store(sum, Ordering::Release);
+    counter.store(sum, Ordering::Relaxed);
 }
 
 impl QueueCounters {
@@ -301,14 +300,20 @@ impl QueueCounters {
         count(&self.begun, 1);
     }
 
+    fn count_end(&self) {
+        let ended = self.ended.load(Ordering::Relaxed).wrapping_add(1);
+        // Whoever sees an end sees the beginning, too.
+        self.ended.store(ended, Ordering::Release);
+    }
+
     /// It has ended without an answer: somebody may do it again.
     pub fn give_up(&self) {
-        count(&self.ended, 1);
+        self.count_end();
     }
 
     /// A request has ended after this time.
     pub fn end(&self, ended: &Ended, is_ok: bool, time_ns: u64) {
-        count(&self.ended, 1);
+        self.count_end();
         let counters = &self.kinds[ended.kind as usize];
         count(&counters.total_time_ns, time_ns);
         counters.latency.record(time_ns);

@@ -197,13 +197,13 @@ impl<D: Disk> Engine<D> {
             return Some(name);
         };
         match self.disk.opening(self.top()) {
-            Ok(None | Some(NO_OPENING)) => log::warn!(
+            Ok(None | Some(NO_OPENING)) => log::info!(
                 "the opening cannot be noted with the image ({error}): a guest cannot live on \
                  if this process is killed"
             ),
             _ => log::error!(
-                "the opening cannot be noted with the image ({error}), which has the name of \
-                 another: a guest cannot live on if this process is killed, and one of a \
+                "the opening cannot be noted with the image ({error}), which may have the \
+                 name of another: a guest cannot live on if this process is killed, and one of a \
                  process that was killed before must be stopped, as the next process would \
                  not refuse it"
             ),

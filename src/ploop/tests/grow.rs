@@ -185,15 +185,19 @@ fn what_others_write_meanwhile_is_there() {
     assert_eq!(rig.engine.disk_size(), sectors(NEW));
 }
 
-#[test]
-fn clusters_above_a_lower_delta_move_too_and_it_stays_as_it_is() {
-    let disk = empty_image(Medium::default(), 2, OLD * CLUSTER);
-    let base = Rig::open(&disk, 1, options());
+/// Fills the lowest delta of a chain, which is the whole disk so far.
+fn fill_base(disk: &SimDisk) {
+    let base = Rig::open(disk, 1, options());
     for cluster in 0..OLD {
         base.write(cluster * CLUSTER, &content(cluster)).unwrap();
     }
     base.control(Control::Close).unwrap();
-    drop(base);
+}
+
+#[test]
+fn clusters_above_a_lower_delta_move_too_and_it_stays_as_it_is() {
+    let disk = empty_image(Medium::default(), 2, OLD * CLUSTER);
+    fill_base(&disk);
     let rig = Rig::open(&disk, 2, options());
     for cluster in (0..OLD).step_by(3) {
         rig.write(cluster * CLUSTER, &content(cluster)[..512])
@@ -779,12 +783,7 @@ fn where_a_copy_has_failed_to_go_nothing_of_it_is_read() {
 #[test]
 fn what_only_a_lower_delta_has_is_not_in_the_way_of_the_top() {
     let disk = empty_image(Medium::default(), 2, OLD * CLUSTER);
-    let base = Rig::open(&disk, 1, options());
-    for cluster in 0..OLD {
-        base.write(cluster * CLUSTER, &content(cluster)).unwrap();
-    }
-    base.control(Control::Close).unwrap();
-    drop(base);
+    fill_base(&disk);
     let options = Options {
         preallocation: 0,
         ..options()

@@ -22,6 +22,15 @@ struct Mortal {
     levels: Vec<Level>,
 }
 
+/// Its process is killed; gives back the disk, for another one to open.
+fn kill(rig: Rig) -> SimDisk {
+    let disk = rig.disk.clone();
+    disk.kill();
+    drop(rig);
+    disk.restart();
+    disk
+}
+
 /// The same memory, as it comes back.
 fn again(memory: &SharedWords) -> SharedWords {
     memory.map_again().unwrap()
@@ -61,11 +70,7 @@ impl Mortal {
             memory,
             levels,
         } = self;
-        let disk = rig.disk.clone();
-        disk.kill();
-        drop(rig);
-        disk.restart();
-        (Rig::open_chain(&disk, levels, awaiting()), memory)
+        (Rig::open_chain(&kill(rig), levels, awaiting()), memory)
     }
 
     /// The process is killed, and another one takes over.
@@ -450,11 +455,7 @@ fn memory_of_another_opening_is_refused_and_changes_nothing() {
     rig.flush().unwrap();
     let error = rig.engine.take_over(again(&memory)).unwrap_err();
     assert!(matches!(error, TakeOverError::Begun));
-    let disk = rig.disk.clone();
-    disk.kill();
-    drop(rig);
-    disk.restart();
-    let rig = Rig::open(&disk, 1, awaiting());
+    let rig = Rig::open(&kill(rig), 1, awaiting());
     let error = rig.engine.take_over(again(&memory)).unwrap_err();
     assert!(matches!(error, TakeOverError::Changed));
     rig.engine.begin();
@@ -464,8 +465,6 @@ fn memory_of_another_opening_is_refused_and_changes_nothing() {
 
 /// An engine that serves the image only to readers, as the next process.
 fn reader(disk: &SimDisk, levels: &[Level]) -> Rig {
-    disk.kill();
-    disk.restart();
     let above = FileId(levels.len() as u8);
     disk.change_medium(|medium| medium.first_writable = above);
     let options = Options {
@@ -488,24 +487,20 @@ fn who_only_reads_has_no_use_for_what_a_writer_knew() {
             memory,
             levels,
         } = mortal;
-        let disk = rig.disk.clone();
         let name = memory.word(AT_OPENING).unwrap();
         let old = name.load(Relaxed);
         if !is_named {
             name.store(0, Relaxed);
         }
-        disk.kill();
-        drop(rig);
+        let disk = kill(rig);
         let rig = reader(&disk, &levels);
         assert!(rig.engine.awaits_take_over());
         let error = rig.engine.take_over(again(&memory)).unwrap_err();
         assert!(matches!(error, TakeOverError::ReadOnly), "{error}");
         rig.control(Control::Close).unwrap();
-        drop(rig);
+        kill(rig);
         // And who can use it still can.
         disk.change_medium(|medium| medium.first_writable = FileId(0));
-        disk.kill();
-        disk.restart();
         name.store(old, Relaxed);
         let rig = Rig::open_chain(&disk, levels, awaiting());
         rig.engine.take_over(again(&memory)).unwrap();
@@ -523,8 +518,7 @@ fn of_a_process_that_only_read_nothing_is_missed() {
         if is_closed {
             rig.control(Control::Close).unwrap();
         }
-        disk.kill();
-        drop(rig);
+        kill(rig);
         let levels = [Level::Ploop];
         let mut rig = reader(&disk, &levels);
         assert_eq!(rig.engine.awaits_take_over(), !is_closed);
@@ -534,8 +528,7 @@ fn of_a_process_that_only_read_nothing_is_missed() {
         for _ in 0..3 {
             assert!(!rig.engine.awaits_take_over());
             assert_eq!(rig.read(0, SECTOR), [7; SECTOR]);
-            disk.kill();
-            drop(rig);
+            kill(rig);
             rig = reader(&disk, &levels);
             rig.engine.take_over(again(&memory)).unwrap();
         }
@@ -547,15 +540,11 @@ fn of_a_process_that_only_read_nothing_is_missed() {
 fn who_only_reads_a_raw_image_knows_whether_somebody_may_come_back() {
     let mortal = mortal_of_raw_image();
     let Mortal { rig, levels, .. } = mortal;
-    let disk = rig.disk.clone();
-    disk.kill();
-    drop(rig);
+    let disk = kill(rig);
     let rig = reader(&disk, &levels);
     assert!(rig.engine.awaits_take_over());
-    drop(rig);
+    kill(rig);
     disk.change_medium(|medium| medium.first_writable = FileId(0));
-    disk.kill();
-    disk.restart();
     let rig = Rig::open_chain(&disk, levels.clone(), options());
     rig.control(Control::Close).unwrap();
     drop(rig);
@@ -599,10 +588,7 @@ fn who_was_refused_is_refused_by_the_next_process_too() {
             memory,
             levels,
         } = mortal;
-        let disk = rig.disk.clone();
-        disk.kill();
-        drop(rig);
-        disk.restart();
+        let disk = kill(rig);
         close_by_hand(&disk);
         let second = Rig::open_chain(&disk, levels.clone(), awaiting());
         let error = second.engine.take_over(again(&memory)).unwrap_err();
@@ -610,9 +596,7 @@ fn who_was_refused_is_refused_by_the_next_process_too() {
         if serves_another {
             second.engine.begin();
         }
-        disk.kill();
-        drop(second);
-        disk.restart();
+        kill(second);
         let third = Rig::open_chain(&disk, levels, awaiting());
         let error = third.engine.take_over(again(&memory)).unwrap_err();
         assert!(matches!(error, TakeOverError::Changed));
@@ -750,10 +734,7 @@ fn the_third_refuses(mortal: Mortal, failing: u32, trouble: impl FnOnce(&SimDisk
         memory,
         levels,
     } = mortal;
-    let disk = rig.disk.clone();
-    disk.kill();
-    drop(rig);
-    disk.restart();
+    let disk = kill(rig);
     trouble(&disk);
     disk.change_medium(|medium| medium.syncs_until_failure = Some(failing));
     let chain = Chain {
@@ -977,9 +958,7 @@ fn a_process_takes_back_what_another_one_has_had_and_not_served() {
                 memory.word(MAGIC).unwrap().store(0, Relaxed);
             }
             let disk = rig.disk.clone();
-            disk.kill();
-            drop(rig);
-            disk.restart();
+            kill(rig);
             if !keeps_names {
                 disk.set_opening(FileId(0), 0).unwrap();
             }
