@@ -13,7 +13,7 @@ repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$repo"
 
 cargo_fuzz_version=0.13.1
-targets=(header bat extension descriptor request inflight messages connection qmp)
+targets=(header bat extension descriptor request inflight messages connection qmp metrics)
 
 target=${1:-all}
 seconds=${2:-120}
@@ -33,7 +33,7 @@ for target in "${targets[@]}"; do
     options=("-max_total_time=$seconds" -timeout=120 -print_final_stats=1 -verbosity=1)
     case $target in
         # Long inputs from the start: their structure is not found byte by byte.
-        bat | request | inflight | messages | connection | qmp)
+        bat | request | inflight | messages | connection | qmp | metrics)
             options+=(-len_control=0 -max_len=2000) ;;
     esac
     case $target in

@@ -4,7 +4,8 @@
 //! - `http`: from bytes to a question, and from its answer to bytes;
 //! - `page`: the answer;
 //! - `client`: one that asks: its socket;
-//! - `server`: all of them.
+//! - `server`: all of them;
+//! - `fuzzing`: what a fuzz target reaches of it.
 //!
 //! As with the control socket, everything runs in the main loop and waits for nothing. Who
 //! asks may be anybody who reaches the socket: what he may send, how many there are, and how
@@ -14,6 +15,8 @@
 
 mod address;
 mod client;
+#[cfg(fuzzing)]
+pub mod fuzzing;
 mod http;
 mod page;
 mod server;

@@ -35,6 +35,8 @@ pub use args::Args;
 pub use asker::{AskError, Asker};
 pub use logging::{LogFormat, Logging};
 pub use metrics::MetricsAddress;
+#[cfg(fuzzing)]
+pub use metrics::fuzzing;
 pub use place::{
     Place as ControlPlace, all as control_places, file_id, find as find_control_socket,
 };
