@@ -317,7 +317,7 @@ impl MainLoop<'_> {
     /// each sync that is waited for from now on.
     fn end(&mut self) {
         if let Some(connection) = self.connection.take() {
-            connection.stop(Parked::Fail);
+            connection.stop(Parked::FailSoon);
         }
         if let Some(Growing { growth, asker }) = self.growing.take() {
             let answer = asker.answer(growth.end());

@@ -18,6 +18,9 @@ use crate::ploop::QueueWaker;
 pub enum Parked {
     /// They fail. For a guest that goes on.
     Fail,
+    /// The same at the end of the program, which has little time left: what limits keep back
+    /// is not waited for any longer than anything else.
+    FailSoon,
     /// They are left without an answer. For a front-end that is gone: it may come
     /// back and send them again.
     Drop,

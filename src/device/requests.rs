@@ -352,8 +352,8 @@ impl<D: Disk> Requests<D> {
         let stops = self.device.stops();
         let time = match parked {
             Parked::Fail => stops.patience(),
-            // They are taken again.
-            Parked::Drop => stops.grace(),
+            // They are taken again, or the image is still to be closed.
+            Parked::Drop | Parked::FailSoon => stops.grace(),
         };
         let start = Instant::now();
         let mut is_done = waiting.is_empty();

@@ -322,7 +322,7 @@ impl<D: Disk> Worker<D> {
     /// places, since it has at most as many chains outstanding as the ring has entries.
     fn drain(&mut self, ring: &mut Queue, parked: Parked) {
         self.requests.lift_limits();
-        if parked == Parked::Fail {
+        if parked != Parked::Drop {
             self.finish_resuming(ring);
         }
         // What another process had taken did not come from there.

@@ -130,6 +130,21 @@ impl Guest {
         }
     }
 
+    /// The same with another request behind them, the last entry of the ring.
+    pub fn attack_before(&self, queues: std::ops::Range<usize>, attack: &Attack, last: &Attack) {
+        self.table(VICTIMS, VICTIMS + 0x1000, VICTIMS + 0x1100, last);
+        self.table(TABLE, HEADER, STATUS, attack);
+        for queue in queues {
+            for entry in 0..RING_SIZE - 1 {
+                self.make_available(queue, entry, TABLE, attack.parts.len() + 2);
+            }
+            self.make_available(queue, RING_SIZE - 1, VICTIMS, last.parts.len() + 2);
+            let avail = Self::ring(queue) + AVAIL;
+            self.write(avail + 2, &RING_SIZE.to_le_bytes());
+            self.kicks[queue].write(1).unwrap();
+        }
+    }
+
     /// Makes as many requests of these queues available again as were answered.
     pub fn refill(&self, queues: std::ops::Range<usize>) {
         for queue in queues {

@@ -304,6 +304,38 @@ fn half_a_gigabyte_and_a_slow_disk_are_enough() {
     rig.backend.stop();
 }
 
+/// What limits keep back cannot go back into the ring where something else was taken behind
+/// it, and is far more than the disk does before the program has to have ended.
+#[test]
+fn what_limits_keep_back_does_not_keep_the_image_from_being_closed() {
+    let options = ["--aio", "io_uring", "--throttle", "iops_wr=1"];
+    let Some(rig) = Rig::start_limited(&SLOW_AND_SMALL, &options) else {
+        return;
+    };
+    let guest = {
+        let mut guest = rig.guest();
+        for queue in 0..QUEUES {
+            assert!(guest.start(queue, 0));
+        }
+        guest
+    };
+    let write = Attack {
+        kind: VIRTIO_BLK_T_OUT,
+        sector: 0,
+        // In one piece, which costs no list of pieces: the whole ring can be taken.
+        parts: vec![(DATA, 32 << 20)],
+        is_read: false,
+    };
+    guest.attack_before(0..QUEUES, &write, &read_of_a_page(0));
+    // Each queue has come to the end of its ring.
+    let start = Instant::now();
+    while (0..QUEUES).any(|queue| guest.used(queue) == 0) {
+        assert!(start.elapsed() < PATIENCE);
+        thread::sleep(Duration::from_millis(5));
+    }
+    rig.backend.stop();
+}
+
 /// How many of the queues attack while another one's reads are timed.
 const ATTACKERS: usize = 16;
 

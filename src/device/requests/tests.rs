@@ -524,6 +524,24 @@ fn what_limits_keep_back_is_left_when_the_time_is_over() {
     assert_eq!(rig.left().unfinished, [1, 2, 3, 4, 5]);
 }
 
+/// The program has to end, and its guest may go on.
+#[test]
+fn what_limits_keep_back_fails_when_the_program_has_no_more_time() {
+    for (parked, status) in [(Parked::Fail, OK), (Parked::FailSoon, IO_ERROR)] {
+        let mut rig = Rig::with_stops(Vec::new(), Stops::since(stops::GRACE));
+        rig.limit("bps_rd=1");
+        rig.read_holes(0, 512);
+        for head in 1..=5 {
+            rig.read_holes(head, MANY_HOLES);
+        }
+        rig.go_past(6);
+        assert!(rig.drain(parked, true).is_empty());
+        let statuses = [1, 2, 3, 4, 5].map(|head| rig.status(head));
+        assert_eq!(statuses, [status; 5], "{parked:?}");
+        assert!(rig.left().unfinished.is_empty());
+    }
+}
+
 /// It could wait for the one who waits for this ring.
 #[test]
 fn nothing_is_waited_for_that_a_suspended_engine_does_not_begin() {
