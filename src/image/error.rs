@@ -218,6 +218,33 @@ pub enum ImageError {
         /// As asked for.
         guid: Guid,
     },
+    /// What is now, in place of a snapshot to compare it with.
+    #[error(
+        "{}: {guid} is the present state, not a snapshot of what was before; 'ploop-img snapshot \
+         list' lists the snapshots",
+        path.display()
+    )]
+    PresentState {
+        /// Of the bundle.
+        path: PathBuf,
+        /// Of the top.
+        guid: Guid,
+    },
+    /// Two states of which neither came from the other.
+    #[error(
+        "{}: {} does not lie on snapshot {guid}, so its images do not tell what has changed \
+         since; 'ploop-img snapshot list' shows what lies on what",
+        path.display(),
+        above.map_or("the present state".to_owned(), |above| format!("snapshot {above}"))
+    )]
+    NotBelow {
+        /// Of the bundle.
+        path: PathBuf,
+        /// Of the snapshot that is not below.
+        guid: Guid,
+        /// Of the snapshot that does not lie on it; `None`: the top.
+        above: Option<Guid>,
+    },
     /// What was asked for cannot be done with this image.
     #[error("{}: {why}", path.display())]
     Unsupported {

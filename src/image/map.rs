@@ -4,10 +4,11 @@ use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 
-use super::error::Result;
+use super::error::{ImageError, Result};
 use super::file::HostImage;
-use super::open::{OpenMode, open};
+use super::open::{OpenImage, OpenMode, not_a_bundle, open};
 use super::reader::{DiskReader, Extent};
+use crate::format::Guid;
 
 /// A range of the disk in one state; serialised it has the keys of
 /// `qemu-img map --output=json`.
@@ -42,18 +43,80 @@ pub struct MapEntry {
 pub fn map(path: &Path, mode: OpenMode, mut each: impl FnMut(MapEntry)) -> Result<()> {
     let image = open(path, mode)?;
     let disk = DiskReader::load(&image)?;
+    each_extent(&disk, |extent| {
+        entries_of(&disk, extent)?.into_iter().for_each(&mut each);
+        Ok(())
+    })
+}
+
+/// Gives each range of the disk at `path` to `each`, in order, that has changed since
+/// `snapshot`, which it lies on: what a level above that snapshot has a cluster for, whatever
+/// is in it, and what is behind the end that the disk had then. Whoever has the disk as it was
+/// then, and copies these ranges over it, has it as it is.
+///
+/// # Errors
+/// There is no such snapshot, it is the present state, or it is not below what is looked at;
+/// or as [`map`].
+pub fn map_since(
+    path: &Path,
+    mode: OpenMode,
+    snapshot: Guid,
+    mut each: impl FnMut(MapEntry),
+) -> Result<()> {
+    let image = open(path, mode)?;
+    let then = level_of(&image, path, snapshot)?;
+    let disk = DiskReader::load(&image)?;
+    let old_end = disk.size_of(then).bytes();
+    each_extent(&disk, |mut extent| {
+        if extent.place.is_none_or(|place| place.level <= then) {
+            // Behind the old end, the snapshot and those below it have nothing.
+            let behind = extent.range.end > old_end && extent.place.is_none();
+            if !behind {
+                return Ok(());
+            }
+            extent.range.start = extent.range.start.max(old_end);
+        }
+        entries_of(&disk, extent)?.into_iter().for_each(&mut each);
+        Ok(())
+    })
+}
+
+/// The level that `snapshot` is, of a disk that has changed since.
+fn level_of(image: &OpenImage, path: &Path, snapshot: Guid) -> Result<usize> {
+    let Some(bundle) = &image.bundle else {
+        return Err(not_a_bundle(path));
+    };
+    bundle.require(snapshot)?;
+    if snapshot == bundle.descriptor().top() {
+        return Err(ImageError::PresentState {
+            path: bundle.path().to_owned(),
+            guid: snapshot,
+        });
+    }
+    let mut levels = image.guids().into_iter();
+    levels
+        .position(|guid| guid == Some(snapshot))
+        .ok_or_else(|| ImageError::NotBelow {
+            path: bundle.path().to_owned(),
+            guid: snapshot,
+            above: image.top.filter(|_| !image.is_top()),
+        })
+}
+
+fn each_extent(
+    disk: &DiskReader<HostImage>,
+    mut each: impl FnMut(Extent) -> Result<()>,
+) -> Result<()> {
     let mut start = 0;
     while let Some(extent) = disk.extent(start, u64::MAX) {
         start = extent.range.end;
-        for entry in entries_of(&disk, &extent)? {
-            each(entry);
-        }
+        each(extent)?;
     }
     Ok(())
 }
 
 /// One entry for an extent; several for one of a raw image with holes.
-fn entries_of(disk: &DiskReader<HostImage>, extent: &Extent) -> Result<Vec<MapEntry>> {
+fn entries_of(disk: &DiskReader<HostImage>, extent: Extent) -> Result<Vec<MapEntry>> {
     let depth_of = |level| disk.depth() - 1 - level;
     let Some(place) = extent.place else {
         return Ok(vec![MapEntry {

@@ -44,7 +44,7 @@ pub use error::{ImageError, Result};
 pub use file::{HostImage, ImageFile};
 pub use folder::{Folder, NewFile, NewFolder};
 pub use info::{DiskInfo, FormatSpecific, ImageInfo, PloopInfo, info};
-pub use map::{MapEntry, map};
+pub use map::{MapEntry, map, map_since};
 pub use measure::{Measure, measure_copy, measure_new};
 pub use open::{Access, OpenImage, OpenMode, bundle_around, open};
 pub use progress::Progress;

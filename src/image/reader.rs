@@ -119,6 +119,14 @@ impl<F: ImageFile> DiskReader<F> {
         self.disk_size
     }
 
+    /// Of the disk, as a level has it: those above may have more.
+    pub fn size_of(&self, level: usize) -> Sector {
+        match &self.levels[level] {
+            ReaderLevel::Ploop(delta) => delta.geometry().disk_size,
+            ReaderLevel::Plain { size, .. } => *size,
+        }
+    }
+
     /// Of the expandable levels, or the default if there is none.
     pub fn cluster(&self) -> ClusterSize {
         self.cluster

@@ -880,3 +880,5 @@ fn a_new_disk_takes_no_name_that_is_taken() {
     assert_eq!(names, 2, "something was left over");
     assert_eq!(disk.read(None), [0]);
 }
+
+mod since;

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use jiff::Timestamp;
@@ -174,6 +175,63 @@ fn the_map_names_the_level() {
         .collect();
     assert_eq!(found, [(0, 1, true), (2, 0, true), (6, 1, false)]);
     assert_eq!(map[1]["filename"], disk.top_file().to_str().unwrap());
+}
+
+/// What was in the disk and has not changed, with what `map --since` gives copied over it.
+fn brought_up_to_date(disk: &Disk, since: &str, snapshot: Option<&str>) -> Vec<u8> {
+    let mut args = vec!["map", "--since", since, "--output", "json", &disk.path];
+    args.extend(snapshot.iter().flat_map(|guid| ["--snapshot", *guid]));
+    let changed: Vec<Value> = serde_json::from_str(&ploop_img(args).ok()).unwrap();
+    let mut content = disk.read(Some(since));
+    for entry in &changed {
+        let [start, length] = ["start", "length"].map(|key| entry[key].as_u64().unwrap() as usize);
+        let new = match entry["offset"].as_u64() {
+            Some(offset) => {
+                let file = fs::File::open(entry["filename"].as_str().unwrap()).unwrap();
+                let mut new = vec![0; length];
+                file.read_exact_at(&mut new, offset).unwrap();
+                new
+            }
+            None => vec![0; length],
+        };
+        content.resize(content.len().max(start + length), 0);
+        content[start..start + length].copy_from_slice(&new);
+    }
+    content
+}
+
+#[test]
+fn an_old_copy_is_brought_up_to_date_by_what_has_changed_since() {
+    if !has_qemu() {
+        return;
+    }
+    for name in ["v1", "v2", "plain", "prealloc"] {
+        let Some(disk) = Disk::fixture(name) else {
+            return;
+        };
+        let first = disk.create();
+        disk.write(3, 40, 0x11);
+        let second = disk.create();
+        ploop_img(["resize", &disk.path, "+3M"]).ok();
+        disk.write(0, 4, 0x22);
+        for (since, snapshot) in [(&first, None), (&second, None), (&first, Some(&*second))] {
+            let content = brought_up_to_date(&disk, since, snapshot);
+            assert!(content == disk.read(snapshot), "{name}, {since}");
+        }
+        let nothing = ["map", "--since", &second, "--snapshot", &second, &disk.path];
+        assert_eq!(ploop_img(nothing).ok().lines().count(), 1);
+        let json = ploop_img(nothing.into_iter().chain(["--output", "json"])).ok();
+        assert_eq!(json, "[]\n");
+        let top_file = disk.top_file();
+        let changed = ploop_img(["map", "--since", &second, &disk.path]).ok();
+        let files: Vec<_> = changed.lines().skip(1).map(|line| &line[48..]).collect();
+        assert!(!files.is_empty(), "{changed}");
+        assert!(files.iter().all(|file| *file == top_file.to_str().unwrap()));
+
+        let error =
+            ploop_img(["map", "--since", &second, "--snapshot", &first, &disk.path]).fails();
+        assert!(error.contains("does not lie on snapshot"), "{error}");
+    }
 }
 
 /// What the disk and its snapshots should be.

@@ -200,9 +200,22 @@ Examples:
         format: OutputFormat,
     },
     /// Show which file holds which part of a disk
+    ///
+    /// With --since, only what has changed since a snapshot that the disk lies on, to the
+    /// cluster: what was written or discarded, even if it reads the same again, and what is
+    /// behind the end that the disk had then. A disk that a guest writes to has to be asked
+    /// about a snapshot of it (--snapshot), as its newest changes are not in the image yet.
+    #[command(after_help = "\
+Examples:
+  ploop-img map vm1
+  ploop-img map --output json vm1
+  ploop-img map --since '{8d7ad97f-5a3b-4a0b-9d4c-0f8c6ad4f9a1}' vm1")]
     Map {
         #[command(flatten)]
         disk: Disk,
+        /// Only what has changed since this snapshot
+        #[arg(long, value_name = "GUID")]
+        since: Option<Guid>,
         #[command(flatten)]
         format: OutputFormat,
     },

@@ -154,8 +154,13 @@ fn run(command: Command) -> Result<ExitCode, ImageError> {
             };
             show::measure(&measure, format.output);
         }
-        Command::Map { disk, format } => show::map(format.output, |each| {
-            image::map(&disk.path, read_mode(&disk), each)
+        Command::Map {
+            disk,
+            since,
+            format,
+        } => show::map(format.output, |each| match since {
+            Some(then) => image::map_since(&disk.path, read_mode(&disk), then, each),
+            None => image::map(&disk.path, read_mode(&disk), each),
         })?,
         Command::Convert(convert) => match convert.format_version {
             Some(version) => image::change_version(&convert.source, version)?,

@@ -207,22 +207,20 @@ pub fn map(
 ) -> Result<(), ImageError> {
     match output {
         Output::Human => {
-            // The heading comes with the first entry, of which there is one at
-            // least: nothing is printed of what cannot be read.
+            // The heading comes with the first entry: nothing is printed of what cannot be
+            // read.
             let mut heading = Some(format!(
                 "{:<16}{:<16}{:<16}File",
                 "Offset", "Length", "Mapped to"
             ));
             entries(&mut |entry| {
-                if let Some(heading) = heading.take() {
-                    say!("{heading}");
-                }
+                heading.take().iter().for_each(|heading| say!("{heading}"));
                 map_line(&entry);
-            })
+            })?;
+            heading.iter().for_each(|heading| say!("{heading}"));
         }
         Output::Json => {
-            // A line each, like qemu-img: a map may have millions of entries. It has
-            // one at least.
+            // A line each, like qemu-img: a map may have millions of entries.
             let mut before = "[";
             entries(&mut |entry| {
                 if let Ok(text) = serde_json::to_string(&entry) {
@@ -230,10 +228,13 @@ pub fn map(
                     before = ",";
                 }
             })?;
-            say!("]");
-            Ok(())
+            match before {
+                "[" => say!("[]"),
+                _ => say!("]"),
+            }
         }
     }
+    Ok(())
 }
 
 fn map_line(entry: &MapEntry) {
