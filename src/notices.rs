@@ -35,6 +35,13 @@ pub enum Notice {
     HostHasSpace,
     /// A request has failed.
     IoError(IoError),
+    /// The file of the top is used behind a place that was named for that.
+    WriteThreshold {
+        /// That place, in bytes from the start of the file.
+        threshold: u64,
+        /// How many bytes behind it.
+        exceeded_by: u64,
+    },
     /// A file of the image cannot be reached any more by its path, or not all of it.
     ImageVanished {
         /// That path.

@@ -106,6 +106,12 @@ impl Subject for Disk {
         assert!(boundaries.iter().flatten().all(|list| list.is_sorted()));
     }
 
+    fn write_threshold(&self) -> u64 {
+        0
+    }
+
+    fn set_write_threshold(&self, _: u64) {}
+
     fn limits(&self) -> ThrottleLimits {
         ThrottleLimits::default()
     }

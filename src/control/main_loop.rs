@@ -798,6 +798,13 @@ fn event_of(notice: Notice) -> Event {
             no_space,
             reason,
         },
+        Notice::WriteThreshold {
+            threshold,
+            exceeded_by,
+        } => Event::WriteThreshold {
+            threshold,
+            exceeded_by,
+        },
         Notice::ImageVanished { path, how } => Event::ImageVanished {
             file: path.to_string_lossy().into_owned(),
             how,

@@ -20,7 +20,7 @@ use crate::device::{
 use crate::format::{Geometry, Sector};
 use crate::image::{self, Bundle, OpenImage};
 use crate::notices::Notices;
-use crate::ploop::{self, Chain, Engine, EngineError, EngineReport, Running};
+use crate::ploop::{self, Chain, Engine, EngineError, EngineReport, Running, WriteThreshold};
 use crate::storage::lock::{ImageLock, LockError};
 use crate::storage::{HostDisk, HostFile, KnownFile};
 
@@ -44,12 +44,14 @@ pub(super) struct Image {
     statistics: Arc<Statistics>,
     throttle: Arc<Throttle>,
     notices: Arc<Notices>,
+    write_threshold: Arc<WriteThreshold>,
 }
 
 impl Image {
     /// # Errors
     /// When there are no more descriptors; any of `fstat(2)`.
     pub fn new(image: OpenImage) -> io::Result<Self> {
+        let notices = Arc::new(Notices::new()?);
         let top = image.files.last();
         let top = top.map(|top| top.file.metadata()).transpose()?;
         Ok(Self {
@@ -61,13 +63,19 @@ impl Image {
             locks: image.locks,
             statistics: Arc::default(),
             throttle: Arc::default(),
-            notices: Arc::new(Notices::new()?),
+            write_threshold: Arc::new(WriteThreshold::new(Arc::clone(&notices))),
+            notices,
         })
     }
 
     /// What guests may do with the disk.
     pub fn throttle(&self) -> &Throttle {
         &self.throttle
+    }
+
+    /// What of its file is to be told of when it is used.
+    pub fn write_threshold(&self) -> &Arc<WriteThreshold> {
+        &self.write_threshold
     }
 
     /// What is to be told of the disk.
@@ -167,6 +175,7 @@ impl Image {
         mut options: ploop::Options,
     ) -> Result<Served, Error> {
         options.notices = Some(Arc::clone(&self.notices));
+        options.write_threshold = Arc::clone(&self.write_threshold);
         let opened = Engine::open(disk, &self.chain, options);
         let opened = opened.map_err(|source| Error::Engine {
             path: args.blk_file.clone(),
@@ -343,6 +352,14 @@ impl Subject for Served {
 
     fn ask_for_bins(&self, boundaries: [Option<Vec<u64>>; 3]) {
         self.device.statistics().ask_for_bins(boundaries);
+    }
+
+    fn write_threshold(&self) -> u64 {
+        self.engine().write_threshold()
+    }
+
+    fn set_write_threshold(&self, bytes: u64) {
+        self.engine().set_write_threshold(bytes);
     }
 
     fn limits(&self) -> ThrottleLimits {

@@ -39,6 +39,13 @@ pub trait Subject {
     /// Asks for others.
     fn ask_for_bins(&self, boundaries: [Option<Vec<u64>>; 3]);
 
+    /// The first byte of the top level's file that whoever listens is told of when it, or one
+    /// behind it, is used; 0 if there is none.
+    fn write_threshold(&self) -> u64;
+
+    /// Has that told of, once. Of a ploop image that is written to.
+    fn set_write_threshold(&self, bytes: u64);
+
     /// What guests may do.
     fn limits(&self) -> ThrottleLimits;
 

@@ -68,8 +68,10 @@ mod part {
     pub const LIMITS: u64 = 1;
     /// Where metrics are asked for.
     pub const METRICS: u64 = 2;
+    /// What of the file is to be told of when it is used.
+    pub const WRITE_THRESHOLD: u64 = 4;
     /// What this program knows.
-    pub const ALL: u64 = LIMITS | METRICS;
+    pub const ALL: u64 = LIMITS | METRICS | WRITE_THRESHOLD;
 }
 
 /// How long a message may take whose sender has nothing else to do.
@@ -213,6 +215,8 @@ struct State<S> {
     limits: Option<ThrottleLimits>,
     /// See [`part::METRICS`].
     metrics: Option<S>,
+    /// See [`part::WRITE_THRESHOLD`].
+    write_threshold: Option<u64>,
 }
 
 impl State<&ServerSocket> {
@@ -230,6 +234,7 @@ impl State<&ServerSocket> {
         let parts = [
             (part::LIMITS, self.limits.is_some()),
             (part::METRICS, self.metrics.is_some()),
+            (part::WRITE_THRESHOLD, self.write_threshold.is_some()),
         ];
         let parts = parts.into_iter().filter(|(_, is_there)| *is_there);
         let parts = parts.fold(0, |all, (part, _)| all | part);
@@ -241,6 +246,9 @@ impl State<&ServerSocket> {
         }
         if let Some(metrics) = self.metrics {
             write_socket(to, metrics);
+        }
+        if let Some(bytes) = self.write_threshold {
+            to.u64(bytes);
         }
     }
 }
@@ -342,6 +350,7 @@ impl State<HandedSocket> {
             connection: from.optional(Suspended::read)?,
             limits: None,
             metrics: None,
+            write_threshold: None,
         };
         let parts = read_parts(&mut from)?;
         if parts & !part::ALL != 0 {
@@ -352,6 +361,9 @@ impl State<HandedSocket> {
         }
         if parts & part::METRICS != 0 {
             state.metrics = Some(HandedSocket::read(&mut from)?);
+        }
+        if parts & part::WRITE_THRESHOLD != 0 {
+            state.write_threshold = Some(from.u64()?);
         }
         from.end()?;
         Ok(state)

@@ -39,6 +39,10 @@ pub struct Allocator {
     next: CachePadded<AtomicU32>,
     /// The end of the file.
     end: CachePadded<AtomicU32>,
+    /// What [`Self::next`] was in the beginning.
+    old_end: u32,
+    /// In front of that, one after the last cluster that is or was used.
+    old_used_end: AtomicU32,
     /// Below this, the length of the file is stable (I8).
     stable_end: AtomicU32,
     /// Clusters below this are not given out: the BAT of a disk that grows goes there.
@@ -51,11 +55,13 @@ pub struct Allocator {
 }
 
 impl Allocator {
-    /// For a file whose end, at this cluster, is stable.
-    pub fn new(end: HostCluster) -> Self {
+    /// For a file whose end, at this cluster, is stable, and that is used up to `used_end`.
+    pub fn new(end: HostCluster, used_end: HostCluster) -> Self {
         Self {
             next: CachePadded::new(AtomicU32::new(end.0)),
             end: CachePadded::new(AtomicU32::new(end.0)),
+            old_end: end.0,
+            old_used_end: AtomicU32::new(used_end.0),
             stable_end: AtomicU32::new(end.0),
             first: AtomicU32::new(0),
             kept: SegQueue::new(),
@@ -77,6 +83,7 @@ impl Allocator {
                     start: extent.start + 1,
                     end: extent.end,
                 });
+                self.note_used(extent.start + 1);
                 return Some(HostCluster(extent.start));
             }
         }
@@ -87,7 +94,7 @@ impl Allocator {
         };
         let next = self
             .next
-            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, take)
+            .fetch_update(Ordering::SeqCst, Ordering::Relaxed, take)
             .ok()?;
         if next < first {
             let end = first;
@@ -120,6 +127,7 @@ impl Allocator {
     /// it by the end of its epoch.
     pub fn keep_below(&self, first: HostCluster) {
         self.first.fetch_max(first.0, Ordering::AcqRel);
+        self.note_used(first.0);
         // What lies there counts as available no more.
         for _ in 0..self.reclaimed.len() {
             if let Some(extent) = self.reclaimed.pop() {
@@ -150,7 +158,7 @@ impl Allocator {
     /// end are the caller's: nobody else is given them. The first of them.
     pub fn claim(&self, end: u32, count: u32) -> HostCluster {
         let mine = end - count;
-        let fresh = self.next.swap(end, Ordering::AcqRel);
+        let fresh = self.next.swap(end, Ordering::SeqCst);
         self.end.fetch_max(end, Ordering::Release);
         if fresh < mine {
             self.put(Extent {
@@ -167,6 +175,26 @@ impl Allocator {
         let next = self.next.load(Ordering::Relaxed).max(self.first());
         let fresh = end.saturating_sub(next);
         fresh.saturating_add(self.reclaimed_count.load(Ordering::Relaxed))
+    }
+
+    fn note_used(&self, end: u32) {
+        // A fresh cluster says so itself, by the next one.
+        if end > self.old_used_end.load(Ordering::Relaxed) {
+            self.old_used_end.fetch_max(end, Ordering::SeqCst);
+        }
+    }
+
+    /// One after the last cluster of the file that is used: mapped when it was opened, given
+    /// out since, or of the BAT. (SeqCst, there too: who is given one and then looks for
+    /// something either finds what was put there before this was called, or is seen by this.)
+    pub fn used_end(&self) -> u32 {
+        let next = self.next.load(Ordering::SeqCst);
+        let old = self.old_used_end.load(Ordering::SeqCst);
+        if next > self.old_end {
+            next.max(old)
+        } else {
+            old
+        }
     }
 
     /// The end of the file.
@@ -210,7 +238,7 @@ mod tests {
 
     #[test]
     fn gives_each_cluster_once_reclaimed_first() {
-        let alloc = Allocator::new(HostCluster(5));
+        let alloc = Allocator::new(HostCluster(5), HostCluster(2));
         assert_eq!(alloc.take(), None);
         alloc.extend(7);
         assert_eq!(alloc.available(), 2);
@@ -224,7 +252,7 @@ mod tests {
 
     #[test]
     fn nothing_is_given_out_that_lies_where_the_bat_goes() {
-        let alloc = Allocator::new(HostCluster(3));
+        let alloc = Allocator::new(HostCluster(3), HostCluster(2));
         alloc.extend(6);
         alloc.put(Extent { start: 1, end: 3 });
         alloc.keep_below(HostCluster(5));
@@ -239,7 +267,7 @@ mod tests {
 
     #[test]
     fn what_was_kept_is_given_out_when_nothing_goes_there() {
-        let alloc = Allocator::new(HostCluster(3));
+        let alloc = Allocator::new(HostCluster(3), HostCluster(2));
         alloc.extend(9);
         alloc.put(Extent { start: 1, end: 3 });
         alloc.keep_below(HostCluster(7));
@@ -256,8 +284,28 @@ mod tests {
     }
 
     #[test]
+    fn what_is_used_ends_behind_the_last_that_was_given_out() {
+        let alloc = Allocator::new(HostCluster(6), HostCluster(2));
+        assert_eq!(alloc.used_end(), 2);
+        alloc.extend(9);
+        alloc.put(Extent { start: 4, end: 6 });
+        assert_eq!(alloc.used_end(), 2);
+        assert_eq!((alloc.take(), alloc.used_end()), (Some(HostCluster(4)), 5));
+        alloc.put(Extent { start: 1, end: 2 });
+        assert_eq!((alloc.take(), alloc.used_end()), (Some(HostCluster(5)), 6));
+        assert_eq!((alloc.take(), alloc.used_end()), (Some(HostCluster(1)), 6));
+        assert_eq!((alloc.take(), alloc.used_end()), (Some(HostCluster(6)), 7));
+        assert_eq!(
+            (alloc.claim(12, 1), alloc.used_end()),
+            (HostCluster(11), 12)
+        );
+        alloc.keep_below(HostCluster(20));
+        assert_eq!(alloc.used_end(), 20);
+    }
+
+    #[test]
     fn what_is_claimed_goes_to_nobody_else() {
-        let alloc = Allocator::new(HostCluster(3));
+        let alloc = Allocator::new(HostCluster(3), HostCluster(2));
         alloc.extend(5);
         assert_eq!(alloc.take(), Some(HostCluster(3)));
         assert_eq!(alloc.claim(9, 2), HostCluster(7));
@@ -272,7 +320,7 @@ mod tests {
 
     #[test]
     fn knows_what_length_is_stable() {
-        let alloc = Allocator::new(HostCluster(5));
+        let alloc = Allocator::new(HostCluster(5), HostCluster(2));
         alloc.extend(8);
         assert!(!alloc.has_unstable_length(), "nothing was given out");
         let cluster = alloc.take().unwrap();

@@ -226,7 +226,7 @@ impl<D: Disk> Engine<D> {
         let write_alignment = disk.write_alignment();
         let has_stable_writes = disk.has_stable_writes();
         let geometry = levels[levels.len() - 1].geometry;
-        Ok(Self {
+        let engine = Self {
             disk,
             levels,
             bat,
@@ -257,7 +257,9 @@ impl<D: Disk> Engine<D> {
             inboxes: Mutex::default(),
             #[cfg(test)]
             abandoned: AtomicBool::new(false),
-        })
+        };
+        engine.check_old_use();
+        Ok(engine)
     }
 
     /// Of the top delta, as it is now.
@@ -557,13 +559,47 @@ impl<D: Disk> Engine<D> {
 
     /// A cluster that reads as zeros and is mapped nowhere.
     pub(super) fn allocate(&self) -> Option<HostCluster> {
-        let host = self.alloc.take();
+        let host = self.take_cluster();
         preempt::point("allocated");
         let low = self.alloc.available() <= self.options.low_water;
         if low && !self.space_is_low.swap(true, Ordering::AcqRel) {
             self.md.waker().wake();
         }
         host
+    }
+
+    /// One of those that are there; whoever may take the last has [others](Self::allocate)
+    /// made.
+    pub(super) fn take_cluster(&self) -> Option<HostCluster> {
+        let host = self.alloc.take()?;
+        self.check_write_threshold(host);
+        Some(host)
+    }
+
+    /// This cluster of the top's file is used from now on.
+    pub(super) fn check_write_threshold(&self, host: HostCluster) {
+        let end = self.grid().host_offset(host) + self.grid().cluster().bytes();
+        self.options.write_threshold.check(end);
+    }
+
+    /// Whoever it was made for is told once when something behind this place in the file of
+    /// the top is used, which a raw image always is; at once, if it is so already. 0 is none.
+    pub fn set_write_threshold(&self, bytes: u64) {
+        self.options.write_threshold.set(bytes);
+        self.check_old_use();
+    }
+
+    /// Where that is; 0 if it is nowhere, or was told of.
+    pub fn write_threshold(&self) -> u64 {
+        self.options.write_threshold.bytes()
+    }
+
+    fn check_old_use(&self) {
+        if self.has_bat()
+            && let Some(last) = self.alloc.used_end().checked_sub(1)
+        {
+            self.check_write_threshold(HostCluster(last));
+        }
     }
 
     /// Gives back a cluster that was not written to.

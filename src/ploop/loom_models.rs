@@ -60,7 +60,7 @@ fn engine(entry: Entry) -> Arc<Engine<NoDisk>> {
     let shared = Shared {
         levels: vec![level],
         bat,
-        alloc: Allocator::new(HOST),
+        alloc: Allocator::new(HOST, HOST),
         beginning: Beginning::Begun(None),
     };
     let options = Options {

@@ -36,6 +36,7 @@ mod running;
 mod stable_writes;
 mod sync;
 mod take_over;
+mod write_threshold;
 
 pub(crate) use control::Outcome;
 pub use engine::Engine;
@@ -49,6 +50,7 @@ pub use request::{Command, Done, Request, SectorRange};
 pub use runner::Runner;
 pub use running::Running;
 pub use take_over::TakeOverError;
+pub use write_threshold::WriteThreshold;
 
 #[cfg(all(test, ploop_loom))]
 mod loom_models;

@@ -163,7 +163,8 @@ fn prepare_image(
         }
         mark_in_use(disk, top, &mut metadata.header, image.file_len)?;
     }
-    Ok((Allocator::new(end), Some(metadata)))
+    let used_end = image.scan.used.end().max(geometry.first_host_cluster());
+    Ok((Allocator::new(end, used_end), Some(metadata)))
 }
 
 /// Makes a raw top ready. It has no mark, nothing to be allocated, and nothing for
@@ -184,7 +185,8 @@ fn prepare_plain(
         // Before anything is written behind the old end (I8).
         sync_first(disk, top).map_err(OpenError::io("extend the file", top))?;
     }
-    Ok((Allocator::new(HostCluster(geometry.entries)), None))
+    let end = HostCluster(geometry.entries);
+    Ok((Allocator::new(end, end), None))
 }
 
 fn start<D: Disk>(

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use super::write_threshold::WriteThreshold;
 use crate::notices::Notices;
 
 /// What becomes of writes when the host file system is full.
@@ -47,6 +48,8 @@ pub struct Options {
     pub is_passed_on: bool,
     /// Who is told that the host is full and that it is not any more.
     pub notices: Option<Arc<Notices>>,
+    /// What is told of when the file of the top is used behind it.
+    pub write_threshold: Arc<WriteThreshold>,
     /// When no more clusters than this are left to be given out, the file grows. Set by the engine.
     pub(super) low_water: u32,
 }
@@ -65,6 +68,7 @@ impl Default for Options {
             awaits_take_over: false,
             is_passed_on: false,
             notices: None,
+            write_threshold: Arc::default(),
             low_water: 0,
         }
     }

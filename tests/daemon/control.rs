@@ -126,6 +126,62 @@ fn what_a_guest_does_is_counted() {
 }
 
 #[test]
+fn the_file_is_told_of_when_it_is_used_behind_a_threshold() {
+    let rig = Rig::new();
+    let backend = serve(&rig, &[]);
+    let mut qmp = Qmp::connect(&control(&rig));
+    let mut front_end = start_front_end(backend.socket());
+    front_end.fill(DATA, &[7; 4096]);
+    let ring = &mut front_end.rings[0];
+    // Clusters of 1 MiB; the first one of the file is that of the BAT.
+    let mut write = |cluster: u64, qmp: &mut Qmp| {
+        let data = [readable(DATA, 4096)];
+        assert_eq!(ring.run(VIRTIO_BLK_T_OUT, cluster << 11, &data).0, OK);
+        qmp.ask("query-named-block-nodes", json!({}))[0]["write_threshold"].clone()
+    };
+    let set = |qmp: &mut Qmp, bytes: u64| {
+        let arguments = json!({ "node-name": "disk", "write-threshold": bytes });
+        assert_eq!(qmp.ask("block-set-write-threshold", arguments), json!({}));
+    };
+    assert_eq!(write(9, &mut qmp), 0);
+    set(&mut qmp, 3 << 20);
+    // The end of the second one is the threshold, and nothing is behind it.
+    for cluster in [5, 5, 9] {
+        assert_eq!(write(cluster, &mut qmp), 3 << 20);
+    }
+    assert_eq!(write(0, &mut qmp), 0);
+    assert_eq!(
+        qmp.event("BLOCK_WRITE_THRESHOLD"),
+        json!({ "node-name": "disk", "write-threshold": 3 << 20, "amount-exceeded": 1 << 20 })
+    );
+    // Once.
+    assert_eq!(write(1, &mut qmp), 0);
+    // Used already: at once.
+    set(&mut qmp, (5 << 20) - 1);
+    assert_eq!(
+        qmp.event("BLOCK_WRITE_THRESHOLD"),
+        json!({ "node-name": "disk", "write-threshold": (5 << 20) - 1, "amount-exceeded": 1 })
+    );
+    set(&mut qmp, 5 << 20);
+    assert_eq!(write(1, &mut qmp), 5 << 20);
+    set(&mut qmp, 0);
+    assert_eq!(write(2, &mut qmp), 0);
+    set(&mut qmp, 6 << 20);
+    drop(front_end);
+    backend.stop();
+    // What is in the file when it is opened counts, and not how long it is.
+    let backend = serve(&rig, &[]);
+    let mut qmp = Qmp::connect(&control(&rig));
+    set(&mut qmp, 6 << 20);
+    set(&mut qmp, (6 << 20) - 1);
+    assert_eq!(
+        qmp.event("BLOCK_WRITE_THRESHOLD"),
+        json!({ "node-name": "disk", "write-threshold": (6 << 20) - 1, "amount-exceeded": 1 })
+    );
+    backend.stop();
+}
+
+#[test]
 fn an_image_that_vanishes_is_told_of() {
     let rig = Rig::new();
     let backend = serve(&rig, &[]);

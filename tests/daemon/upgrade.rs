@@ -812,12 +812,52 @@ fn limits_that_were_set_go_along_to_processes_that_know_of_them() {
 }
 
 #[test]
+fn a_write_threshold_goes_along_to_processes_that_know_of_it() {
+    let rig = Rig::new();
+    let socket = format!("--upgrade-socket={}", upgrades(&rig).display());
+    let mut backend = control::serve(&rig, &[socket.as_str()]);
+    let threshold = 2_u64 << 20;
+    let arguments = json!({ "node-name": "disk", "write-threshold": threshold });
+    Qmp::connect(&control::control(&rig)).ask("block-set-write-threshold", arguments);
+    let state = |parts: u64| {
+        let mut fake = Fake::connect(&rig);
+        fake.hello(&rig);
+        fake.expect(WELCOME);
+        fake.say(READY, &parts.to_le_bytes());
+        fake.expect(STATE)
+    };
+    let (plain, whole) = (state(3), state(7));
+    assert_eq!(whole[..plain.len()], plain);
+    let expected = [4, threshold].map(u64::to_le_bytes).concat();
+    assert_eq!(whole[plain.len()..], expected);
+    backend = backend.taken_over(&rig.image, &upgrades(&rig), &[]);
+    let mut qmp = Qmp::connect(&control::control(&rig));
+    let nodes = qmp.ask("query-named-block-nodes", json!({}));
+    assert_eq!(nodes[0]["write_threshold"], threshold);
+    let mut front_end = start_front_end(backend.socket());
+    front_end.fill(DATA, &[7; 4096]);
+    for cluster in 0..2 {
+        let data = [readable(DATA, 4096)];
+        assert_eq!(
+            front_end.rings[0]
+                .run(VIRTIO_BLK_T_OUT, cluster << 11, &data)
+                .0,
+            OK
+        );
+    }
+    let told = qmp.event("BLOCK_WRITE_THRESHOLD");
+    assert_eq!(told["write-threshold"], threshold);
+    drop(front_end);
+    backend.stop();
+}
+
+#[test]
 fn limits_that_cannot_be_are_refused() {
     let others = tempfile::tempdir().unwrap();
     let at = others.path().join("own");
     let own = UnixListener::bind(&at).unwrap();
     own.set_nonblocking(true).unwrap();
-    let unknown = [4_u64.to_le_bytes().to_vec(), limits(0, 0)].concat();
+    let unknown = [(1_u64 << 63).to_le_bytes().to_vec(), limits(0, 0)].concat();
     let short = limits(7000, 0);
     for odd in [
         &limits(0, 512)[..],

@@ -47,6 +47,21 @@ impl Arguments {
         number.ok_or_else(|| missing(name))
     }
 
+    /// A number that is not negative, and may be as large as 64 bits can say.
+    pub fn required_size(&mut self, name: &str) -> Result<u64, Failure> {
+        let number = self.take(name, "integer", |value| {
+            // What is larger is read as a fraction.
+            value.is_number().then(|| value.as_u64())
+        });
+        match number? {
+            Some(Some(number)) => Ok(number),
+            Some(None) => Err(Failure::generic(format!(
+                "Parameter '{name}' expects uint64"
+            ))),
+            None => Err(missing(name)),
+        }
+    }
+
     /// A number of either sign.
     pub fn required_integer(&mut self, name: &str) -> Result<i64, Failure> {
         let number = self.take(name, "integer", Value::as_i64)?;

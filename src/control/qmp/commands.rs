@@ -47,6 +47,7 @@ type Run = fn(Arguments, &mut Context<'_>) -> Answer;
 
 const COMMANDS: &[(&str, Run)] = &[
     ("block-latency-histogram-set", set_latency_histogram),
+    ("block-set-write-threshold", set_write_threshold),
     ("block_resize", resize),
     ("block_set_io_throttle", set_io_throttle),
     ("grow", grow),
@@ -193,6 +194,26 @@ fn set_latency_histogram(mut arguments: Arguments, context: &mut Context<'_>) ->
         *now = Some(list);
     }
     context.subject.ask_for_bins(boundaries);
+    Ok(json!({}))
+}
+
+fn set_write_threshold(mut arguments: Arguments, context: &mut Context<'_>) -> Answer {
+    let node = arguments.required_text("node-name")?;
+    let bytes = arguments.required_size("write-threshold")?;
+    arguments.end()?;
+    let levels = context.subject.levels();
+    let Some(index) = shapes::index_of_node(levels.len(), &node) else {
+        return Err(Failure::generic(format!("Device '{node}' not found")));
+    };
+    let refuse = |why: &str| Err(Failure::generic(format!("Node '{node}' {why}")));
+    let level = &levels[index];
+    if !level.is_writable {
+        return refuse("is only read");
+    }
+    if !level.is_ploop {
+        return refuse("is a raw image, whose file has the size of the disk from the start");
+    }
+    context.subject.set_write_threshold(bytes);
     Ok(json!({}))
 }
 

@@ -33,6 +33,13 @@ pub(in crate::control) enum Event {
         /// For people.
         reason: String,
     },
+    /// The file of the top level is used behind the place that was asked for.
+    WriteThreshold {
+        /// That place, in bytes.
+        threshold: u64,
+        /// How many bytes behind it.
+        exceeded_by: u64,
+    },
     /// A file of the image cannot be reached any more by its path.
     ImageVanished {
         /// That path.
@@ -49,6 +56,7 @@ impl Event {
             Self::FrontEndGone => "FRONT_END_GONE",
             Self::HostFull { .. } | Self::IoError { .. } => "BLOCK_IO_ERROR",
             Self::HostHasSpace => "HOST_HAS_SPACE",
+            Self::WriteThreshold { .. } => "BLOCK_WRITE_THRESHOLD",
             Self::ImageVanished { .. } => "IMAGE_VANISHED",
         }
     }
@@ -67,6 +75,14 @@ impl Event {
                 no_space,
                 reason,
             } => io_error(*is_read, "report", *no_space, reason),
+            Self::WriteThreshold {
+                threshold,
+                exceeded_by,
+            } => json!({
+                "node-name": DISK,
+                "amount-exceeded": exceeded_by,
+                "write-threshold": threshold,
+            }),
             Self::ImageVanished { file, how } => json!({ "file": file, "how": how }),
         }
     }

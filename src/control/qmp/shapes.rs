@@ -50,8 +50,14 @@ pub(super) fn node_name(levels: usize, index: usize) -> String {
     }
 }
 
+/// Which of so many levels has the node of that name.
+pub(super) fn index_of_node(levels: usize, name: &str) -> Option<usize> {
+    (0..levels).find(|index| node_name(levels, *index) == name)
+}
+
 fn node(subject: &dyn Subject, levels: &[Level], index: usize) -> Option<Value> {
     let level = levels.get(index)?;
+    let is_top = index + 1 == levels.len();
     let below = index.checked_sub(1).and_then(|below| levels.get(below));
     let mut node = json!({
         "node-name": node_name(levels.len(), index),
@@ -62,7 +68,7 @@ fn node(subject: &dyn Subject, levels: &[Level], index: usize) -> Option<Value> 
         "encrypted": false,
         "detect_zeroes": "off",
         "backing_file_depth": index,
-        "write_threshold": 0,
+        "write_threshold": if is_top { subject.write_threshold() } else { 0 },
         "cache": {
             "direct": level.is_direct,
             "no-flush": false,
@@ -70,7 +76,6 @@ fn node(subject: &dyn Subject, levels: &[Level], index: usize) -> Option<Value> 
         },
         "image": image(level, below),
     });
-    let is_top = index + 1 == levels.len();
     let limits = if is_top {
         subject.limits()
     } else {

@@ -4,6 +4,7 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::num::NonZeroI32;
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use event_manager::EventSet;
@@ -27,6 +28,7 @@ struct Fake {
     engine: EngineReport,
     statistics: Statistics,
     throttle: Throttle,
+    write_threshold: AtomicU64,
 }
 
 impl Subject for Fake {
@@ -91,6 +93,14 @@ impl Subject for Fake {
 
     fn ask_for_bins(&self, boundaries: [Option<Vec<u64>>; 3]) {
         self.statistics.ask_for_bins(boundaries);
+    }
+
+    fn write_threshold(&self) -> u64 {
+        self.write_threshold.load(Ordering::Relaxed)
+    }
+
+    fn set_write_threshold(&self, bytes: u64) {
+        self.write_threshold.store(bytes, Ordering::Relaxed);
     }
 
     fn limits(&self) -> ThrottleLimits {
@@ -277,6 +287,44 @@ fn limits_are_set_and_shown_as_in_qemu() {
     let shown = ["iops", "iops_max", "iops_max_length", "bps"].map(|name| node[name].as_u64());
     assert_eq!(shown, [Some(100), Some(500), Some(3), Some(0)]);
     assert!(node["bps_max"].is_null());
+}
+
+#[test]
+fn a_write_threshold_is_of_a_file_that_grows() {
+    let (mut session, fake) = (negotiated(), Fake::default());
+    let mut set = |node: &str, bytes: Value| {
+        let arguments = json!({ "node-name": node, "write-threshold": bytes });
+        let answer = obey(&mut session, &fake, "block-set-write-threshold", arguments);
+        let nodes = obey(&mut session, &fake, "query-named-block-nodes", json!({}));
+        let shown = &nodes["return"];
+        assert_eq!(shown[1]["write_threshold"], 0);
+        let shown = shown[0]["write_threshold"].as_u64().unwrap();
+        (answer["error"]["desc"].as_str().map(str::to_owned), shown)
+    };
+    assert_eq!(set("disk", json!(4097)), (None, 4097));
+    for (node, bytes, why) in [
+        ("x", json!(1), "Device 'x' not found"),
+        ("level-0", json!(1), "Node 'level-0' is only read"),
+        (
+            "disk",
+            json!(-1),
+            "Parameter 'write-threshold' expects uint64",
+        ),
+        (
+            "disk",
+            json!(1e30),
+            "Parameter 'write-threshold' expects uint64",
+        ),
+        (
+            "disk",
+            json!("1"),
+            "Invalid parameter type for 'write-threshold', expected: integer",
+        ),
+    ] {
+        assert_eq!(set(node, bytes), (Some(why.to_owned()), 4097));
+    }
+    assert_eq!(set("disk", json!(u64::MAX)), (None, u64::MAX));
+    assert_eq!(set("disk", json!(0)), (None, 0));
 }
 
 #[test]

@@ -165,6 +165,19 @@ impl Successor {
         Some(limits)
     }
 
+    /// What of the file is to be told of, if the other one is told so.
+    fn write_threshold_of(&self, image: &Image) -> Option<u64> {
+        let bytes = Some(image.write_threshold().bytes()).filter(|bytes| *bytes > 0)?;
+        if self.parts & part::WRITE_THRESHOLD == 0 {
+            log::warn!(
+                "{} does not know of the write threshold that was set, and tells of none",
+                self.peer
+            );
+            return None;
+        }
+        Some(bytes)
+    }
+
     /// The socket for metrics, if it is handed that.
     fn metrics_of<'a>(&self, doors: &'a Doors) -> Option<&'a ServerSocket> {
         let metrics = doors.metrics.as_ref()?;
@@ -274,6 +287,7 @@ pub(in crate::control) fn hand_over(
         connection: suspended,
         limits: successor.limits_of(image),
         metrics: successor.metrics_of(doors),
+        write_threshold: successor.write_threshold_of(image),
     };
     let given = match &closed {
         Ok(()) => give(successor, &state, signals),

@@ -93,6 +93,9 @@ pub(in crate::control) fn take_over(
         }
         image.throttle().set(limits)?;
     }
+    if let Some(bytes) = state.write_threshold {
+        image.write_threshold().set(bytes);
+    }
     say(&socket, kind::PREPARED).map_err(UpgradeError::from)?;
     expect(receive(ANSWER_TIME)?, kind::GO)?;
 

@@ -235,7 +235,10 @@ impl<D: Disk> MdWriter<D> {
             }
             Some(growth) => {
                 if rule::kept(Rule::NothingNewInTheWay) {
-                    engine.alloc.keep_below(growth.first_host_cluster());
+                    let first = growth.first_host_cluster();
+                    engine.alloc.keep_below(first);
+                    // The BAT is written up to there.
+                    engine.check_write_threshold(HostCluster(first.0.saturating_sub(1)));
                 }
                 preempt::point("kept out");
                 Stage::OldIo {
@@ -361,6 +364,7 @@ impl<D: Disk> MdWriter<D> {
                 let moves = std::mem::take(moves);
                 let count = (moves.len() - growing.free.len()) as u32;
                 let first = self.engine.alloc.claim(*new_end, count).0;
+                self.engine.check_write_threshold(HostCluster(*new_end - 1));
                 let claimed = (first..first + count).map(HostCluster);
                 growing.free.extend(claimed);
                 growing.stage = Stage::Moving(Moving::new(moves));
@@ -551,7 +555,7 @@ impl<D: Disk> MdWriter<D> {
     /// those that are free, as a gap would be left in front of any that are behind these.
     fn get_space(&mut self, growing: &mut Growing, moves: VecDeque<Move>) -> Step {
         while growing.free.len() < moves.len()
-            && let Some(host) = self.engine.alloc.take()
+            && let Some(host) = self.engine.take_cluster()
         {
             growing.free.push_back(host);
         }
