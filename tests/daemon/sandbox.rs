@@ -218,6 +218,35 @@ fn no_thread_can_reach_the_network_or_other_sockets() {
     expect(&[], &["vq0", "runner0"], ring, Killed);
 }
 
+/// What a guest writes is read by the threads of queues, so these have less than others with
+/// a ring; and nobody has what only the start of the program or nobody needs.
+#[test]
+fn a_thread_cannot_do_what_another_one_is_for() {
+    let call = |number, arguments: [i64; 2]| {
+        let [first, second] = arguments.map(Number);
+        (number, [first, second, NOTHING, NOTHING, NOTHING, NOTHING])
+    };
+    let thread = i64::from(libc::CLONE_THREAD | libc::CLONE_VM | libc::CLONE_SIGHAND);
+    let clone = call(libc::SYS_clone, [thread, 0]);
+    let share = call(libc::SYS_ioctl, [-1, libc::FICLONERANGE as i64]);
+    let allocate = call(libc::SYS_fallocate, [-1, 0]);
+    let cut = call(libc::SYS_ftruncate, [-1, 0]);
+    for of_others in [clone, share, allocate, cut] {
+        expect(&[], &["vq0"], of_others, Killed);
+    }
+    expect(&[], &["md"], share, Killed);
+    expect(&[], &["md"], call(libc::SYS_shutdown, [-1, 0]), Killed);
+    // To have signals sent to another process.
+    let owner = call(libc::SYS_fcntl, [0, i64::from(libc::F_SETOWN)]);
+    let lock = call(libc::SYS_flock, [0, i64::from(libc::LOCK_EX)]);
+    for of_nobody in [owner, lock] {
+        expect(&[], &[FIRST, "messages"], of_nobody, Killed);
+    }
+    // What is allowed comes to the kernel.
+    let no_descriptor = Returned(-i64::from(libc::EBADF));
+    expect(&[], &["runner0", "md"], allocate, no_descriptor);
+}
+
 #[test]
 fn no_memory_can_be_made_executable() {
     let access = i64::from(libc::PROT_READ | libc::PROT_EXEC);

@@ -2,8 +2,8 @@
 //!
 //! A thread starts with all filters of the one that starts it, and what any of them
 //! refuses is refused. So the lists below contain each other as threads start each
-//! other: the start of the program everything, the main thread what the thread of
-//! messages needs, that one what queues need. The thread that makes the disk larger is
+//! other: the start of the program everything, the main thread what runners and the thread
+//! of messages need, that one what queues need. The thread that makes the disk larger is
 //! started by the start of the program, so that no other may do what it may.
 //!
 //! What is called most is allowed whatever its arguments are: the kernel then lets it
@@ -47,11 +47,9 @@ const ALWAYS: &[i64] = &[
     libc::SYS_getpid,
     libc::SYS_getrandom,
     libc::SYS_gettid,
-    libc::SYS_gettimeofday,
     libc::SYS_madvise,
     libc::SYS_mremap,
     libc::SYS_munmap,
-    libc::SYS_nanosleep,
     libc::SYS_ppoll,
     libc::SYS_read,
     libc::SYS_restart_syscall,
@@ -74,31 +72,31 @@ const LOOK: &[i64] = &[
     libc::SYS_statx,
 ];
 
-/// To read and write the image; and for the moment when the guest's memory vanishes, to
-/// hang up on the front-end or to end as that moment would without a handler.
+/// To read and write the image.
 const TRANSFER: &[i64] = &[
-    libc::SYS_eventfd2,
-    libc::SYS_fallocate,
     libc::SYS_fdatasync,
-    libc::SYS_fsync,
-    libc::SYS_ftruncate,
     libc::SYS_io_uring_enter,
     libc::SYS_lseek,
     libc::SYS_pread64,
     libc::SYS_preadv,
     libc::SYS_preadv2,
     libc::SYS_pwrite64,
-    libc::SYS_pwritev,
     libc::SYS_pwritev2,
-    libc::SYS_rt_sigaction,
-    libc::SYS_shutdown,
 ];
+
+/// To take space for the image and to give it back.
+const SPACE: &[i64] = &[libc::SYS_fallocate, libc::SYS_ftruncate];
+
+/// For the moment when the guest's memory vanishes: to hang up on the front-end, or to end as
+/// that moment would without a handler.
+const GUEST_MEMORY: &[i64] = &[libc::SYS_rt_sigaction, libc::SYS_shutdown];
 
 /// To name the opening of the image, and to see what name it has.
 const OPENING: &[i64] = &[libc::SYS_fgetxattr, libc::SYS_fsetxattr];
 
 /// To talk to a front-end, to map its memory, and to start a queue.
 const MESSAGES: &[i64] = &[
+    libc::SYS_eventfd2,
     libc::SYS_getsockopt,
     libc::SYS_io_uring_setup,
     libc::SYS_memfd_create,
@@ -116,7 +114,6 @@ const MAIN: &[i64] = &[
     libc::SYS_epoll_create1,
     libc::SYS_epoll_ctl,
     libc::SYS_epoll_pwait,
-    libc::SYS_fcntl,
     libc::SYS_unlinkat,
 ];
 
@@ -127,7 +124,6 @@ const CARETAKER: &[i64] = &[
     libc::SYS_capset,
     libc::SYS_fchown,
     libc::SYS_fdatasync,
-    libc::SYS_fremovexattr,
     libc::SYS_fsync,
     libc::SYS_landlock_restrict_self,
     libc::SYS_lseek,
@@ -142,20 +138,14 @@ const START: &[i64] = &[
     libc::SYS_capget,
     libc::SYS_capset,
     libc::SYS_connect,
-    libc::SYS_faccessat,
     libc::SYS_fchmod,
     libc::SYS_fchmodat,
-    libc::SYS_fchown,
     libc::SYS_fchownat,
-    libc::SYS_flock,
-    libc::SYS_fremovexattr,
     libc::SYS_getcwd,
     libc::SYS_getdents64,
     libc::SYS_getegid,
     libc::SYS_geteuid,
-    libc::SYS_getgid,
     libc::SYS_getsockname,
-    libc::SYS_getuid,
     libc::SYS_io_uring_register,
     libc::SYS_landlock_add_rule,
     libc::SYS_landlock_create_ruleset,
@@ -166,12 +156,9 @@ const START: &[i64] = &[
     libc::SYS_openat,
     libc::SYS_prctl,
     libc::SYS_prlimit64,
-    libc::SYS_set_tid_address,
     libc::SYS_setsockopt,
     libc::SYS_socket,
     libc::SYS_socketpair,
-    libc::SYS_statfs,
-    libc::SYS_uname,
 ];
 
 /// To become another user. The C library makes every thread do it, with a signal.
@@ -185,12 +172,10 @@ const RUN_AS: &[i64] = &[
 /// What older architectures have besides.
 #[cfg(target_arch = "x86_64")]
 mod legacy {
-    pub const ALWAYS: &[i64] = &[libc::SYS_poll];
-    pub const LOOK: &[i64] = &[libc::SYS_stat, libc::SYS_lstat];
     pub const MESSAGES: &[i64] = &[libc::SYS_readlink];
     pub const MAIN: &[i64] = &[libc::SYS_epoll_wait, libc::SYS_unlink];
     pub const CARETAKER: &[i64] = &[libc::SYS_renameat];
-    pub const START: &[i64] = &[libc::SYS_access, libc::SYS_arch_prctl, libc::SYS_open];
+    pub const START: &[i64] = &[libc::SYS_open];
 }
 #[cfg(not(target_arch = "x86_64"))]
 mod legacy {
@@ -198,8 +183,6 @@ mod legacy {
     pub const CARETAKER: &[i64] = &[libc::SYS_renameat];
     #[cfg(not(target_arch = "aarch64"))]
     pub const CARETAKER: &[i64] = &[];
-    pub const ALWAYS: &[i64] = &[];
-    pub const LOOK: &[i64] = &[];
     pub const MESSAGES: &[i64] = &[];
     pub const MAIN: &[i64] = &[];
     pub const START: &[i64] = &[];
@@ -221,7 +204,6 @@ impl Allowed {
     fn always() -> Self {
         let new = Self(BTreeMap::new())
             .calls(ALWAYS)
-            .calls(legacy::ALWAYS)
             // Nothing that can be executed.
             .masked(libc::SYS_mmap, 2, libc::PROT_EXEC as u64, 0)
             .masked(libc::SYS_mprotect, 2, libc::PROT_EXEC as u64, 0)
@@ -249,43 +231,55 @@ impl Allowed {
     }
 
     fn watch() -> Self {
-        Self::always().calls(LOOK).calls(legacy::LOOK)
+        Self::always().calls(LOOK)
+    }
+
+    /// Those of every thread with a ring.
+    fn transfers() -> Self {
+        Self::watch()
+            .calls(TRANSFER)
+            .opens_again()
+            .registers(&[REGISTER_FILES_UPDATE])
     }
 
     fn metadata() -> Self {
-        Self::watch()
-            .calls(TRANSFER)
-            .calls(OPENING)
-            .clones()
-            .opens_again()
-            .registers(&[REGISTER_FILES_UPDATE])
+        Self::transfers().calls(SPACE).calls(OPENING)
     }
 
-    /// Those of runners and queues.
-    fn worker() -> Self {
-        Self::watch()
-            .calls(TRANSFER)
+    fn queue() -> Self {
+        Self::transfers().calls(GUEST_MEMORY)
+    }
+
+    /// It tells clones that are over by events.
+    fn runner() -> Self {
+        Self::queue()
+            .calls(SPACE)
+            .calls(&[libc::SYS_eventfd2])
             .clones()
-            .opens_again()
-            .registers(&[REGISTER_FILES_UPDATE])
             .starts_threads()
     }
 
     fn messages() -> Self {
-        Self::worker()
+        Self::queue()
+            .calls(SPACE)
             .calls(OPENING)
             .calls(MESSAGES)
             .calls(legacy::MESSAGES)
             .registers(&[REGISTER_FILES, REGISTER_RESTRICTIONS, REGISTER_ENABLE_RINGS])
             .ioctl(libc::FIONREAD)
-            .ioctl(libc::FIONBIO)
+            .starts_threads()
     }
 
     fn main() -> Self {
         let domain = libc::AF_UNIX as u64;
         let main = Self::messages().calls(MAIN).calls(legacy::MAIN);
-        main.equal(libc::SYS_socketpair, 0, domain)
+        // Clones are for runners, which start again when nobody takes over.
+        main.clones()
+            .equal(libc::SYS_socketpair, 0, domain)
+            .equal(libc::SYS_fcntl, 1, libc::F_OFD_GETLK as u64)
+            .equal(libc::SYS_fcntl, 1, libc::F_OFD_SETLK as u64)
             .registers(&[REGISTER_PROBE])
+            .ioctl(libc::FIONBIO)
     }
 
     fn caretaker() -> Self {
@@ -312,7 +306,8 @@ impl Allowed {
             Role::Log | Role::Deadline | Role::Sync => Self::always(),
             Role::Watch => Self::watch(),
             Role::Metadata => Self::metadata(),
-            Role::Runner | Role::Queue => Self::worker(),
+            Role::Runner => Self::runner(),
+            Role::Queue => Self::queue(),
             Role::Messages => Self::messages(),
             Role::Caretaker => Self::caretaker(),
             Role::Clone => Self::clone_thread(),
@@ -484,14 +479,20 @@ mod tests {
     #[test]
     fn who_starts_a_thread_may_do_what_the_thread_may() {
         let (start, main, messages) = (Allowed::start(), Allowed::main(), Allowed::messages());
-        let (worker, clone) = (Allowed::worker(), Allowed::clone_thread());
-        let caretaker = Allowed::caretaker();
+        let (queue, runner) = (Allowed::queue(), Allowed::runner());
+        let [metadata, clone, caretaker] = [
+            Allowed::metadata(),
+            Allowed::clone_thread(),
+            Allowed::caretaker(),
+        ];
         let pairs = [
             (&start, &main),
-            (&main, &messages),
-            (&messages, &worker),
-            (&worker, &clone),
             (&start, &caretaker),
+            (&main, &metadata),
+            (&main, &runner),
+            (&main, &messages),
+            (&messages, &queue),
+            (&runner, &clone),
         ];
         for (starts, started) in pairs {
             for (call, rules) in &started.0 {
