@@ -2,8 +2,9 @@
 //!
 //! When an allocation fails, Rust ends the process; so does its library when a new
 //! thread finds no memory for its signal stack. Where a front-end can make the process
-//! need more (another queue, another part of the guest's memory), room is looked for
-//! first, and what would take the last of it is refused: an error of that connection.
+//! need more (another queue, another part of the guest's memory), or somebody who asks for
+//! metrics or for anything else, room is looked for first, and what would take the last of
+//! it is refused: an error of that connection.
 //!
 //! It bounds the address space and the committed memory, as `RLIMIT_AS` and strict
 //! accounting do. What a control group limits shows only when memory is touched.

@@ -17,7 +17,9 @@ mod suite;
 
 use std::{
     env, fs,
-    os::unix::fs::chown,
+    io::{Read, Write},
+    net::Shutdown,
+    os::unix::{fs::chown, net::UnixStream},
     path::{Path, PathBuf},
     process::Command,
     sync::{Mutex, MutexGuard, PoisonError, mpsc},
@@ -70,7 +72,7 @@ impl Bed {
         let bytes = vec![0x5a_u8; 1 << 20];
         let mut file = fs::File::create(&raw).unwrap();
         for _ in 0..disk_mib() {
-            std::io::Write::write_all(&mut file, &bytes).unwrap();
+            file.write_all(&bytes).unwrap();
         }
         drop(file);
         let image = bed.image();
@@ -433,6 +435,14 @@ fn limit(rig: &Rig, what: &str) {
     assert!(status.success());
 }
 
+/// Of the daemon, in bytes.
+fn address_space(rig: &Rig) -> u64 {
+    let status = fs::read_to_string(format!("/proc/{}/status", rig.backend.pid())).unwrap();
+    let line = status.lines().find(|line| line.starts_with("VmSize:"));
+    let kib = line.and_then(|line| line.split_ascii_whitespace().nth(1));
+    kib.unwrap().parse::<u64>().unwrap() << 10
+}
+
 /// How long a front-end waits for an answer or the end.
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -457,11 +467,7 @@ fn queues_that_start(rig: &Rig) -> Option<usize> {
 #[test]
 fn memory_that_the_host_does_not_give_ends_the_connection_and_not_the_process() {
     let rig = Rig::start(&["--aio", "io_uring"]);
-    let pid = rig.backend.pid();
-    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
-    let line = status.lines().find(|line| line.starts_with("VmSize:"));
-    let kib = line.and_then(|line| line.split_ascii_whitespace().nth(1));
-    let size = kib.unwrap().parse::<u64>().unwrap() << 10;
+    let size = address_space(&rig);
     // Of the soft limit only, which can be raised again.
     for mib in [1, 8, 24, 70, 90, 100, 120, 160] {
         limit(&rig, &format!("--as={}:", size + (mib << 20)));
@@ -472,6 +478,66 @@ fn memory_that_the_host_does_not_give_ends_the_connection_and_not_the_process() 
     let mut guest = rig.guest();
     assert!(guest.start(0, 0));
     guest.run(0, 0, &read_of_a_page(0));
+    drop(guest);
+    rig.backend.stop();
+}
+
+/// What clients of the control socket and of the metrics may have at most, at the same time:
+/// they have all connected and asked before any is listened to.
+fn crowd(rig: &Rig) {
+    const CLIENTS: usize = 16;
+    let folder = rig.backend.socket().parent().unwrap();
+    let connect = |name| UnixStream::connect(folder.join(name)).unwrap();
+    let ask = |name, words: &[u8]| {
+        let mut client = connect(name);
+        client.set_read_timeout(Some(PATIENCE)).unwrap();
+        // It may hang up at once.
+        let _ = client.write_all(words);
+        client
+    };
+    let queries = [
+        "{\"execute\":\"qmp_capabilities\"}".to_owned(),
+        "{\"execute\":\"query-engine\"}".repeat(50),
+        format!("{{\"execute\":\"{}\"}}", "x".repeat(60 << 10)),
+    ];
+    let queries = queries.concat();
+    let scrape = b"GET /metrics HTTP/1.0\r\n\r\n";
+    let clients: Vec<_> = (0..CLIENTS)
+        .flat_map(|_| [ask("control", queries.as_bytes()), ask("metrics", scrape)])
+        .collect();
+    for mut client in clients {
+        // Whatever it is, and if it is nothing.
+        let _ = client.shutdown(Shutdown::Write);
+        let _ = client.read_to_end(&mut Vec::new());
+    }
+}
+
+#[test]
+fn clients_for_whom_there_is_no_memory_do_not_end_the_process() {
+    let bed = Bed::make();
+    let options = ["control", "metrics"].map(|name| {
+        let path = bed.folder.path().join(name);
+        let kind = if name == "metrics" { "unix:" } else { "" };
+        format!("--{name}={kind}{}", path.display())
+    });
+    let (image, socket) = (bed.image(), bed.socket());
+    let backend = Backend::start(&image, &socket, &options);
+    let rig = bed.with(backend);
+    // Without queues, whose threads have memory in reserve that others can use as well.
+    let size = address_space(&rig);
+    for mib in [0, 1, 4, 20] {
+        limit(&rig, &format!("--as={}:", size + (mib << 20)));
+        crowd(&rig);
+    }
+    limit(&rig, "--as=unlimited:");
+    let mut guest = rig.guest();
+    assert!(guest.start(0, 0));
+    guest.run(0, 0, &read_of_a_page(0));
+    let mut client = UnixStream::connect(rig.backend.socket().with_file_name("metrics")).unwrap();
+    client.write_all(b"GET /metrics HTTP/1.0\r\n\r\n").unwrap();
+    let mut page = String::new();
+    client.read_to_string(&mut page).unwrap();
+    assert!(page.starts_with("HTTP/1.1 200 "), "{page}");
     drop(guest);
     rig.backend.stop();
 }

@@ -9,6 +9,7 @@ use event_manager::{Error, EventOps, Events};
 use super::client::{Client, Stay};
 use super::page::{Names, page};
 use crate::control::subject::Subject;
+use crate::headroom;
 
 /// Most clients at a time.
 const MAX_CLIENTS: usize = 16;
@@ -71,7 +72,13 @@ impl Server {
             return Ok(());
         };
         let client = &mut self.clients[at];
-        let stay = client.serve(&|format| page(&self.names, subject, format));
+        let stay = match headroom::check() {
+            Ok(()) => client.serve(&|format| page(&self.names, subject, format)),
+            Err(error) => {
+                log::error!("a client for metrics cannot be served: {error}");
+                Stay::Goes
+            }
+        };
         let stays = stay == Stay::Stays && ops.modify(client.events(self.data)).is_ok();
         if !stays && let Some(client) = self.clients.remove(at) {
             ops.remove(Events::empty(&client))?;

@@ -14,6 +14,7 @@ use super::commands::Wish;
 use super::event::Event;
 use super::message::Failure;
 use crate::control::subject::Subject;
+use crate::headroom;
 use crate::peer::Peer;
 
 /// Most clients at a time. What each can make the process hold is bounded, too.
@@ -98,7 +99,10 @@ impl Monitor {
         ops: &mut EventOps,
     ) -> Result<Option<(ClientId, Wish)>, Error> {
         let is_it = |client: &Client| client.as_raw_fd() == fd;
-        let serve = |client: &mut Client| client.serve(subject);
+        let serve = |client: &mut Client| match has_memory() {
+            true => client.serve(subject),
+            false => (Stay::Goes, Wish::Nothing),
+        };
         self.with(is_it, serve, ops)
     }
 
@@ -145,10 +149,15 @@ impl Monitor {
     /// See [`Self::admit`].
     pub fn tell(&mut self, event: &Event, ops: &mut EventOps) -> Result<(), Error> {
         let line = event.line();
+        let has_memory = self.clients.is_empty() || has_memory();
         // From the last one on: it takes the place of one that goes.
         for at in (0..self.clients.len()).rev() {
-            let stay = self.clients[at].tell(&line);
-            if stay == Stay::Goes {
+            let client = &mut self.clients[at];
+            let stay = match has_memory {
+                true => client.tell(&line),
+                false => Stay::Goes,
+            };
+            if has_memory && stay == Stay::Goes {
                 log::warn!("a control client is hung up on: it does not read");
             }
             self.go_on(at, stay, ops)?;
@@ -181,6 +190,16 @@ impl Monitor {
         }
         Ok(())
     }
+}
+
+/// Whether there is some for what a client may want, which is said if not: the client has to
+/// go then, and not the process.
+fn has_memory() -> bool {
+    let checked = headroom::check();
+    if let Err(error) = &checked {
+        log::error!("a control client cannot be served: {error}");
+    }
+    checked.is_ok()
 }
 
 /// The one that is missed least of those that have been [`IDLE`], if any has to make room for
