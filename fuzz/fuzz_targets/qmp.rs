@@ -25,7 +25,10 @@ const COMMANDS: &[&str] = &[
     "block_set_io_throttle",
     "block-latency-histogram-set",
     "block_resize",
+    "block-set-write-threshold",
+    "flush",
     "grow",
+    "snapshot-list",
     "throttle",
     "quit",
     "no-such",
@@ -133,7 +136,7 @@ fn answers(session: &mut Session, bytes: &[u8], pieces: &[u8]) -> Vec<(Value, Wi
         while let Some((line, wish)) = session.answer_next(&mut piece, &Disk) {
             assert_eq!(session.awaits_answer(), wish.is_answered_later());
             let line = match wish {
-                Wish::Resize(_) | Wish::Grow(_) => {
+                wish if wish.is_answered_later() => {
                     assert!(wish != Wish::Resize(Sector(0)) && line.is_empty());
                     // Nothing is taken before that.
                     let waits = piece;

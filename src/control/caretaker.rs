@@ -17,13 +17,15 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, SyncSender, channel, sync_channel};
 use std::time::{Duration, Instant};
 
+use serde_json::Value;
 use thiserror::Error;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
+use super::question::{Answerer, Ending, Question};
 use super::sandbox::KeepTo;
 use super::{Error as StartError, with_causes};
 use crate::format::Sector;
-use crate::image::{Bundle, ImageError};
+use crate::image::{self, Bundle, ImageError};
 use crate::ploop::{Engine, EngineError, Outcome};
 use crate::served::{self, CallOff, GrowError};
 use crate::storage::{FileWatch, HostDisk};
@@ -72,6 +74,7 @@ enum Job {
     /// Look at these from now on, and at no others.
     Watch(FileWatch),
     Grow(Order),
+    ListSnapshots(Answerer),
 }
 
 struct Order {
@@ -81,16 +84,6 @@ struct Order {
     size: Sector,
     call_off: Arc<CallOff>,
     tell: SyncSender<Result<Sector, GrowError>>,
-}
-
-/// Tells of the end of a job when it is dropped.
-struct Ending(Arc<EventFd>);
-
-impl Drop for Ending {
-    fn drop(&mut self) {
-        // It can only fail when the descriptor is readable anyway.
-        let _ = self.0.write(1);
-    }
 }
 
 impl Caretaker {
@@ -130,6 +123,20 @@ impl Caretaker {
         }
     }
 
+    /// Has the snapshots of the disk looked up. Returns at once.
+    ///
+    /// # Errors
+    /// In words: the disk is only read, or there are no more descriptors.
+    pub fn list_snapshots(&self) -> Result<Question, String> {
+        if !self.can_grow {
+            return Err("a process that only reads a disk does not know its snapshots".to_owned());
+        }
+        let (question, answerer) = Question::new().map_err(|error| error.to_string())?;
+        // If the thread has ended, the question says so.
+        let _ = self.jobs.send(Job::ListSnapshots(answerer));
+        Ok(question)
+    }
+
     /// Has the disk of this engine made larger. Returns at once.
     ///
     /// # Errors
@@ -164,6 +171,14 @@ impl Caretaker {
     }
 }
 
+/// As `ploop-img snapshot list --output json` shows them.
+fn list_snapshots(bundle: Option<&mut Bundle>) -> Result<Value, String> {
+    let bundle = bundle.ok_or("the disk is a bare image, which has no snapshots")?;
+    let list = bundle.refresh().and_then(|()| image::list_of(bundle));
+    let list = list.map_err(|error| with_causes(&error))?;
+    serde_json::to_value(list).map_err(|error| error.to_string())
+}
+
 fn start(role: Role, bundle: Option<Bundle>, keeps: KeepTo) -> Result<Sender<Job>, StartError> {
     let (jobs, take) = channel();
     let (tell, told) = sync_channel(1);
@@ -194,6 +209,7 @@ fn work(jobs: &Receiver<Job>, mut bundle: Option<Bundle>) {
         match job {
             Ok(Job::Watch(files)) => rounds = Rounds::of(files),
             Ok(Job::Grow(order)) => order.carry_out(bundle.as_mut(), &mut rounds),
+            Ok(Job::ListSnapshots(answerer)) => answerer.answer(list_snapshots(bundle.as_mut())),
             Err(RecvTimeoutError::Timeout) => {}
             Err(RecvTimeoutError::Disconnected) => return,
         }

@@ -29,6 +29,7 @@ use super::Doors;
 use super::caretaker::{Growth, GrowthError};
 use super::deadline;
 use super::metrics::{Names, Server};
+use super::question::Question;
 use super::qmp::{ClientId, Event, Failure, Monitor, Wish};
 use super::served::Served;
 use super::signals::Signals;
@@ -70,6 +71,7 @@ mod event {
     pub const GROWN: u32 = 10;
     pub const METRICS: u32 = 11;
     pub const SCRAPER: u32 = 12;
+    pub const ANSWER: u32 = 13;
 }
 
 /// Where the disk is asked and told of: its clients stay when one loop follows another.
@@ -153,6 +155,7 @@ pub(super) fn run(
         successor: None,
         sync: None,
         growing: None,
+        questions: Vec::new(),
         outcome: None,
     });
     let mut waited = Ok(0);
@@ -177,6 +180,7 @@ pub(super) fn run(
     if let (Ok(_), Some(Ok(Outcome::TakeOver)), Some(successor)) =
         (&waited, &main_loop.outcome, successor)
     {
+        main_loop.refuse_questions("Another process is about to take over; ask that one");
         let waiting = main_loop.waiting.into_iter();
         let carried = Carried {
             connection: main_loop.connection,
@@ -273,6 +277,8 @@ struct MainLoop<'a> {
     sync: Option<ImageSync>,
     /// Nobody takes over meanwhile.
     growing: Option<Growing>,
+    /// What clients wait for besides.
+    questions: Vec<(ClientId, Question)>,
     /// Of the loop, when it is to end.
     outcome: Option<Result<Outcome, event_manager::Error>>,
 }
@@ -296,6 +302,7 @@ impl MainLoop<'_> {
             event::NOTICE => self.pass_on_notices(ops),
             event::SYNCED => self.hear_of_sync(ops),
             event::GROWN => self.hear_of_growth(ops),
+            event::ANSWER => self.pass_on_answer(events.fd(), ops),
             _ => Ok(()),
         }
     }
@@ -319,6 +326,7 @@ impl MainLoop<'_> {
         if let Some(connection) = self.connection.take() {
             connection.stop(Parked::FailSoon);
         }
+        self.refuse_questions("The program is about to end");
         if let Some(Growing { growth, asker }) = self.growing.take() {
             let answer = asker.answer(growth.end());
             self.desk.monitor.answer_last(asker.client, answer);
@@ -386,6 +394,8 @@ impl MainLoop<'_> {
                 self.begin_end();
                 Ok(())
             }
+            Wish::Flush => self.ask(self.served.flush(), client, ops),
+            Wish::ListSnapshots => self.ask(self.served.list_snapshots(), client, ops),
             Wish::Resize(_) | Wish::Grow(_) => match self.begin_growth(wish, client, ops)? {
                 Ok(()) => Ok(()),
                 Err(why) => {
@@ -393,6 +403,49 @@ impl MainLoop<'_> {
                     self.desk.monitor.answer(client, refusal, ops)
                 }
             },
+        }
+    }
+
+    /// Waits for the answer to what a client wants to know, unless it cannot be asked.
+    fn ask(
+        &mut self,
+        question: Result<Question, String>,
+        client: ClientId,
+        ops: &mut EventOps,
+    ) -> Result<(), event_manager::Error> {
+        match question {
+            Ok(question) => {
+                ops.add(answer_events(&question))?;
+                self.questions.push((client, question));
+                Ok(())
+            }
+            Err(why) => {
+                let refusal = Err(Failure::generic(why));
+                self.desk.monitor.answer(client, refusal, ops)
+            }
+        }
+    }
+
+    fn pass_on_answer(
+        &mut self,
+        fd: RawFd,
+        ops: &mut EventOps,
+    ) -> Result<(), event_manager::Error> {
+        let is_it = |(_, question): &(ClientId, Question)| question.as_raw_fd() == fd;
+        let Some(at) = self.questions.iter().position(is_it) else {
+            return Ok(());
+        };
+        let (client, question) = self.questions.swap_remove(at);
+        ops.remove(answer_events(&question))?;
+        let answer = question.answer().map_err(Failure::generic);
+        self.desk.monitor.answer(client, answer, ops)
+    }
+
+    /// Nobody waits for the answers any more.
+    fn refuse_questions(&mut self, why: &str) {
+        for (client, _) in self.questions.drain(..) {
+            let refusal = Err(Failure::generic(why));
+            self.desk.monitor.answer_last(client, refusal);
         }
     }
 
@@ -419,7 +472,7 @@ impl MainLoop<'_> {
         let (size, is_told_size) = match wish {
             Wish::Resize(size) => (size, false),
             Wish::Grow(by) => (Sector(old_size.0.saturating_add(by.0)), true),
-            Wish::Nothing | Wish::Quit => return Ok(Ok(())),
+            Wish::Nothing | Wish::Quit | Wish::Flush | Wish::ListSnapshots => return Ok(Ok(())),
         };
         match self.served.grow(size) {
             Ok(growth) => {
@@ -824,6 +877,10 @@ fn successor_events(successor: &Successor) -> Events {
 
 fn synced_events(sync: &ImageSync) -> Events {
     Events::with_data(&*sync.is_over, event::SYNCED, EventSet::IN)
+}
+
+fn answer_events(question: &Question) -> Events {
+    Events::with_data(question, event::ANSWER, EventSet::IN)
 }
 
 fn grown_events(growth: &Growth) -> Events {

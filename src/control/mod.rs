@@ -14,6 +14,7 @@ mod main_loop;
 mod metrics;
 mod place;
 pub mod qmp;
+mod question;
 mod sandbox;
 mod served;
 mod signals;

@@ -9,8 +9,11 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use serde_json::json;
+
 use super::caretaker::{Caretaker, Growth, GrowthError};
 use super::place::file_id;
+use super::question::Question;
 use super::subject::{Level, Subject};
 use super::{Args, Error, Sandbox};
 use crate::device::{
@@ -23,6 +26,7 @@ use crate::notices::Notices;
 use crate::ploop::{self, Chain, Engine, EngineError, EngineReport, Running, WriteThreshold};
 use crate::storage::lock::{ImageLock, LockError};
 use crate::storage::{HostDisk, HostFile, KnownFile};
+use crate::threads::{self, Role};
 
 /// How long one that has ended may still have I/O under way.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -265,6 +269,40 @@ impl Served {
             Some(caretaker) => caretaker.grow(Arc::clone(self.running.engine()), size),
             None => Err(GrowthError::Gone),
         }
+    }
+
+    /// Has the snapshots of the disk looked up. Returns at once.
+    ///
+    /// # Errors
+    /// In words.
+    pub fn list_snapshots(&self) -> Result<Question, String> {
+        match &self.caretaker {
+            Some(caretaker) => caretaker.list_snapshots(),
+            None => Err(GrowthError::Gone.words()),
+        }
+    }
+
+    /// Has all that was written until now put into the files, the mapping included. Returns
+    /// at once.
+    ///
+    /// # Errors
+    /// In words: there can be no more threads or descriptors.
+    pub fn flush(&self) -> Result<Question, String> {
+        let begin = || {
+            let (question, answerer) = Question::new()?;
+            let engine = Arc::clone(self.running.engine());
+            threads::start(Role::Sync, "sync", move || {
+                let settled = engine.settle();
+                // Who hears of the end may close the image.
+                drop(engine);
+                answerer.answer(match settled {
+                    Ok(()) => Ok(json!({})),
+                    Err(error) => Err(format!("the disk cannot be flushed: {error}")),
+                });
+            })?;
+            Ok(question)
+        };
+        begin().map_err(|error: io::Error| error.to_string())
     }
 
     /// Closes the image for somebody who opens it at once. Nobody is served any more.

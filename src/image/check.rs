@@ -5,6 +5,8 @@ mod sizes;
 
 use std::ops::Range;
 use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::Duration;
 
 use serde::Serialize;
 
@@ -143,6 +145,72 @@ pub fn check(
         bundle::check_bundle(image, repair, &mut whole)?;
     }
     Ok(whole.sum(levels))
+}
+
+/// Checks the disk at `path`, which a process serves to a guest that may be writing: as far as
+/// it can be known. `mode` is what of it is looked at.
+///
+/// The mark of the top says that it is in use, and that is right. Space that it does not use
+/// is given out at any moment, and files of the bundle may be in the making, so neither is
+/// looked for. And since nobody waits while the BAT is read, a cluster that went from one
+/// place to another meanwhile can be seen in both: what is wrong is so at each look.
+///
+/// # Errors
+/// As [`check`].
+pub fn check_served(path: &Path, mode: OpenMode) -> Result<CheckReport> {
+    let mode = mode.force_share(true).to_check();
+    let mut looks = 1;
+    loop {
+        let report = look_at_served(path, mode)?;
+        if report.corruptions == 0 || looks == LOOKS {
+            return Ok(report);
+        }
+        looks += 1;
+        thread::sleep(PAUSE);
+    }
+}
+
+/// How often something has to be wrong in a disk that is being served.
+const LOOKS: u32 = 5;
+
+/// The pause between two looks.
+const PAUSE: Duration = Duration::from_millis(50);
+
+fn look_at_served(path: &Path, mode: OpenMode) -> Result<CheckReport> {
+    let mut whole = CheckReport::new(path);
+    let image = open(path, mode)?;
+    let is_top = image.bundle.is_none() || image.is_top();
+    let mut levels = Vec::new();
+    if image.is_top() {
+        levels = bundle::check_branches(&image, None, mode)?;
+    }
+    let top = image.files.len().saturating_sub(1);
+    for (index, (level, file)) in image.chain.levels.iter().zip(&image.files).enumerate() {
+        levels.push(match level {
+            Level::Ploop if index == top && is_top => check_served_top(file)?,
+            _ => check_level(*level, file, None)?,
+        });
+    }
+    sizes::check_sizes(&image, None, &mut whole)?;
+    if image.is_top() {
+        bundle::check_served_bundle(image, &mut whole)?;
+    }
+    if is_top {
+        let text = "the disk is being served, so space that it does not use is not looked for";
+        whole.messages.push(text.to_owned());
+    }
+    Ok(whole.sum(levels))
+}
+
+fn check_served_top(file: &HostFile) -> Result<CheckReport> {
+    let delta = Delta::load_for_repair(image_of(file)?)?;
+    let mut findings = examine(&delta)?;
+    findings.leaks.clear();
+    let mut report = findings.report(&delta);
+    report.corruptions -= report.unclosed;
+    report.unclosed = 0;
+    report.messages.retain(|message| message != UNCLOSED);
+    Ok(report)
 }
 
 fn check_level(level: Level, file: &HostFile, repair: Option<Repair>) -> Result<CheckReport> {
@@ -367,6 +435,9 @@ fn whole_blocks(geometry: &Geometry, cluster: HostCluster) -> Range<u64> {
     start.next_multiple_of(BLOCK)..end / BLOCK * BLOCK
 }
 
+/// Also what the mark of an image says that is in use.
+const UNCLOSED: &str = "the image was not closed cleanly";
+
 impl Findings {
     /// Whether entries and format extension are right.
     pub fn is_sound(&self) -> bool {
@@ -381,7 +452,7 @@ impl Findings {
         report.allocated_clusters = u64::from(self.scan.mapped);
         report.fragmented_clusters = fragmented(geometry, delta.bat());
         if matches!(delta.header().in_use, InUse::Open | InUse::OpenByOthers) {
-            report.corruption("the image was not closed cleanly");
+            report.corruption(UNCLOSED);
             report.unclosed = 1;
         }
         if delta.header().first_block_is_wrong() {

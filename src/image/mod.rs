@@ -34,7 +34,7 @@ mod tests;
 mod version;
 
 pub use bundle::{Bundle, Location, NewDescriptor};
-pub use check::{CheckReport, Repair, check};
+pub use check::{CheckReport, Repair, check, check_served};
 pub use compact::compact;
 pub use compare::{CompareError, Comparison, Difference, Side, compare};
 pub use convert::{Conversion, Destination, Origin};
@@ -49,6 +49,7 @@ pub use measure::{Measure, measure_copy, measure_new};
 pub use open::{Access, OpenImage, OpenMode, bundle_around, open};
 pub use progress::Progress;
 pub use resize::{NewSize, Shrink, require_nothing_hidden, resize, size_after};
+pub(crate) use snapshot::list_of;
 pub use snapshot::{
     SnapshotInfo, create_snapshot, delete_snapshot, find_snapshot, list_snapshots, merge_snapshots,
     switch_snapshot,

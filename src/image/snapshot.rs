@@ -16,6 +16,7 @@ use std::path::{Path, PathBuf};
 
 pub use create::create_snapshot;
 pub use delete::delete_snapshot;
+pub(crate) use list::list_of;
 pub use list::{SnapshotInfo, find_snapshot, list_snapshots};
 pub use merge::merge_snapshots;
 pub use switch::switch_snapshot;

@@ -10,6 +10,7 @@ mod front_end;
 mod grow;
 mod huge;
 mod log;
+mod looked_at;
 mod metrics;
 mod nonsense;
 mod options;

@@ -89,6 +89,9 @@ Examples:
     /// Looks at every image file of a disk. Exits with 0 if it is clean, 1 if it
     /// could not be checked, 2 if something is wrong, 3 if only space is wasted;
     /// after a repair, with what is left.
+    ///
+    /// A disk that is being served is checked as well, if the process that serves it can be
+    /// found, but for space that is wasted; it cannot be repaired.
     #[command(after_help = "\
 Examples:
   ploop-img check vm1
@@ -100,6 +103,9 @@ Examples:
         /// What to repair
         #[arg(short, long, value_name = "WHAT", value_enum)]
         repair: Option<Repair>,
+        /// The socket of the --control of the process that serves the disk, if one does
+        #[arg(long, value_name = "PATH")]
+        control: Option<PathBuf>,
         /// Print nothing but errors: the exit code tells
         #[arg(short, long)]
         quiet: bool,
@@ -203,8 +209,11 @@ Examples:
     ///
     /// With --since, only what has changed since a snapshot that the disk lies on, to the
     /// cluster: what was written or discarded, even if it reads the same again, and what is
-    /// behind the end that the disk had then. A disk that a guest writes to has to be asked
-    /// about a snapshot of it (--snapshot), as its newest changes are not in the image yet.
+    /// behind the end that the disk had then.
+    ///
+    /// A disk that is being served is shown as it is when the command begins, if the process
+    /// that serves it can be found: what was written until then is flushed first. What the
+    /// guest changes meanwhile may be shown, or not.
     #[command(after_help = "\
 Examples:
   ploop-img map vm1
@@ -216,6 +225,9 @@ Examples:
         /// Only what has changed since this snapshot
         #[arg(long, value_name = "GUID")]
         since: Option<Guid>,
+        /// The socket of the --control of the process that serves the disk, if one does
+        #[arg(long, value_name = "PATH")]
+        control: Option<PathBuf>,
         #[command(flatten)]
         format: OutputFormat,
     },

@@ -90,6 +90,7 @@ fn run(command: Command) -> Result<ExitCode, ImageError> {
         Command::Check {
             disk,
             repair,
+            control,
             quiet,
             source_cache: _,
             format,
@@ -99,7 +100,16 @@ fn run(command: Command) -> Result<ExitCode, ImageError> {
             // Only a repair may take long; a check ends at once when it is asked to.
             let report = match repair {
                 Some(_) => image::check(&disk.path, repair, mode, &Bar::new(false, quiet))?,
-                None => image::check(&disk.path, repair, mode, &())?,
+                None => match image::check(&disk.path, repair, mode, &()) {
+                    Err(locked @ ImageError::Locked { .. }) => {
+                        let check = || image::check_served(&disk.path, mode);
+                        match served::read(&disk.path, control.as_deref(), check) {
+                            Ok(report) => report,
+                            Err(refusal) => return refused(refusal, locked),
+                        }
+                    }
+                    report => report?,
+                },
             };
             if !quiet {
                 show::check(&report, format.output);
@@ -157,11 +167,25 @@ fn run(command: Command) -> Result<ExitCode, ImageError> {
         Command::Map {
             disk,
             since,
+            control,
             format,
-        } => show::map(format.output, |each| match since {
-            Some(then) => image::map_since(&disk.path, read_mode(&disk), then, each),
-            None => image::map(&disk.path, read_mode(&disk), each),
-        })?,
+        } => {
+            let map = |mode| {
+                show::map(format.output, |each| match since {
+                    Some(then) => image::map_since(&disk.path, mode, then, each),
+                    None => image::map(&disk.path, mode, each),
+                })
+            };
+            match map(read_mode(&disk)) {
+                Err(locked @ ImageError::Locked { .. }) => {
+                    let map = || map(mode_for(disk.snapshot, true));
+                    if let Err(refusal) = served::read(&disk.path, control.as_deref(), map) {
+                        return refused(refusal, locked);
+                    }
+                }
+                shown => shown?,
+            }
+        }
         Command::Convert(convert) => match convert.format_version {
             Some(version) => image::change_version(&convert.source, version)?,
             None => {
@@ -185,9 +209,7 @@ fn run(command: Command) -> Result<ExitCode, ImageError> {
                 Err(locked @ ImageError::Locked { .. }) => {
                     match served::resize(&path, size, shrink, control.as_deref()) {
                         Ok(size) => size,
-                        Err(Refusal::Unserved) => return Err(locked),
-                        Err(Refusal::Image(error)) => return Err(error),
-                        Err(Refusal::Said) => return Ok(ExitCode::FAILURE),
+                        Err(refusal) => return refused(refusal, locked),
                     }
                 }
                 resized => resized?,
@@ -249,6 +271,15 @@ fn run(command: Command) -> Result<ExitCode, ImageError> {
         }
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// How a command ends that the process that serves a disk was not asked for, or has refused.
+fn refused(refusal: Refusal, locked: ImageError) -> Result<ExitCode, ImageError> {
+    match refusal {
+        Refusal::Unserved => Err(locked),
+        Refusal::Image(error) => Err(error),
+        Refusal::Said => Ok(ExitCode::FAILURE),
+    }
 }
 
 /// Says why something was not done, if it was not.

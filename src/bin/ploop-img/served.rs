@@ -89,6 +89,39 @@ impl From<ImageError> for Refusal {
     }
 }
 
+/// Has the process that serves the disk at `path` put all into the files that was written
+/// until now: who listens at `control`, or is found by the image. Then `read` can be done
+/// without locks.
+pub fn read<T>(
+    path: &Path,
+    control: Option<&Path>,
+    read: impl FnOnce() -> Result<T, ImageError>,
+) -> Result<T, Refusal> {
+    let said = |error: &dyn Display| {
+        notes::say(format_args!("{}: {error}", path.display()));
+        Refusal::Said
+    };
+    let mut server = match connect(path, control, Purpose::Look) {
+        Ok(server) => server.asker,
+        Err(_) if control.is_none() => return Err(Refusal::Unserved),
+        Err(why) => {
+            notes::say(why);
+            return Err(Refusal::Said);
+        }
+    };
+    match server.ask_patiently("flush", json!({})) {
+        Ok(_) => {}
+        // It is of an older version.
+        Err(AskError::Unknown(_)) => notes::say(format_args!(
+            "{}: the process that serves it cannot be asked to flush it, so what was written \
+             in the last moments may be missing",
+            path.display()
+        )),
+        Err(error) => return Err(said(&error)),
+    }
+    Ok(read()?)
+}
+
 /// What [`image::resize`] does, for a disk that is being served: by who listens at `control`,
 /// or is found by the image. Gives back the size then.
 pub fn resize(

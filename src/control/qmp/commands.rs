@@ -27,13 +27,17 @@ pub enum Wish {
     /// It is to become larger by so much, or a little more than it is when the wish is
     /// granted. Likewise; the answer says how large it is then.
     Grow(Sector),
+    /// What was written is to be in the files of the disk, the mapping included. Likewise.
+    Flush,
+    /// Which snapshots there are. Likewise.
+    ListSnapshots,
 }
 
 impl Wish {
     /// Whether whoever grants it answers the command.
     #[must_use]
     pub fn is_answered_later(self) -> bool {
-        matches!(self, Self::Resize(_) | Self::Grow(_))
+        !matches!(self, Self::Nothing | Self::Quit)
     }
 }
 
@@ -50,6 +54,7 @@ const COMMANDS: &[(&str, Run)] = &[
     ("block-set-write-threshold", set_write_threshold),
     ("block_resize", resize),
     ("block_set_io_throttle", set_io_throttle),
+    ("flush", flush),
     ("grow", grow),
     ("query-block", query_block),
     ("query-block-jobs", no_jobs),
@@ -62,6 +67,7 @@ const COMMANDS: &[(&str, Run)] = &[
     ("query-status", query_status),
     ("query-version", query_version),
     ("quit", quit),
+    ("snapshot-list", list_snapshots),
     ("throttle", throttle),
 ];
 
@@ -305,6 +311,18 @@ fn grow(mut arguments: Arguments, context: &mut Context<'_>) -> Answer {
     let by = arguments.required_count("by")?;
     arguments.end()?;
     context.wish = Wish::Grow(sectors(by)?);
+    Ok(json!({}))
+}
+
+fn flush(arguments: Arguments, context: &mut Context<'_>) -> Answer {
+    arguments.end()?;
+    context.wish = Wish::Flush;
+    Ok(json!({}))
+}
+
+fn list_snapshots(arguments: Arguments, context: &mut Context<'_>) -> Answer {
+    arguments.end()?;
+    context.wish = Wish::ListSnapshots;
     Ok(json!({}))
 }
 

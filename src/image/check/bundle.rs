@@ -69,13 +69,29 @@ pub(super) fn check_bundle(
     repair: Option<Repair>,
     report: &mut CheckReport,
 ) -> Result<()> {
-    check_disk_size(&mut image, repair, report)?;
+    check_descriptor(&mut image, repair, report)?;
+    match &image.bundle {
+        Some(bundle) => check_strays(bundle, repair, report),
+        None => Ok(()),
+    }
+}
+
+/// The same while it is served, when files may be there that are about to belong to it.
+pub(super) fn check_served_bundle(mut image: OpenImage, report: &mut CheckReport) -> Result<()> {
+    check_descriptor(&mut image, None, report)
+}
+
+fn check_descriptor(
+    image: &mut OpenImage,
+    repair: Option<Repair>,
+    report: &mut CheckReport,
+) -> Result<()> {
+    check_disk_size(image, repair, report)?;
     if let Some(bundle) = &image.bundle {
         for shot in bundle.descriptor().shots().iter().filter(|s| s.merging) {
             let text = "is left of a deletion that was cut off";
             report.leak(1, format!("snapshot {} {text}", shot.guid));
         }
-        check_strays(bundle, repair, report)?;
     }
     Ok(())
 }

@@ -44,11 +44,16 @@ pub struct SnapshotInfo {
 /// # Errors
 /// A bare image, a bundle or notes that are not valid, or any I/O error.
 pub fn list_snapshots(path: &Path) -> Result<Vec<SnapshotInfo>> {
-    let Location::Bundle(bundle) = Location::of(path)? else {
-        return Err(not_a_bundle(path));
-    };
+    match Location::of(path)? {
+        Location::Bundle(bundle) => list_of(&bundle),
+        Location::Bare(_) => Err(not_a_bundle(path)),
+    }
+}
+
+/// The same of a bundle that is open, as its descriptor was last read.
+pub(crate) fn list_of(bundle: &Bundle) -> Result<Vec<SnapshotInfo>> {
     let descriptor = bundle.descriptor();
-    let notes = notes::load(&bundle)?;
+    let notes = notes::load(bundle)?;
     let is_base = |shot: &&Shot| shot.parent.is_none();
     let mut list = Vec::new();
     // Depth first, without recursion: a chain may be long.
@@ -59,7 +64,7 @@ pub fn list_snapshots(path: &Path) -> Result<Vec<SnapshotInfo>> {
         .map(|shot| (0, shot.guid))
         .collect();
     while let Some((depth, guid)) = open.pop() {
-        list.extend(describe(&bundle, &notes, guid, depth)?);
+        list.extend(describe(bundle, &notes, guid, depth)?);
         let children = descriptor.children(guid).map(|shot| (depth + 1, shot.guid));
         let mut children: Vec<_> = children.collect();
         // The last is taken first.
