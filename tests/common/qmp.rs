@@ -69,6 +69,14 @@ impl Qmp {
             .unwrap();
     }
 
+    /// What is answered to an object that has no name for it.
+    pub fn answer_to(&mut self, object: &Value) -> Value {
+        self.socket
+            .write_all(object.to_string().as_bytes())
+            .unwrap();
+        self.hear().expect("an answer")
+    }
+
     /// What is answered next, which is to be to this command.
     #[track_caller]
     pub fn end(&mut self, command: &str) -> Value {

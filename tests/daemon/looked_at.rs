@@ -49,7 +49,11 @@ fn discard(front_end: &mut FrontEnd, cluster: u64) {
 fn with_bundle() -> Host {
     let mut host = Host::new();
     host.rig.image = create(host.rig.folder.path(), "bundle", &[]);
-    ploop_img_command().args(["snapshot", "create"]).arg(&host.rig.image).status().unwrap();
+    ploop_img_command()
+        .args(["snapshot", "create"])
+        .arg(&host.rig.image)
+        .status()
+        .unwrap();
     host
 }
 
@@ -67,7 +71,9 @@ fn a_running_disk_is_mapped_and_checked_as_it_is() {
     let present = |map: &Value| -> Vec<u64> {
         let entries = map.as_array().unwrap().iter();
         let present = entries.filter(|entry| entry["present"] == true && entry["depth"] == 0);
-        present.map(|it| it["start"].as_u64().unwrap() >> 20).collect()
+        present
+            .map(|it| it["start"].as_u64().unwrap() >> 20)
+            .collect()
     };
     // Host clusters are given out in turn, so two that follow each other are one.
     assert_eq!(present(&shown), [3, 9], "{shown}");
@@ -76,14 +82,22 @@ fn a_running_disk_is_mapped_and_checked_as_it_is() {
     assert!(shown_check.contains("is being served"), "{shown_check}");
     let as_json: Value =
         serde_json::from_str(&ploop_img(&host, &["check", "--output=json"]).ok()).unwrap();
-    assert_eq!((&as_json["corruptions"], &as_json["leaks"]), (&json!(0), &json!(0)));
+    assert_eq!(
+        (&as_json["corruptions"], &as_json["leaks"]),
+        (&json!(0), &json!(0))
+    );
     assert_eq!(as_json["levels"].as_array().unwrap().len(), 2, "{as_json}");
     // A repair would change what the process has in memory.
     let said = ploop_img(&host, &["check", "--repair=all"]).fails();
     assert!(said.contains("stop it first"), "{said}");
     let listed = ploop_img(&host, &["snapshot", "list", "--output=json"]).ok();
     let control = Path::new(&host.runtime).join(
-        fs::read_dir(&host.runtime).unwrap().next().unwrap().unwrap().file_name(),
+        fs::read_dir(&host.runtime)
+            .unwrap()
+            .next()
+            .unwrap()
+            .unwrap()
+            .file_name(),
     );
     let mut qmp = Qmp::connect(&control.join("control"));
     let listed: Value = serde_json::from_str(&listed).unwrap();
@@ -92,7 +106,9 @@ fn a_running_disk_is_mapped_and_checked_as_it_is() {
     let plain = |list: &Value| -> Vec<Value> {
         let names = ["guid", "parent", "current", "depth", "date"];
         let nodes = list.as_array().unwrap().iter();
-        nodes.map(|node| names.iter().map(|name| node[*name].clone()).collect()).collect()
+        nodes
+            .map(|node| names.iter().map(|name| node[*name].clone()).collect())
+            .collect()
     };
     assert_eq!(plain(&told), plain(&listed));
     assert_eq!(plain(&told).len(), 2);

@@ -9,6 +9,7 @@ mod footprint;
 mod front_end;
 mod grow;
 mod huge;
+mod like_qemu;
 mod log;
 mod looked_at;
 mod metrics;

@@ -49,15 +49,11 @@ impl Arguments {
 
     /// A number that is not negative, and may be as large as 64 bits can say.
     pub fn required_size(&mut self, name: &str) -> Result<u64, Failure> {
-        let number = self.take(name, "integer", |value| {
+        match self.0.remove(name) {
             // What is larger is read as a fraction.
-            value.is_number().then(|| value.as_u64())
-        });
-        match number? {
-            Some(Some(number)) => Ok(number),
-            Some(None) => Err(Failure::generic(format!(
-                "Parameter '{name}' expects uint64"
-            ))),
+            Some(value) => value
+                .as_u64()
+                .ok_or_else(|| Failure::generic(format!("Parameter '{name}' expects uint64"))),
             None => Err(missing(name)),
         }
     }

@@ -318,7 +318,7 @@ fn a_write_threshold_is_of_a_file_that_grows() {
         (
             "disk",
             json!("1"),
-            "Invalid parameter type for 'write-threshold', expected: integer",
+            "Parameter 'write-threshold' expects uint64",
         ),
     ] {
         assert_eq!(set(node, bytes), (Some(why.to_owned()), 4097));

@@ -1,0 +1,313 @@
+//! qemu-storage-daemon and this program are asked the same, and their answers have the same
+//! members of the same types: what is different is listed here, with the reason. Errors have
+//! the same class and the same words.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Stdio};
+
+use serde_json::{Value, json};
+use virtio_bindings::virtio_blk::VIRTIO_BLK_T_OUT;
+
+use crate::common::qmp::Qmp;
+use crate::common::{require_tool, tool};
+use crate::control::{control, serve};
+use crate::front_end::*;
+use crate::{OK, Rig, start_front_end, wait_for};
+
+/// Who has something that the other one lacks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Only {
+    Ours,
+    /// Of QEMU.
+    Theirs,
+    /// And of a QEMU that is newer than some that are in use.
+    NewQemuToo,
+}
+
+/// A question, where in its answer, who has it, and why.
+type Difference = (&'static str, &'static str, Only, &'static str);
+
+const DIFFERENCES: &[Difference] = &[
+    (
+        "node",
+        ".image.cluster-size",
+        Only::Ours,
+        "QEMU's driver for the format does not say it of an open image, others' do",
+    ),
+    (
+        "node",
+        ".image.dirty-flag",
+        Only::Ours,
+        "QEMU says it of other formats; here it is whether the image is marked as in use",
+    ),
+    (
+        "node",
+        ".active",
+        Only::NewQemuToo,
+        "QEMU has it since version 10.0",
+    ),
+    (
+        "statistics",
+        ".parent",
+        Only::Theirs,
+        "what is below a format is no node of its own here",
+    ),
+    (
+        "statistics",
+        ".stats.zone_append_",
+        Only::NewQemuToo,
+        "QEMU has it since version 8.1",
+    ),
+    (
+        "statistics",
+        "_zone_append_operations",
+        Only::NewQemuToo,
+        "QEMU has it since version 8.1",
+    ),
+];
+
+/// What is wrong, and is answered with the same words.
+fn mistakes() -> Vec<Value> {
+    let run =
+        |command: &str, arguments: Value| json!({ "execute": command, "arguments": arguments });
+    let threshold = "block-set-write-threshold";
+    let too_large: Value = serde_json::from_str("18446744073709551616").unwrap();
+    vec![
+        run("no-such", json!({})),
+        run("query-jobs", json!({ "z": 1 })),
+        run("query-named-block-nodes", json!({ "flat": 1 })),
+        run("qmp_capabilities", json!({})),
+        run("block_resize", json!({ "node-name": "disk" })),
+        run("block_resize", json!({ "node-name": "x", "size": 1 << 20 })),
+        run("block_resize", json!({ "device": "x", "size": 1 << 20 })),
+        run("block_resize", json!({ "size": 1 << 20 })),
+        run("block_resize", json!({ "node-name": "disk", "size": -1 })),
+        run("block_resize", json!({ "node-name": "disk", "size": "1" })),
+        run("block_resize", json!({ "node-name": 5, "size": 1 })),
+        run(threshold, json!({ "node-name": "x", "write-threshold": 1 })),
+        run(threshold, json!({ "node-name": "disk" })),
+        run(threshold, json!({ "write-threshold": 1 })),
+        run(
+            threshold,
+            json!({ "node-name": "disk", "write-threshold": too_large }),
+        ),
+        run(
+            threshold,
+            json!({ "node-name": "disk", "write-threshold": "1" }),
+        ),
+        json!({ "execute": "query-jobs", "z": 1 }),
+        json!({ "execute": 5 }),
+        json!({ "arguments": {} }),
+        json!({ "execute": "query-jobs", "arguments": 5 }),
+    ]
+}
+
+/// Where there is what, as `.name` of objects and `[]` of lists.
+type Shape = BTreeMap<String, &'static str>;
+
+fn shape_of(value: &Value) -> Shape {
+    fn add(value: &Value, path: &str, shape: &mut Shape) {
+        let kind = match value {
+            Value::Object(members) => {
+                for (name, value) in members {
+                    add(value, &format!("{path}.{name}"), shape);
+                }
+                "object"
+            }
+            Value::Array(values) => {
+                for value in values {
+                    add(value, &format!("{path}[]"), shape);
+                }
+                "array"
+            }
+            Value::String(_) => "string",
+            Value::Number(_) => "number",
+            Value::Bool(_) => "boolean",
+            Value::Null => "null",
+        };
+        shape.insert(path.to_owned(), kind);
+    }
+    let mut shape = Shape::new();
+    add(value, "", &mut shape);
+    shape
+}
+
+/// The two are of the same shape, but for what is listed.
+#[track_caller]
+fn compare(question: &str, theirs: &Value, ours: &Value) {
+    let shapes = [shape_of(theirs), shape_of(ours)];
+    let listed = |path: &str| {
+        let of_question = DIFFERENCES.iter().filter(|(of, ..)| *of == question);
+        of_question
+            .filter(|(_, place, ..)| path.contains(place))
+            .map(|(_, _, only, _)| *only)
+            .next()
+    };
+    let [their_shape, our_shape] = &shapes;
+    for (path, kind) in their_shape {
+        match (our_shape.get(path), listed(path)) {
+            (None, Some(Only::Theirs)) => {}
+            (Some(our_kind), None | Some(Only::NewQemuToo)) if our_kind == kind => {}
+            (found, listed) => panic!(
+                "{question}: QEMU has {path}, a {kind}; here it is {found:?}, and {listed:?} is \
+                 listed\ntheirs: {theirs}\nours: {ours}"
+            ),
+        }
+    }
+    for path in our_shape
+        .keys()
+        .filter(|path| !their_shape.contains_key(*path))
+    {
+        let is_listed = matches!(listed(path), Some(Only::Ours | Only::NewQemuToo));
+        assert!(
+            is_listed,
+            "{question}: only here is {path}\ntheirs: {theirs}\nours: {ours}"
+        );
+    }
+    // What is the same by now is to be struck off.
+    for (_, place, only, _) in DIFFERENCES.iter().filter(|(of, ..)| *of == question) {
+        let has = shapes
+            .each_ref()
+            .map(|it| it.keys().any(|path| path.contains(place)));
+        let expected = match only {
+            Only::Theirs => has == [true, false],
+            Only::Ours => has == [false, true],
+            Only::NewQemuToo => has[1],
+        };
+        assert!(expected, "{question}: {place} is listed as {only:?}");
+    }
+}
+
+/// It serves an image of the format `parallels`, which is ours, as the node `disk`.
+struct Peer {
+    child: Child,
+    monitor: PathBuf,
+    nbd: PathBuf,
+}
+
+impl Peer {
+    fn start(folder: &Path) -> Self {
+        let image = folder.join("theirs.hds");
+        crate::ploop_img(["create", image.to_str().unwrap(), "64M"]).ok();
+        let monitor = folder.join("monitor");
+        let child = tool("qemu-storage-daemon")
+            .arg("--blockdev")
+            .arg(format!(
+                "driver=file,filename={},node-name=file",
+                image.display()
+            ))
+            .args([
+                "--blockdev",
+                "driver=parallels,file=file,node-name=disk",
+                "--chardev",
+            ])
+            .arg(format!(
+                "socket,path={},server=on,wait=off,id=m",
+                monitor.display()
+            ))
+            .args(["--monitor", "chardev=m"])
+            .stdin(Stdio::null())
+            .spawn()
+            .unwrap();
+        wait_for("its monitor", || monitor.exists());
+        let nbd = folder.join("nbd");
+        Self {
+            child,
+            monitor,
+            nbd,
+        }
+    }
+
+    /// Writes to the start of the disk.
+    fn write(&self, qmp: &mut Qmp) {
+        let addr = json!({ "type": "unix", "data": { "path": self.nbd.to_str().unwrap() } });
+        qmp.ask("nbd-server-start", json!({ "addr": addr }));
+        let export = json!({ "type": "nbd", "id": "e", "node-name": "disk", "writable": true });
+        qmp.ask("block-export-add", export);
+        let address = format!("nbd+unix:///disk?socket={}", self.nbd.display());
+        let written = tool("qemu-io")
+            .args(["-f", "raw", "-c", "write 0 1M", &address])
+            .output();
+        let written = written.unwrap();
+        assert!(written.status.success(), "{written:?}");
+    }
+}
+
+impl Drop for Peer {
+    fn drop(&mut self) {
+        // It has been told to end, unless the test has failed.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn disk_of(nodes: &Value) -> Value {
+    let mut nodes = nodes.as_array().unwrap().iter();
+    nodes
+        .find(|node| node["node-name"] == "disk")
+        .expect("there is the disk")
+        .clone()
+}
+
+#[test]
+fn answers_are_those_of_qemu_storage_daemon_but_for_what_is_listed() {
+    if !require_tool("qemu-storage-daemon") || !require_tool("qemu-io") {
+        return;
+    }
+    let rig = Rig::new();
+    let peer = Peer::start(rig.folder.path());
+    let backend = serve(&rig, &[]);
+    let (mut them, mut us) = (Qmp::connect(&peer.monitor), Qmp::connect(&control(&rig)));
+    for command in [
+        "query-version",
+        "query-commands",
+        "query-jobs",
+        "query-block-jobs",
+    ] {
+        compare(
+            command,
+            &them.ask(command, json!({})),
+            &us.ask(command, json!({})),
+        );
+    }
+    let nodes = "query-named-block-nodes";
+    for arguments in [json!({}), json!({ "flat": true }), json!({ "flat": false })] {
+        let theirs = disk_of(&them.ask(nodes, arguments.clone()));
+        compare("node", &theirs, &disk_of(&us.ask(nodes, arguments)));
+    }
+    // It has no device that has a name, so it has nothing to say of one.
+    let theirs = disk_of(&them.ask(nodes, json!({})));
+    compare(
+        "node",
+        &theirs,
+        &us.ask("query-block", json!({}))[0]["inserted"],
+    );
+    let of_nodes = json!({ "query-nodes": true });
+    let theirs = disk_of(&them.ask("query-blockstats", of_nodes.clone()));
+    compare(
+        "statistics",
+        &theirs,
+        &us.ask("query-blockstats", of_nodes)[0],
+    );
+    for mistake in mistakes() {
+        let [theirs, ours] = [&mut them, &mut us].map(|qmp| qmp.answer_to(&mistake));
+        assert!(theirs["error"].is_object(), "{theirs}");
+        assert_eq!(theirs, ours, "{mistake}");
+    }
+    let threshold = "block-set-write-threshold";
+    let arguments = |node: &str| json!({ "node-name": node, "write-threshold": 4096 });
+    // There the file below the format is a node of its own.
+    let set = them.ask(threshold, arguments("file"));
+    compare(threshold, &set, &us.ask(threshold, arguments("disk")));
+    peer.write(&mut them);
+    let mut front_end = start_front_end(backend.socket());
+    front_end.fill(DATA, &[7; 512]);
+    let data = [readable(DATA, 512)];
+    assert_eq!(front_end.rings[0].run(VIRTIO_BLK_T_OUT, 0, &data).0, OK);
+    let event = "BLOCK_WRITE_THRESHOLD";
+    compare(event, &them.event(event), &us.event(event));
+    drop(front_end);
+    assert_eq!(them.ask("quit", json!({})), us.ask("quit", json!({})));
+    backend.ends();
+}
