@@ -25,6 +25,8 @@ pub enum Role {
     Watch,
     /// The same, and makes the disk larger.
     Caretaker,
+    /// Makes rings for others.
+    Rings,
     /// Writes the image's metadata.
     Metadata,
     /// Makes new mappings.
@@ -41,11 +43,12 @@ pub enum Role {
 
 impl Role {
     /// Each of them once.
-    pub const ALL: [Self; 10] = [
+    pub const ALL: [Self; 11] = [
         Self::Log,
         Self::Deadline,
         Self::Watch,
         Self::Caretaker,
+        Self::Rings,
         Self::Metadata,
         Self::Runner,
         Self::Sync,

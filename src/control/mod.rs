@@ -51,8 +51,8 @@ use crate::device::{ConnectionError, LimitsError, LogicalBlockError, QueuesError
 use crate::format::Sector;
 use crate::image::{self, Access, ImageError, OpenMode};
 use crate::ploop::{EngineError, OpenError};
-use crate::storage::ease_limits;
 use crate::storage::lock::LockError;
+use crate::storage::{Aio, ease_limits, start_maker};
 use main_loop::{Carried, Desk, Left};
 use metrics::Names;
 use served::Image;
@@ -160,6 +160,7 @@ fn begin(mut image: Image, args: &Args, cpus: usize, sandbox: &Sandbox) -> Resul
     sandbox.become_user()?;
     image.start_caretaker(args, sandbox)?;
     sandbox.confine(image.files(), &folders, args.gives_sockets_away())?;
+    start_ring_maker(args)?;
     let terms = args
         .can_be_upgraded()
         .then(|| Terms::of(args, image.files()));
@@ -188,6 +189,14 @@ fn begin(mut image: Image, args: &Args, cpus: usize, sandbox: &Sandbox) -> Resul
             drop(image);
             closed.and(Err(error))
         }
+    }
+}
+
+/// To be called before the right to make rings is given up.
+fn start_ring_maker(args: &Args) -> Result<(), Error> {
+    match args.host_options().aio {
+        Aio::Psync => Ok(()),
+        Aio::Auto | Aio::IoUring => start_maker().map_err(Error::Setup),
     }
 }
 

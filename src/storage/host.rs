@@ -12,6 +12,7 @@ mod file;
 mod job;
 mod pieces;
 mod psync;
+mod rings;
 #[cfg(test)]
 mod tests;
 mod uring;
@@ -28,10 +29,12 @@ use rustix::io::Errno;
 use self::file::{Description, SharedFile};
 use self::pieces::{Pieces, Pool};
 use self::psync::Psync;
-use self::uring::{Generation, Uring};
+use self::rings::Generation;
+use self::uring::Uring;
 use super::{AlignedBuf, Buffer, Completion, Disk, FileId, Io, Op, Segments, filesystem};
 use crate::notices::Notices;
 
+pub use self::rings::start_maker;
 pub use self::watch::FileWatch;
 
 /// One of the files of a disk, as the caller opened it. Its locks stay with the
@@ -174,7 +177,7 @@ impl HostDisk {
 fn choose_way(files: &[Arc<SharedFile>], aio: Aio) -> io::Result<Way> {
     match aio {
         Aio::Psync => Ok(Way::Plain),
-        Aio::IoUring => uring::try_out().map(|()| Way::Ring).map_err(explain),
+        Aio::IoUring => rings::try_out().map(|()| Way::Ring).map_err(explain),
         Aio::Auto => {
             if files
                 .iter()
@@ -183,7 +186,7 @@ fn choose_way(files: &[Arc<SharedFile>], aio: Aio) -> io::Result<Way> {
                 log::debug!("using plain system calls: the files are in memory");
                 return Ok(Way::Plain);
             }
-            match uring::try_out().map_err(explain) {
+            match rings::try_out().map_err(explain) {
                 Ok(()) => {
                     log::debug!("using io_uring");
                     Ok(Way::RingIfPossible)

@@ -22,7 +22,9 @@ use std::os::fd::RawFd;
 
 use rustix::io::Errno;
 
-pub use host::{Aio, Cache, FileWatch, HostDisk, HostFile, HostIo, HostOptions, KnownFile};
+pub use host::{
+    Aio, Cache, FileWatch, HostDisk, HostFile, HostIo, HostOptions, KnownFile, start_maker,
+};
 pub use limits::ease_limits;
 pub use segments::{AlignedBuf, Buffer, Segment, Segments};
 pub use shared::SharedWords;

@@ -614,7 +614,7 @@ fn threads_have_names() {
     expect_service(&mut front_end);
     let tasks = tasks(backend.pid());
     for name in [
-        "vq0", "vq3", "runner0", "runner2", "md", "messages", "watch",
+        "vq0", "vq3", "runner0", "runner2", "md", "messages", "watch", "rings",
     ] {
         assert!(tasks.iter().any(|task| task == name), "{name}: {tasks:?}");
     }

@@ -3,8 +3,8 @@
 //! A thread starts with all filters of the one that starts it, and what any of them
 //! refuses is refused. So the lists below contain each other as threads start each
 //! other: the start of the program everything, the main thread what runners and the thread
-//! of messages need, that one what queues need. The thread that makes the disk larger is
-//! started by the start of the program, so that no other may do what it may.
+//! of messages need, that one what queues need. The threads that make the disk larger, and
+//! rings, are started by the start of the program, so that no other may do what they may.
 //!
 //! What is called most is allowed whatever its arguments are: the kernel then lets it
 //! pass without running a filter.
@@ -98,7 +98,6 @@ const OPENING: &[i64] = &[libc::SYS_fgetxattr, libc::SYS_fsetxattr];
 const MESSAGES: &[i64] = &[
     libc::SYS_eventfd2,
     libc::SYS_getsockopt,
-    libc::SYS_io_uring_setup,
     libc::SYS_memfd_create,
     libc::SYS_readlinkat,
     libc::SYS_recvfrom,
@@ -146,7 +145,6 @@ const START: &[i64] = &[
     libc::SYS_getegid,
     libc::SYS_geteuid,
     libc::SYS_getsockname,
-    libc::SYS_io_uring_register,
     libc::SYS_landlock_add_rule,
     libc::SYS_landlock_create_ruleset,
     libc::SYS_landlock_restrict_self,
@@ -265,7 +263,6 @@ impl Allowed {
             .calls(OPENING)
             .calls(MESSAGES)
             .calls(legacy::MESSAGES)
-            .registers(&[REGISTER_FILES, REGISTER_RESTRICTIONS, REGISTER_ENABLE_RINGS])
             .ioctl(libc::FIONREAD)
             .starts_threads()
     }
@@ -278,7 +275,6 @@ impl Allowed {
             .equal(libc::SYS_socketpair, 0, domain)
             .equal(libc::SYS_fcntl, 1, libc::F_OFD_GETLK as u64)
             .equal(libc::SYS_fcntl, 1, libc::F_OFD_SETLK as u64)
-            .registers(&[REGISTER_PROBE])
             .ioctl(libc::FIONBIO)
     }
 
@@ -294,6 +290,7 @@ impl Allowed {
 
     fn start() -> Self {
         Self::main()
+            .makes_rings()
             .calls(CARETAKER)
             .calls(legacy::CARETAKER)
             .calls(START)
@@ -305,6 +302,7 @@ impl Allowed {
         match role {
             Role::Log | Role::Deadline | Role::Sync => Self::always(),
             Role::Watch => Self::watch(),
+            Role::Rings => Self::always().makes_rings(),
             Role::Metadata => Self::metadata(),
             Role::Runner => Self::runner(),
             Role::Queue => Self::queue(),
@@ -346,6 +344,16 @@ impl Allowed {
         what.iter().fold(self, |allowed, &what| {
             allowed.equal(libc::SYS_io_uring_register, 1, what)
         })
+    }
+
+    /// Of which this filter sees no more than that they are made.
+    fn makes_rings(self) -> Self {
+        self.calls(&[libc::SYS_io_uring_setup]).registers(&[
+            REGISTER_FILES,
+            REGISTER_PROBE,
+            REGISTER_RESTRICTIONS,
+            REGISTER_ENABLE_RINGS,
+        ])
     }
 
     fn ioctl(self, request: libc::Ioctl) -> Self {
@@ -480,7 +488,8 @@ mod tests {
     fn who_starts_a_thread_may_do_what_the_thread_may() {
         let (start, main, messages) = (Allowed::start(), Allowed::main(), Allowed::messages());
         let (queue, runner) = (Allowed::queue(), Allowed::runner());
-        let [metadata, clone, caretaker] = [
+        let [rings, metadata, clone, caretaker] = [
+            Allowed::of(Role::Rings),
             Allowed::metadata(),
             Allowed::clone_thread(),
             Allowed::caretaker(),
@@ -488,6 +497,7 @@ mod tests {
         let pairs = [
             (&start, &main),
             (&start, &caretaker),
+            (&start, &rings),
             (&main, &metadata),
             (&main, &runner),
             (&main, &messages),

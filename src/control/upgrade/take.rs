@@ -19,7 +19,7 @@ use crate::control::bound::Bound;
 use crate::control::main_loop::{Carried, Room};
 use crate::control::served::{Image, Served};
 use crate::control::signals::Signals;
-use crate::control::{Args, Doors, Error, Sandbox, deadline, own_user};
+use crate::control::{Args, Doors, Error, Sandbox, deadline, own_user, start_ring_maker};
 use crate::device::Connection;
 use crate::parcel::{ParcelError, Reader, Writer};
 use crate::peer::Peer;
@@ -69,6 +69,7 @@ pub(in crate::control) fn take_over(
     sandbox.become_user()?;
     image.start_caretaker(args, sandbox)?;
     sandbox.confine(image.files(), &folders, false)?;
+    start_ring_maker(args)?;
     let user = own_user();
     // The start is over: to open the image is what the other process can do as well, if
     // this one fails.

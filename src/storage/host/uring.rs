@@ -10,9 +10,6 @@
 //! thread asks (`IORING_SETUP_DEFER_TASKRUN`) would need an eventfd, since work
 //! that is deferred wakes nobody who polls the ring; with that it costs as much as
 //! it saves, and a ring could not pass from one thread to another.
-//!
-//! What a ring does, the kernel does without asking the filters of system calls that
-//! a process may have. So each ring is [restricted](restrict) to what is used here.
 
 use std::collections::VecDeque;
 use std::io;
@@ -21,14 +18,14 @@ use std::sync::{Arc, Once};
 use std::thread;
 use std::time::Duration;
 
-use io_uring::register::Restriction;
-use io_uring::{EnterFlags, IoUring, Probe, opcode, squeue, types};
+use io_uring::{EnterFlags, IoUring, opcode, squeue, types};
 use rustix::io::Errno;
 
 use super::clone::{CloneRange, Cloner, Cloning};
 use super::file::Description;
 use super::job::{Job, Memory, Step, Verdict};
 use super::pieces::Pieces;
+use super::rings::{self, Generation};
 use super::{Files, errno, psync};
 use crate::storage::{Completion, Op};
 
@@ -89,85 +86,6 @@ impl std::fmt::Debug for Uring {
     }
 }
 
-/// Whether this kernel has an io_uring that can be used here.
-pub(super) fn try_out() -> io::Result<()> {
-    let (ring, _) = build(1, &Generation::ALL)?;
-    let mut probe = Probe::new();
-    ring.submitter().register_probe(&mut probe)?;
-    if OPERATIONS.iter().all(|&code| probe.is_supported(code)) {
-        Ok(())
-    } else {
-        Err(io::ErrorKind::Unsupported.into())
-    }
-}
-
-/// The operations that a ring is used for.
-const OPERATIONS: [u8; 8] = [
-    opcode::Nop::CODE,
-    opcode::Read::CODE,
-    opcode::Readv::CODE,
-    opcode::Write::CODE,
-    opcode::Writev::CODE,
-    opcode::Fallocate::CODE,
-    opcode::Fsync::CODE,
-    opcode::PollAdd::CODE,
-];
-
-/// `IORING_REGISTER_FILES_UPDATE` of io_uring_register(2), which the crate keeps to
-/// itself: the only registration after the start.
-const REGISTER_FILES_UPDATE: u8 = 6;
-
-/// What a kernel can give a ring, by how new it is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Generation {
-    /// The beginnings.
-    Plain,
-    /// Linux 5.10: it does only what was agreed on before it was enabled.
-    Restricted,
-    /// Linux 5.19: completions do not interrupt the thread.
-    Cooperative,
-}
-
-impl Generation {
-    /// Newest first.
-    pub(super) const ALL: [Self; 3] = [Self::Cooperative, Self::Restricted, Self::Plain];
-
-    fn build(self, entries: u32) -> io::Result<IoUring> {
-        let mut builder = IoUring::builder();
-        builder.setup_clamp();
-        if self == Self::Cooperative {
-            builder
-                .setup_submit_all()
-                .setup_coop_taskrun()
-                .setup_taskrun_flag();
-        }
-        if self.starts_disabled() {
-            builder.setup_r_disabled();
-        }
-        builder.build(entries)
-    }
-
-    /// Whether a ring does nothing until [`restrict`].
-    fn starts_disabled(self) -> bool {
-        self != Self::Plain
-    }
-}
-
-/// A ring of the newest of these generations that the kernel can make.
-fn build(entries: u32, generations: &[Generation]) -> io::Result<(IoUring, Generation)> {
-    let mut refused = io::ErrorKind::Unsupported.into();
-    for &generation in generations {
-        match generation.build(entries) {
-            // Without this, completions could be lost.
-            Ok(ring) if !ring.params().is_feature_nodrop() => break,
-            Ok(ring) => return Ok((ring, generation)),
-            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => refused = error,
-            Err(error) => return Err(error),
-        }
-    }
-    Err(refused)
-}
-
 impl Uring {
     /// `depth` is in operations. The ring is of the newest of `generations` that
     /// the kernel can make.
@@ -175,14 +93,10 @@ impl Uring {
         files: Files,
         pieces: Pieces,
         depth: u32,
-        generations: &[Generation],
+        generations: &'static [Generation],
     ) -> io::Result<Self> {
         let depth = depth.clamp(1, MAX_DEPTH);
-        let (ring, generation) = build(depth, generations)?;
-        register_files(&ring, &files)?;
-        if generation.starts_disabled() {
-            restrict(&ring)?;
-        }
+        let ring = rings::make(depth, descriptors(&files), generations)?;
         Ok(Self {
             ring,
             files,
@@ -496,31 +410,13 @@ fn begin_clone(cloner: &mut Option<Cloner>, range: CloneRange) -> io::Result<Arc
 ///
 /// Plain calls need nothing of the kind: a thread in the midst of one keeps all
 /// descriptors of the process open.
-fn register_files(ring: &IoUring, files: &Files) -> io::Result<()> {
+fn descriptors(files: &Files) -> Vec<RawFd> {
     let locked = files.shared.last().and_then(|top| top.writers_lock());
-    let fds: Vec<RawFd> = files
-        .open
-        .iter()
-        .map(|file| match file {
-            Some(file) => file.as_fd().as_raw_fd(),
-            None => -1,
-        })
-        .chain(locked.map(|fd| fd.as_raw_fd()))
-        .collect();
-    ring.submitter().register_files(&fds)
-}
-
-/// From now on the ring does what it is used for here, and nothing else: whoever takes
-/// this process over cannot open files or sockets by way of it. Files need not be
-/// registered ones, since a poll waits for an eventfd that comes and goes, and a sync names
-/// its description.
-fn restrict(ring: &IoUring) -> io::Result<()> {
-    let used = squeue::Flags::FIXED_FILE | squeue::Flags::ASYNC;
-    let mut allowed: Vec<_> = OPERATIONS.map(Restriction::sqe_op).into();
-    allowed.push(Restriction::register_op(REGISTER_FILES_UPDATE));
-    allowed.push(Restriction::sqe_flags_allowed(used.bits()));
-    ring.submitter().register_restrictions(&mut allowed)?;
-    ring.submitter().register_enable_rings()
+    let open = files.open.iter().map(|file| match file {
+        Some(file) => file.as_fd().as_raw_fd(),
+        None => -1,
+    });
+    open.chain(locked.map(|fd| fd.as_raw_fd())).collect()
 }
 
 fn entry_for(step: &Step, fd: types::Fixed) -> squeue::Entry {
