@@ -6,8 +6,8 @@
 //! [`storage`] (host file I/O), [`mod@format`] (bytes on disk). Beside them stand
 //! [`printable`], for what ends up on a terminal or in a log, [`quantity`], for sizes on
 //! command lines, [`threads`], which starts them, [`notices`], what somebody outside should hear of, `headroom`, which asks for memory
-//! before it is needed, `parcel`, what one process hands to another, and
-//! `peer`, who that is.
+//! before it is needed, `parcel`, what one process hands to another, `peer`, who that is, and
+//! [`usage`], for command lines that are wrong.
 //! `docs/architecture.md` says who must not know what, and `docs/durability.md`
 //! which order of writes survives a power cut.
 
@@ -28,6 +28,7 @@ pub mod quantity;
 pub mod served;
 pub mod storage;
 pub mod threads;
+pub mod usage;
 
 #[cfg(all(test, not(ploop_loom)))]
 mod sim;

@@ -4,18 +4,17 @@ use std::env;
 use std::error::Error;
 use std::process::ExitCode;
 
-use clap::Parser;
 use vhost_user_ploop::control::{self, Args, Logging, Sandbox, args};
-use vhost_user_ploop::printable::{PrintableLines, is_obeyed};
+use vhost_user_ploop::usage;
 
 fn main() -> ExitCode {
     if args::asks_for_capabilities(env::args_os()) {
         println!("{}", args::CAPABILITIES);
         return ExitCode::SUCCESS;
     }
-    let args = match Args::try_parse() {
+    let args: Args = match usage::parse() {
         Ok(args) => args,
-        Err(error) => return refuse(&error),
+        Err(code) => return code,
     };
     let sandbox = match Sandbox::begin(args.sandbox_options()) {
         Ok(sandbox) => sandbox,
@@ -41,17 +40,6 @@ fn main() -> ExitCode {
     };
     logging.finish();
     status
-}
-
-/// Says what is wrong with the command line, or the help that was asked for.
-fn refuse(error: &clap::Error) -> ExitCode {
-    let text = error.render().to_string();
-    match text.chars().any(|c| c != '\n' && is_obeyed(c)) {
-        true => eprint!("{}", PrintableLines(text)),
-        false => drop(error.print()),
-    }
-    // Clap would exit with 2; ploop-img, as qemu-img, says 1 of wrong usage.
-    ExitCode::from(u8::from(error.use_stderr()))
 }
 
 /// What went wrong, and why. Some errors name their cause in their own words:

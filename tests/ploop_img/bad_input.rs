@@ -9,6 +9,7 @@ use std::path::Path;
 use tempfile::TempDir;
 
 use super::common::img::{Ran, image_file, ploop_img, ploop_img_command};
+use super::common::terminal::Terminal;
 use super::common::{left_out, require_tool};
 
 /// Runs everything that opens an image; all of it must fail in an orderly way.
@@ -269,6 +270,18 @@ fn names_do_not_reach_a_terminal_raw() {
     }
     check(&["resize", &bare, nasty], 1);
     check(&[nasty], 1);
+    // On a terminal, too, where messages have colours of their own.
+    for name in [nasty, "b\u{1b}[31m\u{1b}]0;owned\u{7}"] {
+        let (terminal, line) = Terminal::new(100, 24);
+        let mut command = ploop_img_command();
+        let output = command.args(["info", name, name]).stderr(line).output();
+        drop(command);
+        assert_eq!(output.unwrap().status.code(), Some(1));
+        let said = terminal.end();
+        let is_bad = |c: char| !"\r\n".contains(c) && c.is_control();
+        assert!(!said.contains(is_bad), "{said:?}");
+        assert!(said.contains(r"\u{1b}]0;owned\u{7}"), "{said:?}");
+    }
 
     let disk = bundle(&folder, |text| text.replace("root.hds", nasty));
     fs::rename(disk.join("root.hds"), disk.join(nasty)).unwrap();

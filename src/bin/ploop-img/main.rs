@@ -17,13 +17,13 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
-use clap::Parser;
 use vhost_user_ploop::format::{ClusterSize, Guid};
 use vhost_user_ploop::image::{
     self, Access, CheckReport, CompareError, Conversion, Destination, ImageError, OpenMode, Origin,
     Shrink, Side,
 };
 use vhost_user_ploop::storage::ease_limits;
+use vhost_user_ploop::usage;
 
 use crate::args::{Cli, Command, Convert, Disk, Format, Letters, Output, Snapshot, Verbosity};
 use crate::progress::Bar;
@@ -34,13 +34,9 @@ const CANNOT_OPEN: u8 = 2;
 const CANNOT_READ: u8 = 4;
 
 fn main() -> ExitCode {
-    let cli = match Cli::try_parse() {
+    let cli: Cli = match usage::parse() {
         Ok(cli) => cli,
-        Err(error) => {
-            // Clap would exit with 2, which is what `check` says of corruption.
-            notes::usage(&error);
-            return ExitCode::from(u8::from(error.use_stderr()));
-        }
+        Err(code) => return code,
     };
     notes::start();
     ease_limits();
@@ -200,6 +196,7 @@ fn run(command: Command) -> Result<ExitCode, ImageError> {
             control,
             quiet,
             format: _,
+            preallocation: _,
         } => {
             let shrink = match shrink {
                 true => Shrink::Allowed,

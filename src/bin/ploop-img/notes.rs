@@ -3,21 +3,11 @@
 use std::fmt::Display;
 
 use log::{LevelFilter, Log, Metadata, Record};
-use vhost_user_ploop::printable::{Printable, PrintableLines, is_obeyed};
+use vhost_user_ploop::printable::Printable;
 
 /// A line, with the program's name in front.
 pub fn say(text: impl Display) {
     eprintln!("ploop-img: {}", Printable(text));
-}
-
-/// What is wrong with the command line, or the help that was asked for.
-pub fn usage(error: &clap::Error) {
-    let text = error.render().to_string();
-    // Names of files may be given where none are expected.
-    match text.chars().any(|c| c != '\n' && is_obeyed(c)) {
-        true => eprint!("{}", PrintableLines(text)),
-        false => drop(error.print()),
-    }
 }
 
 /// From now on, what the library does beyond what it was asked for is said.
