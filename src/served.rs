@@ -24,7 +24,7 @@ pub enum GrowError {
     #[error("the disk keeps its size")]
     Descriptor(#[source] ImageError),
     /// Something else came first; see [`CallOff`].
-    #[error("the disk keeps its size: growing was called off")]
+    #[error("the disk keeps its size: the resize was cancelled")]
     CalledOff,
 }
 
@@ -213,8 +213,7 @@ fn whole_clusters<D: Disk>(engine: &Engine<D>, wanted: Sector) -> Sector {
     // What is too large for any disk is refused later.
     if size != wanted && size <= Version::V2.disk_size_max(cluster) {
         log::info!(
-            "the size is rounded up from {} to {} bytes: whole clusters of {cluster}",
-            wanted.bytes(),
+            "the size is rounded up to {} bytes, whole clusters of {cluster}",
             size.bytes()
         );
     }

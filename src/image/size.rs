@@ -13,9 +13,8 @@ pub(super) fn whole_clusters(path: &Path, wanted: Sector, cluster: ClusterSize) 
     // What is too large for any disk is refused later.
     if size != wanted && size <= Version::V2.disk_size_max(cluster) {
         log::info!(
-            "{}: the size is rounded up from {} to {} bytes: whole clusters of {cluster}",
+            "{}: the size is rounded up to {} bytes, whole clusters of {cluster}",
             path.display(),
-            wanted.bytes(),
             size.bytes()
         );
     }
@@ -36,7 +35,7 @@ pub(super) fn refuse_new(path: &Path, error: HeaderError) -> ImageError {
 fn largest_of_all() -> String {
     let cluster = ClusterSize::MAX;
     let max = Version::V2.disk_size_max(cluster).bytes();
-    format!("the largest disk of all has {max} bytes, with clusters of {cluster}")
+    format!("the largest possible disk has {max} bytes, with clusters of {cluster}")
 }
 
 /// Why an image that is there cannot get a size.

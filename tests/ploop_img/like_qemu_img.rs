@@ -495,6 +495,7 @@ fn options_that_change_nothing_are_accepted() {
             "-W",
         ][..],
         &["-q", "-m", "8", "-S", "64k"],
+        &["-q", "-p", "-C"],
         &["-O", "ploop", "-t", "unsafe", "-o", "cluster_size=65536"],
     ] {
         let ran = convert(options);
@@ -527,6 +528,9 @@ fn options_that_change_nothing_are_accepted() {
         ploop_img(["resize", "-q", "-f", "parallels", &bare, "20M"]).ok(),
         ""
     );
+    ploop_img(["resize", "--preallocation=off", &bare, "30M"]).ok();
+    // Not wrong usage, whose code would say that they differ.
+    assert_eq!(ploop_img(["compare", "-q", "-p", &bare, &bare]).ok(), "");
 }
 
 #[test]

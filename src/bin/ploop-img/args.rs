@@ -33,8 +33,8 @@ have more, as qemu-img has.
 
 Options of qemu-img that make no difference here are accepted: -f parallels \
 everywhere (ploop and parallels are the same), -t and -T (what is made is stable on \
-disk in any case), -W and -m (there is one copy at a time), -S other than 0 (holes \
-are found in blocks of 4 KiB).
+disk in any case), -W, -C and -m (there is one copy at a time), -S other than 0 (holes \
+are found in blocks of 4 KiB), --preallocation=off. Of -q and -p, -q counts.
 
 Examples:
   ploop-img create vm1 10G                    an empty 10 GiB disk in the folder vm1
@@ -62,7 +62,7 @@ Examples:
     Create {
         /// The folder or the .hds file to make
         path: PathBuf,
-        /// Of the guest's disk; rounded up to whole clusters
+        /// The size of the guest's disk, rounded up to whole clusters
         #[arg(value_parser = parse_disk_size)]
         size: Sector,
         #[command(flatten)]
@@ -109,7 +109,7 @@ Examples:
         /// Print nothing but errors: the exit code tells
         #[arg(short, long)]
         quiet: bool,
-        /// Accepted, and makes no difference
+        /// Accepted for compatibility; has no effect
         #[arg(
             short = 'T',
             value_name = "CACHE",
@@ -153,7 +153,7 @@ Examples:
         /// Read them even if a guest writes to them
         #[arg(short = 'U', long)]
         force_share: bool,
-        /// Accepted, and makes no difference
+        /// Accepted for compatibility; has no effect
         #[arg(
             short = 'T',
             value_name = "CACHE",
@@ -178,7 +178,7 @@ Examples:
         /// A bundle, a bare or raw image, or a block device that would be copied
         #[arg(required_unless_present = "size")]
         source: Option<PathBuf>,
-        /// Of an empty disk, in place of SOURCE
+        /// The size of an empty disk, in place of SOURCE
         #[arg(short, long, value_name = "SIZE", value_parser = parse_disk_size,
             conflicts_with_all = ["source", "source_format", "snapshot", "force_share"])]
         size: Option<Sector>,
@@ -282,6 +282,9 @@ Examples:
         /// Always ploop
         #[arg(short = 'f', value_name = "FORMAT", value_enum)]
         format: Option<PloopOnly>,
+        /// Accepted for compatibility; has no effect
+        #[arg(long, value_name = "MODE", value_parser = ["off"])]
+        preallocation: Option<String>,
     },
     /// Keep, show, delete and go back to states of a disk
     ///
@@ -365,7 +368,7 @@ Examples:
         /// The lowest first
         #[arg(short, long)]
         reverse: bool,
-        /// How long each look is
+        /// Seconds between updates
         #[arg(short, long, value_name = "SECONDS", default_value = "1",
               value_parser = clap::value_parser!(u64).range(1..=LONGEST))]
         interval: u64,
@@ -525,10 +528,10 @@ pub struct Convert {
     /// Read SOURCE even if a guest writes to it; the copy may be of no use
     #[arg(short = 'U', long)]
     pub force_share: bool,
-    /// 0: allocate all of TARGET, zeros included; anything else makes no difference
+    /// 0: allocate all of TARGET, zeros included; anything else has no effect
     #[arg(short = 'S', value_name = "SIZE", value_parser = parse_bytes)]
     pub sparse_size: Option<u64>,
-    /// Accepted, and makes no difference
+    /// Accepted for compatibility; has no effect
     #[arg(
         short = 't',
         value_name = "CACHE",
@@ -536,7 +539,7 @@ pub struct Convert {
         hide_possible_values = true
     )]
     pub target_cache: Option<Cache>,
-    /// Accepted, and makes no difference
+    /// Accepted for compatibility; has no effect
     #[arg(
         short = 'T',
         value_name = "CACHE",
@@ -544,10 +547,13 @@ pub struct Convert {
         hide_possible_values = true
     )]
     pub source_cache: Option<Cache>,
-    /// Accepted, and makes no difference
+    /// Accepted for compatibility; has no effect
     #[arg(short = 'W')]
     pub out_of_order: bool,
-    /// Accepted, and makes no difference
+    /// Accepted for compatibility; has no effect
+    #[arg(short = 'C')]
+    pub copy_offloading: bool,
+    /// Accepted for compatibility; has no effect
     #[arg(short = 'm', value_name = "NUMBER", value_parser = clap::value_parser!(u8).range(1..=16))]
     pub parallel: Option<u8>,
     #[command(flatten)]
@@ -560,8 +566,8 @@ pub struct Verbosity {
     /// Show progress even where standard error is no terminal
     #[arg(short, long)]
     pub progress: bool,
-    /// Print nothing but errors, and show no progress
-    #[arg(short, long, conflicts_with = "progress")]
+    /// Print nothing but errors, and show no progress, also with -p
+    #[arg(short, long)]
     pub quiet: bool,
 }
 
@@ -668,7 +674,7 @@ pub enum Snapshot {
         /// The name, instead of a random one
         #[arg(long)]
         guid: Option<Guid>,
-        /// What it is for, in one line
+        /// What the snapshot is for, in one line
         #[arg(long, value_name = "TEXT", value_parser = parse_description)]
         description: Option<String>,
     },
@@ -686,7 +692,7 @@ pub enum Snapshot {
     Delete {
         /// A bundle's folder, or its DiskDescriptor.xml
         path: PathBuf,
-        /// Which
+        /// The snapshot to delete
         guid: Guid,
         #[command(flatten)]
         verbosity: Verbosity,
@@ -697,7 +703,7 @@ pub enum Snapshot {
     Switch {
         /// A bundle's folder, or its DiskDescriptor.xml
         path: PathBuf,
-        /// To which
+        /// The snapshot to go back to
         guid: Guid,
     },
     /// Delete all snapshots of the chain, or a range of it, in one go

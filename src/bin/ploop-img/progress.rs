@@ -75,7 +75,11 @@ impl Bar {
         Self {
             questions: answer_questions(bar.clone(), Arc::clone(&position)),
             bar,
-            line_percent: if force && !is_terminal { 5 } else { 0 },
+            line_percent: if force && !quiet && !is_terminal {
+                5
+            } else {
+                0
+            },
             position,
             shown: AtomicU64::new(0),
             cancelled,
