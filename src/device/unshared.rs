@@ -7,7 +7,8 @@
 //!
 //! Knows the layout of a ring. Must not know what is in a request.
 
-use std::os::unix::fs::MetadataExt;
+use std::fs::File;
+use std::os::unix::fs::FileExt;
 use std::time::{Duration, Instant};
 
 use virtio_queue::{Queue, QueueT};
@@ -19,10 +20,11 @@ use super::memory::GuestMap;
 /// own, before the driver has anything.
 const PATIENCE: Duration = Duration::from_secs(1);
 
-/// What the file of memory takes on the host, in bytes, if only rings were looked at:
-/// reading allocates. So much for each queue, and for anything else.
-const LOOKED_AT_PER_QUEUE: u64 = 16 << 10;
-const LOOKED_AT: u64 = 64 << 10;
+/// How much of each file of memory is read, from its start on, in bytes. All kinds of
+/// machines have something of their firmware's or their kernel's there. What a file takes
+/// on the host says nothing: who reads memory that is mapped privately allocates it.
+const LOOKED_AT: usize = 16 << 20;
+const CHUNK: usize = 64 << 10;
 
 /// Sizes of a ring's parts, in bytes (virtio 1.2, 2.7).
 const DESCRIPTOR_LEN: usize = 16;
@@ -32,7 +34,7 @@ const AVAIL_ENTRY_LEN: usize = 2;
 /// What is to be said then.
 pub(super) const WARNING: &str = "the ring was kicked and stays empty, and nobody seems to have \
     written to the memory that the front-end shares: is it mapped privately? With QEMU the \
-    guest's memory backend needs share=on, else the guest hangs at its first look at the disk";
+    guest's memory backend needs share=on, or the guest hangs at its first access to the disk";
 
 /// What is known of one ring since it has started.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -61,13 +63,13 @@ impl Sharing {
         }
     }
 
-    /// Looks into it once if it is time to. `queues` run.
-    pub fn looks_private(&mut self, ring: &Queue, map: &GuestMap, queues: usize) -> bool {
+    /// Looks into it once if it is time to.
+    pub fn looks_private(&mut self, ring: &Queue, map: &GuestMap) -> bool {
         if self.due_in() != Some(Duration::ZERO) {
             return false;
         }
         *self = Self::Settled;
-        is_untouched(ring, map) && is_file_empty(ring, map, queues)
+        is_untouched(ring, map) && map.iter().all(is_file_empty)
     }
 }
 
@@ -83,11 +85,21 @@ fn is_untouched(ring: &Queue, map: &GuestMap) -> bool {
         && is_zero(ring.desc_table(), DESCRIPTOR_LEN * size)
 }
 
-/// Whether the file that the ring lies in has no more in it than looking at rings brings.
-fn is_file_empty(ring: &Queue, map: &GuestMap, queues: usize) -> bool {
-    let region = map.find_region(GuestAddress(ring.avail_ring()));
-    let file = region.and_then(GuestMemoryRegion::file_offset);
-    let metadata = file.and_then(|it| it.file().metadata().ok());
-    let bound = LOOKED_AT + LOOKED_AT_PER_QUEUE * queues as u64;
-    metadata.is_some_and(|metadata| metadata.blocks() * 512 <= bound)
+/// Whether nothing but zeros is found in the file of a region. One that cannot be read
+/// may have anything.
+fn is_file_empty(region: &impl GuestMemoryRegion) -> bool {
+    let is_empty = |file: &File| {
+        let mut chunk = vec![0; CHUNK];
+        for at in (0..LOOKED_AT).step_by(CHUNK) {
+            match file.read_at(&mut chunk, at as u64) {
+                Ok(0) => return true,
+                Ok(len) if chunk[..len].iter().all(|&byte| byte == 0) => {}
+                _ => return false,
+            }
+        }
+        true
+    };
+    region
+        .file_offset()
+        .is_some_and(|offset| is_empty(offset.file()))
 }

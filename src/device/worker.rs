@@ -282,8 +282,7 @@ impl<D: Disk> Worker<D> {
         if self.sharing == Sharing::Settled {
             return;
         }
-        let queues = self.device.open_queues();
-        if self.sharing.looks_private(ring, self.memory.map(), queues) && self.memory.doubt() {
+        if self.sharing.looks_private(ring, self.memory.map()) && self.memory.doubt() {
             self.complain(unshared::WARNING);
         }
     }

@@ -3,16 +3,18 @@
 use std::fs;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::FileExt;
+use std::process::{Child, Stdio};
 use std::thread;
 use std::time::Duration;
 
-use rustix::fs::{MemfdFlags, OFlags, ftruncate, memfd_create};
+use rustix::fs::{FallocateFlags, MemfdFlags, OFlags, fallocate, ftruncate, memfd_create};
 use rustix::pipe::PipeFlags;
 use rustix::process::{Pid, Signal, kill_process};
 use vhost::VhostBackend;
 use virtio_bindings::virtio_blk::VIRTIO_BLK_T_IN;
 
 use super::common::img::ploop_img;
+use super::common::{require_tool, tool};
 use super::front_end::{A_WHILE, DATA, FAR, FrontEnd, REGION_LEN, SEAM, writable};
 use super::{Rig, daemon, expect_service, refused, start_front_end, wait_for};
 
@@ -132,6 +134,10 @@ fn memory_that_nobody_shares_is_told_of_once() {
         ftruncate(file, REGION_LEN).unwrap();
         region.mmap_handle = file.as_raw_fd();
     }
+    // Reading what nobody has written makes the file take space, too.
+    for file in &files {
+        fallocate(file, FallocateFlags::empty(), 0, REGION_LEN).unwrap();
+    }
     front_end.vhost.set_mem_table(&regions).unwrap();
     front_end.start_rings();
     for ring in &mut front_end.rings[..2] {
@@ -147,6 +153,37 @@ fn memory_that_nobody_shares_is_told_of_once() {
     let log = backend.log();
     assert_eq!(log.matches(STAYS_EMPTY).count(), 1, "{log}");
     drop(front_end);
+    backend.stop();
+}
+
+struct Qemu(Child);
+
+impl Drop for Qemu {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// The firmware looks for something to boot, and waits for the disk for ever.
+#[test]
+fn memory_that_qemu_maps_privately_is_told_of() {
+    if !require_tool("qemu-system-x86_64") {
+        return;
+    }
+    let rig = Rig::new();
+    let backend = rig.serve(&[]);
+    let qemu = tool("qemu-system-x86_64")
+        .args("-nodefaults -no-user-config -display none -accel tcg -m 256M".split(' '))
+        .args("-machine q35,memory-backend=mem -device vhost-user-blk-pci,chardev=c".split(' '))
+        .args(["-object", "memory-backend-memfd,id=mem,size=256M,share=off"])
+        .arg("-chardev")
+        .arg(format!("socket,id=c,path={}", rig.socket.display()))
+        .stdin(Stdio::null())
+        .spawn();
+    let qemu = Qemu(qemu.unwrap());
+    backend.expect_to_say(STAYS_EMPTY);
+    drop(qemu);
     backend.stop();
 }
 
