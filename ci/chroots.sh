@@ -7,7 +7,7 @@
 #
 #   --demo         then run qemu/demo.sh in the chroot, with the programs of
 #                  target/release; takes another minute each
-#   --suite SUITE  the Debian release (default: bookworm)
+#   --suite SUITE  the release of Debian or Ubuntu (default: bookworm)
 #
 # A KIND is a machine and how the step is run there, "bare-root" for example.
 # Default: bare-root backports-sudo. Machines:
@@ -16,12 +16,14 @@
 #   backports  qemu-utils from backports is; apt's sources list the release only
 #   gone       as backports, but its version is in no archive
 #   busybox    busybox is installed, which busybox-static would replace
+#   compiler   gcc is installed, nothing else, and apt knows its packages
 #   complete   the step has been run before; nothing may happen
 #
-# and "root", "sudo" (a user that may use sudo) or "user" (one that may not).
+# and "root", "sudo" (a user that may use sudo) or "user" (one that may not). bare-user
+# is one that has to fail, and say why: nobody can do without a compiler.
 #
-# The Debian mirror is the one of the host's apt, or DEBIAN_MIRROR. Needs root.
-# What is downloaded is kept in target/chroots.
+# The Debian mirror is the one of the host's apt, or DEBIAN_MIRROR. Ubuntu's is its main
+# one, or UBUNTU_MIRROR. Needs root. What is downloaded is kept in target/chroots.
 set -Eeuo pipefail
 
 repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -35,7 +37,16 @@ with_demo=
 say() { echo "chroots.sh: $*"; }
 die() { say "$*" >&2; exit 1; }
 
+# The releases of Ubuntu that are tried: those that its mirror still has.
+is_ubuntu() {
+    case $suite in jammy | noble | plucky | questing | resolute) ;; *) return 1 ;; esac
+}
+
 mirror() {
+    if is_ubuntu; then
+        echo "${UBUNTU_MIRROR:-http://archive.ubuntu.com/ubuntu}"
+        return
+    fi
     # The names in the format are apt's.
     # shellcheck disable=SC2016
     local found=${DEBIAN_MIRROR:-$(apt-get indextargets --format '$(ORIGIN)|$(REPO_URI)|$(SUITE)' "Created-By: Packages" 2>/dev/null |
@@ -65,16 +76,26 @@ inside() {
 
 # The chroot that all others are copies of, made anew each week.
 make_base() {
-    local base=$chroots/$suite.tar root=$chroots/base url
+    local base=$chroots/$suite.tar root=$chroots/base url components=main
+    local -a like=()
     mkdir -p "$chroots/archives/partial"
     [ -z "$(find "$base" -mtime -7 2>/dev/null)" ] || return 0
     url=$(mirror)
     say "making a $suite from $url"
     rm -rf --one-file-system "$root"
-    debootstrap --variant=minbase --include=sudo,ca-certificates --cache-dir="$chroots/archives" \
-        "$suite" "$root" "$url" >"$chroots/debootstrap.log" ||
+    if is_ubuntu; then
+        components=main,universe
+        # A debootstrap that does not know the release yet makes it as the ones before.
+        like=(/usr/share/debootstrap/scripts/gutsy)
+    fi
+    # Where the distribution's key is not installed, debootstrap only warns; apt in the
+    # chroot checks with its own.
+    debootstrap --variant=minbase --include=sudo,ca-certificates --components="$components" \
+        --cache-dir="$chroots/archives" "$suite" "$root" "$url" "${like[@]}" \
+        >"$chroots/debootstrap.log" ||
         { tail "$chroots/debootstrap.log" >&2; die "debootstrap failed"; }
-    echo "deb $url $suite main" >"$root/etc/apt/sources.list"
+    echo "deb $url $suite ${components//,/ }" >"$root/etc/apt/sources.list"
+    rm -f "$root"/etc/apt/sources.list.d/*
     mkdir -p "$root/src" "$root/target"
     # Rust is only asked for, and the demonstration brings its programs.
     printf '#!/bin/sh\n' >"$root/usr/local/bin/cargo"
@@ -99,6 +120,9 @@ furnish() {
     case $2 in
         bare) ;;
         complete) inside "$root" /src/qemu/install-tools.sh ;;
+        compiler)
+            inside "$root" apt-get -q update
+            inside "$root" apt-get -q -y install --no-install-recommends gcc libc6-dev ;;
         busybox)
             inside "$root" apt-get -q update
             inside "$root" apt-get -q -y install busybox ;;
@@ -146,6 +170,15 @@ try() {
     packages_of "$root" >"$root/packages.before"
     apt_of "$root" >"$root/apt.before"
 
+    if [ "$kind" = bare-user ]; then
+        ! as_user "$root" "$who" /src/qemu/install-tools.sh demo >"$log" 2>&1 ||
+            die "$kind: install-tools.sh found a compiler where there is none"
+        grep -q "gcc is missing, and only root may install it" "$log" ||
+            { tail -n 20 "$log" >&2; die "$kind: install-tools.sh does not say what is missing"; }
+        say "$kind: refused: $(tail -n 1 "$log")"
+        rm -rf --one-file-system "$root"
+        return
+    fi
     as_user "$root" "$who" /src/qemu/install-tools.sh demo >"$log" 2>&1 ||
         { tail -n 20 "$log" >&2; die "$kind: install-tools.sh failed; see $log"; }
 

@@ -186,7 +186,12 @@ look_at_backports() {
 # that apt would remove or change for it stay, and go on being used by the rest.
 unpack() {
     local package=$1 steps work name version
-    steps=$(plan "$package") || die "apt has no way to install $package; do so yourself"
+    # A compiler is of no use where it is unpacked.
+    if [ "$package" = gcc ] && ! may_install; then
+        die "gcc is missing, and only root may install it (there is no sudo): run 'apt-get install gcc' as root"
+    fi
+    steps=$(plan "$package") ||
+        die "apt has no way to install $package; run 'apt-get update' as root, or install it yourself"
     if [ "$package" = gcc ] || grep -qE '^change libc6(:[a-z0-9]+)? [^-]' <<<"$steps"; then
         die "installing $package would change other packages (apt-get -s install $package shows which); install it yourself"
     fi
