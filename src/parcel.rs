@@ -42,7 +42,7 @@ const GROUP: usize = 64;
 #[derive(Debug, Error)]
 pub(crate) enum ParcelError {
     /// The other end is closed.
-    #[error("the other process has gone")]
+    #[error("the other process has gone away")]
     Gone,
     /// It took too long.
     #[error("the other process does not answer")]

@@ -145,7 +145,7 @@ fn with_guest(
     let server = Server::start(contestant.label(), command, dir.path())?;
     let mut server = server.of_peer(contestant.is_peer());
     server.once_listening(|| {
-        ensure!(socket.exists(), "there is no socket");
+        ensure!(socket.exists(), "the socket did not appear");
         Ok(())
     })?;
     let mut guest = Guest::boot(&setting.guest, dir.path(), &socket, "", SCRIPT)?;

@@ -104,7 +104,7 @@ pub struct Args {
     pub control: Option<PathBuf>,
 
     /// Who may connect to the socket of --control: its permission bits, in octal. Whoever
-    /// may can end the program. [default: 600]
+    /// may connect can end the program. [default: 600]
     #[arg(long, value_name = "MODE", requires = "control", value_parser = socket_mode)]
     pub control_mode: Option<u32>,
 
@@ -131,7 +131,7 @@ pub struct Args {
     #[arg(long, value_name = "GROUP", requires = "metrics", value_parser = group_id)]
     pub metrics_group: Option<u32>,
 
-    /// Print what this program can do, as JSON, and exit. Nothing else counts then.
+    /// Print what this program can do, as JSON, and exit. Other options are ignored then.
     #[arg(long)]
     pub print_capabilities: bool,
 
@@ -211,13 +211,13 @@ pub struct Args {
     #[arg(long, value_name = "LIMITS", value_parser = |text: &str| text.parse::<ThrottleLimits>())]
     pub throttle: Option<ThrottleLimits>,
 
-    /// What happens when this program asks the kernel for something that it never
-    /// does by itself, as one may that a guest has taken over.
+    /// What happens when this program makes a system call that it never makes by itself,
+    /// as it might once a guest has taken it over.
     #[arg(long, value_name = "WHAT", value_enum, default_value_t = SeccompMode::Kill)]
     pub seccomp: SeccompMode,
 
-    /// Whether the program keeps its hands, once the image is open, off all files but
-    /// the image and the socket, gives up its capabilities, and hides from other
+    /// Whether the program, once the image is open, gives up access to all files but
+    /// the image and the sockets, drops its capabilities, and hides from other
     /// processes of the same user.
     #[arg(long, value_name = "WHETHER", value_enum, default_value_t = SandboxMode::Auto)]
     pub sandbox: SandboxMode,
@@ -551,12 +551,12 @@ mod tests {
             ("--socket-mode=+660", "an octal number up to 777"),
             ("--socket-mode=rw", "an octal number up to 777"),
             ("--control-mode=668", "an octal number up to 777"),
-            ("--metrics=example.org:9620", "no IP address"),
-            ("--metrics=:9620", "no IP address"),
+            ("--metrics=example.org:9620", "an IP address before"),
+            ("--metrics=:9620", "an IP address before"),
             ("--metrics=/run/socket", "unix:"),
             ("--metrics=unix:", "unix:PATH"),
-            ("--metrics=127.0.0.1:65536", "no port"),
-            ("--metrics=::1", "no port"),
+            ("--metrics=127.0.0.1:65536", "needs a port"),
+            ("--metrics=::1", "needs a port"),
             ("--metrics-mode=668", "an octal number up to 777"),
             ("--throttle=fast", "no limit"),
             ("--throttle=iops=many", "no number"),

@@ -119,7 +119,7 @@ impl Caretaker {
     /// Has these files looked at, and no others any more.
     pub fn watch(&self, files: FileWatch) {
         if self.jobs.send(Job::Watch(files)).is_err() {
-            log::error!("the image files are not watched any more");
+            log::error!("the image files are no longer watched");
         }
     }
 

@@ -34,10 +34,10 @@ pub enum SandboxError {
     #[error("cannot give up the right to gain privileges")]
     NoNewPrivileges(#[source] io::Error),
     /// The kernel took no filter.
-    #[error("cannot restrict system calls; --seccomp none does without it")]
+    #[error("cannot restrict system calls; --seccomp none does without that")]
     Seccomp(#[source] seccompiler::Error),
     /// The kernel took no rules, though it has Landlock.
-    #[error("cannot restrict access to files; --sandbox none does without it")]
+    #[error("cannot restrict access to files; --sandbox none does without that")]
     Landlock(#[from] landlock::RulesetError),
     /// What the rules are about cannot be opened.
     #[error("cannot restrict access to {}", path.display())]
@@ -49,13 +49,13 @@ pub enum SandboxError {
         source: io::Error,
     },
     /// Capabilities stayed.
-    #[error("cannot give capabilities up")]
+    #[error("cannot drop capabilities")]
     Capabilities(#[source] io::Error),
     /// The process is still who it was.
     #[error("cannot become another user or group (only root can)")]
     RunAs(#[source] io::Error),
     /// Others can still look into the process.
-    #[error("cannot keep others from looking into the process")]
+    #[error("cannot keep other processes from inspecting this one")]
     Dumpable(#[source] io::Error),
 }
 

@@ -39,12 +39,12 @@ pub(super) enum ContinuityError {
     Running,
     #[error(
         "the guest was served by a process that was killed, and what that process knew is lost \
-         ({0}): the guest might not find data that it was told is written. Reset it"
+         ({0}): the guest might not find data that it was told had been written. Reset the guest"
     )]
     Lost(TakeOverError),
     #[error(
         "the guest was served by a process that was killed, and its front-end has kept no \
-         in-flight region: it may have been told of writes that are lost. Reset it"
+         in-flight region: it may have been told of writes that are lost. Reset the guest"
     )]
     NotKept,
 }

@@ -36,7 +36,7 @@ const FUSE: u32 = 0x6573_5546;
 /// Memory that cannot be used.
 #[derive(Debug, Error)]
 pub(super) enum MemoryError {
-    #[error("the file of a memory region cannot be looked at: {0}")]
+    #[error("the file of a memory region cannot be examined: {0}")]
     File(io::Error),
     #[error(
         "a memory region is {0}, whose owner could block every access to it: memory must \
@@ -53,7 +53,7 @@ pub(super) enum MemoryError {
     NoneLeft { at: u64, why: io::Error },
     #[error("a memory region at guest address {at:#x} cannot be watched: {why}")]
     Watch { at: u64, why: io::Error },
-    #[error("a memory region at guest address {at:#x} leaves the address space")]
+    #[error("a memory region at guest address {at:#x} extends beyond the address space")]
     Address { at: u64 },
     #[error("memory regions do not fit together: {0}")]
     Regions(GuestRegionCollectionError),

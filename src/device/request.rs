@@ -61,7 +61,7 @@ impl Status {
 /// What is wrong with a request.
 #[derive(Clone, Debug, Error, PartialEq, Eq)]
 pub(super) enum RequestError {
-    #[error("the descriptor chain loops, leaves its table or holds more than 4 GiB")]
+    #[error("the descriptor chain loops, points outside its table or holds more than 4 GiB")]
     BrokenChain,
     #[error(
         "the descriptor chain is longer than the longest ring: more than {MAX_CHAIN} descriptors"

@@ -51,7 +51,7 @@ pub(super) enum Refusal {
     NoQueue(u32),
     #[error("queue {index}: {why}")]
     Event { index: usize, why: EventError },
-    #[error("queue {0}: it cannot be served without a descriptor for kicks")]
+    #[error("queue {0}: it cannot be served without an eventfd for kicks")]
     NoKick(usize),
     #[error(transparent)]
     Memory(#[from] MemoryError),

@@ -241,7 +241,7 @@ fn check_image(delta: &mut Delta<HostImage>, repair: Option<Repair>) -> Result<C
     } else if version::has_idx(delta.path())? {
         report.messages.push(format!(
             "{}{} is a copy of the BAT that another tool makes before it changes the version of \
-             the format; it is of no use any more, and left alone",
+             the format; it is no longer of use, and is left alone",
             delta.path().display(),
             version::IDX_SUFFIX
         ));
@@ -249,7 +249,7 @@ fn check_image(delta: &mut Delta<HostImage>, repair: Option<Repair>) -> Result<C
     if !was_converting && version::has_copy(delta.path())? {
         report.leak(
             1,
-            "the copy of a BAT that is of no more use lies beside the image",
+            "beside the image lies a copy of its BAT that is no longer of use",
         );
         if repair.is_some() {
             version::remove_copy(delta.path())?;

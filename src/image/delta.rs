@@ -203,7 +203,7 @@ impl<F: ImageFile> Delta<F> {
             self.header.extension.0 = 0;
             if self.had_extension {
                 log::info!(
-                    "{}: its dirty bitmaps were dropped, as they do not know of this change: the \
+                    "{}: its dirty bitmaps were dropped, as they do not cover this change: the \
                      next backup has to be a full one",
                     self.path().display()
                 );

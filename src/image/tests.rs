@@ -270,7 +270,7 @@ fn only_what_a_change_has_left_is_removed() {
     fs::create_dir(disk.path.join(&folder)).unwrap();
     let report = disk.check(None);
     assert_eq!((report.corruptions, report.leaks), (0, 2), "{report:?}");
-    let of_image = |text: &&String| text.contains("is an image, but no part of the disk");
+    let of_image = |text: &&String| text.contains("is an image but not part of the disk");
     let told: Vec<_> = report.messages.iter().filter(of_image).collect();
     assert!(told.len() == 1 && told[0].contains("old.hds"), "{told:?}");
     let report = disk.check(Some(Repair::Leaks));

@@ -59,7 +59,7 @@ pub enum EngineError {
     #[error("there is not enough memory for the block allocation table of so large a disk")]
     Memory,
     /// Two cannot make it larger at a time.
-    #[error("the disk is being made larger already")]
+    #[error("the disk is already being made larger")]
     Growing,
     /// Its size cannot change while it is suspended.
     #[error("the disk is suspended, and keeps its size until it is resumed")]

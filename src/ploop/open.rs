@@ -264,8 +264,8 @@ fn mark_in_use(
     let before = header.to_bytes();
     if header.in_use == InUse::ClosedWithExtension && header.extension.0 != 0 {
         log::warn!(
-            "the dirty bitmaps of the image are dropped, as they will not know of what is \
-             written now: the next backup has to be a full one"
+            "the dirty bitmaps of the image are dropped, as they would miss what is written \
+             from now on: the next backup has to be a full one"
         );
     }
     header.in_use = InUse::Open;

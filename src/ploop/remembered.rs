@@ -223,7 +223,8 @@ impl Remembered {
     fn lack_room(&self, cluster: GuestCluster) {
         if self.disown() != NO_OPENING {
             log::error!(
-                "the memory that outlives this process has no room for guest cluster {}: the                  guest cannot live on if this process is killed",
+                "the memory that outlives this process has no room for guest cluster {}: the \
+                 guest cannot carry on if this process is killed",
                 cluster.0
             );
         }

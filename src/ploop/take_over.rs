@@ -39,7 +39,7 @@ pub enum TakeOverError {
     #[error("the memory that came back belongs to another image")]
     OtherImage,
     /// Somebody has opened the image for writing since, or it cannot be known.
-    #[error("the image was opened for writing by somebody else meanwhile")]
+    #[error("somebody else has opened the image for writing in the meantime")]
     Changed,
     /// Requests may have been served without it.
     #[error("this process has served the image without the memory that came back")]
@@ -198,7 +198,7 @@ impl<D: Disk> Engine<D> {
         };
         match self.disk.opening(self.top()) {
             Ok(None | Some(NO_OPENING)) => log::info!(
-                "the opening cannot be noted with the image ({error}): a guest cannot live on \
+                "the opening cannot be noted with the image ({error}): a guest cannot carry on \
                  if this process is killed"
             ),
             _ => log::error!(
@@ -391,7 +391,7 @@ impl<D: Disk> Engine<D> {
             self.set_sync_failed("a sync of the process that served the image before");
         }
         log::info!(
-            "took over from a process that was killed: {} changes of the map that were not on \
+            "took over from a process that was killed: {} changes of the mapping that were not on \
              the disk",
             adoption.changed.len()
         );

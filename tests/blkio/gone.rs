@@ -62,7 +62,7 @@ fn expect_said_once(happens: impl FnOnce(&Path), text: &str) {
 
 #[test]
 fn a_deleted_image_is_said_once() {
-    let deleted = "the file was deleted while it is served";
+    let deleted = "the file has been deleted while it is being served";
     expect_said_once(|image| fs::remove_file(image).unwrap(), deleted);
 }
 

@@ -199,7 +199,7 @@ fn flush(front_end: &mut FrontEnd) {
 }
 
 /// The image is not what it was.
-const CHANGED: &str = "by somebody else meanwhile";
+const CHANGED: &str = "somebody else has opened the image for writing";
 
 /// That a guest must not go on, and why.
 fn expect_refusal(mut front_end: FrontEnd, region: &Region, backend: &Backend, why: &str) {

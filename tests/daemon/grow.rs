@@ -506,7 +506,7 @@ fn the_end_of_the_program_calls_growing_off() {
             }
             // Nobody waits for that thread.
             let answer = qmp.end(RESIZE);
-            assert!(desc(&answer).contains("called off"), "{answer}");
+            assert!(desc(&answer).contains("cancelled"), "{answer}");
             drop(halt);
             backend.ends();
             expect_sound(&rig, size);
@@ -557,7 +557,7 @@ fn a_process_that_takes_over_calls_growing_off_and_can_do_it_itself() {
             // It was not ready yet when that went through.
             assert_eq!(answer["return"], json!({}));
         } else {
-            assert!(desc(&answer).contains("called off"), "{answer}");
+            assert!(desc(&answer).contains("cancelled"), "{answer}");
         }
         let now = capacity(&mut front_end);
         let backend = backend.gives_way_to(successor);

@@ -443,7 +443,7 @@ fn a_process_that_knows_of_no_metrics_takes_over_without_them() {
     let mut other = Fake::connect(&rig);
     other.come_to(&rig, GO);
     other.say(SERVING, &[]);
-    backend.expect_to_say("does not know of metrics");
+    backend.expect_to_say("does not support metrics");
     backend.stop_leaving_socket();
     assert!(!metrics(&rig).exists());
 }

@@ -807,7 +807,7 @@ fn limits_that_were_set_go_along_to_processes_that_know_of_them() {
         assert_eq!(shown(), [7000, 0, 0]);
     }
     let log = backend.log();
-    assert!(log.contains("does not know of limits"), "{log}");
+    assert!(log.contains("does not support limits"), "{log}");
     backend.stop();
 }
 

@@ -146,7 +146,7 @@ fn a_change_of_the_version_by_the_official_tool_is_undone() {
     let ran = ploop_img(["check", &disk.path]);
     assert_eq!(ran.code, Some(2), "{ran:?}");
     assert!(ran.stdout.contains("cut off half-way"), "{ran:?}");
-    assert!(!ran.stdout.contains("no part of the disk"), "{ran:?}");
+    assert!(!ran.stdout.contains("part of the disk"), "{ran:?}");
 
     // A copy of another image, or a damaged one, is no help.
     let good = fs::read(&idx).unwrap();
@@ -168,8 +168,8 @@ fn a_change_of_the_version_by_the_official_tool_is_undone() {
     // Left over, it is nobody's rubbish but the official tool's.
     fs::write(&idx, &good).unwrap();
     let said = ploop_img(["check", "--repair", "all", &disk.path]).ok();
-    assert!(said.contains("of no use any more"), "{said}");
-    assert!(!said.contains("no part of the disk"), "{said}");
+    assert!(said.contains("no longer of use"), "{said}");
+    assert!(!said.contains("part of the disk"), "{said}");
     assert!(idx.exists());
 }
 

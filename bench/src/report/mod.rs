@@ -84,7 +84,8 @@ impl Report {
     pub fn read(file: &Path) -> Result<Self> {
         let text =
             fs::read_to_string(file).with_context(|| format!("reading {}", file.display()))?;
-        serde_json::from_str(&text).with_context(|| format!("{} makes no sense", file.display()))
+        serde_json::from_str(&text)
+            .with_context(|| format!("{} is not a report of this benchmark", file.display()))
     }
 
     /// Begins where `earlier` ended. Figures are not taken over yet. Returns the date

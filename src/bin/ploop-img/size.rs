@@ -10,7 +10,7 @@ pub use vhost_user_ploop::quantity::parse_bytes;
 /// As [`parse_bytes`], and for nothing.
 pub fn parse_disk_size(text: &str) -> Result<Sector, String> {
     match parse_sectors(text)? {
-        Sector(0) => Err("a disk of no bytes is none: give a size above 0".to_owned()),
+        Sector(0) => Err("a disk cannot be empty: give a size above 0".to_owned()),
         sectors => Ok(sectors),
     }
 }

@@ -23,10 +23,10 @@ pub enum AddressError {
     #[error("a Unix socket is written as unix:PATH")]
     Path,
     /// At the end.
-    #[error("there is no port at the end, or it is no port: 127.0.0.1:9620, [::1]:9620")]
+    #[error("it needs a port at the end, as in 127.0.0.1:9620 or [::1]:9620")]
     Port,
     /// Nobody is asked for names.
-    #[error("there is no IP address before the port: 127.0.0.1:9620, [::1]:9620")]
+    #[error("it needs an IP address before the port, as in 127.0.0.1:9620 or [::1]:9620")]
     Host,
 }
 

@@ -60,8 +60,8 @@ impl Monitor {
             match most_idle(&self.clients, peer, Instant::now()) {
                 Some(at) => {
                     log::warn!(
-                        "a control client that has been silent is hung up on: there are \
-                         {MAX_CLIENTS}, and another one has come"
+                        "disconnecting an idle control client: there are {MAX_CLIENTS} \
+                         already, and another one wants to connect"
                     );
                     self.go_on(at, Stay::Goes, ops)?;
                 }
@@ -158,7 +158,7 @@ impl Monitor {
                 false => Stay::Goes,
             };
             if has_memory && stay == Stay::Goes {
-                log::warn!("a control client is hung up on: it does not read");
+                log::warn!("disconnecting a control client that does not read its answers");
             }
             self.go_on(at, stay, ops)?;
         }

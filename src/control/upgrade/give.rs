@@ -157,7 +157,7 @@ impl Successor {
         let limits = image.throttle().new_limits()?;
         if self.parts & part::LIMITS == 0 {
             log::warn!(
-                "{} does not know of limits that were set while the disk was served, and has its own",
+                "{} does not support limits that were set at run time, and applies its own",
                 self.peer
             );
             return None;
@@ -182,7 +182,10 @@ impl Successor {
     fn metrics_of<'a>(&self, doors: &'a Doors) -> Option<&'a ServerSocket> {
         let metrics = doors.metrics.as_ref()?;
         if self.parts & part::METRICS == 0 {
-            log::warn!("{} does not know of metrics, and tells none", self.peer);
+            log::warn!(
+                "{} does not support metrics, and will provide none",
+                self.peer
+            );
             return None;
         }
         Some(metrics)
@@ -255,7 +258,7 @@ pub(in crate::control) fn hand_over(
         Ok(Given::Kept(served, carried))
     };
     if successor.has_gone() {
-        log::warn!("{} has gone before it could take over", successor.peer);
+        log::warn!("{} went away before it could take over", successor.peer);
         return kept(served, connection, waiting);
     }
     let start = Instant::now();

@@ -90,7 +90,9 @@ pub(in crate::control) fn take_over(
     metrics.map_or(Ok(()), |it| it.check_anywhere())?;
     if let Some(limits) = state.limits {
         if args.throttle.is_some_and(|own| own != limits) {
-            log::info!("limits that were set while the disk was served hold, not --throttle");
+            log::info!(
+                "the limits that were set at run time stay in force, and --throttle is ignored"
+            );
         }
         image.throttle().set(limits)?;
     }
@@ -122,7 +124,7 @@ pub(in crate::control) fn take_over(
     if !limit.lift() {
         return Err(UpgradeError::from(ParcelError::Late).into());
     }
-    // From here on nothing fails. If the other process has gone, nobody else serves.
+    // From here on nothing fails. If the other process has gone away, nobody else serves.
     let _ = say(&socket, kind::SERVING);
     // Not before: dropped, they remove their files.
     let upgrades = state.upgrades.map(|it| {

@@ -89,7 +89,7 @@ fn check_descriptor(
     check_disk_size(image, repair, report)?;
     if let Some(bundle) = &image.bundle {
         for shot in bundle.descriptor().shots().iter().filter(|s| s.merging) {
-            let text = "is left of a deletion that was cut off";
+            let text = "is left over from a deletion that was cut off";
             report.leak(1, format!("snapshot {} {text}", shot.guid));
         }
     }
@@ -153,7 +153,7 @@ fn check_strays(bundle: &Bundle, repair: Option<Repair>, report: &mut CheckRepor
                 report.leaks_fixed += 1;
             }
         } else if looks_like_image(bundle, &path) {
-            let text = "is an image, but no part of the disk; it is left alone";
+            let text = "is an image but not part of the disk; it is left alone";
             report.messages.push(format!("{} {text}", path.display()));
         }
     }

@@ -306,8 +306,8 @@ impl SharedFile {
         }
         self.cut_at.store(len, Relaxed);
         log::error!(
-            "{}: the file was cut from {known_len} to {len} bytes while it is served, and what \
-             lay behind is gone: I/O there and every flush fail from now on. Stop the guest, \
+            "{}: the file was cut from {known_len} to {len} bytes while it was being served, and \
+             the data behind that is gone: I/O there and every flush will fail from now on. Stop the guest, \
              find who cut the file, and check the image",
             self.path.display()
         );

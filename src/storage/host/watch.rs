@@ -157,17 +157,17 @@ fn say(file: &SharedFile, gone: Gone) {
     match gone {
         Gone::Deleted => {
             log::error!(
-                "{path}: the file was deleted while it is served. {}",
+                "{path}: the file has been deleted while it is being served. {}",
                 rescue()
             );
         }
         Gone::Replaced => {
             let rescue = rescue();
-            log::error!("{path}: another file has replaced it while it is served. {rescue}");
+            log::error!("{path}: another file has replaced it while it is being served. {rescue}");
         }
         Gone::Moved => log::error!(
-            "{path}: the file that is served has another name now. The guest goes on using it; \
-             whoever opens this path does not find its data"
+            "{path}: the file that is being served has been renamed. The guest goes on using it; \
+             whoever opens this path will not find its data"
         ),
     }
 }
