@@ -50,6 +50,8 @@ shellcheck shellcheck
 mkfs.xfs xfsprogs
 debootstrap debootstrap
 ip iproute2
+git git
+python3 python3
 "
 # What apt installs as a service, and starts, though only its programs are wanted.
 services="
