@@ -187,7 +187,7 @@ look_at_backports() {
 # Unpacks a package and what it needs below target/tools. Packages of the machine
 # that apt would remove or change for it stay, and go on being used by the rest.
 unpack() {
-    local package=$1 steps work name version
+    local package=$1 steps work name version why link
     # A compiler is of no use where it is unpacked.
     if [ "$package" = gcc ] && ! may_install; then
         die "gcc is missing, and only root may install it (there is no sudo): run 'apt-get install gcc' as root"
@@ -197,10 +197,10 @@ unpack() {
     if [ "$package" = gcc ] || grep -qE '^change libc6(:[a-z0-9]+)? [^-]' <<<"$steps"; then
         die "installing $package would change other packages (apt-get -s install $package shows which); install it yourself"
     fi
-    case $package in
-        prometheus) say "unpacking $package in $tools: installed, it would start as a service" ;;
-        *) say "unpacking $package in $tools: to install it, apt would have to remove or change other packages, or it is not allowed to" ;;
-    esac
+    why="to install it, apt would have to remove or change other packages"
+    may_install || why="only root may install it, and there is no sudo"
+    [ "$package" != prometheus ] || why="installed, it would start as a service"
+    say "unpacking $package in $tools: $why"
     work=$tools/download
     rm -rf "$work"
     mkdir -p "$work" "$tools_root"
@@ -213,6 +213,10 @@ unpack() {
         { cat "$work/log" >&2; die "could not download $package"; }
     for package in "$work"/*.deb; do
         dpkg-deb -x "$package" "$tools_root"
+    done
+    # What links to a place from / on, as depmod does to /bin/kmod, means one in here.
+    find "$tools_root" -type l -lname '/*' | while read -r link; do
+        [ ! -e "$tools_root$(readlink "$link")" ] || ln -sf "$tools_root$(readlink "$link")" "$link"
     done
     rm -rf "$work"
 }
