@@ -103,7 +103,8 @@ fn level_of(image: &OpenImage, path: &Path, snapshot: Guid) -> Result<usize> {
         })
 }
 
-fn each_extent(
+/// Gives all extents to `each`, in order.
+pub(super) fn each_extent(
     disk: &DiskReader<HostImage>,
     mut each: impl FnMut(Extent) -> Result<()>,
 ) -> Result<()> {
@@ -116,7 +117,7 @@ fn each_extent(
 }
 
 /// One entry for an extent; several for one of a raw image with holes.
-fn entries_of(disk: &DiskReader<HostImage>, extent: Extent) -> Result<Vec<MapEntry>> {
+pub(super) fn entries_of(disk: &DiskReader<HostImage>, extent: Extent) -> Result<Vec<MapEntry>> {
     let depth_of = |level| disk.depth() - 1 - level;
     let Some(place) = extent.place else {
         return Ok(vec![MapEntry {

@@ -20,10 +20,15 @@ pub struct DiskReader<F> {
     cluster: ClusterSize,
 }
 
+/// One of them.
 #[derive(Debug)]
-enum ReaderLevel<F> {
+pub(super) enum ReaderLevel<F> {
     Ploop(Delta<F>),
-    Plain { file: F, size: Sector },
+    /// A raw image, of which so much belongs to the disk.
+    Plain {
+        file: F,
+        size: Sector,
+    },
 }
 
 /// Part of a disk that lies in one place.
@@ -142,7 +147,12 @@ impl<F: ImageFile> DiskReader<F> {
         self.file(level).path()
     }
 
-    fn file(&self, level: usize) -> &F {
+    /// One of the levels.
+    pub(super) fn level(&self, level: usize) -> &ReaderLevel<F> {
+        &self.levels[level]
+    }
+
+    pub(super) fn file(&self, level: usize) -> &F {
         match &self.levels[level] {
             ReaderLevel::Ploop(delta) => delta.file(),
             ReaderLevel::Plain { file, .. } => file,

@@ -881,4 +881,5 @@ fn a_new_disk_takes_no_name_that_is_taken() {
     assert_eq!(disk.read(None), [0]);
 }
 
+mod layouts;
 mod since;

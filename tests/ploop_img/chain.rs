@@ -273,6 +273,52 @@ fn the_map_for_people_names_each_file() {
 }
 
 #[test]
+fn a_picture_shows_each_level() {
+    if !has_qemu() {
+        return;
+    }
+    let Some(disk) = chain_on("v2") else { return };
+    let at = |name: &str| disk.folder.path().join(name).to_str().unwrap().to_owned();
+    let (svg, png) = (at("disk.svg"), at("disk.png"));
+    for file in [&svg, &png, &png] {
+        let drawn = ploop_img(["map", "--picture", file, &disk.path]).ok();
+        assert_eq!(drawn, "");
+    }
+    assert!(fs::read(&png).unwrap().starts_with(b"\x89PNG\r\n"));
+    let svg = fs::read_to_string(&svg).unwrap();
+    for name in names_in(disk.path.as_ref()) {
+        assert_eq!(svg.contains(&name), name.contains(".hds"), "{name}");
+    }
+    let image = disk.top_file();
+    let before = fs::read(&image).unwrap();
+    for (file, more) in [(image.to_str().unwrap(), "human"), (&png, "json")] {
+        let args = ["map", "--output", more, "--picture", file, &disk.path];
+        ploop_img(args).fails();
+    }
+    assert!(fs::read(&image).unwrap() == before);
+
+    let plain = ploop_img(["info", &disk.path]).ok();
+    for (locale, is_ascii) in [("C", true), ("C.UTF-8", false)] {
+        let info = run(
+            "env",
+            [
+                &format!("LC_ALL={locale}"),
+                env!("CARGO_BIN_EXE_ploop-img"),
+                "info",
+                "--picture",
+                &disk.path,
+            ],
+        )
+        .ok();
+        let picture = info.strip_prefix(&plain).unwrap();
+        assert_eq!(picture.is_ascii(), is_ascii, "{picture}");
+        assert_eq!(picture.matches(" %\n").count(), 2, "{picture}");
+        assert!(picture.lines().all(|line| line.chars().count() <= 80));
+    }
+    ploop_img(["info", "--picture", "--output", "json", &disk.path]).fails();
+}
+
+#[test]
 fn what_has_no_snapshots_says_why() {
     let disk = Disk::new("1M");
     let nothing = disk.folder.path().join("nothing");

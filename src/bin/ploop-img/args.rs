@@ -81,6 +81,10 @@ Examples:
         /// All levels of the chain, the top first
         #[arg(short, long)]
         backing_chain: bool,
+        /// And how much of each part of the disk is read from which level, as bars: of blocks
+        /// if the locale has UTF-8, else of ASCII
+        #[arg(long)]
+        picture: bool,
         #[command(flatten)]
         format: OutputFormat,
     },
@@ -218,6 +222,7 @@ Examples:
 Examples:
   ploop-img map vm1
   ploop-img map --output json vm1
+  ploop-img map --picture vm1.svg vm1
   ploop-img map --since '{8d7ad97f-5a3b-4a0b-9d4c-0f8c6ad4f9a1}' vm1")]
     Map {
         #[command(flatten)]
@@ -225,6 +230,10 @@ Examples:
         /// Only what has changed since this snapshot
         #[arg(long, value_name = "GUID")]
         since: Option<Guid>,
+        /// Instead, draw which level each part of the disk is read from, and what is where in
+        /// the files: as SVG or PNG, by the name of the FILE, which is replaced if it is there
+        #[arg(long, value_name = "FILE", conflicts_with = "since")]
+        picture: Option<PathBuf>,
         /// The socket of the --control of the process that serves the disk, if one does
         #[arg(long, value_name = "PATH")]
         control: Option<PathBuf>,

@@ -4,6 +4,7 @@
 
 mod args;
 mod notes;
+mod picture;
 mod progress;
 mod sample;
 mod served;
@@ -26,6 +27,7 @@ use vhost_user_ploop::storage::ease_limits;
 use vhost_user_ploop::usage;
 
 use crate::args::{Cli, Command, Convert, Disk, Format, Letters, Output, Snapshot, Verbosity};
+use crate::picture::{Kind, terminal};
 use crate::progress::Bar;
 use crate::served::Refusal;
 
@@ -72,16 +74,28 @@ fn run(command: Command) -> Result<ExitCode, ImageError> {
         Command::Info {
             disk,
             backing_chain,
+            picture,
             format,
         } => {
-            let info = match image::info(&disk.path, read_mode(&disk)) {
+            if picture && let Err(why) = picture::require_human(format.output) {
+                return Ok(end(Err(why)));
+            }
+            let mut mode = read_mode(&disk);
+            let info = match image::info(&disk.path, mode) {
                 // Who can be asked can be believed to keep it in order.
                 Err(ImageError::Locked { .. }) if served::server_of(&disk.path).is_some() => {
-                    image::info(&disk.path, mode_for(disk.snapshot, true))?
+                    mode = mode_for(disk.snapshot, true);
+                    image::info(&disk.path, mode)?
                 }
                 info => info?,
             };
             show::info(&info, backing_chain, format.output);
+            if picture {
+                let columns = terminal::bar_width() as u64;
+                let layout = image::layout(&disk.path, mode, columns, columns)?;
+                let lines = terminal::lines(&layout, terminal::is_utf8());
+                lines.iter().for_each(show::print);
+            }
         }
         Command::Check {
             disk,
@@ -163,14 +177,28 @@ fn run(command: Command) -> Result<ExitCode, ImageError> {
         Command::Map {
             disk,
             since,
+            picture,
             control,
             format,
         } => {
-            let map = |mode| {
-                show::map(format.output, |each| match since {
-                    Some(then) => image::map_since(&disk.path, mode, then, each),
-                    None => image::map(&disk.path, mode, each),
-                })
+            let drawn = picture.map(|file| {
+                picture::require_human(format.output)?;
+                Kind::of(&file).map(|kind| (file, kind))
+            });
+            let drawn = match drawn.transpose() {
+                Ok(drawn) => drawn,
+                Err(why) => return Ok(end(Err(why))),
+            };
+            let map = |mode| match (&drawn, since) {
+                (Some((file, kind)), _) => {
+                    let (parts, stretches) = (picture::PARTS, picture::STRETCHES);
+                    let layout = image::layout(&disk.path, mode, parts, stretches)?;
+                    picture::save(file, *kind, &disk.path, &layout)
+                }
+                (None, Some(then)) => show::map(format.output, |each| {
+                    image::map_since(&disk.path, mode, then, each)
+                }),
+                (None, None) => show::map(format.output, |each| image::map(&disk.path, mode, each)),
             };
             match map(read_mode(&disk)) {
                 Err(locked @ ImageError::Locked { .. }) => {
