@@ -7,6 +7,7 @@
 mod common;
 mod deaths;
 mod growth;
+mod limits;
 mod load;
 mod plugging;
 mod properties;
