@@ -3,9 +3,11 @@
 # if by two hosts. All of it lives in private mount, network and process namespaces
 # and is gone when this ends.
 #
-# usage: ci/gluster.sh [default|shards]             the tests, on a volume of this kind or
-#                                                   on one of each
-#        ci/gluster.sh default|shards COMMAND...    a command of yours beside a volume
+# usage: ci/gluster.sh [default|shards|strict]             the tests, on a volume of this
+#                                                          kind or on one of each
+#        ci/gluster.sh default|shards|strict COMMAND...    a command of yours beside a volume
+#
+# strict is default with client.strict-locks, and has the test of locks alone.
 #
 # COMMAND finds the two mounts in $BED/m1, whose client sits behind a network link of
 # its own, and $BED/m2, and these on its PATH:
@@ -47,6 +49,9 @@ run_tests() {
     mkdir -p "$target/tmp"
     mount --bind "$BED/m1" "$target/tmp"
     export PLOOP_REQUIRE_PEERS=1
+    PLOOP_OTHER_MOUNT=$BED/m2 cargo test --locked --offline --test blkio -- \
+        --ignored gluster::a_host_that_comes_back
+    [ "$BED_KIND" != strict ] || return 0
     PLOOP_TEST_FOLDERS=$BED/m1 cargo test --locked --offline --lib storage::host
     # Those left out start the program hundreds of times each.
     cargo test --locked --offline --test ploop_img -- --skip cuts:: --skip kill::
@@ -57,7 +62,7 @@ run_tests() {
     # With shards, direct writes are not written behind.
     [ "$BED_KIND" != default ] ||
         PLOOP_OTHER_MOUNT=$BED/m2 cargo test --locked --offline --test blkio -- \
-            --ignored gluster::
+            --ignored gluster::a_flush_tells
 }
 
 # Unpacks GlusterFS's own packages, all of one version. Some names are those of one
@@ -153,7 +158,8 @@ make_bed() {
         sleep 0.1
     done
     manage volume create bed replica 3 10.77.0.1:"$BED"/brick{1,2,3} force
-    [ "$BED_KIND" = default ] || manage volume set bed group virt
+    [ "$BED_KIND" != shards ] || manage volume set bed group virt
+    [ "$BED_KIND" != strict ] || manage volume set bed client.strict-locks on
     # How soon a client that is gone is given up.
     for option in server.tcp-user-timeout=5 network.ping-timeout=5 server.keepalive-time=2 \
         server.keepalive-interval=1 server.keepalive-count=3 ${BED_OPTIONS:-}; do
@@ -206,8 +212,8 @@ inside() {
 }
 
 case ${1:-} in
-    '') test_on default shards ;;
-    default | shards)
+    '') test_on default shards strict ;;
+    default | shards | strict)
         if [ $# -gt 1 ]; then enter "$@"; else test_on "$1"; fi
         ;;
     inside) inside "${@:2}" ;;

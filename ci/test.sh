@@ -55,6 +55,7 @@ stage_tests() {
 # (tests/blkio/shards.rs and strict.rs).
 stage_gluster() {
     ci/gluster.sh default
+    ci/gluster.sh strict
 }
 
 stage_shards() {

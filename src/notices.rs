@@ -33,6 +33,15 @@ pub enum Notice {
     },
     /// The host file system has space again.
     HostHasSpace,
+    /// The lock on a file of the image is lost, and nothing is read or written any more.
+    LockLost {
+        /// Of the file.
+        path: PathBuf,
+        /// How that is known.
+        why: String,
+        /// Whether requests wait. Else they fail.
+        waits: bool,
+    },
     /// A request has failed.
     IoError(IoError),
     /// The file of the top is used behind a place that was named for that.

@@ -177,6 +177,11 @@ fn commit<D: Disk>(
     descriptor: Option<NewDescriptor<'_>>,
 ) -> Result<(), GrowError> {
     let put_descriptor = || descriptor.map_or(Ok(()), put_in_place);
+    // The descriptor lies beside the image, and is no part of it.
+    if engine.has_lost_lock() {
+        engine.abandon_growth();
+        return Err(EngineError::LockLost.into());
+    }
     if engine.is_raw() {
         if let Err(error) = put_descriptor() {
             engine.abandon_growth();

@@ -25,6 +25,8 @@ pub enum Role {
     Watch,
     /// The same, and makes the disk larger.
     Caretaker,
+    /// Looks whether the locks on the image are still there.
+    LockWatch,
     /// Makes rings for others.
     Rings,
     /// Writes the image's metadata.
@@ -43,11 +45,12 @@ pub enum Role {
 
 impl Role {
     /// Each of them once.
-    pub const ALL: [Self; 11] = [
+    pub const ALL: [Self; 12] = [
         Self::Log,
         Self::Deadline,
         Self::Watch,
         Self::Caretaker,
+        Self::LockWatch,
         Self::Rings,
         Self::Metadata,
         Self::Runner,

@@ -23,7 +23,7 @@ use crate::device::{
     ThrottleLimits,
 };
 use crate::format::Guid;
-use crate::ploop::{self, OnEnospc};
+use crate::ploop::{self, OnEnospc, OnLockLoss};
 use crate::storage::{Aio, Cache, HostOptions};
 
 /// What `--print-capabilities` prints.
@@ -205,6 +205,11 @@ pub struct Args {
     #[arg(long, value_name = "WHAT", value_enum, default_value_t = EnospcPolicy::Stop)]
     pub on_enospc: EnospcPolicy,
 
+    /// What happens to requests when the lock on the image is lost, as a server can take it
+    /// away. Nothing is read or written any more in either case.
+    #[arg(long, value_name = "WHAT", value_enum, default_value_t = LockLossPolicy::Stop)]
+    pub on_lock_loss: LockLossPolicy,
+
     /// Limits on what guests may do, as `iops=500,bps=100M`: operations and bytes a
     /// second, of reads alone with `_rd`, of writes with `_wr`; in a burst with `_max`, of
     /// so many seconds with `_max_length`. --control can change them.
@@ -268,6 +273,15 @@ pub enum AioMode {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum EnospcPolicy {
     /// They wait until there is space, and the guest with them.
+    Stop,
+    /// They fail.
+    Report,
+}
+
+/// [`OnLockLoss`], as the command line has it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum LockLossPolicy {
+    /// They wait, and the guest with them.
     Stop,
     /// They fail.
     Report,
@@ -453,6 +467,10 @@ impl Args {
         options.on_enospc = match self.on_enospc {
             EnospcPolicy::Stop => OnEnospc::Stop,
             EnospcPolicy::Report => OnEnospc::Report,
+        };
+        options.on_lock_loss = match self.on_lock_loss {
+            LockLossPolicy::Stop => OnLockLoss::Stop,
+            LockLossPolicy::Report => OnLockLoss::Report,
         };
         options
     }

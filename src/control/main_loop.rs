@@ -324,7 +324,12 @@ impl MainLoop<'_> {
     /// each sync that is waited for from now on.
     fn end(&mut self) {
         if let Some(connection) = self.connection.take() {
-            connection.stop(Parked::FailSoon);
+            // Of a disk that waits for a lock, the next process can go on with what waits.
+            let is_locked_out = self.device.engine().is_locked_out();
+            connection.stop(match is_locked_out {
+                true => Parked::Drop,
+                false => Parked::FailSoon,
+            });
         }
         self.refuse_questions("The program is about to end");
         if let Some(Growing { growth, asker }) = self.growing.take() {
@@ -857,6 +862,11 @@ fn event_of(notice: Notice) -> Event {
         } => Event::WriteThreshold {
             threshold,
             exceeded_by,
+        },
+        Notice::LockLost { path, why, waits } => Event::LockLost {
+            file: path.to_string_lossy().into_owned(),
+            reason: why,
+            waits,
         },
         Notice::ImageVanished { path, how } => Event::ImageVanished {
             file: path.to_string_lossy().into_owned(),

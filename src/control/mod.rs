@@ -9,6 +9,7 @@ mod asker;
 mod bound;
 mod caretaker;
 mod deadline;
+mod lock_keeper;
 mod logging;
 mod main_loop;
 mod metrics;

@@ -11,7 +11,9 @@ use std::time::{Duration, Instant};
 
 use serde_json::json;
 
+use super::args::LockLossPolicy;
 use super::caretaker::{Caretaker, Growth, GrowthError};
+use super::lock_keeper::LockKeeper;
 use super::place::file_id;
 use super::question::Question;
 use super::subject::{Level, Subject};
@@ -25,7 +27,7 @@ use crate::image::{self, Bundle, OpenImage};
 use crate::notices::Notices;
 use crate::ploop::{self, Chain, Engine, EngineError, EngineReport, Running, WriteThreshold};
 use crate::storage::lock::{ImageLock, LockError};
-use crate::storage::{HostDisk, HostFile, KnownFile};
+use crate::storage::{HostDisk, HostFile, KnownFile, lock_promise};
 use crate::threads::{self, Role};
 
 /// How long one that has ended may still have I/O under way.
@@ -57,6 +59,9 @@ impl Image {
     pub fn new(image: OpenImage) -> io::Result<Self> {
         let notices = Arc::new(Notices::new()?);
         let top = image.files.last();
+        if let Some(top) = top.filter(|top| top.writable) {
+            lock_promise::warn_of_late_refusal(&top.file, &top.path);
+        }
         let top = top.map(|top| top.file.metadata()).transpose()?;
         Ok(Self {
             top: top.as_ref().map(file_id).unwrap_or_default(),
@@ -186,6 +191,9 @@ impl Image {
             source,
         })?;
         let running = Running::start(opened).map_err(Error::Setup)?;
+        let waits = args.on_lock_loss == LockLossPolicy::Stop;
+        let locks = LockKeeper::start(running.engine(), Arc::clone(&self.notices), waits);
+        let locks = locks.map_err(Error::Setup)?;
         let device = self.device(args, cpus, &running);
         match device {
             Ok(device) => Ok(Served {
@@ -193,6 +201,7 @@ impl Image {
                 top: self.top.clone(),
                 running,
                 caretaker: self.caretaker.clone(),
+                locks,
             }),
             Err(error) => {
                 // Says itself what goes wrong.
@@ -240,6 +249,8 @@ pub(super) struct Served {
     top: String,
     running: Running<HostDisk>,
     caretaker: Option<Arc<Caretaker>>,
+    /// Where there are locks to look after. As long as anything is done to the image.
+    locks: Option<LockKeeper>,
 }
 
 /// What has become of an image that was to be passed on.
@@ -312,6 +323,7 @@ impl Served {
             top,
             running,
             caretaker,
+            locks,
         } = self;
         match running.pass() {
             Ok(()) => Passed::Closed,
@@ -322,6 +334,7 @@ impl Served {
                     top,
                     running,
                     caretaker,
+                    locks,
                 };
                 Passed::Kept(kept, error)
             }

@@ -18,7 +18,7 @@ use super::control::{Control, Outcome};
 use super::entry::{Entry, Place};
 use super::epoch::Epochs;
 use super::inbox::Inbox;
-use super::options::Options;
+use super::options::{OnLockLoss, Options};
 use super::pio::{Pio, QueueMessage, Work};
 use super::preempt;
 use super::queue::Queue;
@@ -26,10 +26,18 @@ use super::remembered::Remembered;
 use super::report::{EngineReport, Gauges};
 use super::rule::{self, Rule};
 use super::stable_writes::{Generation, StableWrites};
-use super::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering, fence};
+use super::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, AtomicUsize, Ordering, fence};
 use super::take_over::Beginning;
 use crate::format::{ClusterSize, Geometry, GuestCluster, HostCluster, Sector};
-use crate::storage::{Disk, FileId, Segments};
+use crate::storage::{Disk, FileId, LockStanding, Segments};
+
+/// What a change has to wait for before it completes.
+mod before_end {
+    /// Until it is stable: the write cache is off.
+    pub const STABLE: u8 = 1;
+    /// For ever: the lock on the image is lost.
+    pub const NEVER: u8 = 2;
+}
 
 /// How many neighbouring clusters meet the same runner: a large discard goes to
 /// few runners in few pios, and neighbours still spread over all runners.
@@ -56,7 +64,8 @@ pub struct Engine<D: Disk> {
     write_alignment: u32,
     /// See [`Disk::has_stable_writes`].
     has_stable_writes: bool,
-    write_through: AtomicBool,
+    /// What a change has to wait for before it completes: bits of [`before_end`].
+    before_end: AtomicU8,
     suspended: AtomicBool,
     /// The metadata thread has ended.
     closed: AtomicBool,
@@ -240,7 +249,7 @@ impl<D: Disk> Engine<D> {
             options,
             write_alignment,
             has_stable_writes,
-            write_through: AtomicBool::new(false),
+            before_end: AtomicU8::new(0),
             suspended: AtomicBool::new(false),
             closed: AtomicBool::new(false),
             sync_failed: AtomicBool::new(false),
@@ -309,6 +318,7 @@ impl<D: Disk> Engine<D> {
             runners: self.runners.len(),
             dispatched: self.dispatched.load(Ordering::Relaxed),
             has_sync_failed: self.has_sync_failed(),
+            lock: self.disk.lock_standing(),
             is_suspended: self.is_suspended(),
             is_write_through: self.is_write_through(),
             clusters_available: self.alloc.available(),
@@ -395,7 +405,59 @@ impl<D: Disk> Engine<D> {
     }
 
     pub(super) fn is_write_through(&self) -> bool {
-        self.write_through.load(Ordering::Acquire)
+        self.before_end.load(Ordering::Acquire) & before_end::STABLE != 0
+    }
+
+    /// Whether a change completes when its I/O has ended. If not, it is to be asked why.
+    pub(super) fn ends_at_once(&self) -> bool {
+        self.before_end.load(Ordering::Acquire) == 0
+    }
+
+    /// Whether the lock on the image is gone. Who finds it out first tells all others.
+    #[cold]
+    pub(crate) fn has_lost_lock(&self) -> bool {
+        if self.before_end.load(Ordering::Acquire) & before_end::NEVER != 0 {
+            return true;
+        }
+        let is_lost = self.disk.lock_standing() == LockStanding::Lost;
+        if is_lost {
+            self.lose_lock();
+        }
+        is_lost
+    }
+
+    /// The lock on the image is gone: nobody is served any more, and nothing becomes stable.
+    /// To be called once more a while later: what a thread was about to tell its guest of has
+    /// been told by then.
+    pub fn lose_lock(&self) {
+        self.before_end
+            .fetch_or(before_end::NEVER, Ordering::AcqRel);
+        // Requests that come wait, or are refused by who would take them.
+        self.set_suspended(true);
+        self.sync_failed.store(true, Ordering::Release);
+        self.note_loss();
+    }
+
+    /// A guest that goes on with another process must know that what it was told is written
+    /// may be lost, unless all of it is stable.
+    fn note_loss(&self) {
+        if !self.is_covered() && !self.is_read_only() {
+            self.note_failed_sync();
+        }
+    }
+
+    /// Whether requests wait for a lock that is lost, or may be.
+    pub fn is_locked_out(&self) -> bool {
+        self.options.on_lock_loss == OnLockLoss::Stop
+            && matches!(
+                self.disk.lock_standing(),
+                LockStanding::InDoubt | LockStanding::Lost
+            )
+    }
+
+    /// Whether requests fail since the lock is lost. Else they wait.
+    pub(super) fn reports_loss(&self) -> bool {
+        self.options.on_lock_loss == OnLockLoss::Report && self.has_lost_lock()
     }
 
     /// Whether what is mapped on disk is to be written and made stable at once.
@@ -438,7 +500,14 @@ impl<D: Disk> Engine<D> {
 
     /// Takes requests again.
     pub(super) fn end_suspension(&self) {
+        if self.has_lost_lock() {
+            return;
+        }
         self.set_suspended(false);
+        if self.has_lost_lock() {
+            // In between.
+            return self.set_suspended(true);
+        }
         let inboxes = self.inboxes.lock().unwrap_or_else(PoisonError::into_inner);
         for inbox in inboxes.iter().filter_map(Weak::upgrade) {
             inbox.post(QueueMessage::Resumed);
@@ -451,6 +520,10 @@ impl<D: Disk> Engine<D> {
 
     /// From now on nothing can be called stable. `what` has failed.
     pub(super) fn set_sync_failed(&self, what: &str) {
+        if self.has_lost_lock() {
+            // It was refused. What is lost by that was told when the lock was.
+            return self.note_loss();
+        }
         // First: whoever fails because of it tells the guest.
         self.note_failed_sync();
         if !self.sync_failed.swap(true, Ordering::AcqRel) {
@@ -710,7 +783,15 @@ impl<D: Disk> Engine<D> {
             self.barriers.fetch_add(1, Ordering::AcqRel);
         }
         preempt::point("barrier opened");
-        let before = self.write_through.swap(on, Ordering::AcqRel);
+        let before = match on {
+            true => self
+                .before_end
+                .fetch_or(before_end::STABLE, Ordering::AcqRel),
+            false => self
+                .before_end
+                .fetch_and(!before_end::STABLE, Ordering::AcqRel),
+        };
+        let before = before & before_end::STABLE != 0;
         if on && !self.options.read_only {
             // Last: a round that starts before this may miss what ends in the old mode.
             self.barriers_up.fetch_add(1, Ordering::AcqRel);

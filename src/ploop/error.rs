@@ -38,6 +38,10 @@ pub enum EngineError {
     /// on. Nothing becomes stable any more until the image is opened again.
     #[error("a sync of the image failed earlier: open it again and check it")]
     SyncFailed,
+    /// The lock on the image is gone, so that others may use it: nothing is read or written
+    /// any more.
+    #[error("the lock on the image was lost, and another host may use it")]
+    LockLost,
     /// The image has no room for another cluster: its version cannot address it.
     #[error("the image cannot hold more clusters")]
     ImageFull,

@@ -773,7 +773,7 @@ impl<D: Disk> MdWriter<D> {
     }
 
     fn page_failed(&mut self, errno: Errno, now: Duration) {
-        if self.retry_at <= now {
+        if self.retry_at <= now && !self.engine.has_lost_lock() {
             log::error!("cannot write the BAT: {errno}; retrying");
         }
         self.retry_at = now + RETRY;
@@ -971,7 +971,9 @@ impl<D: Disk> MdWriter<D> {
                 }
             }
             Err(errno) => {
-                log::error!("cannot make the image file longer: {errno}");
+                if !self.engine.has_lost_lock() {
+                    log::error!("cannot make the image file longer: {errno}");
+                }
                 self.space.extension_ended();
                 for pio in self.space.take_all() {
                     pio.home.complete(Err(EngineError::Io(errno)));

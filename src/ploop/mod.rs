@@ -43,7 +43,7 @@ pub use engine::Engine;
 pub use error::{EngineError, OpenError};
 pub use md::MdWriter;
 pub use open::{Chain, Level, Opened};
-pub use options::{OnEnospc, Options};
+pub use options::{OnEnospc, OnLockLoss, Options};
 pub use queue::{Queue, QueueWaker};
 pub use report::EngineReport;
 pub use request::{Command, Done, Request, SectorRange};

@@ -16,6 +16,16 @@ pub enum OnEnospc {
     Report,
 }
 
+/// What becomes of requests when the lock on the image is lost.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum OnLockLoss {
+    /// They wait: whoever looks after the guest decides.
+    #[default]
+    Stop,
+    /// They fail, and the guest sees an I/O error.
+    Report,
+}
+
 /// See the fields.
 #[derive(Clone, Debug)]
 pub struct Options {
@@ -32,6 +42,8 @@ pub struct Options {
     pub writeback_delay: Duration,
     /// What to do when the host file system is full.
     pub on_enospc: OnEnospc,
+    /// What to do when another host may have the image.
+    pub on_lock_loss: OnLockLoss,
     /// By how many bytes the file grows ahead of its writers, at least; up to
     /// eight times as many when they use that up within a second.
     pub preallocation: u64,
@@ -63,6 +75,7 @@ impl Default for Options {
             queue_depth: 256,
             writeback_delay: Duration::from_secs(1),
             on_enospc: OnEnospc::Stop,
+            on_lock_loss: OnLockLoss::Stop,
             preallocation: 128 << 20,
             smallest_clone: 256 << 10,
             awaits_take_over: false,

@@ -106,6 +106,8 @@ pub struct Queue<D: Disk> {
     backlog: VecDeque<(u64, Op)>,
     /// Requests that came while the engine was suspended.
     held: VecDeque<Request>,
+    /// Tags of requests that can neither be done nor fail, as the lock on the image is lost.
+    stranded: Vec<u64>,
     finished: Vec<Done>,
     /// Kept for its memory.
     completions: Vec<Completion>,
@@ -132,6 +134,7 @@ impl<D: Disk> Queue<D> {
             ops: Slab::with_capacity(engine.options.queue_depth as usize),
             backlog: VecDeque::new(),
             held: VecDeque::new(),
+            stranded: Vec::new(),
             finished: Vec::new(),
             completions: Vec::new(),
             engine,
@@ -146,11 +149,23 @@ impl<D: Disk> Queue<D> {
         let is_suspended = self.engine.is_suspended();
         preempt::point("admitted");
         if is_suspended {
-            self.held.push_back(request);
+            self.hold_back(request);
         } else {
             self.start(request);
         }
         self.participant.end_look_up(epoch);
+    }
+
+    /// Keeps a request until the engine takes some again.
+    #[cold]
+    fn hold_back(&mut self, request: Request) {
+        match self.engine.reports_loss() {
+            true => self.finished.push(Done {
+                tag: request.tag,
+                result: Err(EngineError::LockLost),
+            }),
+            false => self.held.push_back(request),
+        }
     }
 
     /// Starts everything queued, with one system call.
@@ -190,8 +205,23 @@ impl<D: Disk> Queue<D> {
                 self.start(request);
             }
         }
+        if (!self.held.is_empty() || !self.rests.is_empty()) && self.engine.is_suspended() {
+            self.refuse_what_waits();
+        }
         self.cut_more();
         self.queue_backlog();
+    }
+
+    /// What could wait for ever fails, if the lock on the image is lost and that is reported.
+    #[cold]
+    fn refuse_what_waits(&mut self) {
+        if !self.engine.reports_loss() {
+            return;
+        }
+        for request in std::mem::take(&mut self.held) {
+            self.hold_back(request);
+        }
+        self.drop_rests(true);
     }
 
     /// Whether another request would be started at once. Otherwise it waits for others
@@ -226,7 +256,7 @@ impl<D: Disk> Queue<D> {
 
     /// Requests pushed and not yet given out by [`Self::poll`].
     pub fn in_flight(&self) -> usize {
-        self.active.len() + self.held.len() + self.finished.len()
+        self.active.len() + self.held.len() + self.stranded.len() + self.finished.len()
     }
 
     /// Requests that came while the engine was suspended: nothing is in flight
@@ -278,18 +308,33 @@ impl<D: Disk> Queue<D> {
         self.drop_rests(self.engine.is_suspended());
         self.submit();
         self.poll(done);
+        let error = match self.engine.is_suspended() && self.engine.has_lost_lock() {
+            // It can be done again, elsewhere.
+            true => EngineError::Undone,
+            false => EngineError::Stopped,
+        };
         for request in std::mem::take(&mut self.held) {
             done.push(Done {
                 tag: request.tag,
-                result: Err(EngineError::Stopped),
+                result: Err(error),
             });
         }
+        self.give_up_stranded(done);
         while self.in_flight() > 0 {
             let is_over = self.engine.is_suspended() || start.elapsed() >= grace;
             self.drop_rests(is_over);
             self.wait_for_an_end();
             self.poll(done);
+            self.give_up_stranded(done);
         }
+    }
+
+    /// They can be done again, elsewhere.
+    fn give_up_stranded(&mut self, done: &mut Vec<Done>) {
+        done.extend(self.stranded.drain(..).map(|tag| Done {
+            tag,
+            result: Err(EngineError::Undone),
+        }));
     }
 
     /// Blocks until [`Self::poll`] may have something to do, though not for long. What is
@@ -644,9 +689,15 @@ impl<D: Disk> Queue<D> {
         if request.parts > 0 {
             return;
         }
-        let succeeded = request.changes_disk && request.result.is_ok();
-        if succeeded && self.engine.is_write_through() {
-            if self.engine.has_sync_failed() {
+        if request.result.is_err() {
+            if self.engine.has_lost_lock() {
+                return self.strand(key);
+            }
+        } else if request.changes_disk && !self.engine.ends_at_once() {
+            if self.engine.has_lost_lock() {
+                // What becomes of it on the host is not known.
+                return self.strand(key);
+            } else if self.engine.has_sync_failed() {
                 request.result = Err(EngineError::SyncFailed);
             } else if request.needs_flush(&self.engine) && rule::kept(Rule::WriteThroughMapping) {
                 return self.wait_for_flush(key);
@@ -661,6 +712,20 @@ impl<D: Disk> Queue<D> {
             tag: request.tag,
             result: request.result,
         });
+    }
+
+    /// A request ends that has failed because the lock on the image is lost, or of which it is
+    /// not known what became of it on the host.
+    #[cold]
+    fn strand(&mut self, key: usize) {
+        let tag = self.active.remove(key).tag;
+        match self.engine.reports_loss() {
+            true => self.finished.push(Done {
+                tag,
+                result: Err(EngineError::LockLost),
+            }),
+            false => self.stranded.push(tag),
+        }
     }
 }
 

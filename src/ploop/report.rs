@@ -2,6 +2,8 @@
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
+use crate::storage::LockStanding;
+
 /// A snapshot; its parts are of slightly different moments.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct EngineReport {
@@ -21,6 +23,8 @@ pub struct EngineReport {
     pub dirty_pages: u64,
     /// A sync has failed: nothing becomes stable any more.
     pub has_sync_failed: bool,
+    /// What is known of the locks on the image.
+    pub lock: LockStanding,
     /// New requests are held.
     pub is_suspended: bool,
     /// Each write is stable when it completes.

@@ -10,6 +10,8 @@
 mod clone;
 mod file;
 mod job;
+mod lease;
+mod lock_watch;
 mod pieces;
 mod psync;
 mod rings;
@@ -27,13 +29,18 @@ use std::sync::Arc;
 use rustix::io::Errno;
 
 use self::file::{Description, SharedFile};
+use self::lease::Lease;
 use self::pieces::{Pieces, Pool};
 use self::psync::Psync;
 use self::rings::Generation;
 use self::uring::Uring;
-use super::{AlignedBuf, Buffer, Completion, Disk, FileId, Io, Op, Segments, filesystem};
+use super::{
+    AlignedBuf, Buffer, Completion, Disk, FileId, Io, LockStanding, Op, Segments, filesystem,
+};
 use crate::notices::Notices;
 
+pub use self::lease::LookFor;
+pub use self::lock_watch::{LockWatch, Look};
 pub use self::rings::start_maker;
 pub use self::watch::FileWatch;
 
@@ -112,6 +119,8 @@ pub struct HostDisk {
     block_size: u32,
     /// Memory of our own for transfers, of all threads.
     pool: Arc<Pool>,
+    /// Of files whose locks a server can take away.
+    lease: Option<Arc<Lease>>,
 }
 
 impl HostDisk {
@@ -126,17 +135,46 @@ impl HostDisk {
             let message = format!("a disk has 1 to 256 files, not {}", files.len());
             return Err(io::Error::new(io::ErrorKind::InvalidInput, message));
         }
+        let is_leased = |file: &HostFile| filesystem::may_be_shared(&file.file);
+        let lease = files.iter().any(is_leased).then(Lease::new).transpose()?;
+        Self::build(files, options, lease.map(Arc::new), is_leased)
+    }
+
+    fn build(
+        files: Vec<HostFile>,
+        options: HostOptions,
+        lease: Option<Arc<Lease>>,
+        is_leased: impl Fn(&HostFile) -> bool,
+    ) -> io::Result<Self> {
+        let open = |file: HostFile| {
+            let lease = lease.as_ref().filter(|_| is_leased(&file));
+            SharedFile::new(file, options.cache, lease)
+        };
         let files = files
             .into_iter()
-            .map(|file| Ok(Arc::new(SharedFile::new(file, options.cache)?)))
+            .map(|file| Ok(Arc::new(open(file)?)))
             .collect::<io::Result<Arc<[_]>>>()?;
+        if let Some(lease) = &lease {
+            lease.cover(&files);
+        }
         let top = &files[files.len() - 1];
         Ok(Self {
             block_size: top.block_size()?,
             way: choose_way(&files, options.aio)?,
             files,
             pool: Arc::default(),
+            lease,
         })
+    }
+
+    /// By which is found out that a server has taken the locks away; `None` where none can.
+    /// It has to be used from now on: what fails as it does without the lock waits for it.
+    ///
+    /// # Errors
+    /// Any of `open(2)` and `fcntl(2)`.
+    pub fn watch_locks(&self) -> io::Result<Option<LockWatch>> {
+        let lease = self.lease.as_ref();
+        lease.map_or(Ok(None), |lease| LockWatch::new(lease, &self.files))
     }
 
     /// By which is found out, said in the log and told to `notices` that a file was
@@ -157,6 +195,16 @@ impl HostDisk {
         })
     }
 
+    /// A disk whose files are used by a lease, wherever they lie.
+    #[cfg(test)]
+    fn pretend_leased(
+        files: Vec<HostFile>,
+        options: HostOptions,
+        lease: &Arc<Lease>,
+    ) -> io::Result<Self> {
+        Self::build(files, options, Some(Arc::clone(lease)), |_| true)
+    }
+
     /// A disk of files as they are, for tests that want odd ones.
     #[cfg(test)]
     fn of_shared(files: Vec<Arc<SharedFile>>, way: Way) -> Self {
@@ -165,6 +213,7 @@ impl HostDisk {
             way,
             block_size: 4096,
             pool: Arc::default(),
+            lease: None,
         }
     }
 
@@ -314,6 +363,11 @@ impl Disk for HostDisk {
 
     fn write_alignment(&self) -> u32 {
         self.files[self.files.len() - 1].alignment().offset
+    }
+
+    fn lock_standing(&self) -> LockStanding {
+        let lease = self.lease.as_ref();
+        lease.map_or(LockStanding::Unwatched, |lease| lease.standing())
     }
 
     fn has_stable_writes(&self) -> bool {

@@ -159,13 +159,18 @@ impl ImageLock {
             file: file.try_clone()?,
             mode,
         };
-        for n in used.iter() {
-            set(&lock.file, USED_BASE + i64::from(n), 1, libc::F_RDLCK)?;
-        }
-        for n in denied.iter() {
-            set(&lock.file, DENIED_BASE + i64::from(n), 1, libc::F_RDLCK)?;
-        }
+        take(&lock.file, used, denied)?;
         Ok(lock)
+    }
+
+    /// Takes once more what `file` has of `mode` already: a server that consists of several
+    /// may have lost its part of it, where another one has not.
+    ///
+    /// # Errors
+    /// Any of `fcntl(2)`.
+    pub fn renew(file: &File, mode: LockMode) -> io::Result<()> {
+        let (used, denied) = mode.used_and_denied();
+        take(file, used, denied)
     }
 
     /// Whether nobody else uses the image in a way that does not go with this lock, as
@@ -231,6 +236,32 @@ impl Drop for ImageLock {
             }
         }
     }
+}
+
+fn take(file: &File, used: Permissions, denied: Permissions) -> io::Result<()> {
+    for n in used.iter() {
+        share_byte(file, USED_BASE + i64::from(n))?;
+    }
+    for n in denied.iter() {
+        share_byte(file, DENIED_BASE + i64::from(n))?;
+    }
+    Ok(())
+}
+
+/// Takes a read lock on a byte.
+///
+/// # Errors
+/// Any of `fcntl(2)`.
+pub fn share_byte(file: &File, byte: i64) -> io::Result<()> {
+    set(file, byte, 1, libc::F_RDLCK)
+}
+
+/// Whether any description but this one has a lock on a byte.
+///
+/// # Errors
+/// Any of `fcntl(2)`.
+pub fn is_locked(file: &File, byte: i64) -> io::Result<bool> {
+    Ok(holder_of(file, byte)?.is_some())
 }
 
 /// A request for `len` bytes from `start`.

@@ -11,6 +11,7 @@ pub mod filesystem;
 mod host;
 mod limits;
 pub mod lock;
+pub mod lock_promise;
 #[cfg(all(test, not(ploop_loom)))]
 pub(crate) mod one_file_fs;
 pub mod opening;
@@ -23,7 +24,8 @@ use std::os::fd::RawFd;
 use rustix::io::Errno;
 
 pub use host::{
-    Aio, Cache, FileWatch, HostDisk, HostFile, HostIo, HostOptions, KnownFile, start_maker,
+    Aio, Cache, FileWatch, HostDisk, HostFile, HostIo, HostOptions, KnownFile, LockWatch, Look,
+    LookFor, start_maker,
 };
 pub use limits::ease_limits;
 pub use segments::{AlignedBuf, Buffer, Segment, Segments};
@@ -32,6 +34,21 @@ pub use shared::SharedWords;
 /// Which of the files of a [`Disk`]: 0 is the base, the highest the top delta.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct FileId(pub u8);
+
+/// What is known of the locks on the files of a [`Disk`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(u8)]
+pub enum LockStanding {
+    /// Nobody looks: they cannot be lost as long as this host lives.
+    #[default]
+    Unwatched,
+    /// They were there at the last look.
+    Held,
+    /// They may be gone: nothing is begun until that is known.
+    InDoubt,
+    /// They are gone. Nothing is begun any more, for good.
+    Lost,
+}
 
 /// What to do with a range that shall read as zeros.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -265,6 +282,11 @@ pub trait Disk: Send + Sync + 'static {
     /// `Unsupported` where the file system keeps no attributes; any of `fsetxattr(2)`.
     fn set_opening(&self, _: FileId, _: u64) -> io::Result<()> {
         Err(io::ErrorKind::Unsupported.into())
+    }
+
+    /// What is known of the locks on the files.
+    fn lock_standing(&self) -> LockStanding {
+        LockStanding::Unwatched
     }
 
     /// What will be written to the top file is not aligned as direct I/O demands

@@ -6,6 +6,7 @@
 //! arrive here before they end for who has made them, also those by way of the page
 //! cache.
 
+mod locks;
 mod medium;
 
 use std::{
@@ -19,9 +20,9 @@ use std::{
 
 use fuser::{
     BackgroundSession, Config, Errno, FileAttr, FileHandle, FileType, Filesystem, FopenFlags,
-    Generation, INodeNo, LockOwner, MountOption, OpenFlags, ReplyAttr, ReplyCreate, ReplyData,
-    ReplyDirectory, ReplyEmpty, ReplyEntry, ReplyLseek, ReplyOpen, ReplyWrite, Request, TimeOrNow,
-    WriteFlags,
+    Generation, INodeNo, InitFlags, KernelConfig, LockOwner, MountOption, OpenFlags, ReplyAttr,
+    ReplyCreate, ReplyData, ReplyDirectory, ReplyEmpty, ReplyEntry, ReplyLock, ReplyLseek,
+    ReplyOpen, ReplyWrite, Request, TimeOrNow, WriteFlags,
 };
 use rand::SeedableRng;
 use rand::rngs::SmallRng;
@@ -29,6 +30,8 @@ use rustix::mount::{UnmountFlags, unmount};
 use tempfile::TempDir;
 
 use crate::common::{backend::Corpse, left_out};
+pub use locks::Loss;
+use locks::{Lock, Locks};
 pub use medium::Event;
 use medium::{FileState, Files};
 
@@ -65,6 +68,9 @@ struct State {
     /// What lost writes were made by, if nobody has been told yet.
     lost: Vec<FileHandle>,
     told: Told,
+    locks: Locks,
+    /// Questions for locks that wait for [`FrailFs::let_looks_go`], while they are to.
+    held_looks: Option<Vec<(Lock, ReplyLock)>>,
 }
 
 /// Who hears of a write that was said to be well and got lost: once, from a sync or from
@@ -177,6 +183,7 @@ impl State {
 
     fn sync(&mut self, inode: INodeNo, handle: FileHandle) -> Result<(), Errno> {
         self.tell_of_lost(handle)?;
+        self.locks.allow(handle)?;
         if let Some(left) = self.syncs_to_pass.checked_sub(1) {
             self.syncs_to_pass = left;
         } else if let Some(left) = self.syncs_to_fail.checked_sub(1) {
@@ -189,6 +196,14 @@ impl State {
         Ok(())
     }
 
+    fn tell_of_locks(&self, lock: Lock, reply: ReplyLock) {
+        match self.locks.find(lock) {
+            Ok(Some(found)) => reply.locked(found.range.0, found.range.1, found.kind, 0),
+            Ok(None) => reply.locked(0, 0, libc::F_UNLCK, 0),
+            Err(error) => reply.error(error),
+        }
+    }
+
     fn end_sync(&mut self, inode: INodeNo, handle: FileHandle, reply: ReplyEmpty) {
         match self.sync(inode, handle) {
             Ok(()) => reply.ok(),
@@ -196,8 +211,10 @@ impl State {
         }
     }
 
-    /// Refuses what direct I/O cannot do, on what was opened for that.
-    fn check_direct(&self, handle: FileHandle, offset: u64, len: usize) -> Result<(), Errno> {
+    /// Refuses what direct I/O cannot do, on what was opened for that, and what had a lock
+    /// and has none, if that is so.
+    fn check(&self, handle: FileHandle, offset: u64, len: usize) -> Result<(), Errno> {
+        self.locks.allow(handle)?;
         let is_direct = handle.0 & DIRECT != 0;
         match is_direct && !(offset | len as u64).is_multiple_of(self.direct_block) {
             true => Err(Errno::EINVAL),
@@ -276,6 +293,8 @@ impl FrailFs {
             loses_next_write: false,
             lost: Vec::new(),
             told: Told::Writer,
+            locks: Locks::default(),
+            held_looks: None,
         };
         let shared = Arc::new(Shared {
             state: state.into(),
@@ -383,6 +402,31 @@ impl FrailFs {
         }
     }
 
+    /// All locks are taken away, and those who had them notice it, or not.
+    pub fn take_locks(&self, loss: Loss) {
+        let mut state = self.shared.lock();
+        let last = state.openings << 1 | DIRECT;
+        state.locks.lose(loss, last);
+    }
+
+    /// How many locks there are.
+    pub fn locks(&self) -> usize {
+        self.shared.lock().locks.len()
+    }
+
+    /// From now on nobody who asks for a lock gets an answer.
+    pub fn hold_looks(&self) {
+        self.shared.lock().held_looks = Some(Vec::new());
+    }
+
+    /// All get one.
+    pub fn let_looks_go(&self) {
+        let mut state = self.shared.lock();
+        for (lock, reply) in state.held_looks.take().unwrap_or_default() {
+            state.tell_of_locks(lock, reply);
+        }
+    }
+
     /// How many syncs are still to fail.
     pub fn syncs_to_fail(&self) -> usize {
         self.shared.lock().syncs_to_fail
@@ -454,6 +498,78 @@ macro_rules! answer {
 }
 
 impl Filesystem for Mounted {
+    fn init(&mut self, _: &Request, config: &mut KernelConfig) -> std::io::Result<()> {
+        config
+            .add_capabilities(InitFlags::FUSE_POSIX_LOCKS)
+            .map_err(|_| std::io::ErrorKind::Unsupported.into())
+    }
+
+    fn getlk(
+        &self,
+        _: &Request,
+        inode: INodeNo,
+        handle: FileHandle,
+        owner: LockOwner,
+        start: u64,
+        end: u64,
+        kind: i32,
+        _pid: u32,
+        reply: ReplyLock,
+    ) {
+        let lock = Lock {
+            inode,
+            handle,
+            owner,
+            range: (start, end),
+            kind,
+        };
+        let mut state = self.0.lock();
+        match &mut state.held_looks {
+            Some(held) => held.push((lock, reply)),
+            None => state.tell_of_locks(lock, reply),
+        }
+    }
+
+    fn setlk(
+        &self,
+        _: &Request,
+        inode: INodeNo,
+        handle: FileHandle,
+        owner: LockOwner,
+        start: u64,
+        end: u64,
+        kind: i32,
+        _pid: u32,
+        _sleep: bool,
+        reply: ReplyEmpty,
+    ) {
+        let lock = Lock {
+            inode,
+            handle,
+            owner,
+            range: (start, end),
+            kind,
+        };
+        match self.0.lock().locks.set(lock) {
+            Ok(()) => reply.ok(),
+            Err(error) => reply.error(error),
+        }
+    }
+
+    fn release(
+        &self,
+        _: &Request,
+        _: INodeNo,
+        handle: FileHandle,
+        _: OpenFlags,
+        _: Option<LockOwner>,
+        _flush: bool,
+        reply: ReplyEmpty,
+    ) {
+        self.0.lock().locks.close(handle);
+        reply.ok();
+    }
+
     fn lookup(&self, _: &Request, _: INodeNo, name: &OsStr, reply: ReplyEntry) {
         answer!(reply, {
             let mut state = self.0.enter()?;
@@ -512,7 +628,7 @@ impl Filesystem for Mounted {
     ) {
         answer!(reply, {
             let mut state = self.0.enter()?;
-            state.check_direct(handle, offset, size as usize)?;
+            state.check(handle, offset, size as usize)?;
             let bytes = &state.file(inode)?.live;
             let start = (offset as usize).min(bytes.len());
             let end = (start + size as usize).min(bytes.len());
@@ -534,7 +650,7 @@ impl Filesystem for Mounted {
     ) {
         answer!(reply, {
             let mut state = self.0.enter()?;
-            state.check_direct(handle, offset, data.len())?;
+            state.check(handle, offset, data.len())?;
             if std::mem::take(&mut state.loses_next_write) {
                 state.lost.push(handle);
             } else {

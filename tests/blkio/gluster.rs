@@ -1,18 +1,21 @@
 //! A GlusterFS volume whose servers are away for a while. Its write-behind says that writes
-//! are well all the same, and tells what became of them to whoever asks first.
+//! are well all the same, and tells what became of them to whoever asks first. And one of
+//! whose hosts one is cut off for longer than its locks last.
 
 use std::fs::{self, File};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
+use vhost_user_ploop::storage::lock::{ImageLock, LockMode};
 
-use crate::client::Client;
+use crate::client::{Client, Lane};
 use crate::common::{backend::Backend, img::ploop_img};
-use crate::stable::{WAYS, flush, write};
+use crate::stable::{EIO, WAYS, flush, write};
 
 const CLUSTER: u64 = 3;
 
@@ -57,14 +60,19 @@ fn a_flush_tells_the_truth_of_what_was_written_while_the_servers_were_away() {
         ])
         .ok();
         let place = TempDir::new().unwrap();
-        let backend = Backend::start(&image, &place.path().join("socket"), &way);
+        let mut options = way.to_vec();
+        // The lock goes with the bricks.
+        options.extend(["--on-lock-loss", "report"]);
+        let backend = Backend::start(&image, &place.path().join("socket"), &options);
         let mut client = Client::connect(backend.socket(), 1);
         assert_eq!(write(&mut client.lanes[0], CLUSTER, 1), 0);
         assert_eq!(flush(&mut client.lanes[0]), 0);
 
         bed("bed_kill_brick", &["2"]);
         bed("bed_kill_brick", &["3"]);
-        assert_eq!(write(&mut client.lanes[0], CLUSTER, 2), 0, "{way:?}");
+        // Said to be well, unless the lock, which is gone with the bricks, is known to be lost.
+        let written = write(&mut client.lanes[0], CLUSTER, 2);
+        assert!([0, EIO].contains(&written), "{way:?}: {written}");
         // The thread that wrote it ends.
         drop(client);
         bed("bed_start_bricks", &[]);
@@ -86,5 +94,110 @@ fn a_flush_tells_the_truth_of_what_was_written_while_the_servers_were_away() {
             true => backend.stop(),
             false => drop(backend.stop_with_failure()),
         }
+    }
+}
+
+/// Mapped by the first host, and written by the second.
+const CLUSTERS: [u64; 3] = [3, 4, 5];
+
+/// Writes and flushes one after the other as long as that is to be gone on with, or until one
+/// gets no answer; what they ended with.
+fn write_while(lane: &mut Lane, mut goes_on: impl FnMut() -> bool) -> Vec<i32> {
+    let mut results = Vec::new();
+    while goes_on() {
+        for cluster in CLUSTERS {
+            lane.write(cluster * (64 << 10), &[9; 4096], 0);
+            lane.flush(1);
+            let mut left = 2;
+            while left > 0 {
+                let Some(ended) = lane.wait_for(1, PATIENCE) else {
+                    return results;
+                };
+                left -= ended.len();
+                results.extend(ended.into_iter().map(|(_, result)| result));
+            }
+        }
+    }
+    results
+}
+
+/// Waits until the server would give a lock on the image to this host.
+fn wait_for_lock(image: &Path) {
+    let start = Instant::now();
+    loop {
+        let file = File::options().read(true).write(true).open(image);
+        let lock = ImageLock::acquire(&file.unwrap(), LockMode::ReadWrite);
+        match lock {
+            Ok(_) => return,
+            Err(error) => assert!(start.elapsed() < PATIENCE, "{error}"),
+        }
+        thread::sleep(Duration::from_millis(200));
+    }
+}
+
+/// The link of one host is cut under load, the other one is let in, writes and flushes, and
+/// the link comes back.
+#[test]
+#[ignore = "needs a GlusterFS volume: run ci/gluster.sh"]
+fn a_host_that_comes_back_writes_nothing_over_what_the_next_one_has_flushed() {
+    let other = std::env::var_os("PLOOP_OTHER_MOUNT").expect("PLOOP_OTHER_MOUNT is set");
+    for (way, policy) in [(WAYS[0], "stop"), (WAYS[2], "report"), (WAYS[1], "report")] {
+        let folder = TempDir::new_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+        let image = folder.path().join("disk.hds");
+        let create = [
+            "create",
+            image.to_str().unwrap(),
+            "16M",
+            "--cluster-size",
+            "64K",
+        ];
+        ploop_img(create).ok();
+        let place = TempDir::new().unwrap();
+        let mut options = way.to_vec();
+        options.extend(["--on-lock-loss", policy]);
+        let first = Backend::start(&image, &place.path().join("first"), &options);
+        let mut client = Client::connect(first.socket(), 1);
+        let lane = &mut client.lanes[0];
+        let is_over = AtomicBool::new(false);
+        let results = thread::scope(|scope| {
+            let load = scope.spawn(|| write_while(lane, || !is_over.load(Relaxed)));
+            thread::sleep(Duration::from_secs(2));
+            bed("bed_cut", &[]);
+            let there = PathBuf::from(&other)
+                .join(folder.path().file_name().unwrap())
+                .join("disk.hds");
+            wait_for_lock(&there);
+            let second = Backend::start(&there, &place.path().join("second"), &way);
+            let mut client = Client::connect(second.socket(), 1);
+            for cluster in CLUSTERS {
+                assert_eq!(write(&mut client.lanes[0], cluster, 5), 0);
+            }
+            assert_eq!(flush(&mut client.lanes[0]), 0);
+            bed("bed_mend", &[]);
+            first.expect_to_say("THE LOCK ON THE IMAGE IS LOST");
+            // Long enough for the client of the volume to find its servers again.
+            thread::sleep(Duration::from_secs(10));
+            is_over.store(true, Relaxed);
+            for cluster in CLUSTERS {
+                let lane = &mut client.lanes[0];
+                lane.read(cluster * (64 << 10), 4096, 0);
+                assert_eq!(lane.wait(1), [(0, 0)]);
+                assert!(lane.bytes(0, 4096) == [5; 4096], "{way:?}: {}", first.log());
+            }
+            drop(client);
+            second.stop();
+            let bytes = fs::read(&there).unwrap();
+            assert!(
+                !bytes.chunks(4096).any(|block| block == [9; 4096]),
+                "{way:?}"
+            );
+            load.join().unwrap()
+        });
+        let failed = results.iter().filter(|result| **result != 0).count();
+        eprintln!("{way:?}: {} requests, {failed} failed", results.len());
+        assert!(results.iter().filter(|result| **result == 0).count() > 4);
+        assert_eq!(failed > 0, policy == "report");
+        drop(client);
+        first.stop_with_failure();
     }
 }

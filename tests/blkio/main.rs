@@ -15,6 +15,7 @@ mod gone;
 mod grow;
 mod kill;
 mod limits;
+mod lock_loss;
 mod lost_write;
 mod model;
 mod plain;

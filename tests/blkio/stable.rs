@@ -19,7 +19,7 @@ pub const WAYS: [[&str; 4]; 4] = [
     ["--aio", "psync", "--cache", "writeback"],
 ];
 
-const IMAGE: &str = "disk.hds";
+pub const IMAGE: &str = "disk.hds";
 
 const CLUSTER: u64 = 64 << 10;
 
@@ -36,7 +36,7 @@ pub struct Disk {
 }
 
 impl Disk {
-    fn new() -> Option<Self> {
+    pub fn new() -> Option<Self> {
         let folder = TempDir::new().unwrap();
         let image = folder.path().join(IMAGE);
         let image = image.to_str().unwrap();

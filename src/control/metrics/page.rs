@@ -17,6 +17,7 @@ use crate::control::Args;
 use crate::control::subject::{Level, Subject};
 use crate::device::{Histogram, KindCounts, Latencies, QueueReport, ThrottleLimits};
 use crate::ploop::EngineReport;
+use crate::storage::LockStanding;
 
 /// Before the name of each metric.
 const PREFIX: &str = "ploop";
@@ -275,6 +276,16 @@ impl Snapshot {
                 "sync_failed",
                 "Whether a sync has failed: flushes fail until the image is opened again.",
                 engine.has_sync_failed.into(),
+            ),
+            (
+                "lock_in_doubt",
+                "Whether the lock on the image may be lost: nothing is begun.",
+                (engine.lock == LockStanding::InDoubt).into(),
+            ),
+            (
+                "lock_lost",
+                "Whether the lock on the image is lost: nothing is read or written any more.",
+                (engine.lock == LockStanding::Lost).into(),
             ),
             (
                 "suspended",

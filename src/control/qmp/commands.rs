@@ -12,6 +12,7 @@ use super::shapes;
 use crate::control::subject::Subject;
 use crate::device::ThrottleLimits;
 use crate::format::{SECTOR_SIZE, Sector};
+use crate::storage::LockStanding;
 
 /// What a command wants of the program besides its answer.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -121,6 +122,7 @@ fn query_status(arguments: Arguments, context: &mut Context<'_>) -> Answer {
     arguments.end()?;
     let engine = context.subject.engine();
     let status = match (engine.is_host_full, engine.is_suspended) {
+        _ if matches!(engine.lock, LockStanding::InDoubt | LockStanding::Lost) => "io-error",
         (true, _) => "io-error",
         (_, true) => "paused",
         _ => "running",

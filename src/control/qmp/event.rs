@@ -40,6 +40,15 @@ pub(in crate::control) enum Event {
         /// How many bytes behind it.
         exceeded_by: u64,
     },
+    /// The lock on a file of the image is lost.
+    LockLost {
+        /// Its path.
+        file: String,
+        /// How that is known.
+        reason: String,
+        /// Whether requests wait.
+        waits: bool,
+    },
     /// A file of the image cannot be reached any more by its path.
     ImageVanished {
         /// That path.
@@ -57,6 +66,7 @@ impl Event {
             Self::HostFull { .. } | Self::IoError { .. } => "BLOCK_IO_ERROR",
             Self::HostHasSpace => "HOST_HAS_SPACE",
             Self::WriteThreshold { .. } => "BLOCK_WRITE_THRESHOLD",
+            Self::LockLost { .. } => "LOCK_LOST",
             Self::ImageVanished { .. } => "IMAGE_VANISHED",
         }
     }
@@ -82,6 +92,15 @@ impl Event {
                 "node-name": DISK,
                 "amount-exceeded": exceeded_by,
                 "write-threshold": threshold,
+            }),
+            Self::LockLost {
+                file,
+                reason,
+                waits,
+            } => json!({
+                "file": file,
+                "reason": reason,
+                "action": if *waits { "stop" } else { "report" },
             }),
             Self::ImageVanished { file, how } => json!({ "file": file, "how": how }),
         }

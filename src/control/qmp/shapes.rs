@@ -8,6 +8,7 @@ use crate::device::{
     Bins, Histogram, KindCounts, Latencies, LatencyBins, QueueReport, ThrottleLimits, Totals,
 };
 use crate::ploop::EngineReport;
+use crate::storage::LockStanding;
 
 /// `BlockInfo`: the one device.
 pub(super) fn device(subject: &dyn Subject) -> Value {
@@ -28,6 +29,7 @@ pub(super) fn device(subject: &dyn Subject) -> Value {
 
 fn io_status(engine: &EngineReport) -> &'static str {
     match (engine.is_host_full, engine.has_sync_failed) {
+        _ if engine.lock == LockStanding::Lost => "failed",
         (true, _) => "nospace",
         (_, true) => "failed",
         _ => "ok",
@@ -205,6 +207,15 @@ pub(super) fn latencies(latencies: &Latencies) -> Value {
     })
 }
 
+fn lock(standing: LockStanding) -> &'static str {
+    match standing {
+        LockStanding::Unwatched => "unwatched",
+        LockStanding::Held => "held",
+        LockStanding::InDoubt => "in-doubt",
+        LockStanding::Lost => "lost",
+    }
+}
+
 /// What only this program has.
 pub(super) fn engine(file_id: &str, report: &EngineReport, queues: &[QueueReport]) -> Value {
     let queues: Vec<_> = queues.iter().map(queue).collect();
@@ -219,6 +230,7 @@ pub(super) fn engine(file_id: &str, report: &EngineReport, queues: &[QueueReport
         "syncs": report.syncs,
         "dirty-pages": report.dirty_pages,
         "sync-failed": report.has_sync_failed,
+        "lock": lock(report.lock),
         "suspended": report.is_suspended,
         "write-through": report.is_write_through,
         "clusters-available": report.clusters_available,

@@ -240,6 +240,14 @@ impl Allowed {
             .registers(&[REGISTER_FILES_UPDATE])
     }
 
+    fn lock_watch() -> Self {
+        Self::always().calls(&[libc::SYS_pread64]).locks().equal(
+            libc::SYS_fcntl,
+            1,
+            libc::F_OFD_GETLK as u64,
+        )
+    }
+
     fn metadata() -> Self {
         Self::transfers().calls(SPACE).calls(OPENING)
     }
@@ -302,6 +310,7 @@ impl Allowed {
         match role {
             Role::Log | Role::Deadline | Role::Sync => Self::always(),
             Role::Watch => Self::watch(),
+            Role::LockWatch => Self::lock_watch(),
             Role::Rings => Self::always().makes_rings(),
             Role::Metadata => Self::metadata(),
             Role::Runner => Self::runner(),
@@ -325,7 +334,12 @@ impl Allowed {
     /// A file that is open, for a description of the thread's own; makes none.
     fn opens_again(self) -> Self {
         let makes = libc::O_CREAT | (libc::O_TMPFILE & !libc::O_DIRECTORY);
-        self.masked(libc::SYS_openat, 2, makes as u64, 0)
+        self.masked(libc::SYS_openat, 2, makes as u64, 0).locks()
+    }
+
+    /// A description, as every other one of a file on a network is.
+    fn locks(self) -> Self {
+        self.equal(libc::SYS_fcntl, 1, libc::F_OFD_SETLK as u64)
     }
 
     /// Files that run as nobody else but who runs them: without a set-user-ID, a

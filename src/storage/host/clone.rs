@@ -53,8 +53,13 @@ impl CloneRange {
     /// Does it. Whatever says that these files or ranges cannot be cloned is
     /// `EOPNOTSUPP`, and the file is remembered not to be able to.
     pub(super) fn run(&self) -> Result<(), Errno> {
-        if self.to.is_cut() || !self.from.is_whole_up_to(self.from_offset + self.len) {
-            return Err(Errno::IO);
+        let is_usable =
+            || self.to.is_usable() && self.from.is_usable_up_to(self.from_offset + self.len);
+        while !is_usable() {
+            match self.to.why_unusable().or(self.from.why_unusable()) {
+                Some(error) => return Err(error),
+                None => self.to.require_lease().map_err(errno)?,
+            }
         }
         if !self.to.can_clone() {
             return Err(Errno::OPNOTSUPP);

@@ -15,8 +15,9 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use rustix::fs::{AtFlags, OFlags, Statx, StatxFlags};
 use rustix::io::Errno;
 
+use super::lease::{LOST, Lease};
 use super::{Cache, HostFile};
-use crate::storage::{AlignedBuf, filesystem, opening};
+use crate::storage::{AlignedBuf, LockStanding, filesystem, opening};
 
 /// Every [`AlignedBuf`] starts at a multiple of this, in bytes. A file that
 /// demands more of addresses is not accessed directly.
@@ -133,6 +134,13 @@ pub(super) struct SharedFile {
     /// How long it was when it was found that somebody had; `NOT_CUT` as long as
     /// nobody has.
     cut_at: AtomicU64,
+    /// How far it may be used at present, in bytes; `NOT_CUT` as far as it goes. All I/O
+    /// looks at this, and at nothing else unless it is less.
+    usable_to: AtomicU64,
+    /// Held to change that.
+    judging: Mutex<()>,
+    /// By which it is to be used, where a server may take its locks away.
+    lease: Option<Arc<Lease>>,
 }
 
 /// Of a file that nobody has made shorter.
@@ -141,7 +149,11 @@ const NOT_CUT: u64 = u64::MAX;
 impl SharedFile {
     /// Opens a description for `given` as `cache` wants it, as far as the file
     /// system lets it.
-    pub(super) fn new(given: HostFile, cache: Cache) -> io::Result<Self> {
+    pub(super) fn new(
+        given: HostFile,
+        cache: Cache,
+        lease: Option<&Arc<Lease>>,
+    ) -> io::Result<Self> {
         let HostFile {
             file: given,
             path,
@@ -162,6 +174,7 @@ impl SharedFile {
                 (reopen_or_share(shared, writable, false)?, None)
             }
         };
+        let lease = lease.filter(|lease| can_lock(lease, &file, &path)).cloned();
         let refused: [AtomicBool; 3] = Default::default();
         if filesystem::is_in_memory(&file) {
             // Allocating is zeroing there, which would only be done too early.
@@ -176,6 +189,9 @@ impl SharedFile {
             known_len: AtomicU64::new(metadata.len()),
             known_blocks: AtomicU64::new(metadata.blocks()),
             cut_at: AtomicU64::new(NOT_CUT),
+            usable_to: AtomicU64::new(NOT_CUT),
+            judging: Mutex::new(()),
+            lease,
             must_share: filesystem::tells_lost_writes_once(&file),
             file,
             buffered: OnceLock::new(),
@@ -195,7 +211,7 @@ impl SharedFile {
     /// Takes space for a range now, whatever that costs. A file system that cannot
     /// is left alone.
     pub(super) fn reserve(&self, offset: u64, len: u64) -> io::Result<()> {
-        self.require_uncut()?;
+        self.require_usable()?;
         let keep = rustix::fs::FallocateFlags::KEEP_SIZE;
         match rustix::fs::fallocate(self.file(), keep, offset, len) {
             Err(Errno::OPNOTSUPP | Errno::NOSYS) => Ok(()),
@@ -210,6 +226,9 @@ impl SharedFile {
             known_len: AtomicU64::new(file.metadata().expect("it is open").len()),
             known_blocks: AtomicU64::new(0),
             cut_at: AtomicU64::new(NOT_CUT),
+            usable_to: AtomicU64::new(NOT_CUT),
+            judging: Mutex::new(()),
+            lease: None,
             given: file.try_clone().expect("a descriptor can be copied"),
             must_share: filesystem::tells_lost_writes_once(&file),
             file,
@@ -238,6 +257,7 @@ impl SharedFile {
 
     /// See [`crate::storage::Disk::set_opening`].
     pub(super) fn set_opening(&self, opening: u64) -> io::Result<()> {
+        self.require_lease()?;
         opening::set_opening(&self.file, opening)
     }
 
@@ -256,7 +276,7 @@ impl SharedFile {
     /// is behind ([`filesystem::len_to_set`]). Says how long it is.
     pub(super) fn set_len(&self, len: u64) -> io::Result<u64> {
         let _guard = self.length.lock().unwrap_or_else(PoisonError::into_inner);
-        self.require_uncut()?;
+        self.require_usable()?;
         let len = filesystem::len_to_set(self.file(), len, self.known_len.load(Relaxed))?;
         self.file().set_len(len)?;
         self.known_len.store(len, Relaxed);
@@ -266,7 +286,7 @@ impl SharedFile {
     /// Extends it to `len` bytes if it is shorter.
     pub(super) fn extend_to(&self, len: u64) -> io::Result<()> {
         let _guard = self.length.lock().unwrap_or_else(PoisonError::into_inner);
-        self.require_uncut()?;
+        self.require_usable()?;
         if self.len_at_least()? < len {
             self.file().set_len(len)?;
         }
@@ -296,6 +316,9 @@ impl SharedFile {
         if self.is_cut() {
             return true;
         }
+        if self.is_anybodys() {
+            return false;
+        }
         // Of a file that cannot be asked nothing is known.
         let Ok(len) = filesystem::len_now(&self.file) else {
             return false;
@@ -304,7 +327,7 @@ impl SharedFile {
         if len >= known_len {
             return false;
         }
-        self.cut_at.store(len, Relaxed);
+        self.set_cut(len);
         log::error!(
             "{}: the file was cut from {known_len} to {len} bytes while it was being served, and \
              the data behind that is gone: I/O there and every flush will fail from now on. Stop the guest, \
@@ -322,7 +345,8 @@ impl SharedFile {
             self.known_blocks.store(stat.stx_blocks, Relaxed);
             stat.stx_size < self.known_len.fetch_max(stat.stx_size, Relaxed)
         };
-        self.is_cut() || filesystem::stat_now(&self.file).is_ok_and(is_short)
+        let is_short = || filesystem::stat_now(&self.file).is_ok_and(is_short);
+        self.is_cut() || (!self.is_anybodys() && is_short())
     }
 
     /// What it takes on the disk, in bytes, as it was found last.
@@ -361,17 +385,94 @@ impl SharedFile {
         self.cut_at.load(Relaxed) != NOT_CUT
     }
 
-    /// Whether what ends at `end` lies in front of the place where somebody has cut
-    /// the file, if that was found.
-    pub(super) fn is_whole_up_to(&self, end: u64) -> bool {
-        end <= self.cut_at.load(Relaxed)
+    /// Whether what ends at `end` may be used: it lies in front of the place where somebody
+    /// has cut the file, if that was found, and the [`Lease`] allows it.
+    pub(super) fn is_usable_up_to(&self, end: u64) -> bool {
+        end <= self.usable_to.load(Relaxed)
     }
 
-    fn require_uncut(&self) -> io::Result<()> {
+    /// The same of all of it.
+    pub(super) fn is_usable(&self) -> bool {
+        self.usable_to.load(Relaxed) == NOT_CUT
+    }
+
+    /// Why something may not be used: what it fails with; `None` if that is not known yet,
+    /// and to be waited for.
+    #[cold]
+    pub(super) fn why_unusable(&self) -> Option<Errno> {
+        match self.lease.as_ref().map(|lease| lease.standing()) {
+            Some(LockStanding::InDoubt) => None,
+            Some(LockStanding::Lost) => Some(LOST),
+            _ => Some(Errno::IO),
+        }
+    }
+
+    /// Readable when what is in doubt is decided.
+    pub(super) fn decided_fd(&self) -> Option<RawFd> {
+        self.lease.as_ref().map(|lease| lease.decided_fd())
+    }
+
+    /// By which it is to be used.
+    pub(super) fn lease(&self) -> Option<&Arc<Lease>> {
+        self.lease.as_ref()
+    }
+
+    /// The [`Lease`] allows it, or not any more.
+    pub(super) fn set_usable(&self, is_usable: bool) {
+        let _guard = self.judging.lock().unwrap_or_else(PoisonError::into_inner);
+        let usable_to = if is_usable {
+            self.cut_at.load(Relaxed)
+        } else {
+            0
+        };
+        self.usable_to.store(usable_to, Relaxed);
+    }
+
+    fn set_cut(&self, len: u64) {
+        let _guard = self.judging.lock().unwrap_or_else(PoisonError::into_inner);
+        self.cut_at.store(len, Relaxed);
+        self.usable_to.fetch_min(len, Relaxed);
+    }
+
+    /// Whether others may have it, and make it shorter.
+    fn is_anybodys(&self) -> bool {
+        let lease = self.lease.as_ref();
+        lease.is_some_and(|lease| lease.standing() == LockStanding::Lost)
+    }
+
+    /// Waits while it is in doubt.
+    pub(super) fn require_lease(&self) -> io::Result<()> {
+        Ok(self
+            .lease
+            .as_ref()
+            .map_or(Ok(()), |lease| lease.require())?)
+    }
+
+    fn require_usable(&self) -> io::Result<()> {
+        self.require_lease()?;
         if self.is_cut() {
             return Err(Errno::IO.into());
         }
         Ok(())
+    }
+
+    /// Another description of the same file, with the lock that each has.
+    fn open_again(&self, file: &File, direct: bool) -> io::Result<File> {
+        let again = reopen(file, self.writable, direct)?;
+        if let Some(lease) = &self.lease {
+            lease.lock(&again)?;
+        }
+        Ok(again)
+    }
+
+    /// One that is used as this is, around the page cache if that is possible: by the lock of
+    /// the [`Lease`], and one without any lock.
+    pub(super) fn open_to_look(&self) -> io::Result<(File, File)> {
+        let locked = match self.open_again(&self.file, true) {
+            Err(error) if is_refusal_of_direct(&error) => self.open_again(&self.file, false)?,
+            result => result?,
+        };
+        Ok((locked, reopen(&self.file, self.writable, false)?))
     }
 
     /// What transfers must be aligned to at present.
@@ -427,7 +528,7 @@ impl SharedFile {
         let lock = self.opening_buffered.lock();
         let _guard = lock.unwrap_or_else(PoisonError::into_inner);
         if self.buffered.get().is_none() {
-            let file = reopen(&self.file, self.writable, false)?;
+            let file = self.open_again(&self.file, false)?;
             // Nobody else sets it.
             let _ = self.buffered.set(file);
         }
@@ -492,7 +593,7 @@ impl Description {
             return Self::share(shared);
         }
         let direct = shared.direct.load(Relaxed);
-        match reopen(&shared.file, shared.writable, direct) {
+        match shared.open_again(&shared.file, direct) {
             Ok(own) => Self {
                 own: Some(own),
                 direct,
@@ -585,7 +686,8 @@ impl Description {
         self.direct = false;
         let shared = &self.shared;
         let opened = match &mut self.own {
-            Some(own) => reopen(own, shared.writable, false)
+            Some(own) => shared
+                .open_again(own, false)
                 .map(|new| self.own_given_up = Some(std::mem::replace(own, new))),
             None => shared.open_buffered(),
         };
@@ -616,6 +718,20 @@ fn is_refusal_of_direct(error: &io::Error) -> bool {
 fn warn_buffered(path: &Path, error: &io::Error) {
     let path = path.display();
     log::warn!("{path}: direct I/O does not work here ({error}); using the page cache");
+}
+
+/// Whether a description can be locked as all are, where that is of use.
+fn can_lock(lease: &Lease, file: &File, path: &Path) -> bool {
+    lease
+        .lock(file)
+        .inspect_err(|error| {
+            log::warn!(
+                "{}: a lock on it cannot be watched ({error}): if the server takes it away, \
+                 this is not noticed",
+                path.display()
+            );
+        })
+        .is_ok()
 }
 
 /// A direct description and its alignment, or the error that says that there is

@@ -15,6 +15,7 @@ use rustix::io::Errno;
 
 use super::errno;
 use super::file::{Alignment, Description, Fallocation, SharedFile, refuses_direct};
+use super::lease;
 use super::pieces::{PIECE_LEN, Piece, Pieces};
 use crate::storage::{Buffer, FileId, Op, Segment, ZeroMode};
 
@@ -49,6 +50,12 @@ pub(super) enum Step {
         /// another description in the place of the one that all share.
         fd: RawFd,
     },
+    /// Nothing yet: it is in doubt whether the file may be used. It is to be asked again when
+    /// this is readable.
+    Undecided {
+        /// See [`SharedFile::decided_fd`].
+        decided: RawFd,
+    },
     /// Nothing yet: there is no piece of memory that it can go through. It is to be
     /// asked again when another operation of this thread has given one back.
     Wait,
@@ -72,6 +79,13 @@ pub(super) enum Verdict {
     Again,
     /// It ends like this.
     Done(Result<(), Errno>),
+    /// It ends with this error, which may be that of a lock that is lost: when that is known.
+    Doubted {
+        /// Of the operation.
+        error: Errno,
+        /// See [`SharedFile::decided_fd`].
+        decided: RawFd,
+    },
 }
 
 /// An operation on its way.
@@ -205,7 +219,7 @@ impl Job {
             return Step::Nothing(end);
         }
         if self.is_lost(file.shared()) {
-            return Step::Nothing(Err(Errno::IO));
+            return refusal(file.shared());
         }
         match self.op {
             Op::Read { .. } | Op::Write { .. } => {
@@ -223,6 +237,7 @@ impl Job {
                     match self.start_zero_fill(file) {
                         Verdict::Again => self.zero_fill(file, pieces).unwrap_or_else(Step::from),
                         Verdict::Done(end) => Step::Nothing(end),
+                        Verdict::Doubted { error, .. } => Step::Nothing(Err(error)),
                     }
                 }
             }
@@ -294,18 +309,18 @@ impl Job {
         (len == 0).then_some(Ok(()))
     }
 
-    /// Whether it concerns what somebody has cut off the file. Nothing may make such
+    /// Whether it concerns what may not be used, or what somebody has cut off the file. Nothing may make such
     /// a file longer: zeros would then be where data was. And nothing that was
     /// written to it can be called stable.
     fn is_lost(&self, file: &SharedFile) -> bool {
         match &self.op {
             Op::Read { offset, buffer, .. } | Op::Write { offset, buffer, .. } => {
-                !file.is_whole_up_to(offset + buffer.len() as u64)
+                !file.is_usable_up_to(offset + buffer.len() as u64)
             }
-            Op::Zero { offset, len, .. } => !file.is_whole_up_to(offset + len),
+            Op::Zero { offset, len, .. } => !file.is_usable_up_to(offset + len),
             // Rare enough for a look each time, before it hides the cut.
-            Op::Allocate { .. } => file.is_found_cut(),
-            Op::Clone { .. } | Op::Sync { .. } => file.is_cut(),
+            Op::Allocate { .. } => !file.is_usable() || file.is_found_cut(),
+            Op::Clone { .. } | Op::Sync { .. } => !file.is_usable(),
         }
     }
 
@@ -336,7 +351,10 @@ impl Job {
                 Verdict::Done(extend(file, offset + len))
             }
             // Whoever tries the write without its sync, and finds this error, knows more.
-            _ => Verdict::Done(Err(self.failed_sync(file).unwrap_or(error))),
+            _ => {
+                let error = self.failed_sync(file).unwrap_or(error);
+                doubt(file.shared(), error).unwrap_or(Verdict::Done(Err(error)))
+            }
         }
     }
 
@@ -364,6 +382,22 @@ impl Job {
             ZeroMode::KeepAllocated => Fallocation::ZeroRange,
         }
     }
+}
+
+/// What is done with what may not be used at present.
+#[cold]
+fn refusal(file: &SharedFile) -> Step {
+    match (file.why_unusable(), file.decided_fd()) {
+        (None, Some(decided)) => Step::Undecided { decided },
+        (error, _) => Step::Nothing(Err(error.unwrap_or(Errno::IO))),
+    }
+}
+
+/// If an error may be that of a lock that is lost, has that found out.
+fn doubt(file: &SharedFile, error: Errno) -> Option<Verdict> {
+    let lease = file.lease().filter(|_| lease::tells_of_loss(error))?;
+    let decided = lease.decided_fd();
+    lease.doubt().then_some(Verdict::Doubted { error, decided })
 }
 
 /// Transfers.

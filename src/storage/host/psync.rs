@@ -4,9 +4,10 @@
 //! without io_uring.
 
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 use std::sync::Arc;
 
+use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 
 use super::Files;
@@ -108,15 +109,33 @@ fn take_steps(job: &mut Job, file: &mut Description, pieces: &mut Pieces) -> Res
             Step::Nothing(end) => return end,
             // Not reached: it is the only one, and the thread has a piece of its own.
             Step::Wait => return Err(Errno::AGAIN),
+            Step::Undecided { decided } => {
+                wait_for(decided);
+                continue;
+            }
             step => call(&step, file),
         };
-        if let Verdict::Done(end) = job.ended(result, file) {
-            return end;
+        match job.ended(result, file) {
+            Verdict::Again => {}
+            Verdict::Done(end) => return end,
+            Verdict::Doubted { error, decided } => {
+                wait_for(decided);
+                return Err(error);
+            }
         }
         if job.may_block() {
             std::thread::yield_now();
         }
     }
+}
+
+/// Blocks until a descriptor is readable, or a signal comes.
+#[cold]
+fn wait_for(fd: RawFd) {
+    // SAFETY: it is that of the lease of the caller's file, which outlives this call.
+    let fd = unsafe { BorrowedFd::borrow_raw(fd) };
+    // Whatever has ended it, it is looked at again.
+    let _ = poll(&mut [PollFd::from_borrowed_fd(fd, PollFlags::IN)], None);
 }
 
 /// One system call; its result, or the negative error number.
@@ -135,7 +154,7 @@ pub(super) fn call(step: &Step, file: &Description) -> i32 {
         }
         // SAFETY: no memory is passed.
         Step::Sync { fd } => unsafe { libc::fdatasync(fd) as isize },
-        Step::Wait | Step::Nothing(_) => 0,
+        Step::Wait | Step::Undecided { .. } | Step::Nothing(_) => 0,
     };
     match result {
         -1 => -io::Error::last_os_error()

@@ -715,7 +715,7 @@ fn a_file_opened_for_reading_is_not_written_to() {
 #[test]
 fn an_io_error_of_the_kernel_goes_to_its_operation_alone() {
     let memory = host_file(Path::new("/proc/self/mem"), false);
-    let shared = SharedFile::new(memory, Cache::Writeback).expect("open");
+    let shared = SharedFile::new(memory, Cache::Writeback, None).expect("open");
     let disk = HostDisk::of_shared(vec![Arc::new(shared)], super::Way::Plain);
     let good = [42_u8; 64];
     for way in WAYS {
@@ -960,7 +960,7 @@ fn a_description_that_a_ring_could_not_be_told_of_is_told_later() {
     let folder = &folders()[0];
     let (path, bytes) = new_file(folder, 8192, 25);
     let shared = || {
-        let file = SharedFile::new(host_file(&path, false), Cache::Writeback);
+        let file = SharedFile::new(host_file(&path, false), Cache::Writeback, None);
         Arc::new(file.expect("opens"))
     };
     let disk = HostDisk::of_shared(vec![shared(), shared()], super::Way::Plain);
@@ -1036,7 +1036,7 @@ fn a_tail_that_direct_io_cannot_zero_is_zeroed_without() {
 #[test]
 fn a_file_that_cannot_be_opened_directly_is_served_through_the_cache() {
     let memory = host_file(Path::new("/proc/self/mem"), false);
-    let shared = SharedFile::new(memory, Cache::None).expect("opens without");
+    let shared = SharedFile::new(memory, Cache::None, None).expect("opens without");
     let disk = HostDisk::of_shared(vec![Arc::new(shared)], super::Way::Plain);
     assert_eq!(disk.write_alignment(), 1);
     let secret = *b"secret";
@@ -1173,7 +1173,7 @@ fn a_file_that_cannot_be_opened_again_is_shared() {
     for folder in &folders() {
         let (path, bytes) = new_file(folder, 8192, 16);
         let given = host_file(&path, true);
-        let shared = Arc::new(SharedFile::new(given, Cache::None).expect("open"));
+        let shared = Arc::new(SharedFile::new(given, Cache::None, None).expect("open"));
         let disk = HostDisk::of_shared(vec![shared], super::Way::Plain);
         for way in WAYS {
             let Some(mut io) = share_way(&disk, way) else {
@@ -1452,7 +1452,7 @@ fn a_file_of_a_server_that_cannot_be_asked_not_to_wait_has_a_ring_all_the_same()
     let Some(served) = OneFileFs::mount() else {
         return;
     };
-    let file = SharedFile::new(host_file(&served.path(), false), Cache::Writeback);
+    let file = SharedFile::new(host_file(&served.path(), false), Cache::Writeback, None);
     assert!(!file.expect("open").is_served_best_by_plain_calls());
 }
 
@@ -1720,7 +1720,7 @@ fn transfers_at_odd_addresses_share_memory_that_is_bounded() {
 fn a_read_that_ends_before_the_file_does_is_made_again() {
     let folder = &folders()[0];
     let (path, _) = new_file(folder, 1 << 13, 11);
-    let shared = SharedFile::new(host_file(&path, false), Cache::Writeback).expect("opens");
+    let shared = SharedFile::new(host_file(&path, false), Cache::Writeback, None).expect("opens");
     let mut file = Description::share(&Arc::new(shared));
     let mut pieces = pieces();
     let mut end_of_file_at = |offset| {
@@ -1732,6 +1732,7 @@ fn a_read_that_ends_before_the_file_does_is_made_again() {
             match job.ended(0, &mut file) {
                 Verdict::Again => verdicts.push(()),
                 Verdict::Done(end) => return (verdicts.len(), end),
+                Verdict::Doubted { .. } => panic!("it has no lock"),
             }
         }
     };
@@ -1785,7 +1786,8 @@ fn zeros_are_written_up_to_where_the_file_is_known_to_reach() {
     ] {
         let folder = &folders()[0];
         let (path, _) = new_file(folder, 4096, 13);
-        let shared = SharedFile::new(host_file(&path, true), Cache::Writeback).expect("opens");
+        let shared =
+            SharedFile::new(host_file(&path, true), Cache::Writeback, None).expect("opens");
         shared.has_grown_to(1 << 13);
         shared.cannot(fallocation, Errno::OPNOTSUPP);
         let disk = HostDisk::of_shared(vec![Arc::new(shared)], super::Way::Plain);

@@ -70,8 +70,9 @@ struct Task {
     tag: u64,
     job: Job,
     /// How it ends, if that was clear before the kernel was asked. It then goes
-    /// through the ring as a no-op, so that its end wakes the poller too.
-    decided: Option<Result<(), Errno>>,
+    /// through the ring as a no-op, so that its end wakes the poller too. Or what is to be
+    /// done when the entry under way, which only waits, has ended.
+    decided: Option<Verdict>,
     /// If it is done beside the ring, which only waits for its end.
     cloning: Option<Arc<Cloning>>,
 }
@@ -166,6 +167,7 @@ impl Uring {
             match self.verdict(index, entry.result()) {
                 Verdict::Done(result) => self.give_out(index, result, done),
                 Verdict::Again => self.stage(index),
+                Verdict::Doubted { error, decided } => self.wait_to_end(index, error, decided),
             }
         }
         // Parts of short transfers: nobody else knows that they wait.
@@ -198,6 +200,23 @@ impl Uring {
         let Some(entry) = self.entry(index) else {
             return self.waiting.push_back(index);
         };
+        self.push(index, entry);
+    }
+
+    /// Has a task end with an error when it is decided what that means.
+    #[cold]
+    fn wait_to_end(&mut self, index: u32, error: Errno, decided: RawFd) {
+        if self.broken.is_some() {
+            self.failed.push(index);
+            return;
+        }
+        if let Some(task) = &mut self.slots[index as usize] {
+            task.decided = Some(Verdict::Done(Err(error)));
+        }
+        self.push(index, readable(decided));
+    }
+
+    fn push(&mut self, index: u32, entry: squeue::Entry) {
         let entry = entry.user_data(u64::from(index));
         // SAFETY: the task owns or vouches for what the entry points to. It stays
         // in its slot, which does not move, until the kernel has completed the
@@ -218,9 +237,9 @@ impl Uring {
         if let Some(range) = CloneRange::of(task.job.op(), &self.files.shared) {
             return Some(match begin_clone(&mut self.cloner, range) {
                 Ok(cloning) => {
-                    let over = types::Fd(cloning.raw_fd());
+                    let over = readable(cloning.raw_fd());
                     task.cloning = Some(cloning);
-                    opcode::PollAdd::new(over, libc::POLLIN as u32).build()
+                    over
                 }
                 Err(_) => self.decide(index, Errno::OPNOTSUPP),
             });
@@ -237,13 +256,16 @@ impl Uring {
         };
         let is_waiting = matches!(step, Step::Wait);
         let entry = entry_for(&step, types::Fixed(u32::from(id.0)));
-        let entry = if task.job.may_block() {
+        let only_waits = matches!(step, Step::Undecided { .. });
+        let entry = if task.job.may_block() && !only_waits {
             entry.flags(squeue::Flags::ASYNC)
         } else {
             entry
         };
-        if let Step::Nothing(end) = step {
-            task.decided = Some(end);
+        match step {
+            Step::Nothing(end) => task.decided = Some(Verdict::Done(end)),
+            Step::Undecided { .. } => task.decided = Some(Verdict::Again),
+            _ => {}
         }
         if is_new && let Err(error) = self.register_file(id) {
             return Some(self.decide(index, error));
@@ -254,7 +276,7 @@ impl Uring {
     /// Makes a task end with an error, by way of a no-op.
     fn decide(&mut self, index: u32, error: Errno) -> squeue::Entry {
         if let Some(task) = &mut self.slots[index as usize] {
-            task.decided = Some(Err(error));
+            task.decided = Some(Verdict::Done(Err(error)));
         }
         opcode::Nop::new().build()
     }
@@ -270,8 +292,10 @@ impl Uring {
         let Some(Some(task)) = self.slots.get_mut(index as usize) else {
             return Verdict::Done(Err(Errno::IO));
         };
-        if let Some(end) = task.decided {
-            return Verdict::Done(end);
+        if task.decided.is_some()
+            && let Some(verdict) = task.decided.take()
+        {
+            return verdict;
         }
         if let Some(cloning) = &task.cloning {
             return Verdict::Done(cloning.wait());
@@ -383,7 +407,7 @@ fn do_here(job: &mut Job, file: &mut Description, pieces: &mut Pieces) -> Verdic
     });
     match job.step(file, pieces) {
         Step::Nothing(end) => Verdict::Done(end),
-        Step::Wait => Verdict::Again,
+        Step::Wait | Step::Undecided { .. } => Verdict::Again,
         step => job.ended(psync::call(&step, file), file),
     }
 }
@@ -451,6 +475,12 @@ fn entry_for(step: &Step, fd: types::Fixed) -> squeue::Entry {
         Step::Sync { fd } => opcode::Fsync::new(types::Fd(fd))
             .flags(types::FsyncFlags::DATASYNC)
             .build(),
+        Step::Undecided { decided } => readable(decided),
         Step::Wait | Step::Nothing(_) => opcode::Nop::new().build(),
     }
+}
+
+/// Ends when a descriptor is readable.
+fn readable(fd: RawFd) -> squeue::Entry {
+    opcode::PollAdd::new(types::Fd(fd), libc::POLLIN as u32).build()
 }

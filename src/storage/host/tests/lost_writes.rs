@@ -187,7 +187,7 @@ fn a_server_that_does_not_say_what_it_is_is_asked_by_one_description_all_the_sam
             statfs: Some(error),
             ..Answers::default()
         });
-        let file = SharedFile::new(host_file(&served.path(), true), Cache::Writeback);
+        let file = SharedFile::new(host_file(&served.path(), true), Cache::Writeback, None);
         let file = file.expect("it can be opened");
         assert!(file.must_share());
         assert!(!file.can(Fallocation::ZeroRange));

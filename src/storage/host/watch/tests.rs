@@ -13,7 +13,7 @@ fn shared(path: &Path) -> Arc<SharedFile> {
         path: path.to_owned(),
         writable: true,
     };
-    Arc::new(SharedFile::new(host_file, Cache::Writeback).expect("a shared file"))
+    Arc::new(SharedFile::new(host_file, Cache::Writeback, None).expect("a shared file"))
 }
 
 /// A file, what happens to it, and what is found then.
@@ -95,7 +95,7 @@ fn a_file_is_taken_to_be_cut_at_the_second_look() {
     assert!(!file.is_cut());
     assert!(watched.look());
     assert!(file.is_cut());
-    assert!(file.is_whole_up_to(110) && !file.is_whole_up_to(111));
+    assert!(file.is_usable_up_to(110) && !file.is_usable_up_to(111));
     assert!(file.set_len(200).is_err() && file.extend_to(200).is_err());
     assert_eq!(fs::metadata(&path).expect("look").len(), 110);
     // It ends with the file.
