@@ -20,6 +20,7 @@ mod scenario;
 mod scratch;
 mod server;
 mod session;
+mod siege;
 mod stall;
 mod station;
 mod stats;
@@ -68,6 +69,10 @@ struct Arguments {
     /// say how long the guest's requests wait, in about five minutes. Needs QEMU 10.
     #[arg(long, group = "mode")]
     stalls: bool,
+    /// Compare how fast a disk is served beside control clients that ask all the time, do not
+    /// read, or send garbage, with how fast it is without, in about five minutes.
+    #[arg(long, group = "mode")]
+    siege: bool,
     /// Print the names of the scenarios of the mode, and measure nothing.
     #[arg(long)]
     list: bool,
@@ -132,6 +137,7 @@ enum Mode {
     All,
     Cost,
     Stalls,
+    Siege,
 }
 
 impl Mode {
@@ -142,6 +148,7 @@ impl Mode {
             Self::All => "all",
             Self::Cost => "cost",
             Self::Stalls => "stalls",
+            Self::Siege => "siege",
         }
     }
 
@@ -155,34 +162,39 @@ impl Mode {
             Self::Targets => scenario::targets(with(FULL)),
             Self::All => scenario::all(with(FULL)),
             Self::Cost => scenario::paths(),
-            Self::Stalls => Vec::new(),
+            Self::Stalls | Self::Siege => Vec::new(),
         }
     }
 
     fn run_time(self) -> Duration {
         match self {
             Self::Short => Duration::from_millis(200),
-            Self::Targets | Self::All | Self::Cost | Self::Stalls => Duration::from_secs(1),
+            Self::Targets | Self::All | Self::Cost | Self::Stalls | Self::Siege => {
+                Duration::from_secs(1)
+            }
         }
     }
 
     fn opening_rounds(self) -> u32 {
         match self {
             Self::Short => 2,
-            Self::Targets | Self::All | Self::Cost | Self::Stalls => 20,
+            Self::Targets | Self::All | Self::Cost | Self::Stalls | Self::Siege => 20,
         }
     }
 
     fn idle_time(self) -> Duration {
         match self {
             Self::Short => Duration::from_secs(1),
-            Self::Targets | Self::All | Self::Cost | Self::Stalls => Duration::from_secs(10),
+            Self::Targets | Self::All | Self::Cost | Self::Stalls | Self::Siege => {
+                Duration::from_secs(10)
+            }
         }
     }
 }
 
-/// How often another process begins to serve a guest, unless `--rounds` says.
-const STALL_ROUNDS: u32 = 20;
+/// How often another process begins to serve a guest, or control clients come, unless
+/// `--rounds` says.
+const ROUNDS: u32 = 20;
 
 fn main() -> ExitCode {
     match bench(&Arguments::parse()) {
@@ -203,13 +215,19 @@ fn bench(arguments: &Arguments) -> Result<()> {
         Mode::Targets
     } else if arguments.stalls {
         Mode::Stalls
+    } else if arguments.siege {
+        Mode::Siege
     } else {
         Mode::Short
     };
-    if mode == Mode::Stalls {
+    if matches!(mode, Mode::Stalls | Mode::Siege) {
         let setting = setting(arguments, mode)?;
-        let rounds = arguments.rounds.unwrap_or(STALL_ROUNDS);
-        print!("{}", stall::table(&stall::measure(&setting, rounds)?));
+        let rounds = arguments.rounds.unwrap_or(ROUNDS);
+        let table = match mode {
+            Mode::Stalls => stall::table(&stall::measure(&setting, rounds)?),
+            _ => siege::table(&siege::measure(&setting, rounds)?),
+        };
+        print!("{table}");
         return Ok(());
     }
     let todo = todo(arguments, mode);

@@ -338,7 +338,7 @@ fn sample(workload: &Workload, outcome: &Outcome, used: &Used) -> Sample {
 /// The order of the sides in a round: drawn, and in every second round that of the
 /// round before, reversed. A run that uses up what a host's limiter allows leaves less
 /// to the next one, so no side may always follow the same other.
-fn turn(sides: usize, round: u32) -> Vec<usize> {
+pub fn turn(sides: usize, round: u32) -> Vec<usize> {
     let mut order: Vec<usize> = (0..sides).collect();
     fastrand::Rng::with_seed(u64::from(round / 2)).shuffle(&mut order);
     if round % 2 == 1 {

@@ -181,7 +181,8 @@ fn workload(name: &str, action: Action, order: Order, request_bytes: u32, depth:
     }
 }
 
-fn random_read(depth: u32) -> Workload {
+/// Reads of 4 KiB, anywhere.
+pub fn random_read(depth: u32) -> Workload {
     let name = format!("4 KiB random read, depth {depth}");
     workload(&name, Action::Read, Order::Random, 4 * KIB, depth)
 }
