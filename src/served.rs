@@ -4,6 +4,8 @@
 //! Each operation is prepared beside the I/O and then committed. It can be cut off
 //! anywhere, and leaves the old or the new state.
 
+pub mod snapshot;
+
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use thiserror::Error;
@@ -28,8 +30,8 @@ pub enum GrowError {
     CalledOff,
 }
 
-/// By which a growth can be called off from another thread, before it begins or while the
-/// engine prepares it.
+/// By which a growth, or a snapshot, can be called off from another thread, before it begins
+/// or while it is prepared.
 #[derive(Debug, Default)]
 pub struct CallOff(Mutex<Progress>);
 
@@ -54,7 +56,7 @@ enum Stage {
 impl CallOff {
     /// Calls it off, if that is still possible. Returns at once. `true` if there is nothing
     /// to wait for: it is called off, and nothing is done for it any more but by the engine,
-    /// which can be closed. Else [`grow`] ends soon.
+    /// which can be closed. Else [`grow`], or [`snapshot::create`], ends soon.
     pub fn call_off<D: Disk>(&self, engine: &Engine<D>) -> bool {
         let mut progress = self.lock();
         match progress.stage {

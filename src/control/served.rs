@@ -352,7 +352,7 @@ impl Subject for Served {
     fn levels(&self) -> Vec<Level> {
         let files = self.engine().disk().known_files();
         let levels = files.zip(self.engine().level_geometries());
-        let level = |(file, (geometry, is_ploop)): (KnownFile<'_>, (&Geometry, bool))| Level {
+        let level = |(file, (geometry, is_ploop)): (KnownFile<'_>, (Geometry, bool))| Level {
             file: file.path.to_owned(),
             is_ploop,
             is_writable: file.is_writable && !self.engine().is_read_only(),

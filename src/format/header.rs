@@ -227,7 +227,14 @@ impl Header {
     /// # Errors
     /// [`HeaderError::DiskSize`] if so many entries do not leave room for data.
     pub fn on_top(&self) -> Result<Self, HeaderError> {
-        let g = &self.geometry;
+        Self::on_top_of(&self.geometry)
+    }
+
+    /// As [`Self::on_top`], of an image with this geometry.
+    ///
+    /// # Errors
+    /// The same.
+    pub fn on_top_of(g: &Geometry) -> Result<Self, HeaderError> {
         Self::empty(g.version, g.cluster, g.entries, g.disk_size)
             .ok_or(HeaderError::DiskSize(g.disk_size.0))
     }

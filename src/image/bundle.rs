@@ -104,7 +104,11 @@ impl Bundle {
         self.prepare(descriptor)?.publish()
     }
 
-    fn prepare(&mut self, descriptor: Descriptor) -> Result<NewDescriptor<'_>> {
+    /// The first half of [`Self::save`]: what may fail for want of space or permission.
+    ///
+    /// # Errors
+    /// Any of `open(2)`, `write(2)` and `fsync(2)`.
+    pub(crate) fn prepare(&mut self, descriptor: Descriptor) -> Result<NewDescriptor<'_>> {
         let text = descriptor.to_xml();
         let name = Descriptor::FILE_NAME;
         Ok(NewDescriptor {
@@ -189,6 +193,27 @@ impl NewDescriptor<'_> {
         self.file.publish()?;
         *self.now = self.new;
         Ok(())
+    }
+
+    /// Puts it in place, in one step. It is known whether it is there, and what comes back
+    /// says whether that is stable.
+    ///
+    /// # Errors
+    /// Any of `rename(2)`: the old one is still in place.
+    pub fn put(self) -> Result<Result<()>> {
+        let folder = self.file.folder();
+        match self.file.put() {
+            Ok(()) => {
+                *self.now = self.new;
+                Ok(folder.sync())
+            }
+            // A server may have done what it is asked for a second time.
+            Err(error) if matches!(read_descriptor(folder), Ok(found) if found == self.new) => {
+                *self.now = self.new;
+                Ok(Err(error))
+            }
+            Err(error) => Err(error),
+        }
     }
 }
 

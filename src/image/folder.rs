@@ -269,9 +269,9 @@ pub(super) struct Replacement<'a> {
     folder: &'a Folder,
 }
 
-impl Replacement<'_> {
+impl<'a> Replacement<'a> {
     /// Where it is.
-    pub fn folder(&self) -> &Folder {
+    pub fn folder(&self) -> &'a Folder {
         self.folder
     }
 
@@ -279,7 +279,17 @@ impl Replacement<'_> {
     ///
     /// # Errors
     /// Any of `rename(2)` and `fsync(2)`. After the latter it may be in place.
-    pub fn publish(mut self) -> Result<()> {
+    pub fn publish(self) -> Result<()> {
+        let folder = self.folder;
+        self.put()?;
+        folder.sync()
+    }
+
+    /// Puts it in place, in one step, which is not stable yet.
+    ///
+    /// # Errors
+    /// Any of `rename(2)`: it is not in place.
+    pub fn put(mut self) -> Result<()> {
         let path = self.folder.path.join(self.name);
         let folder = &self.folder.file;
         if let Some(passing) = &self.passing {
@@ -287,7 +297,7 @@ impl Replacement<'_> {
             rustix::fs::renameat(folder, passing, folder, self.name).context(&path, "replace")?;
         }
         self.passing = None;
-        self.folder.sync()
+        Ok(())
     }
 }
 

@@ -248,6 +248,11 @@ fn open_bundle(bundle: Bundle, mode: OpenMode) -> Result<OpenImage> {
         let (files, locks) = open_files(&bundle, mode)?;
         // What the descriptor said before the locks were taken may be history.
         if bundle.is_current()? {
+            if mode.access != Access::Read {
+                // A process that was killed may have put this descriptor in place, and not
+                // have come to making that stable.
+                bundle.folder().sync()?;
+            }
             let descriptor = bundle.descriptor();
             let top = mode.snapshot.unwrap_or(descriptor.top());
             return Ok(OpenImage {

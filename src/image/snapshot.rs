@@ -9,6 +9,7 @@ mod create;
 mod delete;
 mod list;
 mod merge;
+mod new_delta;
 mod notes;
 mod switch;
 
@@ -19,15 +20,15 @@ pub use delete::delete_snapshot;
 pub(crate) use list::list_of;
 pub use list::{SnapshotInfo, find_snapshot, list_snapshots};
 pub use merge::merge_snapshots;
+pub(crate) use new_delta::NewDelta;
+pub use new_delta::NewSnapshot;
 pub use switch::switch_snapshot;
 
 pub(super) use delete::finish_merge;
 
 use super::bundle::{Bundle, Location};
-use super::create::{publish_file, write_empty};
 use super::delta::read_header;
 use super::error::{ImageError, Result};
-use super::file::ImageFile;
 use super::open::{image_of, lock_file, not_a_bundle, open_level, plain_size};
 use super::ownership::Ownership;
 use crate::format::{Descriptor, Guid, Header, ImageKind};
@@ -97,33 +98,20 @@ impl Held {
         self.images = owned.collect();
     }
 
-    /// A file name for a new delta that is not taken.
-    fn new_name(&self) -> PathBuf {
-        let base = self.bundle.descriptor().images().first();
-        let base = base.and_then(|image| image.file.file_name()?.to_str());
-        let guid = Guid::random();
-        format!("{}.{guid}", base.unwrap_or(super::create::ROOT_NAME)).into()
-    }
-
     /// Makes an empty delta with `header`, for whom the top is, then puts the descriptor in place that
     /// `edit` makes with its name. If that fails, the delta is gone again.
     fn add_delta(
         &mut self,
         header: &Header,
-        edit: impl FnOnce(&Self, PathBuf) -> Result<Descriptor>,
+        edit: impl FnOnce(&Bundle, PathBuf) -> Result<Descriptor>,
     ) -> Result<()> {
-        let name = self.new_name();
-        let descriptor = edit(self, name.clone())?;
         let old_top = self.file(self.bundle.descriptor().top())?;
         let ownership = Ownership::of(&old_top.file, &old_top.path)?;
-        publish_file(self.bundle.folder(), name.as_os_str(), |file| {
-            ownership.give(file.file(), file.path())?;
-            write_empty(file, header)
-        })?;
-        let saved = self.bundle.save(descriptor);
+        let delta = NewDelta::make(&self.bundle, header, ownership, edit)?;
+        let saved = self.bundle.save(delta.descriptor().clone());
         if saved.is_err() && !matches!(self.bundle.is_current(), Ok(false)) {
             // The old descriptor is in place, so nothing names the new file.
-            let _ = self.bundle.folder().remove(&name);
+            delta.remove(&self.bundle);
         }
         saved
     }

@@ -169,6 +169,16 @@ impl Allocator {
         HostCluster(mine)
     }
 
+    /// The file is about to be cut behind the last cluster that was ever given out: at this
+    /// one. To be called while nobody takes any.
+    pub fn cut(&self) -> HostCluster {
+        let end = self.next.load(Ordering::Relaxed);
+        let end = end.min(self.end.load(Ordering::Acquire));
+        self.end.store(end, Ordering::Release);
+        self.doubt_length(HostCluster(end));
+        HostCluster(end)
+    }
+
     /// How many clusters there are to be given out.
     pub fn available(&self) -> u32 {
         let end = self.end.load(Ordering::Acquire);
@@ -316,6 +326,21 @@ mod tests {
         assert_eq!(alloc.take(), None);
         alloc.extend(10);
         assert_eq!(alloc.take(), Some(HostCluster(9)));
+    }
+
+    #[test]
+    fn what_was_never_given_out_is_cut_off() {
+        let alloc = Allocator::new(HostCluster(5), HostCluster(2));
+        alloc.extend(8);
+        assert_eq!(alloc.take(), Some(HostCluster(5)));
+        alloc.put(Extent { start: 2, end: 3 });
+        assert_eq!(alloc.cut(), HostCluster(6));
+        assert_eq!((alloc.end(), alloc.available()), (6, 1));
+        alloc.extend(7);
+        assert_eq!(alloc.take(), Some(HostCluster(2)));
+        let cluster = alloc.take().unwrap();
+        assert_eq!(cluster, HostCluster(6));
+        assert!(!alloc.is_length_stable(cluster), "it is new again");
     }
 
     #[test]

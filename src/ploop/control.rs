@@ -28,6 +28,15 @@ pub(crate) enum Control {
     CommitGrowth,
     /// Leave the disk as it is.
     AbandonGrowth,
+    /// Hold new requests, wait for those under way, flush, and mark the top as closed: a new
+    /// one is about to be put on it. Requests are held until [`Self::SwitchTop`] or
+    /// [`Self::KeepTop`]; if this fails, they are taken again at once.
+    CloseTop,
+    /// The new top of [`Engine::switch_top`](super::Engine::switch_top) takes the place of the
+    /// closed one, and requests are taken again.
+    SwitchTop,
+    /// Requests are taken again, and go to the top as before [`Self::CloseTop`].
+    KeepTop,
 }
 
 /// The answer, sooner or later.

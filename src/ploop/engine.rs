@@ -18,6 +18,7 @@ use super::control::{Control, Outcome};
 use super::entry::{Entry, Place};
 use super::epoch::Epochs;
 use super::inbox::Inbox;
+use super::levels::{Level, LevelMap, Levels};
 use super::options::{OnLockLoss, Options};
 use super::pio::{Pio, QueueMessage, Work};
 use super::preempt;
@@ -28,7 +29,7 @@ use super::rule::{self, Rule};
 use super::stable_writes::{Generation, StableWrites};
 use super::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, AtomicUsize, Ordering, fence};
 use super::take_over::Beginning;
-use crate::format::{ClusterSize, Geometry, GuestCluster, HostCluster, Sector};
+use crate::format::{ClusterSize, Geometry, GuestCluster, Header, HostCluster, InUse, Sector};
 use crate::storage::{Disk, FileId, LockStanding, Segments};
 
 /// What a change has to wait for before it completes.
@@ -46,14 +47,13 @@ const RUNNER_GROUP: u32 = 64;
 /// One open disk. Shared by all threads that serve it.
 pub struct Engine<D: Disk> {
     pub(super) disk: D,
-    pub(super) levels: Vec<LevelMap>,
+    pub(super) levels: Levels,
     pub(super) bat: Bat,
     /// Of the top. What of it the ways of requests need is in [`Grid`] and in
     /// [`Self::disk_size`].
     geometry: Mutex<Geometry>,
     /// Of the guest's disk, in sectors. It only grows, when there is all that takes.
     disk_size: CachePadded<AtomicU64>,
-    pub(super) alloc: Allocator,
     pub(super) epochs: Arc<Epochs>,
     /// What the queues share of the work that may be under way.
     pub(super) allowance: Arc<allowance::Shared>,
@@ -89,6 +89,11 @@ pub struct Engine<D: Disk> {
     pub(super) remembered: ArcSwapOption<Remembered>,
     /// Locked by who begins and who is asked whether anybody has.
     pub(super) beginning: Mutex<Beginning>,
+    /// The top is closed, and requests are held, until there is a new one. Changed under
+    /// the lock of [`Self::beginning`].
+    pub(super) switching: AtomicBool,
+    /// What [`Control::SwitchTop`] is about.
+    pub(super) new_top: Mutex<Option<Header>>,
     pub(super) gauges: Gauges,
     /// Of the queues, to tell them that requests are taken again.
     inboxes: Mutex<Vec<Weak<Inbox<QueueMessage>>>>,
@@ -102,26 +107,6 @@ pub(super) struct Shared {
     pub bat: Bat,
     pub alloc: Allocator,
     pub beginning: Beginning,
-}
-
-/// Where the clusters of one file of the chain are.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct LevelMap {
-    /// Of the file, as it was opened. A plain one has its data from the first byte on.
-    pub geometry: Geometry,
-    /// A raw image: guest cluster and host cluster are the same.
-    pub plain: bool,
-}
-
-impl LevelMap {
-    pub fn offset(&self, host: HostCluster) -> u64 {
-        self.geometry.host_offset(host)
-    }
-
-    /// Bytes of the disk of a lower level: beyond, it reads as zeros.
-    pub fn disk_bytes(&self) -> u64 {
-        self.geometry.disk_size.bytes()
-    }
 }
 
 /// What of the top's geometry stays as it is however the disk grows.
@@ -234,14 +219,14 @@ impl<D: Disk> Engine<D> {
             .collect::<io::Result<_>>()?;
         let write_alignment = disk.write_alignment();
         let has_stable_writes = disk.has_stable_writes();
-        let geometry = levels[levels.len() - 1].geometry;
+        let levels = Levels::new(levels, alloc);
+        let geometry = *levels.top().geometry();
         let engine = Self {
             disk,
             levels,
             bat,
             geometry: Mutex::new(geometry),
             disk_size: CachePadded::new(AtomicU64::new(geometry.disk_size.0)),
-            alloc,
             epochs: Arc::new(Epochs::new(options.max_queues + options.runners)),
             allowance: Arc::new(allowance::Shared::new()),
             runners,
@@ -262,6 +247,8 @@ impl<D: Disk> Engine<D> {
             space_is_low: AtomicBool::new(false),
             remembered: ArcSwapOption::empty(),
             beginning: Mutex::new(beginning),
+            switching: AtomicBool::new(false),
+            new_top: Mutex::default(),
             gauges: Gauges::default(),
             inboxes: Mutex::default(),
             #[cfg(test)]
@@ -283,7 +270,7 @@ impl<D: Disk> Engine<D> {
 
     /// What of the top's geometry never changes.
     pub(super) fn grid(&self) -> Grid<'_> {
-        Grid(&self.level(self.top()).geometry)
+        Grid(self.levels.top().geometry())
     }
 
     /// Of the guest's disk.
@@ -306,10 +293,20 @@ impl<D: Disk> Engine<D> {
         &self.disk
     }
 
-    /// Of each level, base first, and whether it is a ploop image.
-    pub fn level_geometries(&self) -> impl Iterator<Item = (&Geometry, bool)> {
-        let levels = self.levels.iter();
-        levels.map(|level| (&level.geometry, !level.plain))
+    /// Of each level, base first, and whether it is a ploop image. Of the top it is as the
+    /// file was opened.
+    pub fn level_geometries(&self) -> impl Iterator<Item = (Geometry, bool)> {
+        self.levels.iter().map(|level| {
+            let disk_size = level.disk_size();
+            let geometry = *level.geometry();
+            (
+                Geometry {
+                    disk_size,
+                    ..geometry
+                },
+                !level.is_plain(),
+            )
+        })
     }
 
     /// How it is doing.
@@ -321,7 +318,7 @@ impl<D: Disk> Engine<D> {
             lock: self.disk.lock_standing(),
             is_suspended: self.is_suspended(),
             is_write_through: self.is_write_through(),
-            clusters_available: self.alloc.available(),
+            clusters_available: self.alloc().available(),
             epoch: self.epochs.current(),
             changes: self.epochs.completed(),
             ..EngineReport::default()
@@ -354,19 +351,35 @@ impl<D: Disk> Engine<D> {
         Queue::new(self.clone())
     }
 
+    /// What writes to a top of this geometry will be multiples of, in bytes.
+    pub(crate) fn alignment_for(&self, geometry: &Geometry) -> u32 {
+        match geometry
+            .data_start
+            .is_multiple_of(u64::from(self.write_alignment))
+        {
+            true => self.write_alignment,
+            false => 1,
+        }
+    }
+
     pub(super) fn write_alignment(&self) -> u32 {
         self.write_alignment
     }
 
     pub(super) fn top(&self) -> FileId {
-        FileId((self.levels.len() - 1) as u8)
+        self.levels.top_id()
+    }
+
+    /// Of the top.
+    pub(super) fn alloc(&self) -> &Allocator {
+        self.levels.alloc()
     }
 
     /// Whether the top has a BAT. A raw one has none: all of its clusters are
     /// mapped, each to itself, and stay so. Then nothing is allocated or unmapped,
     /// no md page is ever dirty, and there is no mark and no tail.
     pub(super) fn has_bat(&self) -> bool {
-        !self.level(self.top()).plain
+        !self.levels.top().is_plain()
     }
 
     /// Whether a cluster that becomes a hole reads as zeros, and its space comes
@@ -380,8 +393,8 @@ impl<D: Disk> Engine<D> {
         self.levels.len() > 1
     }
 
-    pub(super) fn level(&self, file: FileId) -> &LevelMap {
-        &self.levels[usize::from(file.0)]
+    pub(super) fn level(&self, file: FileId) -> &Level {
+        self.levels.get(file)
     }
 
     pub(super) fn runner(&self, cluster: GuestCluster) -> &Inbox<Pio> {
@@ -634,7 +647,7 @@ impl<D: Disk> Engine<D> {
     pub(super) fn allocate(&self) -> Option<HostCluster> {
         let host = self.take_cluster();
         preempt::point("allocated");
-        let low = self.alloc.available() <= self.options.low_water;
+        let low = self.alloc().available() <= self.options.low_water;
         if low && !self.space_is_low.swap(true, Ordering::AcqRel) {
             self.md.waker().wake();
         }
@@ -644,7 +657,7 @@ impl<D: Disk> Engine<D> {
     /// One of those that are there; whoever may take the last has [others](Self::allocate)
     /// made.
     pub(super) fn take_cluster(&self) -> Option<HostCluster> {
-        let host = self.alloc.take()?;
+        let host = self.alloc().take()?;
         self.check_write_threshold(host);
         Some(host)
     }
@@ -669,7 +682,7 @@ impl<D: Disk> Engine<D> {
 
     fn check_old_use(&self) {
         if self.has_bat()
-            && let Some(last) = self.alloc.used_end().checked_sub(1)
+            && let Some(last) = self.alloc().used_end().checked_sub(1)
         {
             self.check_write_threshold(HostCluster(last));
         }
@@ -677,7 +690,7 @@ impl<D: Disk> Engine<D> {
 
     /// Gives back a cluster that was not written to.
     pub(super) fn put_back(&self, host: HostCluster) {
-        self.alloc.put(Extent {
+        self.alloc().put(Extent {
             start: host.0,
             end: host.0 + 1,
         });
@@ -695,7 +708,7 @@ impl<D: Disk> Engine<D> {
     /// (I8), if it is in the top at all.
     pub(super) fn is_length_stable(&self, entry: Entry) -> bool {
         match entry.place() {
-            Place::In(file, host) if file == self.top() => self.alloc.is_length_stable(host),
+            Place::In(file, host) if file == self.top() => self.alloc().is_length_stable(host),
             _ => true,
         }
     }
@@ -841,7 +854,7 @@ impl<D: Disk> Engine<D> {
     /// BAT goes there.
     #[cfg(all(test, not(ploop_loom)))]
     pub(crate) fn keeps_out(&self, value: u32) -> bool {
-        let first = HostCluster(self.alloc.first());
+        let first = HostCluster(self.alloc().first());
         self.geometry()
             .host_cluster(value)
             .is_some_and(|host| host < first)
@@ -919,6 +932,66 @@ impl<D: Disk> Engine<D> {
     /// Returns at once.
     pub fn abandon_growth(&self) {
         drop(self.control(Control::AbandonGrowth));
+    }
+
+    /// The header of an empty image, in use, that could be put on the top.
+    ///
+    /// # Errors
+    /// The format cannot hold a disk of this size.
+    pub fn header_on_top(&self) -> Result<Header, EngineError> {
+        let geometry = self.geometry();
+        let header = match self.is_raw() {
+            // A raw image has no version.
+            true => Header::new(geometry.disk_size, geometry.cluster),
+            false => Header::on_top_of(&geometry),
+        };
+        let mut header = header.map_err(|_| EngineError::ImageFull)?;
+        header.in_use = InUse::Open;
+        Ok(header)
+    }
+
+    /// What comes before [`Self::close_top`], and may take long: it begins, and makes stable
+    /// what has completed, so that requests need not wait for that.
+    ///
+    /// # Errors
+    /// No snapshot can be made of this disk now.
+    pub(crate) fn open_for_snapshot(&self) -> Result<(), EngineError> {
+        self.open_for_growth()?;
+        if self.levels.is_full() {
+            return Err(EngineError::TooDeep);
+        }
+        self.settle()
+    }
+
+    /// Holds requests, makes stable what has completed, and marks the top as closed; the
+    /// memory that outlives the process says that the disk has everything. From then on
+    /// nothing is written to it until [`Self::keep_top`]. If it fails, requests are taken
+    /// again as if nothing had been asked.
+    pub(crate) fn close_top(&self) -> Outcome {
+        self.control(Control::CloseTop)
+    }
+
+    /// Puts an empty image on the top that was [closed](Self::close_top), and takes requests
+    /// again: `header` is what the next file of the [`Disk`] begins with, and its file ends
+    /// where data begins. All of it is stable, and who opens the disk from now on finds it.
+    ///
+    /// If it is not known whether the last of that is stable, nothing counts as stable any
+    /// more, as after a failed sync.
+    pub(crate) fn switch_top(&self, header: Header, is_stable: bool) -> Outcome {
+        if !is_stable {
+            self.set_sync_failed("the sync of the image's folder");
+        }
+        *self.lock_new_top() = Some(header);
+        self.control(Control::SwitchTop)
+    }
+
+    /// Goes on with the top that was [closed](Self::close_top), and takes requests again.
+    pub(crate) fn keep_top(&self) -> Outcome {
+        self.control(Control::KeepTop)
+    }
+
+    pub(super) fn lock_new_top(&self) -> MutexGuard<'_, Option<Header>> {
+        self.new_top.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Asks the metadata thread for something; the result is where the answer

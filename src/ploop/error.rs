@@ -62,19 +62,29 @@ pub enum EngineError {
     /// There is not the memory for the BAT of a larger disk.
     #[error("there is not enough memory for the block allocation table of so large a disk")]
     Memory,
-    /// Two cannot make it larger at a time.
+    /// Two cannot make it larger at a time, nor is a snapshot made meanwhile.
     #[error("the disk is already being made larger")]
     Growing,
-    /// Its size cannot change while it is suspended.
-    #[error("the disk is suspended, and keeps its size until it is resumed")]
+    /// Nothing but its data can change while it is suspended.
+    #[error("the disk is suspended, and stays what it is until it is resumed")]
     Suspended,
+    /// The chain is as long as it may be.
+    #[error(
+        "the chain would have more than {} levels, the most that is served; delete or merge \
+         snapshots first",
+        super::levels::LEVELS_MAX
+    )]
+    TooDeep,
+    /// The top was not closed for a new one.
+    #[error("the top is in use, and no other one can take its place")]
+    TopInUse,
     /// Nothing was prepared.
     #[error("nothing was prepared for a larger disk")]
     NotPrepared,
     /// The image was not closed, and its guest may come back for what is not in it.
     #[error(
         "a guest of a process that was killed may come back; until it has, or the image is \
-         opened without it, the disk keeps its size"
+         opened without it, the disk stays what it is"
     )]
     GuestAwaited,
     /// The engine was closed, or has dropped the request because it is stopping.

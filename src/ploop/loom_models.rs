@@ -19,10 +19,11 @@ use super::EngineError;
 use super::alloc::Allocator;
 use super::bat::{Bat, BatSize};
 use super::control::Control;
-use super::engine::{Engine, LevelMap, Shared};
+use super::engine::{Engine, Shared};
 use super::entry::{Entry, Place};
 use super::epoch::Epochs;
 use super::inbox::Inbox;
+use super::levels::LevelMap;
 use super::llist::LockFreeList;
 use super::options::Options;
 use super::rule::{self, Rule};
@@ -364,13 +365,13 @@ fn a_cluster_where_the_bat_goes_is_in_the_map_or_was_not_given_out() {
     check(|| {
         let engine = engine(Entry::HOLE);
         let end = HostCluster(HOST.0 + 1);
-        engine.alloc.extend(end.0);
+        engine.alloc().extend(end.0);
         let taker = {
             let engine = engine.clone();
             thread::spawn(move || {
                 let mut participant = engine.epochs.join().unwrap();
                 let epoch = participant.enter();
-                let taken = engine.alloc.take();
+                let taken = engine.alloc().take();
                 if let Some(host) = taken {
                     assert!(engine.change(CLUSTER, Entry::HOLE, mapped(host)));
                 }
@@ -378,13 +379,13 @@ fn a_cluster_where_the_bat_goes_is_in_the_map_or_was_not_given_out() {
                 taken
             })
         };
-        engine.alloc.keep_below(end);
+        engine.alloc().keep_below(end);
         let epoch = engine.epochs.advance();
         let is_over = engine.epochs.all_reached(epoch);
         let found = engine.bat.get(CLUSTER).place();
         let taken = taker.join().unwrap();
         assert!(!is_over || taken.is_none() || found != Place::Hole);
-        assert_eq!(engine.alloc.take(), None);
+        assert_eq!(engine.alloc().take(), None);
     });
 }
 

@@ -4,7 +4,7 @@
 //! - flush: all waiting ones share one round, whose sync starts after them;
 //! - the way of unmapped clusters back to the allocator ([`reclaim`]);
 //! - growing the file, and the pios that wait for space ([`space`]);
-//! - what a larger disk takes ([`grow`]);
+//! - what a larger disk takes ([`grow`]), and a new top ([`top`]);
 //! - suspend, resume and close.
 //!
 //! Pages are written and the file is synced in *rounds*, one after the other, so
@@ -26,6 +26,7 @@
 mod grow;
 mod reclaim;
 mod space;
+mod top;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::io;
@@ -190,6 +191,10 @@ pub struct MdWriter<D: Disk> {
     still_mapped: BTreeMap<GuestCluster, HostCluster>,
     space: Space,
     control: VecDeque<ControlJob>,
+    /// Suspended by who resumes it.
+    is_paused: bool,
+    /// Requests are held until there is another one, or it is kept.
+    is_top_closed: bool,
     /// That have begun.
     syncs: u64,
     /// After a failed write of a page: when pages are written again unasked.
@@ -232,6 +237,8 @@ impl<D: Disk> MdWriter<D> {
             still_mapped: BTreeMap::new(),
             space: Space::default(),
             control: VecDeque::new(),
+            is_paused: false,
+            is_top_closed: false,
             syncs: 0,
             retry_at: Duration::ZERO,
             unreported: None,
@@ -527,7 +534,7 @@ impl<D: Disk> MdWriter<D> {
     fn needs_sync(&mut self, now: Duration) -> bool {
         let pages = self.choose_pages(now);
         self.find_unstable(pages.into_iter().flatten());
-        !self.unstable.is_empty() || self.engine.alloc.has_unstable_length()
+        !self.unstable.is_empty() || self.engine.alloc().has_unstable_length()
     }
 
     fn find_unstable(&mut self, pages: impl Iterator<Item = u32>) {
@@ -558,21 +565,21 @@ impl<D: Disk> MdWriter<D> {
     /// Whether clusters can come back by writing pages and a sync, and are needed.
     fn wants_reclaim_pages(&self) -> bool {
         self.reclaim.is_under_way()
-            && self.engine.alloc.available() <= self.engine.options.low_water
+            && self.engine.alloc().available() <= self.engine.options.low_water
     }
 
     /// Whether clusters can come back by a sync, and are needed.
     fn wants_reclaim_sync(&self) -> bool {
         self.reclaim.wants_sync()
             && !self.engine.has_sync_failed()
-            && self.engine.alloc.available() <= self.engine.options.low_water
+            && self.engine.alloc().available() <= self.engine.options.low_water
     }
 
     fn begin_sync(&mut self, phase: Phase) {
         self.round.phase = phase;
         self.syncs += 1;
         self.covered = Covered {
-            file_end: self.engine.alloc.end(),
+            file_end: self.engine.alloc().end(),
             copies: mem::take(&mut self.unstable),
             pages: mem::take(&mut self.written),
         };
@@ -604,7 +611,7 @@ impl<D: Disk> MdWriter<D> {
         }
         let engine = self.engine.clone();
         let covered = mem::take(&mut self.covered);
-        engine.alloc.set_stable_end(covered.file_end);
+        engine.alloc().set_stable_end(covered.file_end);
         // Their pages are dirty: they were to be written, or were without these.
         for (cluster, read) in covered.copies {
             engine.bat.set_stable(cluster, read);
@@ -636,7 +643,7 @@ impl<D: Disk> MdWriter<D> {
     /// Clusters whose way was over with the last sync may be given out again.
     fn give_reclaimed(&mut self) {
         for extent in self.reclaim.end_sync() {
-            self.engine.alloc.put(extent);
+            self.engine.alloc().put(extent);
         }
         if self.space.has_parked() {
             let pios = self.space.take_all();
@@ -831,7 +838,7 @@ impl<D: Disk> MdWriter<D> {
 impl<D: Disk> MdWriter<D> {
     fn step_reclaim(&mut self) {
         // Who opens an image next that is passed on finds what is left.
-        if self.is_closing() || self.is_passing() {
+        if self.is_closing() || self.leaves_file_alone() {
             return;
         }
         let engine = self.engine.clone();
@@ -839,7 +846,7 @@ impl<D: Disk> MdWriter<D> {
             self.reclaim.close_batch(engine.epochs.advance());
         }
         let first = match rule::kept(Rule::NoPunchInTheWay) {
-            true => engine.alloc.first(),
+            true => engine.alloc().first(),
             false => 0,
         };
         let holes = self
@@ -864,19 +871,19 @@ impl<D: Disk> MdWriter<D> {
     }
 
     fn step_space(&mut self, now: Duration) {
-        if self.is_closing() || self.is_passing() {
+        if self.is_closing() || self.leaves_file_alone() {
             return;
         }
         let pios = self.space.due(now);
         self.try_again(pios);
-        if self.engine.alloc.available() > 0 {
+        if self.engine.alloc().available() > 0 {
             let pios = self.space.waiting_for_clusters();
             self.try_again(pios);
         }
         // Also of those that were given up while nothing could be tried.
         self.fail_hopeless();
         let engine = self.engine.clone();
-        if engine.alloc.available() > engine.options.low_water {
+        if engine.alloc().available() > engine.options.low_water {
             // Who takes of it from now on tells again when it gets low.
             engine.space_is_low.store(false, Ordering::Release);
         }
@@ -891,7 +898,7 @@ impl<D: Disk> MdWriter<D> {
         if engine.has_bat()
             && let SpaceStep::Extend(clusters) =
                 self.space
-                    .step(engine.alloc.available(), low_water, step, now)
+                    .step(engine.alloc().available(), low_water, step, now)
         {
             self.extend(clusters, now);
         }
@@ -911,15 +918,15 @@ impl<D: Disk> MdWriter<D> {
         let first = geometry
             .first_host_cluster()
             .0
-            .max(self.engine.alloc.first());
-        let in_file = self.engine.alloc.end().saturating_sub(first);
+            .max(self.engine.alloc().first());
+        let in_file = self.engine.alloc().end().saturating_sub(first);
         geometry.entries.saturating_sub(in_file)
     }
 
     /// Why the file cannot become longer any more, if it cannot.
     fn no_growth(&self) -> Option<EngineError> {
         let engine = &self.engine;
-        if engine.alloc.end() >= self.geometry.host_cluster_limit() {
+        if engine.alloc().end() >= self.geometry.host_cluster_limit() {
             Some(EngineError::ImageFull)
         } else if engine.has_sync_failed() {
             Some(EngineError::SyncFailed)
@@ -945,7 +952,7 @@ impl<D: Disk> MdWriter<D> {
             }
             return;
         }
-        let end = engine.alloc.end();
+        let end = engine.alloc().end();
         let room = self.geometry.host_cluster_limit() - end;
         // At least one: some may be on their way through reclaim.
         let clusters = clusters.min(room).min(self.missing().max(1));
@@ -960,7 +967,9 @@ impl<D: Disk> MdWriter<D> {
     fn extended(&mut self, clusters: u32, result: Result<(), Errno>, now: Duration) {
         match result {
             Ok(()) => {
-                self.engine.alloc.extend(self.engine.alloc.end() + clusters);
+                self.engine
+                    .alloc()
+                    .extend(self.engine.alloc().end() + clusters);
                 let pios = self.space.extended(clusters, self.extension());
                 self.try_again(pios);
             }
@@ -987,7 +996,7 @@ impl<D: Disk> MdWriter<D> {
         if self.closed {
             return pio.home.complete(Err(EngineError::Stopped));
         }
-        if !full && self.engine.alloc.available() > 0 {
+        if !full && self.engine.alloc().available() > 0 {
             return self.try_again([pio]);
         }
         let waits = full || (self.can_reclaim() && !pio.last_try);
@@ -1027,9 +1036,12 @@ impl<D: Disk> MdWriter<D> {
             })
     }
 
-    fn is_passing(&self) -> bool {
+    /// Whether the file is to be changed by rounds alone: it is about to be somebody else's,
+    /// or nobody's.
+    fn leaves_file_alone(&self) -> bool {
         let job = self.control.front();
-        job.is_some_and(|job| job.what == Control::Pass)
+        self.is_top_closed
+            || job.is_some_and(|job| matches!(job.what, Control::Pass | Control::CloseTop))
     }
 
     /// Whether anything but a round changes the file, which no sync of a round waits for.
@@ -1053,23 +1065,46 @@ impl<D: Disk> MdWriter<D> {
     }
 
     fn start_control(&mut self) {
+        let what = self.control.front().map(|job| job.what);
+        if what == Some(Control::CloseTop)
+            && let Err(error) = self.check_may_close_top()
+        {
+            return self.end_control(Err(error));
+        }
         let Some(job) = self.control.front_mut() else {
             return;
         };
-        if matches!(job.what, Control::Suspend | Control::Close | Control::Pass) {
+        self.is_paused |= job.what == Control::Suspend;
+        let holds = match job.what {
+            Control::Suspend | Control::Close | Control::Pass => true,
+            Control::CloseTop => rule::kept(Rule::HeldForNewTop),
+            _ => false,
+        };
+        if holds {
             self.engine.set_suspended(true);
         }
         job.stage = ControlStage::Grace(self.engine.epochs.advance());
     }
 
     fn step_control(&mut self) {
-        // What ends after the sync of an image that is passed on is not as stable as its mark.
-        let is_changing = self.is_passing() && self.is_changing_the_file();
+        // What ends after the sync of an image that is passed on, or is not the top any more, is
+        // not as stable as its mark.
+        let is_changing = self.leaves_file_alone() && self.is_changing_the_file();
+        let may_change_top = self.may_change_top();
         let Some(job) = self.control.front_mut() else {
             return;
         };
         match job.stage {
-            _ if job.what == Control::Resume => self.go_on(Ok(())),
+            _ if job.what == Control::Resume => {
+                self.is_paused = false;
+                self.go_on(Ok(()));
+            }
+            _ if matches!(job.what, Control::SwitchTop | Control::KeepTop) => {
+                if may_change_top {
+                    let is_new = job.what == Control::SwitchTop;
+                    self.end_hold(is_new);
+                }
+            }
             ControlStage::Grace(epoch) => {
                 // In this order: a queue that has not seen the suspension yet may
                 // dispatch a pio until it leaves its epoch.
@@ -1078,14 +1113,33 @@ impl<D: Disk> MdWriter<D> {
                     && (job.what == Control::Barrier
                         || (self.engine.dispatched.load(Ordering::Acquire) == 0
                             && !self.growing.as_ref().is_some_and(Growing::has_locked)));
-                if is_quiet {
+                if is_quiet && job.what == Control::CloseTop {
+                    if may_change_top {
+                        self.flush_top();
+                    }
+                } else if is_quiet {
                     job.stage = ControlStage::Flush;
                     self.waiters.push(Waiter::Control);
                 }
             }
             ControlStage::Flush => {}
-            ControlStage::Flushed(Err(error)) if job.what == Control::Pass => {
+            ControlStage::Flushed(Err(error))
+                if matches!(job.what, Control::Pass | Control::CloseTop) =>
+            {
                 self.go_on(Err(error));
+            }
+            ControlStage::Flushed(Ok(())) if job.what == Control::CloseTop => {
+                if !self.ops.is_empty() {
+                    return;
+                }
+                match self.close_top() {
+                    Ok(()) => self.end_control(Ok(())),
+                    Err(error) => {
+                        // Said before, if it went wrong.
+                        let _ = self.keep_top();
+                        self.go_on(Err(error));
+                    }
+                }
             }
             ControlStage::Flushed(result) if matches!(job.what, Control::Close | Control::Pass) => {
                 let is_passed = job.what == Control::Pass;
@@ -1102,11 +1156,27 @@ impl<D: Disk> MdWriter<D> {
         }
     }
 
-    /// Requests are taken again.
+    /// There is a new top, or the old one is kept.
+    fn end_hold(&mut self, is_new: bool) {
+        if !self.is_top_closed {
+            return self.end_control(Err(EngineError::TopInUse));
+        }
+        let switched = is_new.then(|| self.switch_top());
+        let result = match switched {
+            Some(Ok(())) => Ok(()),
+            Some(Err(error)) => self.keep_top().and(Err(error)),
+            None => self.keep_top(),
+        };
+        self.go_on(result);
+    }
+
+    /// Requests are taken again, unless somebody else wants them held.
     fn go_on(&mut self, result: Result<(), EngineError>) {
-        self.engine.end_suspension();
-        let pios = self.space.take_all();
-        self.try_again(pios);
+        if !self.is_paused && !self.is_top_closed {
+            self.engine.end_suspension();
+            let pios = self.space.take_all();
+            self.try_again(pios);
+        }
         self.end_control(result);
     }
 
@@ -1154,6 +1224,9 @@ impl<D: Disk> MdWriter<D> {
             return Ok(());
         }
         engine.note_settled();
+        if self.is_top_closed {
+            return Ok(());
+        }
         let Some(metadata) = &mut self.metadata else {
             engine.forget_opening();
             return Ok(());
@@ -1180,7 +1253,11 @@ impl<D: Disk> MdWriter<D> {
 
 fn cannot_mark(error: io::Error) -> EngineError {
     log::error!("cannot mark the image as closed: {error}");
-    EngineError::Io(Errno::from_io_error(&error).unwrap_or(Errno::IO))
+    EngineError::Io(errno_of(&error))
+}
+
+fn errno_of(error: &io::Error) -> Errno {
+    Errno::from_io_error(error).unwrap_or(Errno::IO)
 }
 
 fn cut_and_mark(disk: &impl Disk, top: FileId, len: u64, header: &mut Header) -> io::Result<()> {

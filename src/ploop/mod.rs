@@ -19,6 +19,7 @@ mod entry;
 mod epoch;
 mod error;
 mod inbox;
+mod levels;
 mod llist;
 mod md;
 mod open;

@@ -298,25 +298,20 @@ impl<D: Disk> Queue<D> {
         });
     }
 
-    /// Waits until every request has ended. Parked ones fail, requests held by a
-    /// suspended engine end with [`EngineError::Stopped`]. What has not been started is not
+    /// Waits until every request has ended. Parked ones fail. What has not been started is not
     /// started any more, and its requests end with [`EngineError::Undone`]: zeroing, which
-    /// others may have been pushed behind, after `grace`, the rest at once.
+    /// others may have been pushed behind, after `grace`, the rest at once, and all at once
+    /// that a suspended engine holds.
     pub fn drain(&mut self, done: &mut Vec<Done>, grace: Duration) {
         let start = Instant::now();
         // Before anything of it is begun.
         self.drop_rests(self.engine.is_suspended());
         self.submit();
         self.poll(done);
-        let error = match self.engine.is_suspended() && self.engine.has_lost_lock() {
-            // It can be done again, elsewhere.
-            true => EngineError::Undone,
-            false => EngineError::Stopped,
-        };
         for request in std::mem::take(&mut self.held) {
             done.push(Done {
                 tag: request.tag,
-                result: Err(error),
+                result: Err(EngineError::Undone),
             });
         }
         self.give_up_stranded(done);
@@ -677,7 +672,8 @@ impl<D: Disk> Queue<D> {
                 self.part_done(request);
             }
             QueueMessage::Parked { charge } => self.allowance.uncharge(charge),
-            QueueMessage::Resumed => {}
+            // There may be a new top, to which each cluster has to be copied anew.
+            QueueMessage::Resumed => self.copied = None,
         }
     }
 

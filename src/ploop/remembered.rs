@@ -254,9 +254,9 @@ impl Remembered {
         Ok(())
     }
 
-    /// There may be changes again that the disk does not have.
-    pub fn unsettle(&self) {
-        self.set(AT_FLAGS, 0);
+    /// There may be changes again that the disk does not have; a sync may have failed.
+    pub fn unsettle(&self, has_sync_failed: bool) {
+        self.set(AT_FLAGS, if has_sync_failed { SYNC_FAILED } else { 0 });
     }
 
     /// A sync has failed.

@@ -83,6 +83,28 @@ pub(crate) enum Rule {
     EndIsCut,
     /// I12: the guest is told of a size that is stable.
     SizeBeforeUse,
+    /// I15: requests are held while the top is closed and a new one takes its place.
+    HeldForNewTop,
+    /// I3, I15: everything that completed is in the top, and stable, before it is closed.
+    FlushBeforeNewTop,
+    /// I12, I15: the closed mark of the top is stable before the new one is named.
+    MarkBeforeNewTop,
+    /// I15: nothing is written to the old top once there is a new one: what was to be freed
+    /// there stays.
+    OldTopIsLeftAlone,
+    /// I12, I15: the new top is stable before it is named. Who drives the engine makes it.
+    #[cfg(test)]
+    NewTopBeforeName,
+    /// I3, I15: the name of the new top is stable before it is used. As above.
+    #[cfg(test)]
+    NameBeforeUse,
+    /// I12, I15: a top that is kept after all is marked as in use before it changes.
+    MarkBeforeKeptTop,
+    /// I13, I15: while the top is closed, the memory that outlives the process says that
+    /// the disk has everything.
+    SettledWhileClosed,
+    /// I13, I15: from the first request to the new top on, that memory belongs to it.
+    MemoryFollowsTop,
     /// I13: the memory that outlives the process has room for the larger map.
     RoomOutlivesProcess,
     /// I13: a change of the map outlives the process.
@@ -134,7 +156,7 @@ mod broken {
     impl Rule {
         /// Every one.
         #[cfg_attr(ploop_loom, allow(dead_code, reason = "the simulator breaks them all"))]
-        pub(crate) const ALL: [Self; 39] = [
+        pub(crate) const ALL: [Self; 48] = [
             Self::RemovalBeforeReuse,
             Self::FailedPageRemovesNothing,
             Self::TellBeforeMark,
@@ -170,6 +192,15 @@ mod broken {
             Self::StableBeforeSize,
             Self::EndIsCut,
             Self::SizeBeforeUse,
+            Self::HeldForNewTop,
+            Self::FlushBeforeNewTop,
+            Self::MarkBeforeNewTop,
+            Self::OldTopIsLeftAlone,
+            Self::NewTopBeforeName,
+            Self::NameBeforeUse,
+            Self::MarkBeforeKeptTop,
+            Self::SettledWhileClosed,
+            Self::MemoryFollowsTop,
             Self::RoomOutlivesProcess,
             Self::ChangeOutlivesProcess,
             Self::FailureOutlivesProcess,

@@ -22,8 +22,10 @@ use super::alloc::Extent;
 use super::control::Control;
 use super::engine::{Engine, MdMessage};
 use super::entry::{Entry, Place};
+use super::preempt;
 use super::remembered::{Identity, Remembered};
 use super::rule::{self, Rule};
+use super::sync::atomic::Ordering;
 use crate::format::{ClusterSet, Geometry, GuestCluster, HostCluster};
 use crate::storage::opening::{NO_OPENING, new_opening};
 use crate::storage::{Disk, FileId, SharedWords};
@@ -180,6 +182,10 @@ impl<D: Disk> Engine<D> {
     /// Begins, or gives the opening another name: memory that was given to us before
     /// gets old from now on, and must not be taken over.
     fn rename(&self, beginning: &mut Beginning) -> Option<u64> {
+        if self.is_switching() {
+            // The top is closed, and the new one gets its name when it is there.
+            return None;
+        }
         if let Beginning::Begun(opening) = beginning {
             *opening = self.name_opening();
         }
@@ -235,8 +241,9 @@ impl<D: Disk> Engine<D> {
     /// # Errors
     /// When the memory cannot be made long enough, or cannot be cleared.
     pub fn remember_in(&self, words: SharedWords) -> io::Result<()> {
+        let mut beginning = self.beginning();
         // Without a name nobody can take it over.
-        let opening = self.rename(&mut self.beginning()).unwrap_or(NO_OPENING);
+        let opening = self.rename(&mut beginning).unwrap_or(NO_OPENING);
         let geometry = self.lock_geometry();
         let identity = self.identity_of(&geometry);
         // The disk may have grown since whoever mapped it was told how long it has to be.
@@ -245,6 +252,9 @@ impl<D: Disk> Engine<D> {
             false => words,
         };
         let remembered = Remembered::new(words, &identity, opening)?;
+        if self.is_switching() {
+            remembered.set_settled();
+        }
         self.remember(Arc::new(remembered));
         Ok(())
     }
@@ -456,8 +466,58 @@ impl<D: Disk> Engine<D> {
         })?;
         let found = Arc::new(found);
         // Last: a process that is killed before has changed nothing.
-        found.unsettle();
+        if !self.is_switching() {
+            found.unsettle(false);
+        }
         self.remember(found);
+        Ok(())
+    }
+
+    fn is_switching(&self) -> bool {
+        self.switching.load(Ordering::Acquire)
+    }
+
+    /// The disk has everything, requests are held, and the top is about to be closed. Until
+    /// [`Self::end_switch`] the memory that outlives the process says so.
+    pub(super) fn begin_switch(&self) {
+        let _beginning = self.beginning();
+        self.switching.store(true, Ordering::Release);
+        if rule::kept(Rule::SettledWhileClosed) {
+            self.note_settled();
+        }
+    }
+
+    /// There is a new top, or the old one is in use again, and requests are about to be taken:
+    /// the memory that outlives the process belongs to that from now on. It has nothing to
+    /// remember.
+    pub(super) fn end_switch(&self) {
+        let mut beginning = self.beginning();
+        let opening = self.name_opening();
+        *beginning = Beginning::Begun(opening);
+        preempt::point("named");
+        if rule::kept(Rule::MemoryFollowsTop)
+            && let Some(remembered) = &*self.remembered.load()
+            && let Err(error) = self.rebind(remembered, opening.unwrap_or(NO_OPENING))
+        {
+            log::error!(
+                "the memory that outlives this process cannot be used for the new top: {error}; \
+                 the guest cannot live on if this process is killed"
+            );
+            remembered.disown();
+            remembered.unsettle(false);
+            self.remembered.store(None);
+        }
+        self.switching.store(false, Ordering::Release);
+    }
+
+    fn rebind(&self, remembered: &Remembered, opening: u64) -> io::Result<()> {
+        let identity = self.identity_of(&self.lock_geometry());
+        let remembered = Arc::new(remembered.longer(&identity)?);
+        remembered.renew(opening)?;
+        preempt::point("renewed");
+        // Last: until here it says that the disk has everything.
+        remembered.unsettle(self.has_sync_failed());
+        self.remembered.store(Some(remembered));
         Ok(())
     }
 
@@ -481,7 +541,7 @@ impl<D: Disk> Engine<D> {
         })?;
         let top = self.top();
         let first = self.geometry().first_host_cluster();
-        let end = u64::from(self.alloc.end());
+        let end = u64::from(self.alloc().end());
         let mut mapped = ClusterSet::new(end);
         let mut on_disk = ClusterSet::new(end);
         let mut changed = Vec::new();
@@ -557,7 +617,7 @@ impl<D: Disk> Engine<D> {
         let failed = self.has_sync_failed();
         if failed {
             // What the disk maps, the file has for sure (I8).
-            self.alloc.doubt_length(adoption.mapped_end);
+            self.alloc().doubt_length(adoption.mapped_end);
         }
         let may_be_copy = self.levels.len() > 1;
         let mut pages = BTreeSet::new();

@@ -843,7 +843,7 @@ fn a_file_with_room_for_the_whole_disk_does_not_grow() {
         rig.turn();
     }
     let first = rig.engine.geometry().first_host_cluster();
-    let in_file = rig.engine.alloc.end() - first.0;
+    let in_file = rig.engine.alloc().end() - first.0;
     assert!(u64::from(in_file) <= CLUSTERS + 1, "{in_file} clusters");
 }
 

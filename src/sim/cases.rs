@@ -59,6 +59,14 @@ pub enum Case {
     LargerCut,
     /// I13: the process was killed meanwhile.
     LargerKilled,
+    /// I15: a snapshot was made.
+    Snapshot,
+    /// I15: the power went while one was under way.
+    SnapshotCut,
+    /// I13: the process was killed meanwhile.
+    SnapshotKilled,
+    /// I13: it was killed in the midst of the step that changes the top.
+    KilledInChange,
     /// I13: the process was killed while the guest lived on.
     Killed,
     /// I13: the process was killed, its guest with it, and the image opened again.
@@ -68,7 +76,7 @@ pub enum Case {
 }
 
 impl Case {
-    const ALL: [(Self, &'static str); 24] = [
+    const ALL: [(Self, &'static str); 28] = [
         (Self::Moved, "I1  cluster passed to another guest cluster"),
         (Self::Reused, "I2  freed cluster mapped again"),
         (Self::Flush, "I3  flush with something to flush"),
@@ -98,6 +106,16 @@ impl Case {
         (
             Self::LargerKilled,
             "I13 process killed while the disk was becoming larger",
+        ),
+        (Self::Snapshot, "I15 snapshot of a disk in use"),
+        (Self::SnapshotCut, "I15 cut while a snapshot was being made"),
+        (
+            Self::SnapshotKilled,
+            "I13 process killed while a snapshot was being made",
+        ),
+        (
+            Self::KilledInChange,
+            "I13 process killed in the midst of a change of the top",
         ),
         (Self::Killed, "I13 process killed under a living guest"),
         (
@@ -161,6 +179,12 @@ impl Cases {
         for (guest, value) in entries.into_iter().filter(|(_, value)| *value != 0) {
             self.owners.entry(value).or_default().insert(guest);
         }
+    }
+
+    /// There is a new top.
+    pub fn begin_anew(&mut self, disk: &SimDisk, scenario: &Scenario) {
+        self.owners.clear();
+        self.begin(disk, scenario);
     }
 
     /// Header and BAT take so many bytes now.

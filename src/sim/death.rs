@@ -50,22 +50,36 @@ impl Heritage {
     /// # Errors
     /// What the engine did wrong.
     pub fn pass_on(
-        &self,
+        &mut self,
         mut session: Session,
         world: &mut World,
         profile: &Profile,
         policy: OnEnospc,
     ) -> Result<Session, Failure> {
-        if world.disk.has_unheard_failure() {
-            return Ok(session);
+        match world.relic.take() {
+            Some(relic) => self.memory = relic,
+            None if world.disk.has_unheard_failure() => return Ok(session),
+            // It could not be marked as in use again: who comes next has to refuse the guest.
+            None if session.is_unmarked(world)? => return Ok(session),
+            None => {}
         }
         world.cases.count(Case::Killed);
         world.cases.count_if(Case::LargerKilled, world.is_growing);
         world.is_growing = false;
+        let is_snapshotting = std::mem::take(&mut world.is_snapshotting);
+        world.cases.count_if(Case::SnapshotKilled, is_snapshotting);
         let faults = profile.faults;
         world.disk.kill();
         let mut will = Will::of(&mut session);
         will.requests = session.abandon();
+        if world.is_either {
+            // Who opens it makes its name stable.
+            world.adopt_new_top()?;
+        }
+        let top = world.scenario.top();
+        world
+            .disk
+            .change_medium(|medium| medium.first_writable = top);
         let mut opened = self.open(world)?;
         if world.rng.random_ratio(1, 4) {
             // Again, before it has taken over.

@@ -241,6 +241,38 @@ impl SimDisk {
         state.files[usize::from(file.0)].sync(|_| true);
     }
 
+    /// One more file, the top from now on: it begins with these bytes and is so long. It may
+    /// be stable.
+    pub fn add_file(&self, start: &[u8], len: u64, is_stable: bool) {
+        let mut guard = self.state();
+        let state = &mut *guard;
+        let file = FileId(state.files.len() as u8);
+        state.files.push(SimFile::default());
+        state.allocated.push(Vec::new());
+        state.openings.push(0);
+        let id = state.new_op();
+        state.write_bytes(id, file, 0, start);
+        state.file(file).extend(id, len);
+        // Its space was taken before.
+        let capacity = state.medium.capacity.take();
+        state.account(file, 0, len);
+        state.medium.capacity = capacity;
+        state.complete(id);
+        if is_stable {
+            state.file(file).sync(|_| true);
+        }
+    }
+
+    /// The last file has no name any more.
+    pub fn drop_last_file(&self) {
+        let mut state = self.state();
+        state.files.pop();
+        state.openings.pop();
+        let allocated = state.allocated.pop().unwrap_or_default();
+        let blocks = allocated.iter().filter(|is| **is).count() as u64;
+        state.used_blocks = state.used_blocks.saturating_sub(blocks);
+    }
+
     /// Changes what the medium is like.
     pub fn change_medium(&self, change: impl FnOnce(&mut Medium)) {
         change(&mut self.state().medium);
@@ -362,7 +394,7 @@ impl SimDisk {
 
     /// Looks at what a cut now could leave, beside the top file as readers see it. There
     /// is no cut, and everything goes on. The disk cannot be used meanwhile.
-    pub fn view_after_cut<R>(&self, look: impl FnOnce(&View<'_>, &SimFile) -> R) -> R {
+    pub fn view_after_cut<R>(&self, top: FileId, look: impl FnOnce(&View<'_>, &SimFile) -> R) -> R {
         let mut guard = self.state();
         let state = &mut *guard;
         let left = state.after_cut();
@@ -373,7 +405,7 @@ impl SimDisk {
             ..
         } = state;
         let view = View::new(files, &left, contents, origins);
-        look(&view, &files[files.len() - 1])
+        look(&view, &files[usize::from(top.0)])
     }
 
     /// What a reader sees of a range now.
@@ -1383,7 +1415,11 @@ impl Disk for SimDisk {
     }
 
     fn set_opening(&self, file: FileId, opening: u64) -> io::Result<()> {
-        self.state().openings[usize::from(file.0)] = opening;
+        let mut state = self.state();
+        if !state.powered {
+            return Err(Errno::IO.into());
+        }
+        state.openings[usize::from(file.0)] = opening;
         Ok(())
     }
 

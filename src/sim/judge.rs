@@ -5,6 +5,8 @@
 //! everything goes on. So a moment that is dangerous for an instant only, as between a
 //! flush and the next write of the BAT, is looked at while it lasts.
 
+use rand::Rng;
+
 use super::cases::Case;
 use super::checker::{self, Image};
 use super::file::SimFile;
@@ -62,9 +64,17 @@ impl World {
         }
         self.cuts.imagined += 1;
         self.cases.count_if(Case::LargerCut, self.is_growing);
-        let judged = self
-            .disk
-            .view_after_cut(|view, live| self.judge(view, live));
+        self.cases.count_if(Case::SnapshotCut, self.is_snapshotting);
+        let top = self.scenario.top();
+        let is_new = self.is_either && self.rng.random();
+        let judged = match is_new {
+            true => self
+                .disk
+                .view_after_cut(FileId(top.0 + 1), |view, live| self.judge_new(view, live)),
+            false => self
+                .disk
+                .view_after_cut(top, |view, live| self.judge(view, live)),
+        };
         judged
             .map(drop)
             .map_err(|wrong| format!("if the power went now: {wrong}"))
@@ -76,7 +86,17 @@ impl World {
     /// # Errors
     /// What the engine did wrong.
     pub fn judge(&self, view: &View<'_>, live: &SimFile) -> Result<Image, Failure> {
-        let top = self.scenario.top();
+        self.judge_as(view, live, self.scenario.top(), &self.lower)
+    }
+
+    /// The same of a disk with this top on these lower deltas.
+    pub(super) fn judge_as(
+        &self,
+        view: &View<'_>,
+        live: &SimFile,
+        top: FileId,
+        lower: &[Image],
+    ) -> Result<Image, Failure> {
         let image = self.read_image(view, top)?;
         if !image.plain && !self.sizes.contains(&image.sectors) {
             return Err(format!(
@@ -85,7 +105,7 @@ impl World {
             ));
         }
         for (index, sector) in (0..).zip(self.scenario.layout.sectors()) {
-            let found = checker::guest_sector(view, &self.lower, &image, sector);
+            let found = checker::guest_sector(view, lower, &image, sector);
             let judged = self.model.check_after_cut(index, found);
             judged.map_err(|wrong| format!("after the cut, guest sector {sector}: {wrong:?}"))?;
         }

@@ -111,6 +111,10 @@ impl Life {
             sizes: vec![scenario.disk_sectors],
             raw_lens: Vec::new(),
             is_growing: false,
+            is_snapshotting: false,
+            is_either: false,
+            mortal: None,
+            relic: None,
             rng,
             scenario,
             disk,
@@ -167,12 +171,17 @@ impl Life {
         let ending = self.session(&profile)?;
         let world = &mut self.world;
         let was_growing = std::mem::take(&mut world.is_growing);
+        let was_snapshotting = std::mem::take(&mut world.is_snapshotting);
         let violations = world.disk.take_violations();
         if let Some(first) = violations.first() {
             return Err(first.clone());
         }
         if matches!(ending, Ending::Killed | Ending::Passed) {
-            let live = world.disk.snapshot(top);
+            world.cases.count_if(Case::SnapshotKilled, was_snapshotting);
+            if world.is_either {
+                world.adopt_new_top()?;
+            }
+            let live = world.disk.snapshot(world.scenario.top());
             let image = world.disk.view(|view| world.judge(view, &live))?;
             self.learn(&image, Model::inherit);
             return Ok(());
@@ -180,13 +189,19 @@ impl Life {
         if world.disk.is_unsynced() {
             world.cuts.made += 1;
             world.cases.count_if(Case::LargerCut, was_growing);
+            world.cases.count_if(Case::SnapshotCut, was_snapshotting);
             let undecided = world.model.undecided() > 0;
             world.cases.count_if(Case::Undecided, undecided);
         } else {
             world.cuts.idle += 1;
         }
+        let top = world.scenario.top();
         let live = world.disk.snapshot(top);
+        let new = world
+            .is_either
+            .then(|| world.disk.snapshot(FileId(top.0 + 1)));
         world.disk.power_on();
+        let live = world.find_name(live, new)?;
         let image = world.disk.view(|view| world.judge(view, &live))?;
         world.set_size(image.sectors);
         self.judge_ending(ending, &profile, &image)?;
@@ -198,6 +213,7 @@ impl Life {
     /// killed together with its guest.
     fn session(&mut self, profile: &Profile) -> Result<Ending, Failure> {
         let world = &mut self.world;
+        world.relic = None;
         world.cases.begin(&world.disk, &world.scenario);
         let early_cut = world.rng.random_ratio(1, 6);
         if early_cut {
@@ -237,21 +253,31 @@ impl Life {
             }
         };
         world.see_size(&opened.engine)?;
-        let heritage = profile
+        let mut heritage = profile
             .deaths
             .map(|_| Heritage::new(&opened.engine, &options));
         let mut session = Session::new(opened, world, profile, policy);
         set_trouble(world, profile);
+        let deaths = profile.deaths.unwrap_or(0);
+        let mortal = |heritage: &Heritage, deaths_left| {
+            (deaths_left > 0).then(|| heritage.memory.map_again().expect("there is memory"))
+        };
+        world.mortal = heritage
+            .as_ref()
+            .and_then(|heritage| mortal(heritage, deaths));
         let mut result = session.run(world, profile);
-        for _ in 0..profile.deaths.unwrap_or(0) {
-            if let Some(heritage) = &heritage
+        for deaths_left in (0..deaths).rev() {
+            world.mortal = None;
+            if let Some(heritage) = &mut heritage
                 && result.is_ok()
-                && world.disk.is_powered()
+                && (world.disk.is_powered() || world.relic.is_some())
             {
                 session = heritage.pass_on(session, world, profile, policy)?;
+                world.mortal = mortal(heritage, deaths_left);
                 result = session.run(world, profile);
             }
         }
+        world.mortal = None;
         let ending = result.and_then(|()| {
             if !world.disk.is_powered() {
                 return Ok(Ending::Cut);

@@ -11,6 +11,7 @@
 //! - [`model`]: what each sector of the guest's disk may read;
 //! - [`stage`]: where threads can be preempted, and others go on meanwhile;
 //! - [`death`]: the process alone is gone, and the guest goes on with another one;
+//! - [`shot`]: snapshots, and what a cut leaves of a name that is not stable;
 //! - [`view`]: what the files hold, now or after a cut;
 //! - [`judge`]: whether a cut, made or imagined, leaves what it may;
 //! - [`checker`]: reads an image without a line of the code under test;
@@ -30,6 +31,7 @@ mod power_cuts;
 mod rules;
 mod scenario;
 mod session;
+mod shot;
 mod stage;
 mod tests;
 mod view;

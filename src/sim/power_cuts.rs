@@ -147,6 +147,24 @@ fn power_cuts_of_disks_that_grow() {
 }
 
 #[test]
+fn power_cuts_of_disks_with_snapshots() {
+    let snapshots = Mix {
+        chains: true,
+        snapshots: true,
+        ..Mix::default()
+    };
+    let record = run_and_report("disks of which snapshots are made", snapshots);
+    if record.cuts.all() < ENOUGH {
+        return;
+    }
+    for case in [Case::Snapshot, Case::SnapshotKilled, Case::KilledInChange] {
+        assert!(record.cases.get(case) > 100, "too seldom: {case:?}");
+    }
+    let under_way = record.cases.get(Case::SnapshotCut);
+    assert!(under_way > record.cuts.all() / 3, "{under_way} cuts");
+}
+
+#[test]
 fn power_cuts_chains() {
     let chains = Mix {
         chains: true,

@@ -42,7 +42,20 @@ fn mix_for(which: Rule) -> Mix {
             | Rule::SizeBeforeUse
             | Rule::RoomOutlivesProcess
     );
+    let snapshots = matches!(
+        which,
+        Rule::HeldForNewTop
+            | Rule::FlushBeforeNewTop
+            | Rule::MarkBeforeNewTop
+            | Rule::OldTopIsLeftAlone
+            | Rule::NewTopBeforeName
+            | Rule::NameBeforeUse
+            | Rule::MarkBeforeKeptTop
+            | Rule::SettledWhileClosed
+            | Rule::MemoryFollowsTop
+    );
     Mix {
+        snapshots,
         chains,
         trouble,
         grows,

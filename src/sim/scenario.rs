@@ -105,6 +105,8 @@ pub struct Scenario {
     lower_versions: Vec<u8>,
     /// What a raw top has behind the end of the disk, in sectors: nobody's business.
     behind: u64,
+    /// Snapshots are made of the disk.
+    pub snapshots: bool,
     /// Guest clusters that a lower delta has.
     lower: BTreeSet<u64>,
     /// The top is closed and has a format extension when it is opened first.
@@ -168,6 +170,7 @@ impl Scenario {
             } else {
                 0
             },
+            snapshots: mix.snapshots,
             lower: BTreeSet::new(),
             extension: version == 2 && rng.random_ratio(1, 4),
             odd_end: rng.random_ratio(1, 4),
@@ -235,6 +238,24 @@ impl Scenario {
     pub fn set_size(&mut self, sectors: u64) {
         self.disk_sectors = sectors;
         self.sizes_to_come.retain(|size| *size > sectors);
+    }
+
+    /// The top, which is `image`, has become a lower delta.
+    pub fn push_level(&mut self, image: &Image) {
+        let is_plain = self.is_plain_top();
+        self.lower_sectors.push(self.disk_sectors);
+        self.lower_versions.push(self.version);
+        let clusters = 0..u64::from(self.top_entries());
+        let per_cluster = self.cluster / SECTOR as u64;
+        let has = |guest: &u64| image.offset(guest * per_cluster).is_some();
+        self.lower.extend(clusters.filter(has));
+        if is_plain {
+            self.version = 2;
+        }
+        self.levels += 1;
+        self.extension = false;
+        self.odd_end = false;
+        self.behind = 0;
     }
 
     /// What a raw top has behind its disk goes when the disk grows.
@@ -598,6 +619,8 @@ pub enum Action {
     GiveUp,
     /// The disk becomes larger, in two steps, or not after the first one.
     Grow,
+    /// A snapshot comes one step further.
+    Snapshot,
 }
 
 impl Action {
@@ -619,6 +642,8 @@ pub struct Mix {
     pub trouble: Option<HostTrouble>,
     /// Disks always become larger; else some do.
     pub grows: bool,
+    /// Snapshots are made of disks; else of none.
+    pub snapshots: bool,
 }
 
 /// What may be wrong with a host, and nothing else then.
@@ -728,6 +753,9 @@ impl Profile {
         }
         if mix.grows || rng.random_ratio(1, 2) {
             actions.push((Grow, *[1, 2, 8].choose(rng).unwrap()));
+        }
+        if mix.snapshots {
+            actions.push((Snapshot, *[4, 12, 24].choose(rng).unwrap()));
         }
         let faults = random_faults(rng, mix.trouble);
         if faults.stable_write + faults.full_stable_write > 0.0 {

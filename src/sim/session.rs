@@ -22,6 +22,7 @@ use super::memory::Memory;
 use super::model::{ChangeId, Flush, Model, Read};
 use super::pattern::{self, Value};
 use super::scenario::{Action, Profile, Scenario};
+use super::shot::Shot;
 use super::stage::{self, Stage};
 use crate::format::{GuestCluster, Sector};
 use crate::ploop::control::{Control, Outcome};
@@ -31,7 +32,7 @@ use crate::ploop::{
     Command, Done, Engine, EngineError, MdWriter, OnEnospc, Opened, Queue, Request, Runner,
     SectorRange,
 };
-use crate::storage::Segments;
+use crate::storage::{Segments, SharedWords};
 
 /// Turns until what should have ended counts as hanging.
 const PATIENCE: u32 = 40_000;
@@ -63,6 +64,14 @@ pub struct World {
     pub raw_lens: Vec<u64>,
     /// The disk is becoming larger.
     pub is_growing: bool,
+    /// A snapshot is being made.
+    pub is_snapshotting: bool,
+    /// The memory that outlives the process, if that may die in the midst of a step.
+    pub mortal: Option<SharedWords>,
+    /// It has died so, and this is what was in that memory.
+    pub relic: Option<SharedWords>,
+    /// There is a new top, and a cut may leave the descriptor that names it or the old one.
+    pub is_either: bool,
     /// Every write has another.
     pub next_value: u64,
 }
@@ -254,6 +263,9 @@ pub struct Session {
     pub(super) times_on: u32,
     suspension: Suspension,
     larger: Larger,
+    pub(super) shot: Shot,
+    /// How many there were when it was looked at last.
+    pub(super) levels: usize,
     pub(super) times_suspended: u32,
     pub(super) trouble: Trouble,
     pub(super) sync_failed: bool,
@@ -290,7 +302,7 @@ pub(super) struct Trouble {
     /// The host is full, and writes need not wait or were told not to.
     space: bool,
     /// The host is full, and has no space for the mapping either.
-    space_for_metadata: bool,
+    pub(super) space_for_metadata: bool,
     /// The host is full. A write in write-through to what was punched needs space; if it
     /// finds some when it is tried again, that looks like a failed sync.
     space_in_doubt: bool,
@@ -300,7 +312,7 @@ pub(super) struct Trouble {
 }
 
 impl Trouble {
-    fn explains(self, error: EngineError) -> bool {
+    pub(super) fn explains(self, error: EngineError) -> bool {
         match error {
             EngineError::NoSpace => self.space,
             EngineError::Metadata(Errno::NOSPC) if self.space_for_metadata => true,
@@ -332,6 +344,8 @@ impl Session {
             })
             .collect();
         Self {
+            shot: Shot::No,
+            levels: world.scenario.levels,
             fuse: Fuse {
                 disk: world.disk.clone(),
                 engine: opened.engine.clone(),
@@ -417,6 +431,7 @@ impl Session {
                     .change_medium(|medium| medium.capacity = capacity);
             }
             Action::Grow => self.grow(world)?,
+            Action::Snapshot => self.snapshot(world)?,
             Action::GiveUp => {
                 let queue = rng.random_range(0..self.queue_count());
                 self.give_up(queue);
@@ -448,6 +463,9 @@ impl Session {
 
     /// A thread is at a point where it can be preempted: others may go on.
     pub fn preempt(&mut self, world: &mut World, at: &'static str) {
+        if !matches!(self.shot, Shot::No) && world.dies_at(at) {
+            return;
+        }
         if self.is_closing && world.rng.random_ratio(1, 8) {
             self.failure = self.failure.take().or(world.imagine_cut().err());
         }
@@ -723,7 +741,8 @@ impl Session {
             let cluster_end = (cluster + per_cluster).min(disk_end);
             let end = cluster_end.min(range.end);
             let is_whole = at == cluster && end == cluster_end;
-            let certain = !discard || (is_whole && world.scenario.can_unmap());
+            let unmaps = world.scenario.can_unmap() && !world.scenario.snapshots;
+            let certain = !discard || (is_whole && unmaps);
             let index = world.index(&(at..end));
             world.model.touch(id, index, Value::ZEROS, certain);
             at = end;
@@ -959,12 +978,16 @@ impl Session {
                 self.engine.abandon_growth();
             }
             // It takes many steps, and sessions are short.
-            Larger::Preparing(..) | Larger::Committing(..) if self.preempted == 0 => {
-                for _ in 0..world.rng.random_range(0..40) {
-                    self.turn(world)?;
-                }
+            Larger::Preparing(..) | Larger::Committing(..) => self.go_on_for_a_while(world)?,
+        }
+        Ok(())
+    }
+
+    pub(super) fn go_on_for_a_while(&mut self, world: &mut World) -> Result<(), Failure> {
+        if self.preempted == 0 {
+            for _ in 0..world.rng.random_range(0..40) {
+                self.turn(world)?;
             }
-            Larger::Preparing(..) | Larger::Committing(..) => {}
         }
         Ok(())
     }
@@ -1011,6 +1034,10 @@ impl Session {
         Ok(())
     }
 
+    pub(super) fn is_suspended(&self) -> bool {
+        !matches!(self.suspension, Suspension::No)
+    }
+
     fn toggle_suspension(&mut self, world: &mut World) {
         match self.suspension {
             Suspension::No => {
@@ -1044,6 +1071,7 @@ impl Session {
             self.write_through = WriteThrough::On(self.times_on);
         }
         self.hear_of_growth(world)?;
+        self.hear_of_snapshot(world)?;
         if let Suspension::Under(quiesce) = &self.suspension
             && let Some(result) = quiesce.outcome.get()
         {
@@ -1056,7 +1084,7 @@ impl Session {
     }
 
     /// Nothing that a client has asked for is in flight on the host.
-    fn check_quiet(&self, world: &World, what: &str) -> Result<(), Failure> {
+    pub(super) fn check_quiet(&self, world: &World, what: &str) -> Result<(), Failure> {
         let md = self.actors.runners.len();
         let others = (0..world.disk.io_count()).filter(|io| *io != md);
         match others.map(|io| world.disk.in_flight(io)).sum() {
@@ -1065,7 +1093,7 @@ impl Session {
         }
     }
 
-    fn judge(
+    pub(super) fn judge(
         &self,
         world: &mut World,
         what: &str,
@@ -1144,6 +1172,7 @@ impl Session {
     /// Nothing new is asked, and what was held back by a suspension goes on.
     fn take_requests_again(&mut self, world: &mut World) -> Result<(), Failure> {
         self.is_ending = true;
+        self.end_snapshot(world)?;
         self.turn_until(world, "suspend", |session| {
             !matches!(session.suspension, Suspension::Under(_))
         })?;

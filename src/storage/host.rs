@@ -24,7 +24,8 @@ use std::fs::File;
 use std::io;
 use std::os::fd::RawFd;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use rustix::io::Errno;
 
@@ -114,7 +115,8 @@ enum Way {
 /// A [`Disk`] of host files.
 #[derive(Debug)]
 pub struct HostDisk {
-    files: Arc<[Arc<SharedFile>]>,
+    files: Arc<FileList>,
+    cache: Cache,
     way: Way,
     block_size: u32,
     /// Memory of our own for transfers, of all threads.
@@ -153,14 +155,16 @@ impl HostDisk {
         let files = files
             .into_iter()
             .map(|file| Ok(Arc::new(open(file)?)))
-            .collect::<io::Result<Arc<[_]>>>()?;
+            .collect::<io::Result<Vec<_>>>()?;
         if let Some(lease) = &lease {
             lease.cover(&files);
         }
-        let top = &files[files.len() - 1];
+        let way = choose_way(&files, options.aio)?;
+        let files = Arc::new(FileList::new(files));
         Ok(Self {
-            block_size: top.block_size()?,
-            way: choose_way(&files, options.aio)?,
+            block_size: files.top().block_size()?,
+            cache: options.cache,
+            way,
             files,
             pool: Arc::default(),
             lease,
@@ -181,18 +185,75 @@ impl HostDisk {
     /// deleted, replaced, moved or cut short while it is used.
     #[must_use = "it finds out nothing unless it looks"]
     pub fn watch(&self, notices: Option<Arc<Notices>>) -> FileWatch {
-        FileWatch::new(&self.files, notices)
+        FileWatch::new(self.files.iter(), notices)
     }
 
     /// What is known of the files, base first. Asks nobody: a file of a server that has
     /// gone cannot be asked.
     pub fn known_files(&self) -> impl Iterator<Item = KnownFile<'_>> {
-        self.files.iter().map(|file| KnownFile {
-            path: file.path(),
-            is_writable: file.is_writable(),
-            is_direct: file.is_direct(),
-            allocation: file.known_allocation(),
-        })
+        let top = self.files.len() - 1;
+        self.files
+            .iter()
+            .enumerate()
+            .map(move |(index, file)| KnownFile {
+                path: file.path(),
+                is_writable: file.is_writable() && index == top,
+                is_direct: file.is_direct(),
+                allocation: file.known_allocation(),
+            })
+    }
+
+    /// Opens a file that is to become the top, as [`Self::add`] does it. What is written to it
+    /// need not be aligned to more than `write_alignment`, in bytes.
+    ///
+    /// # Errors
+    /// Any of `open(2)`; `Unsupported` if it lies in a file system of another kind, or in one
+    /// whose server may take locks away, or if the limit of descriptors (`RLIMIT_NOFILE`)
+    /// leaves rings no room for another file.
+    pub fn prepare(&self, file: HostFile, write_alignment: u32) -> io::Result<NewTop> {
+        if self.lease.is_some() {
+            let message = "a server may take the lock of the disk away, and the lock of another \
+                           file is not watched yet";
+            return Err(io::Error::new(io::ErrorKind::Unsupported, message));
+        }
+        let file = SharedFile::new(file, self.cache, None)?;
+        if file.must_share() != self.files.top().must_share() {
+            let message = "the file lies in a file system of another kind than the others";
+            return Err(io::Error::new(io::ErrorKind::Unsupported, message));
+        }
+        if self.files.is_fixed.load(Ordering::Acquire) {
+            let message = format!(
+                "the limit of open files (RLIMIT_NOFILE) is too low for another file: it has to \
+                 be {} at least",
+                uring::FILES_MAX + 1
+            );
+            return Err(io::Error::new(io::ErrorKind::Unsupported, message));
+        }
+        if file.alignment().offset > write_alignment {
+            file.forgo_direct();
+        }
+        Ok(NewTop(Arc::new(file)))
+    }
+
+    /// From now on this is the top, and the next number. To be called while nothing is in
+    /// flight; what was the top before is only read from then on, and says so to others.
+    ///
+    /// # Errors
+    /// There are as many files as there can be.
+    pub fn add(&self, top: NewTop) -> io::Result<FileId> {
+        let old = Arc::clone(self.files.top());
+        let id = self.files.push(top.0)?;
+        if let Err(error) = super::lock::stop_writing(old.given()) {
+            let path = old.path().display();
+            log::warn!("{path}: others still find it locked as one that is written to: {error}");
+        }
+        Ok(id)
+    }
+
+    /// Looks at the top as it was given, without opening it.
+    pub fn with_top<R>(&self, look: impl FnOnce(&File, &Path) -> R) -> R {
+        let top = self.files.top();
+        look(top.given(), top.path())
     }
 
     /// A disk whose files are used by a lease, wherever they lie.
@@ -209,7 +270,8 @@ impl HostDisk {
     #[cfg(test)]
     fn of_shared(files: Vec<Arc<SharedFile>>, way: Way) -> Self {
         Self {
-            files: files.into(),
+            files: Arc::new(FileList::new(files)),
+            cache: Cache::default(),
             way,
             block_size: 4096,
             pool: Arc::default(),
@@ -218,8 +280,71 @@ impl HostDisk {
     }
 
     fn file(&self, file: FileId) -> io::Result<&Arc<SharedFile>> {
-        let found = self.files.get(usize::from(file.0));
-        found.ok_or_else(|| Errno::BADF.into())
+        self.files.get(file).ok_or_else(|| Errno::BADF.into())
+    }
+}
+
+/// A file that is about to become the top of a [`HostDisk`].
+#[derive(Debug)]
+pub struct NewTop(Arc<SharedFile>);
+
+impl NewTop {
+    /// Takes space for a range that the file has, so that writes to it find it.
+    ///
+    /// # Errors
+    /// Any of `fallocate(2)` but that the file system cannot.
+    pub fn allocate(&self, offset: u64, len: u64) -> io::Result<()> {
+        self.0.reserve(offset, len)
+    }
+}
+
+/// The files of a disk, base first. The list only becomes longer.
+#[derive(Debug)]
+struct FileList {
+    files: Box<[OnceLock<Arc<SharedFile>>]>,
+    count: AtomicUsize,
+    /// Somebody has no room for another one.
+    is_fixed: AtomicBool,
+}
+
+impl FileList {
+    /// At least one.
+    fn new(files: Vec<Arc<SharedFile>>) -> Self {
+        let count = AtomicUsize::new(files.len());
+        let room = (files.len()..=usize::from(u8::MAX)).map(|_| OnceLock::new());
+        Self {
+            files: files.into_iter().map(OnceLock::from).chain(room).collect(),
+            count,
+            is_fixed: AtomicBool::new(false),
+        }
+    }
+
+    fn len(&self) -> usize {
+        self.count.load(Ordering::Acquire)
+    }
+
+    fn get(&self, file: FileId) -> Option<&Arc<SharedFile>> {
+        self.files.get(usize::from(file.0))?.get()
+    }
+
+    fn top(&self) -> &Arc<SharedFile> {
+        let top = self.files[self.len() - 1].get();
+        top.expect("the files that are counted are there")
+    }
+
+    fn iter(&self) -> impl Iterator<Item = &Arc<SharedFile>> {
+        self.files[..self.len()].iter().filter_map(OnceLock::get)
+    }
+
+    fn push(&self, file: Arc<SharedFile>) -> io::Result<FileId> {
+        let count = self.len();
+        let free = self.files.get(count);
+        let set = free.map(|free| free.set(file));
+        if !matches!(set, Some(Ok(()))) {
+            return Err(Errno::MFILE.into());
+        }
+        self.count.store(count + 1, Ordering::Release);
+        Ok(FileId(count as u8))
     }
 }
 
@@ -349,7 +474,7 @@ impl Disk for HostDisk {
     }
 
     fn forgo_direct(&self) {
-        self.files[self.files.len() - 1].forgo_direct();
+        self.files.top().forgo_direct();
     }
 
     fn zero_granularity(&self) -> u32 {
@@ -357,12 +482,12 @@ impl Disk for HostDisk {
     }
 
     fn clone_unit(&self) -> Option<u32> {
-        let top = &self.files[self.files.len() - 1];
+        let top = self.files.top();
         top.can_clone().then_some(self.block_size)
     }
 
     fn write_alignment(&self) -> u32 {
-        self.files[self.files.len() - 1].alignment().offset
+        self.files.top().alignment().offset
     }
 
     fn lock_standing(&self) -> LockStanding {
@@ -371,7 +496,7 @@ impl Disk for HostDisk {
     }
 
     fn has_stable_writes(&self) -> bool {
-        !self.files[self.files.len() - 1].must_share()
+        !self.files.top().must_share()
     }
 }
 
@@ -443,17 +568,18 @@ fn errno(error: io::Error) -> Errno {
 /// One thread's descriptions of the files of a disk.
 #[derive(Debug)]
 struct Files {
-    shared: Arc<[Arc<SharedFile>]>,
+    shared: Arc<FileList>,
     /// The top one from the start, the others when they are needed: a chain may
-    /// have many, and most threads never touch most of them.
+    /// have many, and most threads never touch most of them. It becomes longer with the
+    /// chain.
     open: Vec<Option<Description>>,
 }
 
 impl Files {
-    fn new(shared: Arc<[Arc<SharedFile>]>) -> Self {
+    fn new(shared: Arc<FileList>) -> Self {
         let mut open: Vec<_> = shared.iter().map(|_| None).collect();
-        if let (Some(slot), Some(top)) = (open.last_mut(), shared.last()) {
-            *slot = Some(Description::open(top));
+        if let Some(slot) = open.last_mut() {
+            *slot = Some(Description::open(shared.top()));
         }
         Self { shared, open }
     }
@@ -466,8 +592,12 @@ impl Files {
     /// The description of a file, opened if need be.
     fn get(&mut self, file: FileId) -> Result<&mut Description, Errno> {
         let index = usize::from(file.0);
+        if index >= self.open.len() {
+            self.open.resize_with(self.shared.len(), || None);
+        }
         let slot = self.open.get_mut(index).ok_or(Errno::BADF)?;
-        Ok(slot.get_or_insert_with(|| Description::open(&self.shared[index])))
+        let shared = self.shared.get(file).ok_or(Errno::BADF)?;
+        Ok(slot.get_or_insert_with(|| Description::open(shared)))
     }
 }
 

@@ -173,6 +173,16 @@ impl ImageLock {
         take(file, used, denied)
     }
 
+    /// The image has become a lower level: see [`stop_writing`].
+    ///
+    /// # Errors
+    /// Any of `fcntl(2)`.
+    pub fn stop_writing(&mut self) -> io::Result<()> {
+        stop_writing(&self.file)?;
+        self.mode = LockMode::ReadOnly;
+        Ok(())
+    }
+
     /// Whether nobody else uses the image in a way that does not go with this lock, as
     /// there may be since it was [shared](Self::share).
     ///
@@ -219,6 +229,20 @@ impl ImageLock {
         }
         Ok(())
     }
+}
+
+/// The image that this description has locked for writing is only read from now on: others
+/// may read it too, and write no more than before.
+///
+/// # Errors
+/// Any of `fcntl(2)`.
+pub fn stop_writing(file: &File) -> io::Result<()> {
+    let (used, _) = LockMode::ReadWrite.used_and_denied();
+    let (reads, _) = LockMode::ReadOnly.used_and_denied();
+    for n in used.iter().filter(|n| reads.iter().all(|read| read != *n)) {
+        set(file, USED_BASE + i64::from(n), 1, libc::F_UNLCK)?;
+    }
+    Ok(())
 }
 
 impl Drop for ImageLock {

@@ -26,15 +26,19 @@ fn nothing() -> Result<RulesetCreated, SandboxError> {
     Ok(rules)
 }
 
-/// To put new files in the place of others in this folder, and nothing else. There are no
-/// rights to one name in a folder, so it is all files there.
+/// To make files in this folder, a new top or a descriptor in the place of the old one, and
+/// nothing else. There are no rights to one name in a folder, so it is all files there. What
+/// may be cut later has to be opened by who may cut.
 pub(super) fn in_folder(folder: Option<&File>) -> Result<RulesetCreated, SandboxError> {
     let rules = nothing()?;
     let Some(folder) = folder else {
         return Ok(rules);
     };
-    let access =
-        AccessFs::ReadFile | AccessFs::WriteFile | AccessFs::MakeReg | AccessFs::RemoveFile;
+    let access = AccessFs::ReadFile
+        | AccessFs::WriteFile
+        | AccessFs::Truncate
+        | AccessFs::MakeReg
+        | AccessFs::RemoveFile;
     Ok(rules.add_rule(PathBeneath::new(folder, access))?)
 }
 

@@ -116,8 +116,8 @@ const MAIN: &[i64] = &[
     libc::SYS_unlinkat,
 ];
 
-/// To put a new file in the place of another, with the same owner; and to give up, with the
-/// first steps, what of files and privileges the start has left.
+/// To make a file, or put one in the place of another, with the same owner; and to give up,
+/// with the first steps, what of files and privileges the start has left.
 const CARETAKER: &[i64] = &[
     libc::SYS_capget,
     libc::SYS_capset,
@@ -125,6 +125,7 @@ const CARETAKER: &[i64] = &[
     libc::SYS_fdatasync,
     libc::SYS_fsync,
     libc::SYS_landlock_restrict_self,
+    libc::SYS_linkat,
     libc::SYS_lseek,
     libc::SYS_renameat2,
     libc::SYS_unlinkat,
@@ -288,10 +289,14 @@ impl Allowed {
 
     fn caretaker() -> Self {
         Self::watch()
+            .calls(TRANSFER)
+            .calls(SPACE)
             .calls(OPENING)
             .calls(CARETAKER)
             .calls(legacy::CARETAKER)
             .makes_files()
+            .equal(libc::SYS_fcntl, 1, libc::F_OFD_SETLK as u64)
+            .equal(libc::SYS_fcntl, 1, libc::F_OFD_GETLK as u64)
             .equal(libc::SYS_prctl, 0, libc::PR_CAP_AMBIENT as u64)
             .equal(libc::SYS_prctl, 0, libc::PR_SET_NO_NEW_PRIVS as u64)
     }

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use super::{Held, header_on_top, notes};
+use super::{Held, NewSnapshot, header_on_top};
 use crate::format::{Guid, ImageKind};
 use crate::image::delta::Delta;
 use crate::image::error::{IoContext, Result};
@@ -37,13 +37,10 @@ pub fn create_snapshot(path: &Path, guid: Option<Guid>, description: Option<&str
             .context(image.path(), "cut off")?;
     }
     let guid = guid.unwrap_or_else(Guid::random);
-    held.add_delta(&header, |held, name| {
-        let mut descriptor = held.bundle.descriptor().clone();
-        descriptor
-            .push_top(guid, name)
-            .map_err(|error| held.bundle.edit_error(error))?;
-        notes::add(&held.bundle, guid, description)?;
-        Ok(descriptor)
-    })?;
+    let new = NewSnapshot {
+        guid: Some(guid),
+        description: description.map(str::to_owned),
+    };
+    held.add_delta(&header, |bundle, name| new.descriptor(bundle, guid, name))?;
     Ok(guid)
 }

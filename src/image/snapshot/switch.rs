@@ -21,11 +21,11 @@ pub fn switch_snapshot(path: &Path, guid: Guid) -> Result<()> {
     })?;
     let header = header_on(&held.bundle, guid)?;
     let mut old_top = None;
-    held.add_delta(&header, |held, name| {
-        let mut descriptor = held.bundle.descriptor().clone();
+    held.add_delta(&header, |bundle, name| {
+        let mut descriptor = bundle.descriptor().clone();
         let dropped = descriptor
             .switch_top(guid, name)
-            .map_err(|error| held.bundle.edit_error(error))?;
+            .map_err(|error| bundle.edit_error(error))?;
         // The disk may have grown since.
         descriptor.disk_size = header.geometry().disk_size;
         old_top = Some(dropped.file);

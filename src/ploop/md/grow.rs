@@ -236,7 +236,7 @@ impl<D: Disk> MdWriter<D> {
             Some(growth) => {
                 if rule::kept(Rule::NothingNewInTheWay) {
                     let first = growth.first_host_cluster();
-                    engine.alloc.keep_below(first);
+                    engine.alloc().keep_below(first);
                     // The BAT is written up to there.
                     engine.check_write_threshold(HostCluster(first.0.saturating_sub(1)));
                 }
@@ -363,7 +363,7 @@ impl<D: Disk> MdWriter<D> {
                 // At once: others make the file longer from the end that is known.
                 let moves = std::mem::take(moves);
                 let count = (moves.len() - growing.free.len()) as u32;
-                let first = self.engine.alloc.claim(*new_end, count).0;
+                let first = self.engine.alloc().claim(*new_end, count).0;
                 self.engine.check_write_threshold(HostCluster(*new_end - 1));
                 let claimed = (first..first + count).map(HostCluster);
                 growing.free.extend(claimed);
@@ -410,7 +410,7 @@ impl<D: Disk> MdWriter<D> {
             self.engine.put_back(host);
         }
         let first = self.geometry.first_host_cluster();
-        self.engine.alloc.keep_no_more_from(first);
+        self.engine.alloc().keep_no_more_from(first);
         growing.tell(Err(error));
     }
 
@@ -468,7 +468,7 @@ impl<D: Disk> MdWriter<D> {
                 Step::On(Stage::Copies)
             }
             Stage::Copies => Step::On(Stage::Punches),
-            Stage::Punches if !self.is_punched_below(engine.alloc.first()) => {
+            Stage::Punches if !self.is_punched_below(engine.alloc().first()) => {
                 Step::On(Stage::Scan {
                     next: 0,
                     moves: VecDeque::new(),
@@ -560,7 +560,7 @@ impl<D: Disk> MdWriter<D> {
             growing.free.push_back(host);
         }
         let count = (moves.len() - growing.free.len()) as u32;
-        let end = self.engine.alloc.end();
+        let end = self.engine.alloc().end();
         let start = end.max(growing.geometry.first_host_cluster().0);
         let Some(new_end) = start
             .checked_add(count)

@@ -5,17 +5,14 @@ use std::io;
 use std::ops::Range;
 
 use super::super::bat::{Bat, BatSize};
-use super::super::engine::LevelMap;
 use super::super::entry::Entry;
 use super::super::error::OpenError;
+use super::super::levels::{LEVELS_MAX, LevelMap};
 use super::{Chain, Level};
 use crate::format::{
     BatScan, BatScanner, ClusterSize, Geometry, GuestCluster, Header, HostCluster, Sector,
 };
 use crate::storage::{Disk, FileId};
-
-/// The most deltas in a chain.
-const LEVELS_MAX: usize = 127;
 
 /// Bytes of BAT that are read at once.
 const READ_AT_ONCE: usize = 1 << 20;

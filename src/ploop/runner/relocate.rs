@@ -60,7 +60,7 @@ impl<D: Disk> Runner<D> {
             // Discarded meanwhile.
             _ => return self.end_unmoved(pio, to),
         };
-        if old.0 >= engine.alloc.first() && !is_cut {
+        if old.0 >= engine.alloc().first() && !is_cut {
             // Discarded and written anew.
             return self.end_unmoved(pio, to);
         }
@@ -188,7 +188,7 @@ impl<D: Disk> Runner<D> {
         if self.awaits_end.is_empty() {
             return;
         }
-        let first = self.engine.alloc.first();
+        let first = self.engine.alloc().first();
         let is_in_the_way = |busy: &Busy| matches!(&busy.job, Job::Cow(cow) if cow.is_below(first));
         let must_wait = rule::kept(Rule::CopiesInTheWayEnd);
         if must_wait && self.busy.values().any(is_in_the_way) {

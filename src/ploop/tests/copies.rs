@@ -87,16 +87,16 @@ fn over_a_base_with(medium: Medium, smallest_clone: u64) -> Rig {
 #[test]
 fn a_copy_that_could_not_be_read_gives_its_cluster_back() {
     let rig = over_a_base(Medium::default());
-    let before = rig.engine.alloc.available();
+    let before = rig.engine.alloc().available();
     assert!(before > 0);
     rig.disk.change_medium(|medium| medium.faults.read = 1.0);
     for _ in 0..3 {
         assert_eq!(rig.write(0, &[2; 512]), Err(EngineError::Io(Errno::IO)));
     }
-    assert_eq!(rig.engine.alloc.available(), before);
+    assert_eq!(rig.engine.alloc().available(), before);
     rig.disk.change_medium(|medium| medium.faults.read = 0.0);
     rig.write(0, &[2; 512]).unwrap();
-    assert_eq!(rig.engine.alloc.available(), before - 1);
+    assert_eq!(rig.engine.alloc().available(), before - 1);
 }
 
 #[test]

@@ -122,7 +122,7 @@ fn what_moves_takes_the_space_that_is_there() {
     for cluster in 0..4 {
         rig.write(cluster * CLUSTER, &content(cluster)).unwrap();
     }
-    let free = rig.engine.alloc.available();
+    let free = rig.engine.alloc().available();
     assert!(free > 2, "the file is longer than it has to be");
     rig.grow(sectors(NEW)).unwrap();
     for cluster in 0..4 {
@@ -430,7 +430,7 @@ fn no_more_clusters_are_moved_while_the_engine_is_suspended() {
         rig.turn();
     }
     expect_suspension_to_hold_it(&rig, &growth);
-    let first = rig.engine.alloc.first();
+    let first = rig.engine.alloc().first();
     let mut mapped = rig.engine.mapped_here().into_iter();
     assert!(mapped.any(|(_, host)| host.0 < first), "not all has moved");
     while growth.get().is_none() {
@@ -835,7 +835,7 @@ fn a_growth_and_writers_do_not_make_the_file_longer_at_a_time() {
         let growth = first.unwrap_or_else(grow);
         while growth.get().is_none() {
             rig.turn();
-            let end = HostCluster(rig.engine.alloc.end());
+            let end = HostCluster(rig.engine.alloc().end());
             let end = rig.engine.grid().host_offset(end);
             assert!(end <= disk.live_len(FileId(0)), "after {turns} turns");
         }

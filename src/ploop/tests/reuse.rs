@@ -55,11 +55,11 @@ fn a_page_that_was_being_written_before_a_discard_gives_no_cluster_back() {
     // Space is short, and stays so.
     rig.disk
         .change_medium(|medium| medium.faults.allocate = 1.0);
-    while rig.engine.alloc.available() > rig.engine.options.low_water {
-        rig.engine.alloc.take();
+    while rig.engine.alloc().available() > rig.engine.options.low_water {
+        rig.engine.alloc().take();
     }
     rig.write(CLUSTER, &[6; 512]).unwrap();
-    let before = rig.engine.alloc.available();
+    let before = rig.engine.alloc().available();
     rig.disk.start_trace();
     rig.engine.bat.mark_urgent(0);
     rig.poll_md();
@@ -84,10 +84,10 @@ fn a_page_that_was_being_written_before_a_discard_gives_no_cluster_back() {
     for _ in 0..3_000 {
         rig.turn();
     }
-    assert_eq!(rig.engine.alloc.available(), before);
+    assert_eq!(rig.engine.alloc().available(), before);
     rig.disk.change_medium(|medium| medium.faults.page = 0.0);
     for _ in 0..3_000 {
         rig.turn();
     }
-    assert_eq!(rig.engine.alloc.available(), before + 1);
+    assert_eq!(rig.engine.alloc().available(), before + 1);
 }

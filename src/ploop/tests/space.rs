@@ -115,7 +115,7 @@ fn a_write_over_a_clone_that_finds_no_space_waits_with_its_data() {
     // The file grows ahead of what is written; a clone gives that space back.
     rig.write(2 * CLUSTER, &[3; 512]).unwrap();
     rig.turn_for(SOON);
-    assert!(rig.engine.alloc.available() > 0);
+    assert!(rig.engine.alloc().available() > 0);
     rig.fill_up();
     rig.disk.start_trace();
     let waiting = rig.push_write_to(0, 4096, &[2; 4096]);
@@ -219,7 +219,7 @@ fn clusters_that_come_back_are_enough_until_it_is_said_again_that_they_are_few()
     rig.discard(0, 8 * CLUSTER).unwrap();
     rig.flush().unwrap();
     rig.turn_for(SOON);
-    assert!(rig.engine.alloc.available() > rig.engine.options.low_water);
+    assert!(rig.engine.alloc().available() > rig.engine.options.low_water);
     assert!(!rig.engine.space_is_low.load(Ordering::Relaxed));
 }
 
@@ -268,13 +268,13 @@ fn who_needs_a_cluster_gets_the_one_that_came_back_meanwhile() {
     rig.write(0, &[1; 512]).unwrap();
     rig.disk.change_medium(|medium| medium.faults.sync = 1.0);
     assert_eq!(rig.flush(), Err(EngineError::SyncFailed));
-    let HostCluster(start) = rig.engine.alloc.take().expect("the file grows ahead");
-    while rig.engine.alloc.take().is_some() {}
+    let HostCluster(start) = rig.engine.alloc().take().expect("the file grows ahead");
+    while rig.engine.alloc().take().is_some() {}
     let write = rig.push_write_to(0, CLUSTER, &[2; 512]);
     rig.poll_queue(0);
     rig.poll_runners();
     let end = start + 1;
-    rig.engine.alloc.put(Extent { start, end });
+    rig.engine.alloc().put(Extent { start, end });
     assert_eq!(rig.result(write), Ok(()));
     assert_eq!(rig.read(CLUSTER, 512), [2; 512]);
 }
@@ -294,7 +294,7 @@ fn image_that_cannot_grow() -> Rig {
     rig.write(0, &[1; 512]).unwrap();
     rig.flush().unwrap();
     // The others are in use for something else, as far as the engine knows.
-    let alloc = &rig.engine.alloc;
+    let alloc = &rig.engine.alloc();
     alloc.extend(rig.engine.geometry().host_cluster_limit());
     while alloc.take().is_some() {}
     rig
@@ -328,7 +328,7 @@ fn the_file_grows_ahead_of_its_writers() {
     for cluster in 0..24 {
         rig.write(cluster * CLUSTER, &[1; 512]).unwrap();
         rig.turn_for(2_000);
-        let available = rig.engine.alloc.available();
+        let available = rig.engine.alloc().available();
         assert!((STEP / 2..=2 * STEP).contains(&available), "{available}");
     }
     let trace = rig.disk.take_trace();

@@ -135,7 +135,7 @@ fn clusters_on_their_way_back_hurry_no_page_while_there_are_others() {
     for page in [2, 4] {
         change(&rig, page);
     }
-    assert!(rig.engine.alloc.available() > rig.engine.options.low_water);
+    assert!(rig.engine.alloc().available() > rig.engine.options.low_water);
     rig.engine.bat.mark_urgent(2);
     turns(&rig, 100);
     let pages = vec!["0x2000+0x1000".to_owned()];
@@ -148,17 +148,21 @@ fn where_space_is_short_the_next_write_of_a_page_brings_clusters_back() {
     // The file grows no more.
     rig.disk
         .change_medium(|medium| medium.faults.allocate = 1.0);
-    while rig.engine.alloc.available() > rig.engine.options.low_water {
-        rig.engine.alloc.take();
+    while rig.engine.alloc().available() > rig.engine.options.low_water {
+        rig.engine.alloc().take();
     }
-    let before = rig.engine.alloc.available();
+    let before = rig.engine.alloc().available();
     rig.discard(CLUSTER, CLUSTER).unwrap();
     change(&rig, 2);
     rig.engine.bat.mark_urgent(2);
     turns(&rig, 100);
     let pages = ["0x2000+0x1000", "0x0+0x1000"].map(String::from);
     assert_eq!(writes_and_syncs(&rig), (pages.into(), 1));
-    assert_eq!(rig.engine.alloc.available(), before, "one goes, one comes");
+    assert_eq!(
+        rig.engine.alloc().available(),
+        before,
+        "one goes, one comes"
+    );
 }
 
 /// A round for one page, for which nobody waits, ends with a sync, because space became

@@ -13,8 +13,8 @@ use std::thread::JoinHandle;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 use rustix::io::Errno;
 
-use super::errno;
 use super::file::SharedFile;
+use super::{FileList, errno};
 use crate::storage::Op;
 use crate::threads::{self, Role};
 
@@ -30,7 +30,7 @@ pub(super) struct CloneRange {
 
 impl CloneRange {
     /// `None` if the operation is another one.
-    pub(super) fn of(op: &Op, files: &[Arc<SharedFile>]) -> Option<Self> {
+    pub(super) fn of(op: &Op, files: &FileList) -> Option<Self> {
         let Op::Clone {
             from,
             from_offset,
@@ -42,9 +42,9 @@ impl CloneRange {
             return None;
         };
         Some(Self {
-            from: files.get(usize::from(from.0))?.clone(),
+            from: files.get(from)?.clone(),
             from_offset,
-            to: files.get(usize::from(file.0))?.clone(),
+            to: files.get(file)?.clone(),
             to_offset: offset,
             len,
         })

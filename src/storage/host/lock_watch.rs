@@ -21,6 +21,7 @@ use std::time::{Duration, Instant};
 
 use rustix::io::Errno;
 
+use super::FileList;
 use super::file::SharedFile;
 use super::lease::{Lease, LookFor, tells_of_loss};
 use crate::storage::lock::{ImageLock, LockMode};
@@ -78,7 +79,7 @@ struct Looked {
 
 impl LockWatch {
     /// `None` if no file has a lock that can be watched.
-    pub(super) fn new(lease: &Arc<Lease>, files: &[Arc<SharedFile>]) -> io::Result<Option<Self>> {
+    pub(super) fn new(lease: &Arc<Lease>, files: &FileList) -> io::Result<Option<Self>> {
         let leased = files.iter().filter(|file| file.lease().is_some());
         let looked: Arc<[_]> = leased
             .map(|file| Looked::new(file, lease))

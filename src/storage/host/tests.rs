@@ -53,7 +53,7 @@ fn open_way(disk: &HostDisk, way: Way, depth: u32) -> Option<HostIo> {
 /// The same of a thread that cannot open the only file for itself.
 fn share_way(disk: &HostDisk, way: Way) -> Option<HostIo> {
     let files = Files {
-        open: vec![Some(Description::share(&disk.files[0]))],
+        open: vec![Some(Description::share(disk.files.top()))],
         shared: Arc::clone(&disk.files),
     };
     access(files, way, 4)
@@ -1003,7 +1003,7 @@ fn a_file_whose_tail_could_not_be_zeroed_is_not_taken_for_cut() {
     disk.set_len(TOP, 2 * SHARD).expect("extend");
     disk.set_len(TOP, SHARD).expect_err("old data may be there");
     assert_eq!(served.len(), SHARD + crate::storage::filesystem::KEPT_TAIL);
-    let file = &disk.files[0];
+    let file = disk.file(FileId(0)).unwrap();
     assert!(!file.seems_cut() && !file.is_found_cut());
 }
 
@@ -1271,7 +1271,7 @@ fn a_disk_says_what_clones_and_writes_must_be_multiples_of_until_they_need_not()
     let block = disk.zero_granularity();
     assert!(block.is_power_of_two() && block >= 512);
     assert_eq!(disk.clone_unit(), Some(block));
-    disk.files[0].cannot_clone(Errno::XDEV);
+    disk.file(FileId(0)).unwrap().cannot_clone(Errno::XDEV);
     assert_eq!(disk.clone_unit(), None);
     if disk.write_alignment() == 1 {
         eprintln!("LEFT OUT: {folder:?} takes writes of any alignment");
@@ -1320,10 +1320,10 @@ fn a_clone_ends_in_all_ways_and_is_not_tried_where_it_was_refused() {
 fn of_a_file_that_was_cut_the_front_is_zeroed_and_nothing_behind() {
     in_all_ways(Cache::None, 8, |disk, mut io, bytes| {
         let half = bytes.len() as u64 / 2;
-        let path = disk.files[0].path().to_owned();
+        let path = disk.file(FileId(0)).unwrap().path().to_owned();
         let by_others = std::fs::File::options().write(true).open(path);
         by_others.expect("open").set_len(half).expect("cut");
-        assert!(disk.files[0].is_found_cut());
+        assert!(disk.file(FileId(0)).unwrap().is_found_cut());
         let mut zero = |offset, len| {
             let mode = ZeroMode::KeepAllocated;
             let file = TOP;
@@ -1421,7 +1421,7 @@ fn how_long_a_file_was_made_is_known_and_no_more() {
             len: 8192,
         };
         assert_eq!(run_one(&mut io, op).0, Ok(()));
-        let file = &disk.files[0];
+        let file = disk.file(FileId(0)).unwrap();
         assert!(file.reaches_beyond(len + 8191) && !file.reaches_beyond(len + 8192));
         assert!(!file.seems_cut() && !file.is_found_cut());
         assert_eq!(disk.len(TOP).expect("length"), len + 8192);
@@ -1530,11 +1530,11 @@ fn punching_gives_space_back_and_keeping_does_not() {
             run_one(&mut io, zero(ZeroMode::KeepAllocated))
                 .0
                 .expect("zero");
-            if disk.files[0].can(Fallocation::ZeroRange) {
+            if disk.file(FileId(0)).unwrap().can(Fallocation::ZeroRange) {
                 assert!(used() >= 1 << 20, "{}", used());
             }
             run_one(&mut io, zero(ZeroMode::Punch)).0.expect("punch");
-            if disk.files[0].can(Fallocation::Punch) {
+            if disk.file(FileId(0)).unwrap().can(Fallocation::Punch) {
                 assert!(used() < 1 << 16, "{}", used());
             } else {
                 eprintln!("LEFT OUT: {} cannot punch holes", folder.path().display());

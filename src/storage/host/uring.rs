@@ -14,6 +14,7 @@
 use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, RawFd};
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Once};
 use std::thread;
 use std::time::Duration;
@@ -41,6 +42,11 @@ const SUBMIT_PAUSE: Duration = Duration::from_micros(100);
 pub struct Uring {
     pub(super) ring: IoUring,
     files: Files,
+    /// How many files there is room for in its table. Behind them is the description with
+    /// the locks.
+    room: u32,
+    /// The file whose locks these are.
+    locked: usize,
     /// Grows as needed up to its capacity, and never moves.
     slots: Vec<Option<Task>>,
     /// Slots that are free, the one used last on top.
@@ -87,6 +93,9 @@ impl std::fmt::Debug for Uring {
     }
 }
 
+/// How many files a ring has room for: of the longest chain.
+pub(super) const FILES_MAX: u32 = 127;
+
 impl Uring {
     /// `depth` is in operations. The ring is of the newest of `generations` that
     /// the kernel can make.
@@ -97,9 +106,11 @@ impl Uring {
         generations: &'static [Generation],
     ) -> io::Result<Self> {
         let depth = depth.clamp(1, MAX_DEPTH);
-        let ring = rings::make(depth, descriptors(&files), generations)?;
+        let (ring, room) = make(depth, &files, generations)?;
         Ok(Self {
             ring,
+            room,
+            locked: files.open.len() - 1,
             files,
             pieces,
             waiting: VecDeque::new(),
@@ -368,15 +379,33 @@ impl Uring {
     fn register_file(&mut self, id: super::FileId) -> Result<(), Errno> {
         let file = self.files.get(id)?;
         let fd = file.as_fd().as_raw_fd();
+        if u32::from(id.0) >= self.room {
+            return Err(Errno::MFILE);
+        }
         let submitter = self.ring.submitter();
         match submitter.register_files_update(u32::from(id.0), &[fd]) {
-            Ok(_) => Ok(()),
+            Ok(_) => self.keep_locks(id),
             Err(error) => {
                 // The ring still has another description, or none.
                 file.put_back_reopened();
                 Err(errno(error))
             }
         }
+    }
+
+    /// Of a new top the locks go where those of the old one were: nothing that was written
+    /// to that is in flight any more.
+    fn keep_locks(&mut self, id: super::FileId) -> Result<(), Errno> {
+        let index = usize::from(id.0);
+        let shared = self.files.shared.get(id).filter(|_| index > self.locked);
+        let Some(locks) = shared.and_then(|shared| shared.writers_lock()) else {
+            return Ok(());
+        };
+        let fds = [locks.as_raw_fd()];
+        let updated = self.ring.submitter().register_files_update(self.room, &fds);
+        updated.map_err(errno)?;
+        self.locked = index;
+        Ok(())
     }
 }
 
@@ -412,6 +441,26 @@ fn do_here(job: &mut Job, file: &mut Description, pieces: &mut Pieces) -> Verdic
     }
 }
 
+/// A ring that knows the files, and for how many it has room: for those that may come, as far
+/// as the limit of descriptors (`RLIMIT_NOFILE`) lets it have that.
+fn make(
+    depth: u32,
+    files: &Files,
+    generations: &'static [Generation],
+) -> io::Result<(IoUring, u32)> {
+    let fewest = files.open.len() as u32;
+    let room = FILES_MAX.max(fewest);
+    match rings::make(depth, descriptors(files, room), generations) {
+        Ok(ring) => Ok((ring, room)),
+        Err(error) if error.raw_os_error() == Some(libc::EMFILE) => {
+            let ring = rings::make(depth, descriptors(files, fewest), generations)?;
+            files.shared.is_fixed.store(true, Ordering::Release);
+            Ok((ring, fewest))
+        }
+        Err(error) => Err(error),
+    }
+}
+
 fn begin_clone(cloner: &mut Option<Cloner>, range: CloneRange) -> io::Result<Arc<Cloning>> {
     let cloner = match cloner {
         Some(cloner) => cloner,
@@ -434,13 +483,18 @@ fn begin_clone(cloner: &mut Option<Cloner>, range: CloneRange) -> io::Result<Arc
 ///
 /// Plain calls need nothing of the kind: a thread in the midst of one keeps all
 /// descriptors of the process open.
-fn descriptors(files: &Files) -> Vec<RawFd> {
-    let locked = files.shared.last().and_then(|top| top.writers_lock());
-    let open = files.open.iter().map(|file| match file {
-        Some(file) => file.as_fd().as_raw_fd(),
-        None => -1,
-    });
-    open.chain(locked.map(|fd| fd.as_raw_fd())).collect()
+///
+/// There is `room` for so many files, which may be more than there are.
+fn descriptors(files: &Files, room: u32) -> Vec<RawFd> {
+    const NONE: RawFd = -1;
+    let locks = files.shared.top().writers_lock();
+    let open = files.open.iter();
+    let mut fds: Vec<RawFd> = open
+        .map(|file| file.as_ref().map_or(NONE, |file| file.as_fd().as_raw_fd()))
+        .collect();
+    fds.resize(room as usize, NONE);
+    fds.push(locks.map_or(NONE, |fd| fd.as_raw_fd()));
+    fds
 }
 
 fn entry_for(step: &Step, fd: types::Fixed) -> squeue::Entry {

@@ -179,12 +179,15 @@ pub struct FileWatch(Vec<Watched>);
 
 impl FileWatch {
     /// Tells `notices` of what it says in the log.
-    pub(super) fn new(files: &[Arc<SharedFile>], notices: Option<Arc<Notices>>) -> Self {
+    pub(super) fn new<'a>(
+        files: impl Iterator<Item = &'a Arc<SharedFile>>,
+        notices: Option<Arc<Notices>>,
+    ) -> Self {
         let watch = |file: &Arc<SharedFile>| Watched {
             notices: notices.clone(),
             ..Watched::new(file)
         };
-        Self(files.iter().map(watch).collect())
+        Self(files.map(watch).collect())
     }
 
     /// How long to wait before the next look; `None` once no file is used any more.

@@ -197,7 +197,7 @@ fn every_description_has_the_lock_and_two_disks_have_two() {
     assert!(one.lease.is_seen_by(&stranger).unwrap());
     assert!(!other.lease.is_seen_by(&stranger).unwrap());
     let io = one.disk.open_io(4).unwrap();
-    let (locked, free) = one.disk.files[0].open_to_look().unwrap();
+    let (locked, free) = one.disk.files.top().open_to_look().unwrap();
     drop(one.disk);
     drop(free);
     // Those of threads have it, each for itself.

@@ -1,0 +1,150 @@
+//! The files of the chain as the engine knows them.
+//!
+//! The list only becomes longer: a snapshot puts a new top on it while every thread holds
+//! its requests. So whoever finds an entry of the map finds its level, and no entry changes
+//! when a snapshot is made. What belongs to a top alone, as its allocator, comes and goes
+//! with its level. Does no I/O.
+
+use std::sync::OnceLock;
+// Not those of the models: nobody looks at them while they change.
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+
+use super::alloc::Allocator;
+use crate::format::{Descriptor, Geometry, HostCluster, Sector};
+use crate::storage::FileId;
+
+/// The most deltas in a chain.
+pub(super) const LEVELS_MAX: usize = Descriptor::LEVELS_MAX;
+
+/// Where the clusters of one file of the chain are.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct LevelMap {
+    /// Of the file, as it was opened. A plain one has its data from the first byte on.
+    pub geometry: Geometry,
+    /// A raw image: guest cluster and host cluster are the same.
+    pub plain: bool,
+}
+
+/// One file of the chain.
+pub(super) struct Level {
+    map: LevelMap,
+    /// In sectors; see [`Self::disk_bytes`].
+    disk_size: AtomicU64,
+    /// Used as long as it is the top.
+    alloc: Allocator,
+}
+
+impl Level {
+    fn new(map: LevelMap, alloc: Allocator) -> Self {
+        Self {
+            disk_size: AtomicU64::new(map.geometry.disk_size.0),
+            map,
+            alloc,
+        }
+    }
+
+    pub fn offset(&self, host: HostCluster) -> u64 {
+        self.map.geometry.host_offset(host)
+    }
+
+    /// As the file was opened: how large the disk is, and where data begins, may be
+    /// different since.
+    pub fn geometry(&self) -> &Geometry {
+        &self.map.geometry
+    }
+
+    pub fn is_plain(&self) -> bool {
+        self.map.plain
+    }
+
+    /// Bytes of the disk of a lower level: beyond, it reads as zeros.
+    pub fn disk_bytes(&self) -> u64 {
+        self.disk_size().bytes()
+    }
+
+    /// As [`Self::disk_bytes`].
+    pub fn disk_size(&self) -> Sector {
+        Sector(self.disk_size.load(Ordering::Relaxed))
+    }
+}
+
+/// See the module's text.
+pub(super) struct Levels {
+    /// Base first.
+    list: Box<[OnceLock<Box<Level>>]>,
+    count: AtomicUsize,
+}
+
+impl Levels {
+    /// At least one level, base first; `top` is the allocator of the last.
+    pub fn new(maps: Vec<LevelMap>, top: Allocator) -> Self {
+        let levels = Self {
+            list: (0..LEVELS_MAX.max(maps.len()))
+                .map(|_| OnceLock::new())
+                .collect(),
+            count: AtomicUsize::new(0),
+        };
+        let mut maps = maps;
+        let last = maps.pop();
+        for map in maps {
+            levels.push(map, Allocator::new(HostCluster(0), HostCluster(0)));
+        }
+        if let Some(map) = last {
+            levels.push(map, top);
+        }
+        levels
+    }
+
+    /// A new top. `false` if there is no room for another level.
+    pub fn push(&self, map: LevelMap, alloc: Allocator) -> bool {
+        let count = self.len();
+        let Some(free) = self.list.get(count) else {
+            return false;
+        };
+        let is_new = free.set(Box::new(Level::new(map, alloc))).is_ok();
+        if is_new {
+            self.count.store(count + 1, Ordering::Release);
+        }
+        is_new
+    }
+
+    /// Whether there is room for another level.
+    pub fn is_full(&self) -> bool {
+        self.len() >= self.list.len()
+    }
+
+    pub fn len(&self) -> usize {
+        self.count.load(Ordering::Acquire)
+    }
+
+    pub fn top_id(&self) -> FileId {
+        FileId((self.len() - 1) as u8)
+    }
+
+    pub fn top(&self) -> &Level {
+        self.get(self.top_id())
+    }
+
+    /// That of an entry of the map.
+    pub fn get(&self, file: FileId) -> &Level {
+        let level = self.list[usize::from(file.0)].get();
+        level.expect("entries of the map are of levels that there are")
+    }
+
+    /// Base first.
+    pub fn iter(&self) -> impl Iterator<Item = &Level> {
+        let levels = self.list[..self.len()].iter();
+        levels.filter_map(|level| level.get().map(Box::as_ref))
+    }
+
+    /// Of the top, for as long as it is that.
+    pub fn alloc(&self) -> &Allocator {
+        &self.top().alloc
+    }
+
+    /// The top is about to become a lower level, and its disk has this size: it may have
+    /// grown since it was opened.
+    pub fn set_disk_size_of_top(&self, size: Sector) {
+        self.top().disk_size.store(size.0, Ordering::Relaxed);
+    }
+}
