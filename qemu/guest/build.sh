@@ -29,8 +29,10 @@ die() { echo "guest/build.sh: $*" >&2; exit 1; }
 kernel_packages() {
     local meta image
     for meta in linux-image-cloud-amd64 linux-image-amd64 linux-image-virtual linux-image-generic; do
+        # Not every distribution has each of them, and apt-cache fails then.
         image=$(apt-cache depends "$meta" 2>/dev/null |
-            awk '$1 == "Depends:" && $2 ~ /^linux-image-(unsigned-)?[0-9]/ { print $2; exit }')
+            awk '$1 == "Depends:" && $2 ~ /^linux-image-(unsigned-)?[0-9]/ && !image { image = $2 } END { print image }') ||
+            continue
         [ -n "$image" ] || continue
         echo "$image"
         apt-cache depends "$image" | awk '$1 == "Depends:" && $2 ~ /^linux-modules-[0-9]/ { print $2; exit }'
