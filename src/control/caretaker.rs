@@ -1,15 +1,19 @@
 //! The thread that looks after the files of a disk while it is served: it looks whether they
-//! are still what they were, and makes the disk larger when that is asked of it.
+//! are still what they were, and carries out what changes the disk as a whole.
 //!
-//! It is there from the start, since it alone may put a new descriptor in the place of the
-//! old one: whoever serves guests cannot even start such a thread. To look at files takes no
-//! right that it has not, and no time to speak of; so that is left to it, and no other thread
-//! is needed. It does one thing at a time, and looks on while a growth waits.
+//! It is there from the start, since it alone may make files in the folder of the disk and put
+//! a new descriptor in the place of the old one: whoever serves guests cannot even start such a
+//! thread. To look at files takes no right that it has not, and no time to speak of; so that is
+//! left to it, and no other thread is needed. It does one thing at a time, and looks on while a
+//! growth waits.
 //!
 //! A look can take for ever, and what has been asked for then waits. Nobody waits for the end
 //! of the thread.
 //!
 //! Knows threads and [`served`]; what the disk is, and who asks, it is told.
+
+#[cfg(test)]
+mod tests;
 
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
@@ -25,31 +29,85 @@ use super::question::{Answerer, Ending, Question};
 use super::sandbox::KeepTo;
 use super::{Error as StartError, with_causes};
 use crate::format::Sector;
-use crate::image::{self, Bundle, ImageError};
+use crate::image::{self, Bundle, ImageError, NewSnapshot};
 use crate::ploop::{Engine, EngineError, Outcome};
+use crate::served::snapshot::{self, SnapshotError};
 use crate::served::{self, CallOff, GrowError};
 use crate::storage::{FileWatch, HostDisk};
 use crate::threads::{self, Role};
 
-/// Why a disk was not made larger.
+/// What can be done to a disk that is being served. One at a time.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Task {
+    /// It becomes as large as this.
+    Grow(Sector),
+    /// A snapshot of it is made.
+    Snapshot {
+        /// How that is to be called.
+        new: NewSnapshot,
+        /// No other may have the same description.
+        is_unique: bool,
+    },
+}
+
+impl Task {
+    /// Why nothing else can be done meanwhile.
+    pub fn is_under_way(&self) -> &'static str {
+        match self {
+            Self::Grow(_) => "The disk is being resized already",
+            Self::Snapshot { .. } => "A snapshot of the disk is being made already",
+        }
+    }
+}
+
+/// What has come of a task.
+#[derive(Debug)]
+pub(super) enum Done {
+    /// The disk has this size.
+    Grown(Sector),
+    /// It has another top.
+    Snapshot {
+        /// Which.
+        created: Box<snapshot::Created>,
+        /// Why it may not be there after a power cut, in words.
+        doubt: Option<String>,
+    },
+}
+
+/// Why nothing has come of it.
 #[derive(Debug, Error)]
-pub(super) enum GrowthError {
-    /// It cannot be.
+pub(super) enum TaskError {
+    /// The disk cannot become larger.
     #[error(transparent)]
     Grow(#[from] GrowError),
     /// Something is hidden below it; see
     /// [`require_nothing_hidden`](crate::image::require_nothing_hidden).
     #[error("the disk keeps its size")]
     Hidden(#[source] Arc<ImageError>),
+    /// No snapshot of it can be made.
+    #[error(transparent)]
+    Snapshot(#[from] SnapshotError),
+    /// There is nowhere to note one.
+    #[error("no snapshot was made: the disk is a bare image, and only a bundle has snapshots")]
+    NoBundle,
+    /// As QEMU says it.
+    #[error("Snapshot with name '{0}' already exists on device 'disk'")]
+    NameTaken(String),
+    /// Which there are cannot be read.
+    #[error("no snapshot was made")]
+    Names(#[source] ImageError),
+    /// It is only read.
+    #[error("no snapshot was made: the disk is only read")]
+    ReadOnly,
     /// There are no more descriptors, most likely.
-    #[error("cannot prepare for the new size")]
+    #[error("it cannot be begun")]
     Setup(#[from] io::Error),
     /// The thread has ended in a panic.
-    #[error("the thread that makes the disk larger has failed; see the log")]
+    #[error("the thread that changes the disk has failed; see the log")]
     Gone,
 }
 
-impl GrowthError {
+impl TaskError {
     /// For the client, with what can be done.
     pub fn words(&self) -> String {
         let words = with_causes(self);
@@ -65,15 +123,14 @@ impl GrowthError {
 /// See the module's text. Dropped, the thread ends when it has done what it is at.
 pub(super) struct Caretaker {
     jobs: Sender<Job>,
-    /// Of a disk that is written to.
-    can_grow: bool,
-    hidden: Option<Arc<ImageError>>,
+    /// The disk is written to.
+    can_change: bool,
 }
 
 enum Job {
     /// Look at these from now on, and at no others.
     Watch(FileWatch),
-    Grow(Order),
+    Do(Order),
     ListSnapshots(Answerer),
 }
 
@@ -81,9 +138,9 @@ struct Order {
     /// Dropped last, whatever happens.
     ending: Ending,
     engine: Arc<Engine<HostDisk>>,
-    size: Sector,
+    task: Task,
     call_off: Arc<CallOff>,
-    tell: SyncSender<Result<Sector, GrowError>>,
+    tell: SyncSender<Result<Done, TaskError>>,
 }
 
 impl Caretaker {
@@ -97,10 +154,11 @@ impl Caretaker {
         hidden: Option<ImageError>,
         keeps: KeepTo,
     ) -> Result<Self, StartError> {
+        let hidden = hidden.map(Arc::new);
+        let disk = Kept { bundle, hidden };
         Ok(Self {
-            jobs: start(Role::Caretaker, bundle, keeps)?,
-            can_grow: true,
-            hidden: hidden.map(Arc::new),
+            jobs: start(Role::Caretaker, disk, keeps)?,
+            can_change: true,
         })
     }
 
@@ -110,9 +168,8 @@ impl Caretaker {
     /// See [`Self::start`].
     pub fn start_watching() -> Result<Self, StartError> {
         Ok(Self {
-            jobs: start(Role::Watch, None, KeepTo::what_all_have())?,
-            can_grow: false,
-            hidden: None,
+            jobs: start(Role::Watch, Kept::default(), KeepTo::what_all_have())?,
+            can_change: false,
         })
     }
 
@@ -128,7 +185,7 @@ impl Caretaker {
     /// # Errors
     /// In words: the disk is only read, or there are no more descriptors.
     pub fn list_snapshots(&self) -> Result<Question, String> {
-        if !self.can_grow {
+        if !self.can_change {
             return Err("a process that only reads a disk does not know its snapshots".to_owned());
         }
         let (question, answerer) = Question::new().map_err(|error| error.to_string())?;
@@ -137,23 +194,22 @@ impl Caretaker {
         Ok(question)
     }
 
-    /// Has the disk of this engine made larger. Returns at once.
+    /// Has something done to the disk of this engine. Returns at once.
     ///
     /// # Errors
-    /// It must not become larger, there are no more descriptors, or the thread has ended.
-    pub fn grow(&self, engine: Arc<Engine<HostDisk>>, size: Sector) -> Result<Growth, GrowthError> {
-        if !self.can_grow {
-            return Err(GrowError::Engine(EngineError::ReadOnly).into());
-        }
-        if let Some(hidden) = &self.hidden
-            && size > engine.disk_size()
-        {
-            return Err(GrowthError::Hidden(Arc::clone(hidden)));
+    /// It is only read, there are no more descriptors, or the thread has ended.
+    pub fn begin(&self, engine: Arc<Engine<HostDisk>>, task: Task) -> Result<Operation, TaskError> {
+        if !self.can_change {
+            return Err(match task {
+                Task::Grow(_) => GrowError::Engine(EngineError::ReadOnly).into(),
+                Task::Snapshot { .. } => TaskError::ReadOnly,
+            });
         }
         let is_over = Arc::new(EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?);
         let (tell, result) = sync_channel(1);
-        let growth = Growth {
+        let operation = Operation {
             engine: Arc::clone(&engine),
+            task: task.clone(),
             call_off: Arc::default(),
             is_over: Arc::clone(&is_over),
             result,
@@ -161,25 +217,83 @@ impl Caretaker {
         let order = Order {
             ending: Ending(is_over),
             engine,
-            size,
-            call_off: Arc::clone(&growth.call_off),
+            task,
+            call_off: Arc::clone(&operation.call_off),
             tell,
         };
-        let sent = self.jobs.send(Job::Grow(order));
-        sent.map_err(|_| GrowthError::Gone)?;
-        Ok(growth)
+        let sent = self.jobs.send(Job::Do(order));
+        sent.map_err(|_| TaskError::Gone)?;
+        Ok(operation)
     }
 }
 
-/// As `ploop-img snapshot list --output json` shows them.
-fn list_snapshots(bundle: Option<&mut Bundle>) -> Result<Value, String> {
-    let bundle = bundle.ok_or("the disk is a bare image, which has no snapshots")?;
-    let list = bundle.refresh().and_then(|()| image::list_of(bundle));
-    let list = list.map_err(|error| with_causes(&error))?;
-    serde_json::to_value(list).map_err(|error| error.to_string())
+/// What the thread knows of the disk.
+#[derive(Default)]
+struct Kept {
+    bundle: Option<Bundle>,
+    hidden: Option<Arc<ImageError>>,
 }
 
-fn start(role: Role, bundle: Option<Bundle>, keeps: KeepTo) -> Result<Sender<Job>, StartError> {
+impl Kept {
+    /// As `ploop-img snapshot list --output json` shows them.
+    fn list_snapshots(&mut self) -> Result<Value, String> {
+        let bundle = self.bundle.as_mut();
+        let bundle = bundle.ok_or("the disk is a bare image, which has no snapshots")?;
+        let list = bundle.refresh().and_then(|()| image::list_of(bundle));
+        let list = list.map_err(|error| with_causes(&error))?;
+        serde_json::to_value(list).map_err(|error| error.to_string())
+    }
+
+    fn grow(
+        &mut self,
+        engine: &Engine<HostDisk>,
+        size: Sector,
+        call_off: &CallOff,
+        rounds: &mut Rounds,
+    ) -> Result<Sector, TaskError> {
+        if let Some(hidden) = &self.hidden
+            && size > engine.disk_size()
+        {
+            return Err(TaskError::Hidden(Arc::clone(hidden)));
+        }
+        let wait = |outcome: &Outcome| rounds.wait_for(outcome);
+        let bundle = self.bundle.as_mut();
+        Ok(served::grow_beside(engine, bundle, size, call_off, wait)?)
+    }
+
+    fn make_snapshot(
+        &mut self,
+        engine: &Engine<HostDisk>,
+        (new, is_unique): (&NewSnapshot, bool),
+        call_off: &CallOff,
+    ) -> Result<Done, TaskError> {
+        let bundle = self.bundle.as_mut().ok_or(TaskError::NoBundle)?;
+        if is_unique && let Some(name) = &new.description {
+            let refreshed = bundle.refresh();
+            let is_taken = refreshed.and_then(|()| image::is_described(bundle, name));
+            if is_taken.map_err(TaskError::Names)? {
+                return Err(TaskError::NameTaken(name.clone()));
+            }
+        }
+        let done = match snapshot::create(engine, bundle, new, call_off) {
+            Ok(created) => Done::Snapshot {
+                created: Box::new(created),
+                doubt: None,
+            },
+            // The disk has another top all the same.
+            Err(error) => {
+                let doubt = Some(with_causes(&error));
+                match error {
+                    SnapshotError::Unstable { created, .. } => Done::Snapshot { created, doubt },
+                    error => return Err(error.into()),
+                }
+            }
+        };
+        Ok(done)
+    }
+}
+
+fn start(role: Role, disk: Kept, keeps: KeepTo) -> Result<Sender<Job>, StartError> {
     let (jobs, take) = channel();
     let (tell, told) = sync_channel(1);
     threads::start(role, "watch", move || {
@@ -188,7 +302,7 @@ fn start(role: Role, bundle: Option<Bundle>, keeps: KeepTo) -> Result<Sender<Job
         // Who has started it waits for this.
         let _ = tell.send(kept);
         if goes_on {
-            work(&take, bundle);
+            work(&take, disk);
         }
     })
     .map_err(StartError::Setup)?;
@@ -199,7 +313,7 @@ fn start(role: Role, bundle: Option<Bundle>, keeps: KeepTo) -> Result<Sender<Job
     Ok(jobs)
 }
 
-fn work(jobs: &Receiver<Job>, mut bundle: Option<Bundle>) {
+fn work(jobs: &Receiver<Job>, mut disk: Kept) {
     let mut rounds = Rounds::default();
     loop {
         let job = match rounds.time_left() {
@@ -208,8 +322,8 @@ fn work(jobs: &Receiver<Job>, mut bundle: Option<Bundle>) {
         };
         match job {
             Ok(Job::Watch(files)) => rounds = Rounds::of(files),
-            Ok(Job::Grow(order)) => order.carry_out(bundle.as_mut(), &mut rounds),
-            Ok(Job::ListSnapshots(answerer)) => answerer.answer(list_snapshots(bundle.as_mut())),
+            Ok(Job::Do(order)) => order.carry_out(&mut disk, &mut rounds),
+            Ok(Job::ListSnapshots(answerer)) => answerer.answer(disk.list_snapshots()),
             Err(RecvTimeoutError::Timeout) => {}
             Err(RecvTimeoutError::Disconnected) => return,
         }
@@ -267,16 +381,22 @@ impl Rounds {
 }
 
 impl Order {
-    fn carry_out(self, bundle: Option<&mut Bundle>, rounds: &mut Rounds) {
+    fn carry_out(self, disk: &mut Kept, rounds: &mut Rounds) {
         let Self {
             ending: _ending,
             engine,
-            size,
+            task,
             call_off,
             tell,
         } = self;
-        let wait = |outcome: &Outcome| rounds.wait_for(outcome);
-        let result = served::grow_beside(&engine, bundle, size, &call_off, wait);
+        let result = match &task {
+            Task::Grow(size) => disk
+                .grow(&engine, *size, &call_off, rounds)
+                .map(Done::Grown),
+            Task::Snapshot { new, is_unique } => {
+                disk.make_snapshot(&engine, (new, *is_unique), &call_off)
+            }
+        };
         // Who hears of the end may close the image.
         drop(engine);
         // Nobody may wait for it any more.
@@ -284,15 +404,21 @@ impl Order {
     }
 }
 
-/// One that is under way. Its descriptor is readable when it is over.
-pub(super) struct Growth {
+/// Something that is being done. Its descriptor is readable when it is over.
+pub(super) struct Operation {
     engine: Arc<Engine<HostDisk>>,
+    task: Task,
     call_off: Arc<CallOff>,
     is_over: Arc<EventFd>,
-    result: Receiver<Result<Sector, GrowError>>,
+    result: Receiver<Result<Done, TaskError>>,
 }
 
-impl Growth {
+impl Operation {
+    /// What is being done.
+    pub fn task(&self) -> &Task {
+        &self.task
+    }
+
     /// It is to end soon, well or not. Returns at once: `true` if it has ended, and came to
     /// nothing.
     pub fn call_off(&self) -> bool {
@@ -302,25 +428,25 @@ impl Growth {
     /// What has come of it. Waits until it is over.
     ///
     /// # Errors
-    /// The disk is not larger.
-    pub fn result(self) -> Result<Sector, GrowthError> {
-        let result = self.result.recv().map_err(|_| GrowthError::Gone)?;
-        Ok(result?)
+    /// Nothing.
+    pub fn result(self) -> Result<Done, TaskError> {
+        self.result.recv().map_err(|_| TaskError::Gone)?
     }
 
     /// Calls it off and waits until it is over; what has come of it.
     ///
     /// # Errors
-    /// The disk is not larger.
-    pub fn end(self) -> Result<Sector, GrowthError> {
-        match self.call_off() {
-            true => Err(GrowError::CalledOff.into()),
-            false => self.result(),
+    /// Nothing.
+    pub fn end(self) -> Result<Done, TaskError> {
+        match (self.call_off(), &self.task) {
+            (true, Task::Grow(_)) => Err(GrowError::CalledOff.into()),
+            (true, Task::Snapshot { .. }) => Err(SnapshotError::CalledOff.into()),
+            (false, _) => self.result(),
         }
     }
 }
 
-impl AsRawFd for Growth {
+impl AsRawFd for Operation {
     fn as_raw_fd(&self) -> RawFd {
         self.is_over.as_raw_fd()
     }

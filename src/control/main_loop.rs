@@ -26,17 +26,17 @@ use serde_json::{Value, json};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::Doors;
-use super::caretaker::{Growth, GrowthError};
+use super::caretaker::{Done, Operation, Task, TaskError};
 use super::deadline;
 use super::metrics::{Names, Server};
 use super::qmp::{ClientId, Event, Failure, Monitor, Wish};
 use super::question::Question;
-use super::served::Served;
+use super::served::{Image, Served};
 use super::signals::Signals;
 use super::socket::ServerSocket;
 use super::upgrade::{Step, Successor};
 use crate::device::{BlockDevice, Connection, Parked, has_spoken};
-use crate::format::Sector;
+use crate::format::{Guid, Sector};
 use crate::notices::{IoError, Notice, Notices};
 use crate::peer::Peer;
 use crate::ploop::EngineError;
@@ -68,7 +68,7 @@ mod event {
     pub const CLIENT: u32 = 7;
     pub const NOTICE: u32 = 8;
     pub const SYNCED: u32 = 9;
-    pub const GROWN: u32 = 10;
+    pub const DONE: u32 = 10;
     pub const METRICS: u32 = 11;
     pub const SCRAPER: u32 = 12;
     pub const ANSWER: u32 = 13;
@@ -134,8 +134,8 @@ pub(super) enum Left {
 /// # Errors
 /// Any of `epoll_create(2)`, `epoll_ctl(2)`, `epoll_wait(2)`.
 pub(super) fn run(
-    served: &Served,
-    doors: &Doors,
+    (served, image): (&mut Served, &mut Image),
+    doors: &mut Doors,
     signals: &Signals,
     carried: Carried,
     desk: &mut Desk,
@@ -144,8 +144,9 @@ pub(super) fn run(
     let until = Instant::now() + SILENCE;
     let waiting = carried.waiting.into_iter();
     let id = manager.add_subscriber(MainLoop {
-        served,
         device: Arc::clone(served.device()),
+        served,
+        image,
         doors,
         signals,
         desk,
@@ -154,7 +155,7 @@ pub(super) fn run(
         connection: carried.connection,
         successor: None,
         sync: None,
-        growing: None,
+        underway: None,
         questions: Vec::new(),
         outcome: None,
     });
@@ -234,37 +235,40 @@ impl ImageSync {
     }
 }
 
-/// A disk that is being made larger, and who waits for it.
-struct Growing {
-    growth: Growth,
+/// What is being done to the disk, and who waits for it.
+struct Underway {
+    operation: Operation,
     asker: Asker,
 }
 
 struct Asker {
     client: ClientId,
-    /// Whether the client is told the size, as it has only asked for more.
-    is_told_size: bool,
+    wants: Wants,
 }
 
-impl Asker {
-    /// What it is told.
-    fn answer(&self, result: Result<Sector, GrowthError>) -> Result<Value, Failure> {
-        match result {
-            Ok(size) if self.is_told_size => Ok(json!({ "size": size.bytes() })),
-            Ok(_) => Ok(json!({})),
-            Err(error) => {
-                // It may have gone.
-                log::warn!("{}", error.words());
-                Err(Failure::generic(error.words()))
-            }
-        }
-    }
+/// What has come of it.
+struct Concluded {
+    /// What its client is told.
+    answer: Result<Value, Failure>,
+    /// One that was made.
+    snapshot: Option<Guid>,
+}
+
+/// What a client is told besides that it went well.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Wants {
+    Nothing,
+    /// The size, as it has only asked for more.
+    Size,
+    /// The name of the snapshot, as it has given none, perhaps.
+    Guid,
 }
 
 struct MainLoop<'a> {
-    served: &'a Served,
+    served: &'a mut Served,
+    image: &'a mut Image,
     device: Arc<BlockDevice<HostDisk>>,
-    doors: &'a Doors,
+    doors: &'a mut Doors,
     signals: &'a Signals,
     desk: &'a mut Desk,
     /// A descriptor for a front-end that comes when there are no more.
@@ -275,8 +279,8 @@ struct MainLoop<'a> {
     /// A process that prepares itself to take over, or waits for [`Self::sync`].
     successor: Option<Successor>,
     sync: Option<ImageSync>,
-    /// Nobody takes over meanwhile.
-    growing: Option<Growing>,
+    /// One at a time, and nobody takes over meanwhile.
+    underway: Option<Underway>,
     /// What clients wait for besides.
     questions: Vec<(ClientId, Question)>,
     /// Of the loop, when it is to end.
@@ -298,10 +302,10 @@ impl MainLoop<'_> {
             event::CONTROL => self.accept_client(ops),
             event::CLIENT => self.serve_client(events.fd(), ops),
             event::METRICS => self.accept_scraper(ops),
-            event::SCRAPER => self.desk.metrics.serve(events.fd(), self.served, ops),
+            event::SCRAPER => self.desk.metrics.serve(events.fd(), &*self.served, ops),
             event::NOTICE => self.pass_on_notices(ops),
             event::SYNCED => self.hear_of_sync(ops),
-            event::GROWN => self.hear_of_growth(ops),
+            event::DONE => self.hear_of_end(ops),
             event::ANSWER => self.pass_on_answer(events.fd(), ops),
             _ => Ok(()),
         }
@@ -314,8 +318,8 @@ impl MainLoop<'_> {
         }
         log::info!("shutting down");
         deadline::set();
-        if let Some(growing) = &self.growing {
-            growing.growth.call_off();
+        if let Some(underway) = &self.underway {
+            underway.operation.call_off();
         }
         self.outcome = Some(Ok(Outcome::Signal));
     }
@@ -332,9 +336,11 @@ impl MainLoop<'_> {
             });
         }
         self.refuse_questions("The program is about to end");
-        if let Some(Growing { growth, asker }) = self.growing.take() {
-            let answer = asker.answer(growth.end());
-            self.desk.monitor.answer_last(asker.client, answer);
+        if let Some(Underway { operation, asker }) = self.underway.take() {
+            let concluded = self.conclude(operation.end(), asker.wants);
+            self.desk
+                .monitor
+                .answer_last(asker.client, concluded.answer);
         }
     }
 
@@ -348,7 +354,7 @@ impl MainLoop<'_> {
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(()),
             Err(error) => {
                 log::error!("a control client cannot be accepted: {error}");
-                self.turn_next_away(control);
+                turn_next_away(&mut self.reserve, control);
                 thread::sleep(RETRY_DELAY);
                 Ok(())
             }
@@ -364,7 +370,7 @@ impl MainLoop<'_> {
             Ok(socket) => self.desk.metrics.admit(socket, ops),
             Err(error) if is_shortage(&error) => {
                 log::error!("a client for metrics cannot be accepted: {error}");
-                self.turn_next_away(metrics);
+                turn_next_away(&mut self.reserve, metrics);
                 thread::sleep(RETRY_DELAY);
                 Ok(())
             }
@@ -379,7 +385,7 @@ impl MainLoop<'_> {
     }
 
     fn serve_client(&mut self, fd: RawFd, ops: &mut EventOps) -> Result<(), event_manager::Error> {
-        match self.desk.monitor.serve(fd, self.served, ops)? {
+        match self.desk.monitor.serve(fd, &*self.served, ops)? {
             Some((client, wish)) => self.grant(client, wish, ops),
             None => Ok(()),
         }
@@ -401,13 +407,23 @@ impl MainLoop<'_> {
             }
             Wish::Flush => self.ask(self.served.flush(), client, ops),
             Wish::ListSnapshots => self.ask(self.served.list_snapshots(), client, ops),
-            Wish::Resize(_) | Wish::Grow(_) => match self.begin_growth(wish, client, ops)? {
-                Ok(()) => Ok(()),
-                Err(why) => {
-                    let refusal = Err(Failure::generic(why));
-                    self.desk.monitor.answer(client, refusal, ops)
-                }
-            },
+            Wish::Resize(size) => {
+                let task = Task::Grow(size);
+                self.begin(task, Wants::Nothing, client, ops)
+            }
+            Wish::Grow(by) => {
+                // Nothing changes it meanwhile.
+                let old_size = self.served.engine().disk_size();
+                let task = Task::Grow(Sector(old_size.0.saturating_add(by.0)));
+                self.begin(task, Wants::Size, client, ops)
+            }
+            Wish::CreateSnapshot { new, is_unique } => {
+                let wants = match is_unique {
+                    true => Wants::Nothing,
+                    false => Wants::Guid,
+                };
+                self.begin(Task::Snapshot { new, is_unique }, wants, client, ops)
+            }
         }
     }
 
@@ -454,65 +470,108 @@ impl MainLoop<'_> {
         }
     }
 
-    /// Begins to make the disk larger, or says why not.
-    fn begin_growth(
+    /// Begins what is to be done to the disk, or says why not.
+    fn begin(
         &mut self,
-        wish: Wish,
+        task: Task,
+        wants: Wants,
         client: ClientId,
         ops: &mut EventOps,
-    ) -> Result<Result<(), String>, event_manager::Error> {
-        let refuse = |why: &str| Ok(Err(why.to_owned()));
-        if self.growing.is_some() {
-            return refuse("The disk is being resized already");
+    ) -> Result<(), event_manager::Error> {
+        let begun = match self.refusal() {
+            Some(why) => Err(why.to_owned()),
+            None => self.served.begin(task).map_err(|error| error.words()),
+        };
+        match begun {
+            Ok(operation) => {
+                ops.add(done_events(&operation))?;
+                let asker = Asker { client, wants };
+                self.underway = Some(Underway { operation, asker });
+                Ok(())
+            }
+            Err(why) => {
+                let refusal = Err(Failure::generic(why));
+                self.desk.monitor.answer(client, refusal, ops)
+            }
+        }
+    }
+
+    /// Why nothing can be done to the disk now.
+    fn refusal(&self) -> Option<&'static str> {
+        if let Some(underway) = &self.underway {
+            return Some(underway.operation.task().is_under_way());
         }
         if self.outcome.is_some() {
-            return refuse("The program is about to end");
+            return Some("The program is about to end");
         }
         // It has looked at the image.
-        if self.successor.as_ref().is_some_and(Successor::is_ready) {
-            return refuse("Another process is about to take over; ask that one");
-        }
-        // Nothing changes it meanwhile.
-        let old_size = self.served.engine().disk_size();
-        let (size, is_told_size) = match wish {
-            Wish::Resize(size) => (size, false),
-            Wish::Grow(by) => (Sector(old_size.0.saturating_add(by.0)), true),
-            Wish::Nothing | Wish::Quit | Wish::Flush | Wish::ListSnapshots => return Ok(Ok(())),
-        };
-        match self.served.grow(size) {
-            Ok(growth) => {
-                ops.add(grown_events(&growth))?;
-                let asker = Asker {
-                    client,
-                    is_told_size,
-                };
-                self.growing = Some(Growing { growth, asker });
-                Ok(Ok(()))
-            }
-            Err(error) => Ok(Err(error.words())),
-        }
+        let waits = self.successor.as_ref().is_some_and(Successor::is_ready);
+        waits.then_some("Another process is about to take over; ask that one")
     }
 
-    fn hear_of_growth(&mut self, ops: &mut EventOps) -> Result<(), event_manager::Error> {
-        let Some(Growing { growth, asker }) = self.growing.take() else {
+    fn hear_of_end(&mut self, ops: &mut EventOps) -> Result<(), event_manager::Error> {
+        let Some(Underway { operation, asker }) = self.underway.take() else {
             return Ok(());
         };
-        ops.remove(grown_events(&growth))?;
-        self.go_on_after_growth(growth.result(), asker, ops)
+        ops.remove(done_events(&operation))?;
+        self.go_on_after(operation.result(), asker, ops)
     }
 
-    fn go_on_after_growth(
+    fn go_on_after(
         &mut self,
-        result: Result<Sector, GrowthError>,
+        result: Result<Done, TaskError>,
         asker: Asker,
         ops: &mut EventOps,
     ) -> Result<(), event_manager::Error> {
-        if let (Ok(_), Some(connection)) = (&result, &self.connection) {
-            connection.config_changed();
+        let concluded = self.conclude(result, asker.wants);
+        if let Some(guid) = concluded.snapshot {
+            // It knows the disk as it was.
+            if let Some(successor) = self.successor.take() {
+                successor.refuse("a snapshot of the disk was made meanwhile; start it again");
+                ops.remove(successor_events(&successor))?;
+            }
+            let event = Event::SnapshotCreated { guid };
+            self.desk.monitor.tell(&event, ops)?;
         }
         self.begin_take_over(ops)?;
-        let answer = asker.answer(result);
+        let answer = concluded.answer;
         self.desk.monitor.answer(asker.client, answer, ops)
+    }
+
+    /// Whoever has to know of it learns what has become of the disk.
+    fn conclude(&mut self, result: Result<Done, TaskError>, wants: Wants) -> Concluded {
+        let (answer, snapshot) = match result {
+            Ok(Done::Grown(size)) => {
+                if let Some(connection) = &self.connection {
+                    connection.config_changed();
+                }
+                let answer = match wants {
+                    Wants::Size => json!({ "size": size.bytes() }),
+                    _ => json!({}),
+                };
+                (Ok(answer), None)
+            }
+            Ok(Done::Snapshot { created, doubt }) => {
+                let guid = created.guid;
+                if let Some(terms) = &mut self.doors.terms {
+                    terms.add_top(&created.top);
+                }
+                self.served.add_top(self.image, *created);
+                let answer = match (doubt, wants) {
+                    (Some(doubt), _) => Err(doubt),
+                    (None, Wants::Guid) => Ok(json!({ "guid": guid.to_string() })),
+                    (None, _) => Ok(json!({})),
+                };
+                (answer, Some(guid))
+            }
+            Err(error) => (Err(error.words()), None),
+        };
+        let answer = answer.map_err(|why| {
+            // Who has asked may have gone.
+            log::warn!("{why}");
+            Failure::generic(why)
+        });
+        Concluded { answer, snapshot }
     }
 
     fn pass_on_notices(&mut self, ops: &mut EventOps) -> Result<(), event_manager::Error> {
@@ -528,7 +587,7 @@ impl MainLoop<'_> {
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
             Err(error) => {
                 log::error!("a front-end cannot be accepted: {error}");
-                self.turn_next_away(&self.doors.front_ends);
+                turn_next_away(&mut self.reserve, &self.doors.front_ends);
                 thread::sleep(RETRY_DELAY);
                 return Ok(());
             }
@@ -560,7 +619,7 @@ impl MainLoop<'_> {
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
             Err(error) => {
                 log::error!("a process that is to take over cannot be accepted: {error}");
-                self.turn_next_away(upgrades);
+                turn_next_away(&mut self.reserve, upgrades);
                 thread::sleep(RETRY_DELAY);
                 return Ok(());
             }
@@ -605,12 +664,14 @@ impl MainLoop<'_> {
         if self.outcome.is_some() {
             return Ok(());
         }
-        let called_off = self.growing.take_if(|growing| growing.growth.call_off());
-        if let Some(Growing { growth, asker }) = called_off {
-            ops.remove(grown_events(&growth))?;
-            return self.go_on_after_growth(growth.end(), asker, ops);
+        let called_off = self
+            .underway
+            .take_if(|underway| underway.operation.call_off());
+        if let Some(Underway { operation, asker }) = called_off {
+            ops.remove(done_events(&operation))?;
+            return self.go_on_after(operation.end(), asker, ops);
         }
-        if self.growing.is_some() {
+        if self.underway.is_some() {
             return Ok(());
         }
         let Some(successor) = self.successor.take_if(|successor| successor.is_ready()) else {
@@ -662,7 +723,7 @@ impl MainLoop<'_> {
         let waits = |successor: &&Successor| successor.is_ready();
         match (self.successor.as_ref().filter(waits), sync.result()) {
             // Of one that has gone, and another process waits that something is not done yet.
-            _ if self.growing.is_some() => {}
+            _ if self.underway.is_some() => {}
             (Some(_), Ok(())) if self.outcome.is_none() => {
                 self.outcome = Some(Ok(Outcome::TakeOver));
             }
@@ -683,15 +744,6 @@ impl MainLoop<'_> {
             .take_if(|successor| successor.until() <= Instant::now() && self.outcome.is_none())?;
         successor.is_late();
         Some(successor)
-    }
-
-    /// For want of descriptors, most likely. Who is not accepted is not hung up on either,
-    /// and would wait for a first answer for ever.
-    fn turn_next_away(&mut self, door: &ServerSocket) {
-        drop(self.reserve.take());
-        // If somebody else was faster to take it, whoever has come is still there.
-        drop(door.accept());
-        self.reserve = reserve();
     }
 
     /// Whether a front-end is being served that has not hung up.
@@ -818,6 +870,15 @@ impl MainLoop<'_> {
     }
 }
 
+/// For want of descriptors, most likely. Who is not accepted is not hung up on either, and
+/// would wait for a first answer for ever.
+fn turn_next_away(reserved: &mut Option<EventFd>, door: &ServerSocket) {
+    drop(reserved.take());
+    // If somebody else was faster to take it, whoever has come is still there.
+    drop(door.accept());
+    *reserved = reserve();
+}
+
 /// Whether something is missing that may be there again in a while.
 fn is_shortage(error: &io::Error) -> bool {
     let missing = [Errno::MFILE, Errno::NFILE, Errno::NOBUFS, Errno::NOMEM];
@@ -893,8 +954,8 @@ fn answer_events(question: &Question) -> Events {
     Events::with_data(question, event::ANSWER, EventSet::IN)
 }
 
-fn grown_events(growth: &Growth) -> Events {
-    Events::with_data(growth, event::GROWN, EventSet::IN)
+fn done_events(operation: &Operation) -> Events {
+    Events::with_data(operation, event::DONE, EventSet::IN)
 }
 
 /// See [`MainLoop::reserve`]; `None` if there is none left.

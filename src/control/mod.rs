@@ -219,7 +219,8 @@ fn serve(
     let mut desk = Desk::new(Arc::clone(image.notices()), names);
     drop(room);
     let left = loop {
-        match main_loop::run(&served, &doors, signals, carried, &mut desk) {
+        let disk = (&mut served, &mut image);
+        match main_loop::run(disk, &mut doors, signals, carried, &mut desk) {
             Ok(Left::For(successor, left)) => {
                 let host = (args, cpus);
                 let given = upgrade::hand_over(

@@ -14,6 +14,7 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{AtFlags, CWD, Gid, Mode, Uid, chownat, mkdirat};
 use rustix::io::Errno;
 
+use super::asker::Asker;
 use super::sandbox::RunAs;
 use crate::image::{self, Access, ImageError, OpenMode};
 use crate::storage::HostFile;
@@ -102,8 +103,23 @@ pub fn all() -> Vec<Place> {
 /// Whatever keeps the disk from being looked at.
 pub fn find(path: &Path) -> Result<Option<PathBuf>, ImageError> {
     let image = image::open(path, OpenMode::new(Access::Read).force_share(true))?;
-    let top = image.files.last().and_then(|top| top.file.metadata().ok());
-    let sockets = top.map(|top| folders().into_iter().map(move |it| socket_in(&it, &top)));
-    let mut sockets = sockets.into_iter().flatten();
-    Ok(sockets.find(|socket| socket.exists()))
+    let files = image.files.iter().rev();
+    let files: Vec<_> = files.filter_map(|file| file.file.metadata().ok()).collect();
+    let Some((top, lower)) = files.split_first() else {
+        return Ok(None);
+    };
+    let of = |file: &Metadata| -> Vec<PathBuf> {
+        let sockets = folders().into_iter().map(|folder| socket_in(&folder, file));
+        sockets.filter(|socket| socket.exists()).collect()
+    };
+    if let Some(socket) = of(top).into_iter().next() {
+        return Ok(Some(socket));
+    }
+    // A process that has made snapshots since it began is where the top was then.
+    let top = file_id(top);
+    let serves = |socket: &PathBuf| {
+        let engine = Asker::connect(socket).and_then(|mut asker| asker.ask("query-engine"));
+        engine.is_ok_and(|engine| engine["file-id"] == top)
+    };
+    Ok(lower.iter().flat_map(of).find(serves))
 }

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use serde_json::json;
 
 use super::args::LockLossPolicy;
-use super::caretaker::{Caretaker, Growth, GrowthError};
+use super::caretaker::{Caretaker, Operation, Task, TaskError};
 use super::lock_keeper::LockKeeper;
 use super::place::file_id;
 use super::question::Question;
@@ -26,6 +26,7 @@ use crate::format::{Geometry, Sector};
 use crate::image::{self, Bundle, OpenImage};
 use crate::notices::Notices;
 use crate::ploop::{self, Chain, Engine, EngineError, EngineReport, Running, WriteThreshold};
+use crate::served::snapshot::Created;
 use crate::storage::lock::{ImageLock, LockError};
 use crate::storage::{HostDisk, HostFile, KnownFile, lock_promise};
 use crate::threads::{self, Role};
@@ -126,6 +127,34 @@ impl Image {
             *size = now;
         }
         Ok(())
+    }
+
+    /// What was made the top of the disk of this engine, by a snapshot, belongs to the image as
+    /// if it had been opened with it.
+    fn add_top(&mut self, created: Created, engine: &Engine<HostDisk>) {
+        let Created { top, lock, .. } = created;
+        match top.file.metadata() {
+            Ok(metadata) => self.top = file_id(&metadata),
+            Err(error) => log::error!("{}: cannot be looked at: {error}", top.path.display()),
+        }
+        // Of a raw image only the one above it knows.
+        if let Some(ploop::Level::Plain { size, .. }) = self.chain.levels.last_mut() {
+            *size = engine.disk_size();
+        }
+        self.chain.levels.push(ploop::Level::Ploop);
+        if let Some(old) = self.files.last_mut() {
+            old.writable = false;
+        }
+        self.files.push(top);
+        if let Some(old) = self.locks.last_mut()
+            && let Err(error) = old.stop_writing()
+        {
+            log::warn!("others still find a snapshot locked as if it was written to: {error}");
+        }
+        self.locks.push(lock);
+        if let Some(caretaker) = &self.caretaker {
+            caretaker.watch(engine.disk().watch(Some(Arc::clone(&self.notices))));
+        }
     }
 
     /// Of all levels, base first.
@@ -271,15 +300,21 @@ impl Served {
         self.running.engine()
     }
 
-    /// Has the disk made larger. Returns at once.
+    /// Has something done to the disk. Returns at once.
     ///
     /// # Errors
-    /// See [`GrowthError`].
-    pub fn grow(&self, size: Sector) -> Result<Growth, GrowthError> {
+    /// See [`Caretaker::begin`].
+    pub fn begin(&self, task: Task) -> Result<Operation, TaskError> {
         match &self.caretaker {
-            Some(caretaker) => caretaker.grow(Arc::clone(self.running.engine()), size),
-            None => Err(GrowthError::Gone),
+            Some(caretaker) => caretaker.begin(Arc::clone(self.running.engine()), task),
+            None => Err(TaskError::Gone),
         }
+    }
+
+    /// The engine has another top since a snapshot was made. `image` is that of this engine.
+    pub fn add_top(&mut self, image: &mut Image, created: Created) {
+        image.add_top(created, self.running.engine());
+        self.top.clone_from(&image.top);
     }
 
     /// Has the snapshots of the disk looked up. Returns at once.
@@ -289,7 +324,7 @@ impl Served {
     pub fn list_snapshots(&self) -> Result<Question, String> {
         match &self.caretaker {
             Some(caretaker) => caretaker.list_snapshots(),
-            None => Err(GrowthError::Gone.words()),
+            None => Err(TaskError::Gone.words()),
         }
     }
 

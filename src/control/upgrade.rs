@@ -151,6 +151,18 @@ impl Terms {
         })
     }
 
+    /// The disk has another top, and what was the top is only read.
+    pub fn add_top(&mut self, top: &HostFile) {
+        if let Some((_, _, is_writable)) = self.files.last_mut() {
+            *is_writable = false;
+        }
+        match top.file.metadata() {
+            Ok(meta) => self.files.push((meta.dev(), meta.ino(), true)),
+            // Then nobody agrees to these.
+            Err(error) => log::error!("{}: cannot be looked at: {error}", top.path.display()),
+        }
+    }
+
     fn write(&self, to: &mut Writer<'_>) {
         to.count(self.files.len());
         for &(device, inode, writable) in &self.files {

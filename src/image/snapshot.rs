@@ -17,8 +17,8 @@ use std::path::{Path, PathBuf};
 
 pub use create::create_snapshot;
 pub use delete::delete_snapshot;
-pub(crate) use list::list_of;
 pub use list::{SnapshotInfo, find_snapshot, list_snapshots};
+pub(crate) use list::{is_described, list_of};
 pub use merge::merge_snapshots;
 pub(crate) use new_delta::NewDelta;
 pub use new_delta::NewSnapshot;

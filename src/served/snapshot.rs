@@ -33,10 +33,10 @@ pub enum SnapshotError {
     CalledOff,
     /// It was made, and may be gone after a power cut. Like after any failed sync nothing
     /// becomes stable any more until the image is opened again.
-    #[error("the snapshot {guid} was made, but that could not be made stable")]
+    #[error("the snapshot {} was made, but that could not be made stable", created.guid)]
     Unstable {
-        /// Its name.
-        guid: Guid,
+        /// The caller has to know of the new top all the same.
+        created: Box<Created>,
         /// What the kernel said.
         source: ImageError,
     },
@@ -120,9 +120,13 @@ fn create_above(
     let hold = Hold::begin(engine)?;
     let named = name(descriptor)?;
     hold.switch(new_top, header, named.is_ok())?;
+    let created = Created { guid, top, lock };
     match named {
-        Ok(()) => Ok(Created { guid, top, lock }),
-        Err(source) => Err(SnapshotError::Unstable { guid, source }),
+        Ok(()) => Ok(created),
+        Err(source) => Err(SnapshotError::Unstable {
+            created: Box::new(created),
+            source,
+        }),
     }
 }
 

@@ -327,14 +327,14 @@ fn sizes_that_cannot_be_are_refused_and_change_nothing() {
 
 /// The thread that makes the disk larger, which stands still until this is dropped: what
 /// comes in between comes in between.
-struct Halt(Pid);
+pub struct Halt(Pid);
 
 impl Halt {
-    fn of(backend: &Backend) -> Self {
+    pub fn of(backend: &Backend) -> Self {
         Self::of_thread(backend, "watch")
     }
 
-    fn of_thread(backend: &Backend, name: &str) -> Self {
+    pub fn of_thread(backend: &Backend, name: &str) -> Self {
         let task = task(backend, name);
         let id = task.file_name().unwrap().to_str().unwrap();
         let thread = Pid::from_raw(id.parse().unwrap());

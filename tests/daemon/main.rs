@@ -18,6 +18,7 @@ mod options;
 mod prometheus;
 #[cfg(target_arch = "x86_64")]
 mod sandbox;
+mod snapshots;
 mod stat;
 mod top;
 mod upgrade;

@@ -1,7 +1,10 @@
 //! A guest's disk is kept, changed, looked at as it was, and taken back.
 
+use serde_json::json;
+
 use crate::common::backend::Backend;
-use crate::common::img::{names_in, ploop_img};
+use crate::common::img::{names_in, ploop_img, sha256};
+use crate::common::qmp::Qmp;
 use crate::qemu::Outcome;
 use crate::rig::{Rig, check};
 
@@ -158,4 +161,85 @@ fn follows_snapshots_there_and_back() {
     snapshot(&rig, "merge", &[]);
     assert_eq!(look(&rig), third);
     assert_eq!(images(&rig), 1);
+}
+
+/// How many are taken while the guest writes.
+const SHOTS: usize = 5;
+
+/// Under load, stands still for a moment so that its disk can be compared as it is then: the
+/// sum of all of it is reported, and goes on when the snapshot is there. A snapshot in between
+/// is taken of a disk that does not stand still.
+const LOAD: &str = r#"
+    mkfs.ext4 -q /dev/vda
+    mount /dev/vda /mnt
+    touch /busy
+    (
+        while [ -e /busy ]; do
+            fio --name=load --filename=/mnt/load --size=16M --rw=randwrite --bsrange=4k-64k \
+                --ioengine=libaio --direct=1 --iodepth=16 --verify=crc32c --verify_fatal=1 \
+                --minimal >/tmp/fio || touch /bad
+            echo verified >>/tmp/rounds
+        done
+        touch /over
+    ) &
+    for round in 1 2 3 4 5; do
+        dd if=/dev/urandom "of=/mnt/new$round" bs=1M count=2 conv=fsync
+        meet_host "busy $round"
+        fsfreeze -f /mnt
+        echo 3 >/proc/sys/vm/drop_caches
+        report "sum_$round" "$(sha256sum </dev/vda | cut -d ' ' -f 1)"
+        meet_host "still $round"
+        fsfreeze -u /mnt
+    done
+    rm /busy
+    while [ ! -e /over ]; do sleep 0.1; done
+    [ ! -e /bad ]
+    report verified "$(wc -l </tmp/rounds)"
+    umount /mnt
+    e2fsck -fn /dev/vda
+"#;
+
+#[test]
+fn snapshots_of_a_running_disk_are_what_the_guest_saw() {
+    let Some(rig) = Rig::with_bundle_of(&|_, disk| {
+        let disk = disk.to_str().unwrap();
+        ploop_img(["create", "--cluster-size", "64K", disk, "64M"]).ok();
+    }) else {
+        return;
+    };
+    let control = rig.path("control");
+    let named = format!("--control={}", control.display());
+    let backend = rig.serve(&[&named]);
+    let disk = rig.disk.to_str().expect("test paths are UTF-8");
+    let mut guest = rig.guest(LOAD).cpus(2).disk(backend.socket(), "").boot();
+    let mut qmp = Qmp::connect(&control);
+    let mut taken = Vec::new();
+    for round in 1..=SHOTS {
+        guest.wait_at(&format!("busy {round}"));
+        qmp.ask(
+            "snapshot-create",
+            json!({ "description": format!("busy {round}") }),
+        );
+        guest.go_on();
+        guest.wait_at(&format!("still {round}"));
+        let made = ploop_img(["snapshot", "create", &named, disk]).ok();
+        taken.push(made.trim().to_owned());
+        guest.go_on();
+    }
+    let outcome = guest.finish();
+    assert!(outcome.number("verified") > 0);
+    rig.close(backend);
+    check(&rig.disk);
+    assert_eq!(images(&rig), 2 * SHOTS + 1);
+    let raw = rig.path("raw");
+    for (round, guid) in (1..).zip(&taken) {
+        let target = raw.to_str().expect("test paths are UTF-8");
+        ploop_img(["convert", "-O", "raw", "--snapshot", guid, disk, target]).ok();
+        assert_eq!(
+            sha256(&raw),
+            outcome.value(&format!("sum_{round}")),
+            "{round}"
+        );
+        std::fs::remove_file(&raw).unwrap();
+    }
 }

@@ -676,7 +676,9 @@ pub enum Snapshot {
     /// Keep the present state under a name
     ///
     /// What the guest writes from then on goes into a new image file. Prints the
-    /// GUID of the snapshot.
+    /// GUID of the snapshot. Of a disk that is being served one is made all the same, if the
+    /// process that serves it can be found: it has what was written until then, as after a
+    /// power cut.
     Create {
         /// A bundle's folder, or its DiskDescriptor.xml
         path: PathBuf,
@@ -686,6 +688,9 @@ pub enum Snapshot {
         /// What the snapshot is for, in one line
         #[arg(long, value_name = "TEXT", value_parser = parse_description)]
         description: Option<String>,
+        /// The socket of the --control of the process that serves the disk, if one does
+        #[arg(long, value_name = "PATH")]
+        control: Option<PathBuf>,
     },
     /// Show all snapshots, each indented below what it lies on
     List {

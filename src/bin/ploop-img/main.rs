@@ -14,7 +14,7 @@ mod stat;
 mod throttle;
 mod top;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -245,11 +245,11 @@ fn run(command: Command) -> Result<ExitCode, ImageError> {
         }
         Command::Snapshot {
             what: Some(what), ..
-        } => snapshot(what)?,
+        } => return snapshot(what),
         Command::Snapshot {
             what: None,
             letters,
-        } => snapshot_by_letter(letters)?,
+        } => return snapshot_by_letter(letters),
         Command::Stat {
             path,
             control,
@@ -361,37 +361,60 @@ fn conversion(convert: Convert) -> Conversion {
     }
 }
 
-fn snapshot(what: Snapshot) -> Result<(), ImageError> {
+/// A snapshot of a disk, whether it is being served or not.
+fn create_snapshot(
+    path: &Path,
+    guid: Option<Guid>,
+    description: Option<&str>,
+    control: Option<&Path>,
+    quiet: bool,
+) -> Result<ExitCode, ImageError> {
+    let guid = match image::create_snapshot(path, guid, description) {
+        Err(locked @ ImageError::Locked { .. }) => {
+            match served::create_snapshot(path, guid, description, control) {
+                Ok(guid) => guid,
+                Err(refusal) => return refused(refusal, locked),
+            }
+        }
+        created => created?,
+    };
+    if !quiet {
+        show::created(guid);
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn snapshot(what: Snapshot) -> Result<ExitCode, ImageError> {
     match what {
         Snapshot::Create {
             path,
             guid,
             description,
+            control,
         } => {
-            let guid = image::create_snapshot(&path, guid, description.as_deref())?;
-            show::created(guid);
-            Ok(())
+            let (description, control) = (description.as_deref(), control.as_deref());
+            return create_snapshot(&path, guid, description, control, false);
         }
         Snapshot::List { path, format } => {
             show::snapshots(&image::list_snapshots(&path)?, format.output);
-            Ok(())
         }
         Snapshot::Delete {
             path,
             guid,
             verbosity,
-        } => image::delete_snapshot(&path, guid, &Bar::of(&verbosity)),
-        Snapshot::Switch { path, guid } => image::switch_snapshot(&path, guid),
+        } => image::delete_snapshot(&path, guid, &Bar::of(&verbosity))?,
+        Snapshot::Switch { path, guid } => image::switch_snapshot(&path, guid)?,
         Snapshot::Merge {
             path,
             from,
             to,
             verbosity,
-        } => image::merge_snapshots(&path, from, to, &Bar::of(&verbosity)),
+        } => image::merge_snapshots(&path, from, to, &Bar::of(&verbosity))?,
     }
+    Ok(ExitCode::SUCCESS)
 }
 
-fn snapshot_by_letter(letters: Letters) -> Result<(), ImageError> {
+fn snapshot_by_letter(letters: Letters) -> Result<ExitCode, ImageError> {
     // The command line requires it here.
     let path = letters.path.unwrap_or_default();
     match (letters.create, letters.apply, letters.delete) {
@@ -400,25 +423,21 @@ fn snapshot_by_letter(letters: Letters) -> Result<(), ImageError> {
                 Ok(guid) => (Some(guid), None),
                 Err(_) => (None, Some(name.as_str())),
             };
-            let guid = image::create_snapshot(&path, guid, description)?;
-            if !letters.quiet {
-                show::created(guid);
-            }
-            Ok(())
+            return create_snapshot(&path, guid, description, None, letters.quiet);
         }
-        (_, Some(name), _) => image::switch_snapshot(&path, image::find_snapshot(&path, &name)?),
+        (_, Some(name), _) => image::switch_snapshot(&path, image::find_snapshot(&path, &name)?)?,
         (_, _, Some(name)) => {
             let guid = image::find_snapshot(&path, &name)?;
-            image::delete_snapshot(&path, guid, &Bar::new(false, letters.quiet))
+            image::delete_snapshot(&path, guid, &Bar::new(false, letters.quiet))?;
         }
         (None, None, None) => {
             let list = image::list_snapshots(&path)?;
             if !letters.quiet {
                 show::snapshots(&list, Output::Human);
             }
-            Ok(())
         }
     }
+    Ok(ExitCode::SUCCESS)
 }
 
 /// What this program has an option for.

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
 use vhost_user_ploop::control::{AskError, Asker, file_id, find_control_socket};
-use vhost_user_ploop::format::{SECTOR_SIZE, Sector};
+use vhost_user_ploop::format::{Guid, SECTOR_SIZE, Sector};
 use vhost_user_ploop::image::{self, Access, ImageError, NewSize, OpenMode, Shrink};
 
 use crate::notes;
@@ -97,10 +97,6 @@ pub fn read<T>(
     control: Option<&Path>,
     read: impl FnOnce() -> Result<T, ImageError>,
 ) -> Result<T, Refusal> {
-    let said = |error: &dyn Display| {
-        notes::say(format_args!("{}: {error}", path.display()));
-        Refusal::Said
-    };
     let mut server = match connect(path, control, Purpose::Look) {
         Ok(server) => server.asker,
         Err(_) if control.is_none() => return Err(Refusal::Unserved),
@@ -117,23 +113,15 @@ pub fn read<T>(
              in the last moments may be missing",
             path.display()
         )),
-        Err(error) => return Err(said(&error)),
+        Err(error) => return Err(say(path, &error)),
     }
     Ok(read()?)
 }
 
-/// What [`image::resize`] does, for a disk that is being served: by who listens at `control`,
-/// or is found by the image. Gives back the size then.
-pub fn resize(
-    path: &Path,
-    size: NewSize,
-    shrink: Shrink,
-    control: Option<&Path>,
-) -> Result<Sector, Refusal> {
-    let said = |error: &dyn Display| {
-        notes::say(format_args!("{}: {error}", path.display()));
-        Refusal::Said
-    };
+/// The process that serves the top at `path`: who listens at `control`, or is found by the
+/// image.
+fn server_to_change(path: &Path, control: Option<&Path>) -> Result<Asker, Refusal> {
+    let said = |error: &dyn Display| say(path, error);
     let mut server = match control {
         None => server_of(path).ok_or(Refusal::Unserved)?,
         Some(socket) => Asker::connect(socket).map_err(|error| said(&error))?,
@@ -146,6 +134,56 @@ pub fn resize(
         let nodes = nodes.map_err(|error| said(&error))?;
         return Err(said(&other_disk(control, &nodes)));
     }
+    Ok(server)
+}
+
+fn say(path: &Path, error: &dyn Display) -> Refusal {
+    notes::say(format_args!("{}: {error}", path.display()));
+    Refusal::Said
+}
+
+/// What [`image::create_snapshot`] does, for a disk that is being served: by who listens at
+/// `control`, or is found by the image. Gives back the name of the snapshot.
+pub fn create_snapshot(
+    path: &Path,
+    guid: Option<Guid>,
+    description: Option<&str>,
+    control: Option<&Path>,
+) -> Result<Guid, Refusal> {
+    let mut server = server_to_change(path, control)?;
+    let mut arguments = json!({});
+    if let Some(guid) = guid {
+        arguments["guid"] = guid.to_string().into();
+    }
+    if let Some(description) = description {
+        arguments["description"] = description.into();
+    }
+    match server.ask_patiently("snapshot-create", arguments) {
+        Ok(answer) => {
+            let guid = answer["guid"].as_str().and_then(|guid| guid.parse().ok());
+            guid.ok_or_else(|| say(path, &AskError::Odd))
+        }
+        Err(error @ AskError::Io(_)) => Err(say(
+            path,
+            &format_args!(
+                "{error}; the snapshot may have been made all the same, which 'ploop-img snapshot \
+                 list' shows"
+            ),
+        )),
+        Err(error) => Err(say(path, &error)),
+    }
+}
+
+/// What [`image::resize`] does, for a disk that is being served: by who listens at `control`,
+/// or is found by the image. Gives back the size then.
+pub fn resize(
+    path: &Path,
+    size: NewSize,
+    shrink: Shrink,
+    control: Option<&Path>,
+) -> Result<Sector, Refusal> {
+    let said = |error: &dyn Display| say(path, error);
+    let mut server = server_to_change(path, control)?;
     let expected = image::size_after(path, size, shrink)?;
     let exactly = |server: &mut Asker| {
         let arguments = json!({ "node-name": "disk", "size": expected.bytes() });

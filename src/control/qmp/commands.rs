@@ -11,11 +11,12 @@ use super::names::{DISK, lower_level};
 use super::shapes;
 use crate::control::subject::Subject;
 use crate::device::ThrottleLimits;
-use crate::format::{SECTOR_SIZE, Sector};
+use crate::format::{Guid, SECTOR_SIZE, Sector, SnapshotNotes};
+use crate::image::NewSnapshot;
 use crate::storage::LockStanding;
 
 /// What a command wants of the program besides its answer.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub enum Wish {
     /// Nothing.
     #[default]
@@ -32,12 +33,20 @@ pub enum Wish {
     Flush,
     /// Which snapshots there are. Likewise.
     ListSnapshots,
+    /// A snapshot is to be made. Likewise; the answer has its name, unless another has the same
+    /// description and that is to be an error.
+    CreateSnapshot {
+        /// How it is to be called.
+        new: NewSnapshot,
+        /// No other may have the same description.
+        is_unique: bool,
+    },
 }
 
 impl Wish {
     /// Whether whoever grants it answers the command.
     #[must_use]
-    pub fn is_answered_later(self) -> bool {
+    pub fn is_answered_later(&self) -> bool {
         !matches!(self, Self::Nothing | Self::Quit)
     }
 }
@@ -55,6 +64,7 @@ const COMMANDS: &[(&str, Run)] = &[
     ("block-set-write-threshold", set_write_threshold),
     ("block_resize", resize),
     ("block_set_io_throttle", set_io_throttle),
+    ("blockdev-snapshot-internal-sync", create_internal_snapshot),
     ("flush", flush),
     ("grow", grow),
     ("query-block", query_block),
@@ -68,6 +78,7 @@ const COMMANDS: &[(&str, Run)] = &[
     ("query-status", query_status),
     ("query-version", query_version),
     ("quit", quit),
+    ("snapshot-create", create_snapshot),
     ("snapshot-list", list_snapshots),
     ("throttle", throttle),
 ];
@@ -326,6 +337,55 @@ fn list_snapshots(arguments: Arguments, context: &mut Context<'_>) -> Answer {
     arguments.end()?;
     context.wish = Wish::ListSnapshots;
     Ok(json!({}))
+}
+
+fn create_snapshot(mut arguments: Arguments, context: &mut Context<'_>) -> Answer {
+    let (guid, description) = (arguments.text("guid")?, arguments.text("description")?);
+    arguments.end()?;
+    let parse = |guid: String| {
+        let parsed: Result<Guid, _> = guid.parse();
+        parsed.map_err(|_| Failure::generic(format!("Parameter 'guid' expects a GUID: {guid}")))
+    };
+    let guid = guid.map(parse).transpose()?;
+    require_description(description.as_deref())?;
+    context.wish = Wish::CreateSnapshot {
+        new: NewSnapshot { guid, description },
+        is_unique: false,
+    };
+    Ok(json!({}))
+}
+
+/// QEMU has names and no GUIDs, so the name is the description.
+fn create_internal_snapshot(mut arguments: Arguments, context: &mut Context<'_>) -> Answer {
+    let device = arguments.required_text("device")?;
+    let name = arguments.required_text("name")?;
+    arguments.end()?;
+    if device != DISK {
+        let desc = format!("Cannot find device='{device}' nor node-name='{device}'");
+        return Err(Failure::generic(desc));
+    }
+    if name.is_empty() {
+        return Err(Failure::generic("Name is empty"));
+    }
+    require_description(Some(&name))?;
+    context.wish = Wish::CreateSnapshot {
+        new: NewSnapshot {
+            guid: None,
+            description: Some(name),
+        },
+        is_unique: true,
+    };
+    Ok(json!({}))
+}
+
+fn require_description(text: Option<&str>) -> Result<(), Failure> {
+    match text.is_none_or(SnapshotNotes::is_description) {
+        true => Ok(()),
+        false => Err(Failure::generic(format!(
+            "A description is one line of 1 to {} bytes without control characters",
+            SnapshotNotes::DESCRIPTION_MAX
+        ))),
+    }
 }
 
 fn sectors(bytes: u64) -> Result<Sector, Failure> {

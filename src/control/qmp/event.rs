@@ -6,6 +6,7 @@ use serde_json::{Value, json};
 
 use super::message;
 use super::names::DISK;
+use crate::format::Guid;
 
 /// Something that has happened.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -49,6 +50,11 @@ pub(in crate::control) enum Event {
         /// Whether requests wait.
         waits: bool,
     },
+    /// A snapshot was made.
+    SnapshotCreated {
+        /// Its name.
+        guid: Guid,
+    },
     /// A file of the image cannot be reached any more by its path.
     ImageVanished {
         /// That path.
@@ -67,6 +73,7 @@ impl Event {
             Self::HostHasSpace => "HOST_HAS_SPACE",
             Self::WriteThreshold { .. } => "BLOCK_WRITE_THRESHOLD",
             Self::LockLost { .. } => "LOCK_LOST",
+            Self::SnapshotCreated { .. } => "SNAPSHOT_CREATED",
             Self::ImageVanished { .. } => "IMAGE_VANISHED",
         }
     }
@@ -102,6 +109,7 @@ impl Event {
                 "reason": reason,
                 "action": if *waits { "stop" } else { "report" },
             }),
+            Self::SnapshotCreated { guid } => json!({ "guid": guid.to_string() }),
             Self::ImageVanished { file, how } => json!({ "file": file, "how": how }),
         }
     }

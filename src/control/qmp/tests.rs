@@ -602,7 +602,7 @@ fn a_client_whose_resize_is_under_way_is_not_listened_to_and_may_go() {
     theirs.write_all(br#"{"execute":"quit","id":2}"#).unwrap();
     theirs.shutdown(std::net::Shutdown::Write).unwrap();
     let wish = Wish::Resize(Sector(2));
-    assert_eq!(client.serve(&fake), (Stay::Stays, wish));
+    assert_eq!(client.serve(&fake), (Stay::Stays, wish.clone()));
     assert!(client.interest().is_empty());
     assert_eq!(client.serve(&fake), (Stay::Stays, Wish::Nothing));
     // Events may come before the answer.
@@ -621,14 +621,14 @@ fn a_client_whose_resize_is_under_way_is_not_listened_to_and_may_go() {
     theirs.write_all(RESIZE).unwrap();
     theirs.shutdown(std::net::Shutdown::Write).unwrap();
     // Before it hears the end, and after.
-    assert_eq!(client.serve(&fake), (Stay::Stays, wish));
+    assert_eq!(client.serve(&fake), (Stay::Stays, wish.clone()));
     assert_eq!(client.answer(Ok(json!({}))), Stay::Stays);
     assert_eq!(client.serve(&fake), (Stay::Goes, Wish::Nothing));
 
     let (mut client, mut theirs) = connected();
     negotiate(&mut client, &mut theirs);
     theirs.write_all(RESIZE).unwrap();
-    assert_eq!(client.serve(&fake), (Stay::Stays, wish));
+    assert_eq!(client.serve(&fake), (Stay::Stays, wish.clone()));
     theirs.write_all(br#"{"execute":"quit"}"#).unwrap();
     drop(theirs);
     // What it has asked for behind that is of no use to anybody.

@@ -100,6 +100,13 @@ fn describe(
     }))
 }
 
+/// Whether a snapshot of the bundle, as its descriptor was last read, has this description.
+pub(crate) fn is_described(bundle: &Bundle, description: &str) -> Result<bool> {
+    let notes = notes::load(bundle)?;
+    let mut found = notes.described(description);
+    Ok(found.any(|guid| bundle.descriptor().shot(guid).is_some()))
+}
+
 /// The snapshot of the bundle at `path` that is meant by `name`: its GUID, or the
 /// description that no other has.
 ///

@@ -15,7 +15,7 @@ use crate::storage::HostFile;
 use crate::storage::lock::{ImageLock, LockMode};
 
 /// What a snapshot is to be called.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct NewSnapshot {
     /// Its name; `None` for a random one.
     pub guid: Option<Guid>,

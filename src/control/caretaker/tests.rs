@@ -1,0 +1,208 @@
+//! One thread does what it is asked for, one thing after the other.
+
+use std::path::PathBuf;
+
+use super::*;
+use crate::format::{ClusterSize, Guid};
+use crate::image::{Access, OpenImage, OpenMode};
+use crate::ploop::{Options, Running};
+use crate::storage::HostOptions;
+use crate::storage::lock::ImageLock;
+
+const SIZE: Sector = Sector(24 * ClusterSize::MIN.sectors());
+const MORE: Sector = Sector(25 * ClusterSize::MIN.sectors());
+
+/// A bundle whose disk runs.
+struct Rig {
+    caretaker: Option<Caretaker>,
+    running: Running<HostDisk>,
+    _locks: Vec<ImageLock>,
+    folder: tempfile::TempDir,
+}
+
+impl Rig {
+    fn new(hidden: Option<ImageError>) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("disk");
+        image::create(&path, SIZE, ClusterSize::MIN).unwrap();
+        let opened = image::open(&path, OpenMode::new(Access::Serve)).unwrap();
+        let OpenImage {
+            files,
+            chain,
+            bundle,
+            locks,
+            ..
+        } = opened;
+        let disk = HostDisk::new(files, HostOptions::default()).unwrap();
+        let opened = Engine::open(disk, &chain, Options::default()).unwrap();
+        let keeps = KeepTo::what_all_have();
+        Self {
+            caretaker: Some(Caretaker::start(bundle, hidden, keeps).unwrap()),
+            running: Running::start(opened).unwrap(),
+            _locks: locks,
+            folder,
+        }
+    }
+
+    fn begin(&self, task: Task) -> Operation {
+        let caretaker = self.caretaker.as_ref().unwrap();
+        caretaker
+            .begin(self.running.engine().clone(), task)
+            .unwrap()
+    }
+
+    fn grow(&self, size: Sector) -> Result<Done, TaskError> {
+        self.begin(Task::Grow(size)).result()
+    }
+
+    fn descriptor(&self) -> PathBuf {
+        self.folder.path().join("disk/DiskDescriptor.xml")
+    }
+
+    /// The thread does what it is asked for, and no more.
+    fn end(mut self) {
+        drop(self.caretaker.take());
+        self.running.close().unwrap();
+    }
+}
+
+fn snapshot(description: &str, is_unique: bool) -> Task {
+    Task::Snapshot {
+        new: NewSnapshot {
+            guid: None,
+            description: Some(description.to_owned()),
+        },
+        is_unique,
+    }
+}
+
+fn guid_of(done: Result<Done, TaskError>) -> Guid {
+    match done {
+        Ok(Done::Snapshot {
+            created,
+            doubt: None,
+        }) => created.guid,
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn what_is_asked_for_is_done_in_turn() {
+    let rig = Rig::new(None);
+    let (first, second) = (rig.begin(snapshot("a", true)), rig.begin(Task::Grow(MORE)));
+    assert!(first.task().is_under_way().contains("snapshot"));
+    assert!(second.task().is_under_way().contains("resized"));
+    let list = rig.caretaker.as_ref().unwrap().list_snapshots().unwrap();
+    let guid = guid_of(first.result());
+    assert!(matches!(second.result(), Ok(Done::Grown(MORE))));
+    let list = list.answer().unwrap();
+    assert_eq!(list[0]["guid"], guid.to_string());
+    assert_eq!(list.as_array().unwrap().len(), 2);
+    assert_eq!(rig.running.engine().disk_size(), MORE);
+    rig.end();
+}
+
+#[test]
+fn a_name_that_is_taken_is_refused_to_who_wants_it_alone() {
+    let rig = Rig::new(None);
+    guid_of(rig.begin(snapshot("a", false)).result());
+    guid_of(rig.begin(snapshot("a", false)).result());
+    let refused = rig.begin(snapshot("a", true)).result().unwrap_err();
+    assert!(
+        refused.words().contains("'a' already exists"),
+        "{refused:?}"
+    );
+    guid_of(rig.begin(snapshot("b", true)).result());
+    rig.end();
+}
+
+#[test]
+fn what_fails_changes_nothing_and_the_next_is_done() {
+    let rig = Rig::new(None);
+    let smaller = Sector(SIZE.0 - ClusterSize::MIN.sectors());
+    let words = rig.grow(smaller).unwrap_err().words();
+    assert!(words.contains("ploop-img resize --shrink"), "{words}");
+    let aside = rig.folder.path().join("aside");
+    std::fs::rename(rig.descriptor(), &aside).unwrap();
+    rig.begin(snapshot("a", false)).result().unwrap_err();
+    std::fs::rename(&aside, rig.descriptor()).unwrap();
+    guid_of(rig.begin(snapshot("a", true)).result());
+    rig.end();
+}
+
+#[test]
+fn what_is_hidden_below_the_disk_keeps_its_size_and_nothing_else() {
+    let why = ImageError::Unsupported {
+        path: "base".into(),
+        why: "hides something".to_owned(),
+    };
+    let rig = Rig::new(Some(why));
+    let words = rig.grow(MORE).unwrap_err().words();
+    assert!(words.contains("hides something"), "{words}");
+    assert!(matches!(rig.grow(SIZE), Ok(Done::Grown(SIZE))));
+    guid_of(rig.begin(snapshot("a", true)).result());
+    rig.end();
+}
+
+#[test]
+fn what_is_called_off_before_it_begins_never_does() {
+    let rig = Rig::new(None);
+    let tasks = [snapshot("a", true), Task::Grow(MORE)];
+    let operations = tasks.map(|task| {
+        let engine = rig.running.engine().clone();
+        let call_off = Arc::new(CallOff::default());
+        assert!(call_off.call_off(&engine), "there is nothing to wait for");
+        let is_over = Arc::new(EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK).unwrap());
+        let (tell, result) = sync_channel(1);
+        let order = Order {
+            ending: Ending(is_over),
+            engine,
+            task,
+            call_off,
+            tell,
+        };
+        let jobs = &rig.caretaker.as_ref().unwrap().jobs;
+        assert!(jobs.send(Job::Do(order)).is_ok());
+        result
+    });
+    for result in operations {
+        let error = result.recv().unwrap().unwrap_err();
+        assert!(
+            matches!(
+                error,
+                TaskError::Grow(GrowError::CalledOff)
+                    | TaskError::Snapshot(SnapshotError::CalledOff)
+            ),
+            "{error:?}"
+        );
+    }
+    assert_eq!(rig.running.engine().disk_size(), SIZE);
+    rig.end();
+}
+
+#[test]
+fn who_only_looks_changes_nothing() {
+    let rig = Rig::new(None);
+    let watcher = Caretaker::start_watching().unwrap();
+    let engine = || rig.running.engine().clone();
+    for task in [snapshot("a", true), Task::Grow(MORE)] {
+        assert!(watcher.begin(engine(), task).is_err());
+    }
+    assert!(watcher.list_snapshots().is_err());
+    drop(watcher);
+    rig.end();
+}
+
+#[test]
+fn of_a_bare_image_there_are_no_snapshots() {
+    let rig = Rig::new(None);
+    let keeps = KeepTo::what_all_have();
+    let caretaker = Caretaker::start(None, None, keeps).unwrap();
+    let begun = caretaker.begin(rig.running.engine().clone(), snapshot("a", true));
+    let words = begun.unwrap().result().unwrap_err().words();
+    assert!(words.contains("bare image"), "{words}");
+    let why = caretaker.list_snapshots().unwrap().answer().unwrap_err();
+    assert!(why.contains("bare image"), "{why}");
+    drop(caretaker);
+    rig.end();
+}
