@@ -228,7 +228,7 @@ fn serve(
                 )?;
                 match given {
                     Given::Away => return Ok(()),
-                    Given::Kept(kept, left) => (served, carried) = (kept, left),
+                    Given::Kept(kept, left) => (served, carried) = (*kept, left),
                 }
             }
             Ok(Left::Signalled) => break Ok(()),

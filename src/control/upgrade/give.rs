@@ -219,7 +219,7 @@ pub(in crate::control) enum Given {
     /// The other process serves.
     Away,
     /// This one does, still or again.
-    Kept(Served, Carried),
+    Kept(Box<Served>, Carried),
 }
 
 /// What becomes of the image after the other process has failed.
@@ -255,7 +255,7 @@ pub(in crate::control) fn hand_over(
             connection,
             waiting,
         };
-        Ok(Given::Kept(served, carried))
+        Ok(Given::Kept(Box::new(served), carried))
     };
     if successor.has_gone() {
         log::warn!("{} went away before it could take over", successor.peer);
