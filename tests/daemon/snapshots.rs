@@ -341,9 +341,10 @@ fn another_process_takes_over_a_disk_with_snapshots_or_what_it_was_before() {
     qmp.ask(CREATE, json!({}));
     expect_service(&mut start_front_end(backend.socket()));
     backend = backend.taken_over(&rig.image, &upgrades(&rig), &[]);
-    expect_service(&mut start_front_end(backend.socket()));
-    // One that comes while a snapshot is made serves what there is then, or nothing.
     let mut qmp = Qmp::connect(&control(&rig));
+    expect_service(&mut start_front_end(backend.socket()));
+    qmp.event("FRONT_END_GONE");
+    // One that comes while a snapshot is made serves what there is then, or nothing.
     let halt = begin(&backend, &mut qmp);
     let successor = backend.spawn_successor(&rig.image, &upgrades(&rig), &[]);
     wait_for("its coming", || {
