@@ -185,11 +185,11 @@ const LOAD: &str = r#"
     for round in 1 2 3 4 5; do
         dd if=/dev/urandom "of=/mnt/new$round" bs=1M count=2 conv=fsync
         meet_host "busy $round"
-        fsfreeze -f /mnt
+        fsfreeze --freeze /mnt
         echo 3 >/proc/sys/vm/drop_caches
-        report "sum_$round" "$(sha256sum </dev/vda | cut -d ' ' -f 1)"
+        report "sum_$round" "$(dd if=/dev/vda bs=1M iflag=direct | sha256sum | cut -d ' ' -f 1)"
         meet_host "still $round"
-        fsfreeze -u /mnt
+        fsfreeze --unfreeze /mnt
     done
     rm /busy
     while [ ! -e /over ]; do sleep 0.1; done
