@@ -65,6 +65,12 @@ pub enum EngineError {
     /// Two cannot make it larger at a time, nor is a snapshot made meanwhile.
     #[error("the disk is already being made larger")]
     Growing,
+    /// The header says, or may say, that the disk is larger than its guest knows: writing that
+    /// failed. Above such an image there can be no smaller one.
+    #[error(
+        "the disk was to become larger, and that failed in the last step: try that again first"
+    )]
+    HalfGrown,
     /// Nothing but its data can change while it is suspended.
     #[error("the disk is suspended, and stays what it is until it is resumed")]
     Suspended,

@@ -393,6 +393,22 @@ fn the_descriptor_of_an_image_does_not_say_what_its_header_does_not() {
     rig.expect_to_grow(NEW);
 }
 
+/// The new top would be smaller than the one below says that it is.
+#[test]
+fn no_snapshot_is_made_of_a_disk_whose_header_may_say_that_it_is_larger() {
+    let rig = Rig::new(false);
+    let engine = rig.engine();
+    engine.prepare_growth(NEW).unwrap();
+    rig.disk.change_medium(|medium| medium.faults.write = 1.0);
+    let failed = Err(EngineError::Metadata(Errno::IO));
+    assert_eq!(engine.commit_growth(), failed);
+    rig.disk.change_medium(|medium| medium.faults.write = 0.0);
+    assert_eq!(engine.close_top().wait(), Err(EngineError::HalfGrown));
+    rig.expect_to_grow(NEW);
+    assert_eq!(engine.close_top().wait(), Ok(()));
+    assert_eq!(engine.keep_top().wait(), Ok(()));
+}
+
 #[test]
 fn a_descriptor_that_says_so_already_is_left_alone() {
     let rig = Rig::new(false);

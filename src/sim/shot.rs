@@ -133,7 +133,10 @@ impl Session {
                 world.is_snapshotting = false;
                 let is_refused = matches!(
                     result,
-                    Err(EngineError::Suspended | EngineError::Growing | EngineError::Stopped)
+                    Err(EngineError::Suspended
+                        | EngineError::Growing
+                        | EngineError::HalfGrown
+                        | EngineError::Stopped)
                 );
                 if !is_refused {
                     self.judge(world, "close the top", &flush, result)?;

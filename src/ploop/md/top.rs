@@ -44,6 +44,8 @@ impl<D: Disk> MdWriter<D> {
             Err(EngineError::TooDeep)
         } else if self.growing.is_some() {
             Err(EngineError::Growing)
+        } else if self.geometry.disk_size != engine.disk_size() {
+            Err(EngineError::HalfGrown)
         } else if engine.is_suspended() {
             // Who asks may be the one who would resume it.
             Err(EngineError::Suspended)
