@@ -12,11 +12,12 @@
 //! Knows threads and [`served`]; what the disk is, and who asks, it is told.
 
 use std::io;
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, SyncSender, channel, sync_channel};
 use std::time::{Duration, Instant};
 
+use rustix::event::{PollFd, PollFlags, poll};
 use serde_json::Value;
 use thiserror::Error;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
@@ -44,6 +45,12 @@ pub(super) enum GrowthError {
     /// There are no more descriptors, most likely.
     #[error("cannot prepare for the new size")]
     Setup(#[from] io::Error),
+    /// No ring runs, and so nobody here has the image open.
+    #[error(
+        "the disk keeps its size: no guest uses it, so its image is not open (--lock running); \
+         'ploop-img resize' makes it larger now"
+    )]
+    NotOpen,
     /// The thread has ended in a panic.
     #[error("the thread that makes the disk larger has failed; see the log")]
     Gone,
@@ -73,6 +80,8 @@ pub(super) struct Caretaker {
 enum Job {
     /// Look at these from now on, and at no others.
     Watch(FileWatch),
+    /// The image was opened anew.
+    ReadBundle,
     Grow(Order),
     ListSnapshots(Answerer),
 }
@@ -135,6 +144,13 @@ impl Caretaker {
         // If the thread has ended, the question says so.
         let _ = self.jobs.send(Job::ListSnapshots(answerer));
         Ok(question)
+    }
+
+    /// The image was opened anew, perhaps after others have changed its bundle.
+    pub fn read_bundle_anew(&self) {
+        if self.jobs.send(Job::ReadBundle).is_err() {
+            log::error!("the disk cannot become larger any more: a thread has failed");
+        }
     }
 
     /// Has the disk of this engine made larger. Returns at once.
@@ -208,6 +224,12 @@ fn work(jobs: &Receiver<Job>, mut bundle: Option<Bundle>) {
         };
         match job {
             Ok(Job::Watch(files)) => rounds = Rounds::of(files),
+            Ok(Job::ReadBundle) => {
+                let read = bundle.as_mut().map_or(Ok(()), Bundle::read_anew);
+                if let Err(error) = read {
+                    log::error!("the disk cannot become larger: {}", with_causes(&error));
+                }
+            }
             Ok(Job::Grow(order)) => order.carry_out(bundle.as_mut(), &mut rounds),
             Ok(Job::ListSnapshots(answerer)) => answerer.answer(list_snapshots(bundle.as_mut())),
             Err(RecvTimeoutError::Timeout) => {}
@@ -316,6 +338,38 @@ impl Growth {
         match self.call_off() {
             true => Err(GrowError::CalledOff.into()),
             false => self.result(),
+        }
+    }
+}
+
+impl Growth {
+    /// For who closes the image meanwhile.
+    pub fn call_off_handle(&self) -> CallOffHandle {
+        CallOffHandle {
+            engine: Arc::clone(&self.engine),
+            call_off: Arc::clone(&self.call_off),
+            is_over: Arc::clone(&self.is_over),
+        }
+    }
+}
+
+/// By which a growth is called off by another than who waits for it.
+pub(super) struct CallOffHandle {
+    engine: Arc<Engine<HostDisk>>,
+    call_off: Arc<CallOff>,
+    is_over: Arc<EventFd>,
+}
+
+impl CallOffHandle {
+    /// Calls it off, and waits for its end if it is too late for that. Then the image can be
+    /// closed.
+    pub fn end(self) {
+        if !self.call_off.call_off(&self.engine) {
+            // SAFETY: the descriptor is open as long as `self` is there.
+            let is_over = unsafe { BorrowedFd::borrow_raw(self.is_over.as_raw_fd()) };
+            let mut fds = [PollFd::from_borrowed_fd(is_over, PollFlags::IN)];
+            // Nobody reads it, so it stays readable.
+            while poll(&mut fds, None).is_err() {}
         }
     }
 }

@@ -76,7 +76,7 @@ pub(super) fn page(
 ) -> Result<String, fmt::Error> {
     let snapshot = Snapshot {
         serial: names.serial.clone(),
-        file_id: subject.file_id().to_owned(),
+        file_id: subject.file_id(),
         levels: subject.levels(),
         queues: subject.queues(),
         latencies: subject.latencies(),
