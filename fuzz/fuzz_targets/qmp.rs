@@ -135,9 +135,9 @@ fn answers(session: &mut Session, bytes: &[u8], pieces: &[u8]) -> Vec<(Value, Wi
         rest = behind;
         while let Some((line, wish)) = session.answer_next(&mut piece, &Disk) {
             assert_eq!(session.awaits_answer(), wish.is_answered_later());
-            let line = match wish {
+            let line = match &wish {
                 wish if wish.is_answered_later() => {
-                    assert!(wish != Wish::Resize(Sector(0)) && line.is_empty());
+                    assert!(*wish != Wish::Resize(Sector(0)) && line.is_empty());
                     // Nothing is taken before that.
                     let waits = piece;
                     assert_eq!(session.answer_next(&mut piece, &Disk), None);
