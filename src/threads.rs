@@ -23,7 +23,7 @@ pub enum Role {
     Deadline,
     /// Looks whether the files of the image are still what they were.
     Watch,
-    /// The same, and makes the disk larger.
+    /// The same, and makes the disk larger or a snapshot of it.
     Caretaker,
     /// Looks whether the locks on the image are still there.
     LockWatch,

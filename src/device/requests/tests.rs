@@ -509,8 +509,8 @@ fn what_cannot_be_given_back_is_done_although_limits_keep_it_back() {
     assert_eq!([0, 1, 2, 3].map(|head| rig.status(head)), [OK; 4]);
 }
 
-#[test]
-fn what_limits_keep_back_is_left_when_the_time_is_over() {
+/// Limits keep five reads back, another request was taken behind them, and the time is over.
+fn kept_back_out_of_time() -> Rig {
     let mut rig = Rig::with_stops(Vec::new(), Stops::since(stops::GRACE));
     rig.limit("bps_rd=1");
     rig.read_holes(0, 512);
@@ -518,6 +518,12 @@ fn what_limits_keep_back_is_left_when_the_time_is_over() {
         rig.read_holes(head, MANY_HOLES);
     }
     rig.go_past(6);
+    rig
+}
+
+#[test]
+fn what_limits_keep_back_is_left_when_the_time_is_over() {
+    let mut rig = kept_back_out_of_time();
     assert!(rig.drain(Parked::Drop, true).is_empty());
     assert_eq!(rig.heads(), [6, 0]);
     assert_eq!([1, 2, 3, 4, 5].map(|head| rig.status(head)), [UNTOUCHED; 5]);
@@ -528,13 +534,7 @@ fn what_limits_keep_back_is_left_when_the_time_is_over() {
 #[test]
 fn what_limits_keep_back_fails_when_the_program_has_no_more_time() {
     for (parked, status) in [(Parked::Fail, OK), (Parked::FailSoon, IO_ERROR)] {
-        let mut rig = Rig::with_stops(Vec::new(), Stops::since(stops::GRACE));
-        rig.limit("bps_rd=1");
-        rig.read_holes(0, 512);
-        for head in 1..=5 {
-            rig.read_holes(head, MANY_HOLES);
-        }
-        rig.go_past(6);
+        let mut rig = kept_back_out_of_time();
         assert!(rig.drain(parked, true).is_empty());
         let statuses = [1, 2, 3, 4, 5].map(|head| rig.status(head));
         assert_eq!(statuses, [status; 5], "{parked:?}");
