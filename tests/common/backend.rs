@@ -446,9 +446,24 @@ impl Drop for Backend {
     fn drop(&mut self) {
         if thread::panicking() {
             eprintln!("the daemon's log:\n{}", self.log());
+            eprintln!("its threads:\n{}", threads(self.child.id()).join("\n"));
         }
         // Fails if it has ended, which is as good.
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
+}
+
+/// What each thread of a process waits for: its name, the kernel's function and the system
+/// call with its arguments. Empty if it has ended.
+fn threads(pid: u32) -> Vec<String> {
+    let of = |task: &Path| {
+        ["comm", "wchan", "syscall"]
+            .map(|file| fs::read_to_string(task.join(file)).unwrap_or_default())
+            .map(|text| text.trim().to_owned())
+            .join(" ")
+    };
+    let tasks = fs::read_dir(format!("/proc/{pid}/task"));
+    let tasks = tasks.into_iter().flatten().flatten();
+    tasks.map(|task| of(&task.path())).collect()
 }

@@ -30,6 +30,10 @@ use crate::common::{left_out, require_file, require_tool, tool};
 /// and busy.
 const PATIENCE: Duration = Duration::from_secs(300);
 
+/// How long the console is silent when the guest's kernel has written all that it was
+/// asked for.
+const SILENCE: Duration = Duration::from_secs(5);
+
 /// What the guest's kernel says when a disk did not behave.
 const COMPLAINTS: [&str; 8] = [
     "I/O error",
@@ -279,6 +283,7 @@ impl<'a> Guest<'a> {
             monitor,
             lines,
             console: Vec::new(),
+            tail: 60,
             deadline: Instant::now() + self.patience,
         }
     }
@@ -305,6 +310,8 @@ pub struct Running {
     monitor: PathBuf,
     lines: Receiver<String>,
     console: Vec<String>,
+    /// How many of the console's last lines a failure shows.
+    tail: usize,
     deadline: Instant,
 }
 
@@ -422,8 +429,30 @@ impl Running {
                 Some(line)
             }
             Err(RecvTimeoutError::Disconnected) => None,
-            Err(RecvTimeoutError::Timeout) => panic!("the guest takes too long"),
+            Err(RecvTimeoutError::Timeout) => {
+                self.have_tasks_listed();
+                panic!("the guest takes too long")
+            }
         }
+    }
+
+    /// Has the guest's kernel write to the console what each of its tasks waits for, by
+    /// which a request that nobody answers is told from a program that hangs by itself.
+    fn have_tasks_listed(&mut self) {
+        // That of -serial, by the name that QEMU gives it.
+        let console_break = "chardev-send-break serial0";
+        // All messages get to the console; blocked tasks; all tasks.
+        let before = self.console.len();
+        for key in *b"8wt" {
+            self.command(console_break);
+            self.stdin
+                .write_all(&[key])
+                .expect("QEMU listens to its standard input");
+            while let Ok(line) = self.lines.recv_timeout(SILENCE) {
+                self.console.push(line);
+            }
+        }
+        self.tail += self.console.len() - before;
     }
 
     /// Has QEMU's monitor do something. Returns what it said, the command and what a
@@ -447,7 +476,7 @@ impl Drop for Running {
     fn drop(&mut self) {
         if thread::panicking() {
             self.console.extend(self.lines.try_iter());
-            let tail = self.console.len().saturating_sub(60);
+            let tail = self.console.len().saturating_sub(self.tail);
             eprintln!("the console's end:\n{}", self.console[tail..].join("\n"));
         }
         // Fails if it has ended, which is as good.
