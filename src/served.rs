@@ -59,11 +59,16 @@ impl CallOff {
     /// to wait for: it is called off, and nothing is done for it any more but by the engine,
     /// which can be closed. Else [`grow`], or [`snapshot::create`], ends soon.
     pub fn call_off<D: Disk>(&self, engine: &Engine<D>) -> bool {
+        self.call_off_with(|| engine.abandon_growth())
+    }
+
+    /// The same for who may not have the engine any more, by which a growth is abandoned.
+    pub(crate) fn call_off_with(&self, abandon: impl FnOnce()) -> bool {
         let mut progress = self.lock();
         match progress.stage {
             Stage::Commits => return false,
             // Behind what the engine was asked for under this lock.
-            Stage::Prepares if !progress.is_called_off => engine.abandon_growth(),
+            Stage::Prepares if !progress.is_called_off => abandon(),
             _ => {}
         }
         progress.is_called_off = true;

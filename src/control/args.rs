@@ -148,6 +148,12 @@ pub struct Args {
     #[arg(long, value_name = "GUID")]
     pub snapshot: Option<Guid>,
 
+    /// When the image is open, and locked so that nobody else opens it for writing: from the
+    /// `start` of this program on, or while a ring is `running`, which lets a guest be
+    /// migrated to another QEMU: its back-end can start while this one serves.
+    #[arg(long, value_name = "WHEN", value_enum, default_value_t = LockTime::Start)]
+    pub lock: LockTime,
+
     /// How many virtqueues to offer, 1 to 64. One that no guest uses costs nearly
     /// nothing; QEMU asks for one per vCPU.
     #[arg(long, value_name = "N", default_value_t = MAX_QUEUES,
@@ -267,6 +273,15 @@ pub enum AioMode {
     IoUring,
     /// Plain system calls, one after the other.
     Psync,
+}
+
+/// When an image is open and locked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum LockTime {
+    /// From the start of the program to its end.
+    Start,
+    /// While a ring runs.
+    Running,
 }
 
 /// [`OnEnospc`], as the command line has it.
@@ -451,6 +466,7 @@ impl Args {
                 user: self.user.map(|user| user.user),
                 group: self.group.or(self.user.and_then(|user| user.group)),
             },
+            opens_for_rings: self.lock == LockTime::Running,
         }
     }
 
@@ -558,6 +574,7 @@ mod tests {
             ("--runners=-1", "1 to 64"),
             ("--cache=magic", "none, writeback"),
             ("--aio=magic", "auto, io_uring, psync"),
+            ("--lock=magic", "start, running"),
             ("--serial=123456789012345678901", "at most 20 bytes"),
             ("--on-enospc=magic", "stop, report"),
             ("--writeback-delay=60001", "0 to 60000"),

@@ -16,11 +16,12 @@
 mod tests;
 
 use std::io;
-use std::os::fd::{AsRawFd, RawFd};
-use std::sync::Arc;
+use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, SyncSender, channel, sync_channel};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
+use rustix::event::{PollFd, PollFlags, poll};
 use serde_json::Value;
 use thiserror::Error;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
@@ -28,7 +29,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use super::question::{Answerer, Ending, Question};
 use super::sandbox::KeepTo;
 use super::{Error as StartError, with_causes};
-use crate::format::Sector;
+use crate::format::{Guid, Sector};
 use crate::image::{self, Bundle, ImageError, NewSnapshot};
 use crate::ploop::{Engine, EngineError, Outcome};
 use crate::served::snapshot::{self, SnapshotError};
@@ -58,6 +59,21 @@ impl Task {
             Self::Snapshot { .. } => "A snapshot of the disk is being made already",
         }
     }
+
+    fn called_off(&self) -> TaskError {
+        match self {
+            Self::Grow(_) => GrowError::CalledOff.into(),
+            Self::Snapshot { .. } => SnapshotError::CalledOff.into(),
+        }
+    }
+
+    /// By which it is done to an image that nobody serves.
+    pub fn off_line(&self) -> &'static str {
+        match self {
+            Self::Grow(_) => "resize",
+            Self::Snapshot { .. } => "snapshot create",
+        }
+    }
 }
 
 /// What has come of a task.
@@ -67,11 +83,29 @@ pub(super) enum Done {
     Grown(Sector),
     /// It has another top.
     Snapshot {
-        /// Which.
-        created: Box<snapshot::Created>,
+        /// Its name.
+        guid: Guid,
+        /// What whoever has the image open takes.
+        new_top: NewTop,
         /// Why it may not be there after a power cut, in words.
         doubt: Option<String>,
     },
+}
+
+/// The top that a snapshot has made, until it is taken by whoever has the image open: the main
+/// thread, when it hears of the snapshot, or who closes the image before.
+#[derive(Clone, Debug, Default)]
+pub(super) struct NewTop(Arc<Mutex<Option<Box<snapshot::Created>>>>);
+
+impl NewTop {
+    fn put(&self, created: Box<snapshot::Created>) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(created);
+    }
+
+    /// `None` if there is none, or it was taken.
+    pub fn take(&self) -> Option<Box<snapshot::Created>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
 }
 
 /// Why nothing has come of it.
@@ -102,6 +136,15 @@ pub(super) enum TaskError {
     /// There are no more descriptors, most likely.
     #[error("it cannot be begun")]
     Setup(#[from] io::Error),
+    /// No ring runs, and so nobody here has the image open.
+    #[error(
+        "no guest uses the disk, so its image is not open (--lock=running): 'ploop-img {0}' does \
+         it now"
+    )]
+    NotOpen(&'static str),
+    /// A ring is about to run, or the last one has stopped.
+    #[error("the image is being opened or closed (--lock=running); try again")]
+    Turning,
     /// The thread has ended in a panic.
     #[error("the thread that changes the disk has failed; see the log")]
     Gone,
@@ -130,6 +173,10 @@ pub(super) struct Caretaker {
 enum Job {
     /// Look at these from now on, and at no others.
     Watch(FileWatch),
+    /// The image was opened anew, or is not open: others may have changed its bundle.
+    ReadBundle,
+    /// Why the disk may not become larger, if there is such a reason.
+    Hides(Option<ImageError>),
     Do(Order),
     ListSnapshots(Answerer),
 }
@@ -137,9 +184,11 @@ enum Job {
 struct Order {
     /// Dropped last, whatever happens.
     ending: Ending,
-    engine: Arc<Engine<HostDisk>>,
+    /// Whoever closes the image meanwhile calls it off.
+    engine: Weak<Engine<HostDisk>>,
     task: Task,
     call_off: Arc<CallOff>,
+    new_top: NewTop,
     tell: SyncSender<Result<Done, TaskError>>,
 }
 
@@ -194,11 +243,33 @@ impl Caretaker {
         Ok(question)
     }
 
+    /// Others may have changed the bundle of the disk, which is not open here, or was not.
+    pub fn read_bundle_anew(&self) {
+        self.tell(Job::ReadBundle);
+    }
+
+    /// The image was opened anew; `hidden` is why its disk may not become larger now, if there
+    /// is such a reason.
+    pub fn image_opened(&self, hidden: Option<ImageError>) {
+        self.tell(Job::ReadBundle);
+        self.tell(Job::Hides(hidden));
+    }
+
+    fn tell(&self, job: Job) {
+        if self.jobs.send(job).is_err() {
+            log::error!("the disk cannot be changed any more: a thread has failed");
+        }
+    }
+
     /// Has something done to the disk of this engine. Returns at once.
     ///
     /// # Errors
     /// It is only read, there are no more descriptors, or the thread has ended.
-    pub fn begin(&self, engine: Arc<Engine<HostDisk>>, task: Task) -> Result<Operation, TaskError> {
+    pub fn begin(
+        &self,
+        engine: &Arc<Engine<HostDisk>>,
+        task: Task,
+    ) -> Result<Operation, TaskError> {
         if !self.can_change {
             return Err(match task {
                 Task::Grow(_) => GrowError::Engine(EngineError::ReadOnly).into(),
@@ -207,20 +278,21 @@ impl Caretaker {
         }
         let is_over = Arc::new(EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?);
         let (tell, result) = sync_channel(1);
-        let operation = Operation {
-            engine: Arc::clone(&engine),
-            task: task.clone(),
+        let stop = Stop {
+            engine: Arc::downgrade(engine),
             call_off: Arc::default(),
             is_over: Arc::clone(&is_over),
-            result,
+            new_top: NewTop::default(),
         };
         let order = Order {
             ending: Ending(is_over),
-            engine,
-            task,
-            call_off: Arc::clone(&operation.call_off),
+            engine: Arc::downgrade(engine),
+            task: task.clone(),
+            call_off: Arc::clone(&stop.call_off),
+            new_top: stop.new_top.clone(),
             tell,
         };
+        let operation = Operation { stop, task, result };
         let sent = self.jobs.send(Job::Do(order));
         sent.map_err(|_| TaskError::Gone)?;
         Ok(operation)
@@ -235,6 +307,13 @@ struct Kept {
 }
 
 impl Kept {
+    fn read_bundle(&mut self) {
+        let read = self.bundle.as_mut().map_or(Ok(()), Bundle::read_anew);
+        if let Err(error) = read {
+            log::error!("the disk cannot be changed: {}", with_causes(&error));
+        }
+    }
+
     /// As `ploop-img snapshot list --output json` shows them.
     fn list_snapshots(&mut self) -> Result<Value, String> {
         let bundle = self.bundle.as_mut();
@@ -266,6 +345,7 @@ impl Kept {
         engine: &Engine<HostDisk>,
         (new, is_unique): (&NewSnapshot, bool),
         call_off: &CallOff,
+        new_top: &NewTop,
     ) -> Result<Done, TaskError> {
         let bundle = self.bundle.as_mut().ok_or(TaskError::NoBundle)?;
         if is_unique && let Some(name) = &new.description {
@@ -275,21 +355,24 @@ impl Kept {
                 return Err(TaskError::NameTaken(name.clone()));
             }
         }
-        let done = match snapshot::create(engine, bundle, new, call_off) {
-            Ok(created) => Done::Snapshot {
-                created: Box::new(created),
-                doubt: None,
-            },
+        let (created, doubt) = match snapshot::create(engine, bundle, new, call_off) {
+            Ok(created) => (Box::new(created), None),
             // The disk has another top all the same.
             Err(error) => {
                 let doubt = Some(with_causes(&error));
                 match error {
-                    SnapshotError::Unstable { created, .. } => Done::Snapshot { created, doubt },
+                    SnapshotError::Unstable { created, .. } => (created, doubt),
                     error => return Err(error.into()),
                 }
             }
         };
-        Ok(done)
+        let guid = created.guid;
+        new_top.put(created);
+        Ok(Done::Snapshot {
+            guid,
+            new_top: new_top.clone(),
+            doubt,
+        })
     }
 }
 
@@ -322,6 +405,8 @@ fn work(jobs: &Receiver<Job>, mut disk: Kept) {
         };
         match job {
             Ok(Job::Watch(files)) => rounds = Rounds::of(files),
+            Ok(Job::ReadBundle) => disk.read_bundle(),
+            Ok(Job::Hides(hidden)) => disk.hidden = hidden.map(Arc::new),
             Ok(Job::Do(order)) => order.carry_out(&mut disk, &mut rounds),
             Ok(Job::ListSnapshots(answerer)) => answerer.answer(disk.list_snapshots()),
             Err(RecvTimeoutError::Timeout) => {}
@@ -387,14 +472,19 @@ impl Order {
             engine,
             task,
             call_off,
+            new_top,
             tell,
         } = self;
-        let result = match &task {
-            Task::Grow(size) => disk
-                .grow(&engine, *size, &call_off, rounds)
-                .map(Done::Grown),
-            Task::Snapshot { new, is_unique } => {
-                disk.make_snapshot(&engine, (new, *is_unique), &call_off)
+        let engine = engine.upgrade();
+        let result = match (&task, &engine) {
+            // The image was closed since.
+            (_, None) => Err(task.called_off()),
+            (Task::Grow(size), Some(engine)) => {
+                let grown = disk.grow(engine, *size, &call_off, rounds);
+                grown.map(Done::Grown)
+            }
+            (Task::Snapshot { new, is_unique }, Some(engine)) => {
+                disk.make_snapshot(engine, (new, *is_unique), &call_off, &new_top)
             }
         };
         // Who hears of the end may close the image.
@@ -406,10 +496,8 @@ impl Order {
 
 /// Something that is being done. Its descriptor is readable when it is over.
 pub(super) struct Operation {
-    engine: Arc<Engine<HostDisk>>,
+    stop: Stop,
     task: Task,
-    call_off: Arc<CallOff>,
-    is_over: Arc<EventFd>,
     result: Receiver<Result<Done, TaskError>>,
 }
 
@@ -422,7 +510,7 @@ impl Operation {
     /// It is to end soon, well or not. Returns at once: `true` if it has ended, and came to
     /// nothing.
     pub fn call_off(&self) -> bool {
-        self.call_off.call_off(&self.engine)
+        self.stop.call_off()
     }
 
     /// What has come of it. Waits until it is over.
@@ -438,16 +526,52 @@ impl Operation {
     /// # Errors
     /// Nothing.
     pub fn end(self) -> Result<Done, TaskError> {
-        match (self.call_off(), &self.task) {
-            (true, Task::Grow(_)) => Err(GrowError::CalledOff.into()),
-            (true, Task::Snapshot { .. }) => Err(SnapshotError::CalledOff.into()),
-            (false, _) => self.result(),
+        match self.call_off() {
+            true => Err(self.task.called_off()),
+            false => self.result(),
         }
+    }
+
+    /// For who closes the image meanwhile.
+    pub fn stop(&self) -> Stop {
+        self.stop.clone()
     }
 }
 
 impl AsRawFd for Operation {
     fn as_raw_fd(&self) -> RawFd {
-        self.is_over.as_raw_fd()
+        self.stop.is_over.as_raw_fd()
+    }
+}
+
+/// By which an operation is called off by another than who waits for it. Keeps nothing open.
+#[derive(Clone)]
+pub(super) struct Stop {
+    engine: Weak<Engine<HostDisk>>,
+    call_off: Arc<CallOff>,
+    is_over: Arc<EventFd>,
+    new_top: NewTop,
+}
+
+impl Stop {
+    fn call_off(&self) -> bool {
+        self.call_off.call_off_with(|| {
+            if let Some(engine) = self.engine.upgrade() {
+                engine.abandon_growth();
+            }
+        })
+    }
+
+    /// Calls it off, and waits for its end if it is too late for that. Then the image can be
+    /// closed. Gives back the top that it has got by this, unless that was taken already.
+    pub fn end(self) -> Option<Box<snapshot::Created>> {
+        if !self.call_off() {
+            // SAFETY: the descriptor is open as long as `self` is there.
+            let is_over = unsafe { BorrowedFd::borrow_raw(self.is_over.as_raw_fd()) };
+            let mut fds = [PollFd::from_borrowed_fd(is_over, PollFlags::IN)];
+            // Nobody reads it, so it stays readable.
+            while poll(&mut fds, None).is_err() {}
+        }
+        self.new_top.take()
     }
 }

@@ -39,7 +39,7 @@ use crate::device::{BlockDevice, Connection, Parked, has_spoken};
 use crate::format::{Guid, Sector};
 use crate::notices::{IoError, Notice, Notices};
 use crate::peer::Peer;
-use crate::ploop::EngineError;
+use crate::ploop::{Engine, EngineError};
 use crate::storage::{Disk, HostDisk};
 use crate::threads::{self, Role};
 
@@ -215,11 +215,10 @@ struct ImageSync {
 }
 
 impl ImageSync {
-    fn start<D: Disk>(device: &Arc<BlockDevice<D>>) -> io::Result<Self> {
+    fn start<D: Disk>(engine: Arc<Engine<D>>) -> io::Result<Self> {
         let is_over = Arc::new(EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?);
         let (tell, result) = sync_channel(1);
         threads::start(Role::Sync, "sync", {
-            let engine = Arc::clone(device.engine());
             let is_over = Arc::clone(&is_over);
             move || {
                 // Nobody may wait for it any more.
@@ -329,7 +328,8 @@ impl MainLoop<'_> {
     fn end(&mut self) {
         if let Some(connection) = self.connection.take() {
             // Of a disk that waits for a lock, the next process can go on with what waits.
-            let is_locked_out = self.device.engine().is_locked_out();
+            let engine = self.device.engine();
+            let is_locked_out = engine.is_some_and(|engine| engine.is_locked_out());
             connection.stop(match is_locked_out {
                 true => Parked::Drop,
                 false => Parked::FailSoon,
@@ -413,7 +413,7 @@ impl MainLoop<'_> {
             }
             Wish::Grow(by) => {
                 // Nothing changes it meanwhile.
-                let old_size = self.served.engine().disk_size();
+                let old_size = self.device.disk_size();
                 let task = Task::Grow(Sector(old_size.0.saturating_add(by.0)));
                 self.begin(task, Wants::Size, client, ops)
             }
@@ -551,12 +551,16 @@ impl MainLoop<'_> {
                 };
                 (Ok(answer), None)
             }
-            Ok(Done::Snapshot { created, doubt }) => {
-                let guid = created.guid;
-                if let Some(terms) = &mut self.doors.terms {
-                    terms.add_top(&created.top);
+            Ok(Done::Snapshot {
+                guid,
+                new_top,
+                doubt,
+            }) => {
+                self.served.add_top(self.image, &new_top);
+                if let (Some(terms), Some(top)) = (&mut self.doors.terms, self.image.files().last())
+                {
+                    terms.add_top(top);
                 }
-                self.served.add_top(self.image, *created);
                 let answer = match (doubt, wants) {
                     (Some(doubt), _) => Err(doubt),
                     (None, Wants::Guid) => Ok(json!({ "guid": guid.to_string() })),
@@ -691,7 +695,11 @@ impl MainLoop<'_> {
         successor: &Successor,
         ops: &mut EventOps,
     ) -> Result<bool, event_manager::Error> {
-        if self.device.engine().awaits_take_over() {
+        let Some(engine) = self.device.engine() else {
+            successor.refuse("the image is not open");
+            return Ok(false);
+        };
+        if engine.awaits_take_over() {
             // Closing the image would let that guest go on without what it was told is written.
             successor.refuse(
                 "a guest of a process that was killed may come back for what is not in the image",
@@ -702,7 +710,7 @@ impl MainLoop<'_> {
         if let Some(old) = self.sync.take() {
             ops.remove(synced_events(&old))?;
         }
-        match ImageSync::start(&self.device) {
+        match ImageSync::start(engine) {
             Ok(sync) => {
                 ops.add(synced_events(&sync))?;
                 self.sync = Some(sync);

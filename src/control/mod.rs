@@ -9,6 +9,7 @@ mod asker;
 mod bound;
 mod caretaker;
 mod deadline;
+mod holding;
 mod lock_keeper;
 mod logging;
 mod main_loop;
@@ -33,7 +34,7 @@ use std::thread;
 
 use thiserror::Error;
 
-pub use args::Args;
+pub use args::{Args, LockTime};
 pub use asker::{AskError, Asker};
 pub use logging::{LogFormat, Logging};
 pub use metrics::MetricsAddress;
@@ -56,6 +57,7 @@ use crate::storage::lock::LockError;
 use crate::storage::{Aio, ease_limits, start_maker};
 use main_loop::{Carried, Desk, Left};
 use metrics::Names;
+use sandbox::Reached;
 use served::Image;
 use upgrade::{Given, Taken, Terms, folder_of};
 
@@ -76,6 +78,17 @@ pub enum Error {
         /// Why.
         source: OpenError,
     },
+    /// The image is to be opened again when a ring runs, and could not be.
+    #[error("cannot open {} with the rights that this process keeps", path.display())]
+    OpenAgain {
+        /// One of its files.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// A process that takes over finds the image locked.
+    #[error("--lock=running does not go with --upgrade-socket and --take-over")]
+    UnlockedUpgrade,
     /// Threads, rings or descriptors could not be made.
     #[error("cannot set up I/O")]
     Setup(#[source] io::Error),
@@ -126,13 +139,18 @@ pub fn run(args: &Args, sandbox: &Sandbox) -> Result<(), Error> {
     let names = Names::of(args);
     // Who is confined cannot see what a control group allows.
     let cpus = thread::available_parallelism().map_or(1, NonZeroUsize::get);
-    let access = if args.is_read_only() {
+    let locks_for_rings = args.lock == LockTime::Running;
+    if locks_for_rings && args.can_be_upgraded() {
+        return Err(Error::UnlockedUpgrade);
+    }
+    let access = if args.is_read_only() || locks_for_rings {
         Access::Read
     } else {
         Access::Serve
     };
     let mode = OpenMode::new(access)
         .snapshot(args.snapshot)
+        .force_share(locks_for_rings)
         .share_locks(args.take_over.is_some());
     let image = Image::new(image::open(&args.blk_file, mode)?).map_err(Error::Setup)?;
     if let Some(limits) = args.throttle {
@@ -142,7 +160,7 @@ pub fn run(args: &Args, sandbox: &Sandbox) -> Result<(), Error> {
         Some(path) => upgrade::take_over(path, image, (args, cpus), sandbox, &signals)?,
         None => begin(image, args, cpus, sandbox)?,
     };
-    log::info!("{}", ready(args, taken.served.engine().disk_size()));
+    log::info!("{}", ready(args, taken.served.device().disk_size()));
     serve(taken, names, args, cpus, &signals)
 }
 
@@ -158,16 +176,30 @@ fn begin(mut image: Image, args: &Args, cpus: usize, sandbox: &Sandbox) -> Resul
     let folders: Vec<_> = sockets.into_iter().flatten().map(folder_of).collect();
     // Whoever is confined has no network, and only root has the low ports.
     let network = bind_network(args)?;
+    let opens_again = args.lock == LockTime::Running;
+    let folder = opens_again.then(|| image.folder(args)).transpose();
+    let folder = folder.map_err(Error::Setup)?.flatten();
     sandbox.become_user()?;
+    if opens_again {
+        image.set_writable(args);
+    }
     image.start_caretaker(args, sandbox)?;
-    sandbox.confine(image.files(), &folders, args.gives_sockets_away())?;
+    let files = Reached {
+        files: image.files(),
+        bundle: folder.as_ref(),
+    };
+    sandbox.confine(files, &folders, args.gives_sockets_away())?;
     start_ring_maker(args)?;
     let terms = args
         .can_be_upgraded()
         .then(|| Terms::of(args, image.files()));
     let terms = terms.transpose().map_err(Error::Setup)?;
-    let disk = image.disk(args)?;
-    let served = image.serve(disk, args, cpus)?;
+    let served = if opens_again {
+        image.serve_rings(args, cpus)?
+    } else {
+        let disk = image.disk(args)?;
+        image.serve(disk, args, cpus)?
+    };
     let opened = open_doors(args, control, network).and_then(|mut doors| {
         doors.terms = terms;
         sandbox.settle()?;

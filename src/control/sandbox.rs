@@ -14,6 +14,7 @@ mod files;
 mod privileges;
 mod syscalls;
 
+use std::fs::File;
 use std::io;
 use std::path::PathBuf;
 
@@ -68,6 +69,9 @@ pub struct SandboxOptions {
     pub confines: bool,
     /// Who to be from then on.
     pub run_as: RunAs,
+    /// Whether the image is opened when a ring is to run, by who answers the messages of the
+    /// front-end.
+    pub opens_for_rings: bool,
 }
 
 /// The process, on its way to fewer rights.
@@ -83,7 +87,7 @@ impl Sandbox {
     pub fn begin(options: SandboxOptions) -> Result<Self, SandboxError> {
         rustix::thread::set_no_new_privs(true)
             .map_err(|errno| SandboxError::NoNewPrivileges(errno.into()))?;
-        syscalls::begin(options.seccomp, options.run_as.is_other())?;
+        syscalls::begin(options)?;
         Ok(Self(options))
     }
 
@@ -119,25 +123,25 @@ impl Sandbox {
         Ok(KeepTo(Some((rules, capabilities))))
     }
 
-    /// The third: `files` are open, and reached from now on, as are the folders of the
-    /// sockets; other files are not. To be done before there are threads that serve.
+    /// The third: these files are reached from now on, as are the folders of the
+    /// sockets; others are not. To be done before there are threads that serve.
     ///
     /// # Errors
     /// See [`SandboxError`].
     pub fn confine(
         &self,
-        files: &[HostFile],
+        reached: Reached<'_>,
         folders: &[PathBuf],
         gives_socket_away: bool,
     ) -> Result<(), SandboxError> {
         if !self.0.confines {
             return Ok(());
         }
-        let own = privileges::are_all_ours(files, folders);
+        let own = privileges::are_all_ours(reached.files, folders);
         privileges::drop_capabilities(own, gives_socket_away)
             .map_err(SandboxError::Capabilities)?;
         privileges::hide().map_err(SandboxError::Dumpable)?;
-        files::restrict(files, folders)
+        files::restrict(reached, folders)
     }
 
     /// The last: the start is over.
@@ -145,8 +149,18 @@ impl Sandbox {
     /// # Errors
     /// See [`SandboxError`].
     pub fn settle(&self) -> Result<(), SandboxError> {
-        syscalls::settle(self.0.seccomp)
+        syscalls::settle(self.0)
     }
+}
+
+/// Files of the disk that stay within reach.
+#[derive(Clone, Copy, Debug)]
+pub struct Reached<'a> {
+    /// Those that are open.
+    pub files: &'a [HostFile],
+    /// The folder of its bundle, if all files there are to be opened by name that the disk
+    /// may consist of one day: another host may have made them.
+    pub bundle: Option<&'a File>,
 }
 
 /// What a thread keeps; see [`Sandbox::keeping_to`].

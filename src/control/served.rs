@@ -1,9 +1,11 @@
 //! The disk that is served: its image, and the engine and the device on it.
 //!
-//! The image stays open and locked as long as the process has anything to do with it. The
-//! engine comes and goes: who hands the disk to another process closes it, and opens it
-//! again from the same files if the other one cannot serve it.
+//! The image stays open and locked as long as the process has anything to do with it, or
+//! as long as a ring runs ([`Holding`]). In the first case the engine comes and goes: who hands
+//! the disk to another process closes it, and opens it again from the same files if the other
+//! one cannot serve it.
 
+use std::fs::File;
 use std::io;
 use std::sync::Arc;
 use std::thread;
@@ -12,20 +14,23 @@ use std::time::{Duration, Instant};
 use serde_json::json;
 
 use super::args::LockLossPolicy;
-use super::caretaker::{Caretaker, Operation, Task, TaskError};
+use super::caretaker::{Caretaker, NewTop, Operation, Task, TaskError};
+use super::holding::{Holding, Known};
 use super::lock_keeper::LockKeeper;
 use super::place::file_id;
 use super::question::Question;
 use super::subject::{Level, Subject};
 use super::{Args, Error, Sandbox};
 use crate::device::{
-    BlockDevice, Latencies, LatencyBins, LimitsError, QueueReport, Queues, Statistics, Throttle,
-    ThrottleLimits, Totals,
+    BlockDevice, Holder, Latencies, LatencyBins, LimitsError, QueueReport, Queues, Statistics,
+    Throttle, ThrottleLimits, Totals,
 };
 use crate::format::{Geometry, Sector};
 use crate::image::{self, Bundle, OpenImage};
 use crate::notices::Notices;
-use crate::ploop::{self, Chain, Engine, EngineError, EngineReport, Running, WriteThreshold};
+use crate::ploop::{
+    self, Chain, Engine, EngineError, EngineReport, Running, Shape, WriteThreshold,
+};
 use crate::served::snapshot::Created;
 use crate::storage::lock::{ImageLock, LockError};
 use crate::storage::{HostDisk, HostFile, KnownFile, lock_promise};
@@ -45,13 +50,18 @@ pub(super) struct Image {
     chain: Chain,
     /// Until there is [`Self::caretaker`].
     bundle: Option<Bundle>,
-    caretaker: Option<Arc<Caretaker>>,
     locks: Vec<ImageLock>,
-    /// What goes on while engines come and go.
+    standing: Standing,
+}
+
+/// What goes on while engines come and go.
+#[derive(Clone)]
+pub(super) struct Standing {
+    pub caretaker: Option<Arc<Caretaker>>,
     statistics: Arc<Statistics>,
     throttle: Arc<Throttle>,
     notices: Arc<Notices>,
-    write_threshold: Arc<WriteThreshold>,
+    pub write_threshold: Arc<WriteThreshold>,
 }
 
 impl Image {
@@ -59,6 +69,21 @@ impl Image {
     /// When there are no more descriptors; any of `fstat(2)`.
     pub fn new(image: OpenImage) -> io::Result<Self> {
         let notices = Arc::new(Notices::new()?);
+        let standing = Standing {
+            caretaker: None,
+            statistics: Arc::default(),
+            throttle: Arc::default(),
+            write_threshold: Arc::new(WriteThreshold::new(Arc::clone(&notices))),
+            notices,
+        };
+        Self::of(image, standing)
+    }
+
+    /// The same with what there was before.
+    ///
+    /// # Errors
+    /// Any of `fstat(2)`.
+    pub fn of(image: OpenImage, standing: Standing) -> io::Result<Self> {
         let top = image.files.last();
         if let Some(top) = top.filter(|top| top.writable) {
             lock_promise::warn_of_late_refusal(&top.file, &top.path);
@@ -69,28 +94,51 @@ impl Image {
             files: image.files,
             chain: image.chain,
             bundle: image.bundle,
-            caretaker: None,
             locks: image.locks,
-            statistics: Arc::default(),
-            throttle: Arc::default(),
-            write_threshold: Arc::new(WriteThreshold::new(Arc::clone(&notices))),
-            notices,
+            standing,
         })
+    }
+
+    /// See [`file_id`].
+    pub fn top(&self) -> &str {
+        &self.top
     }
 
     /// What guests may do with the disk.
     pub fn throttle(&self) -> &Throttle {
-        &self.throttle
+        &self.standing.throttle
     }
 
     /// What of its file is to be told of when it is used.
     pub fn write_threshold(&self) -> &Arc<WriteThreshold> {
-        &self.write_threshold
+        &self.standing.write_threshold
     }
 
     /// What is to be told of the disk.
     pub fn notices(&self) -> &Arc<Notices> {
-        &self.notices
+        &self.standing.notices
+    }
+
+    /// The folder in which all is that belongs to the disk, if there is one.
+    ///
+    /// # Errors
+    /// If there are not enough descriptors.
+    pub fn folder(&self, args: &Args) -> io::Result<Option<File>> {
+        let around = self.bundle.is_none();
+        let around = around.then(|| image::bundle_around(&args.blk_file));
+        let bundle = self
+            .bundle
+            .as_ref()
+            .or(around.as_ref().and_then(Option::as_ref));
+        let folder = bundle.map(|bundle| bundle.folder().file().try_clone());
+        folder.transpose()
+    }
+
+    /// The top is to be written to when it is opened again.
+    pub fn set_writable(&mut self, args: &Args) {
+        if let Some(top) = self.files.last_mut() {
+            top.writable = !args.is_read_only();
+        }
     }
 
     /// Starts the thread that makes the disk larger, if it can become so: before anything is
@@ -109,7 +157,7 @@ impl Image {
         // Lower levels stay what they are.
         let hidden = image::require_nothing_hidden(&self.files, &self.chain).err();
         let keeps = sandbox.keeping_to(bundle.as_ref(), &self.files)?;
-        self.caretaker = Some(Arc::new(Caretaker::start(bundle, hidden, keeps)?));
+        self.standing.caretaker = Some(Arc::new(Caretaker::start(bundle, hidden, keeps)?));
         Ok(())
     }
 
@@ -131,7 +179,7 @@ impl Image {
 
     /// What was made the top of the disk of this engine, by a snapshot, belongs to the image as
     /// if it had been opened with it.
-    fn add_top(&mut self, created: Created, engine: &Engine<HostDisk>) {
+    pub fn add_top(&mut self, created: Created, engine: &Engine<HostDisk>) {
         let Created { top, lock, .. } = created;
         match top.file.metadata() {
             Ok(metadata) => self.top = file_id(&metadata),
@@ -152,8 +200,8 @@ impl Image {
             log::warn!("others still find a snapshot locked as if it was written to: {error}");
         }
         self.locks.push(lock);
-        if let Some(caretaker) = &self.caretaker {
-            caretaker.watch(engine.disk().watch(Some(Arc::clone(&self.notices))));
+        if let Some(caretaker) = &self.standing.caretaker {
+            caretaker.watch(engine.disk().watch(Some(Arc::clone(self.notices()))));
         }
     }
 
@@ -169,17 +217,17 @@ impl Image {
             false => std::mem::take(&mut self.files),
         };
         let disk = HostDisk::new(files, args.host_options()).map_err(Error::Setup)?;
-        let notices = Some(Arc::clone(&self.notices));
+        let notices = Some(Arc::clone(self.notices()));
         self.caretaker()?.watch(disk.watch(notices));
         Ok(disk)
     }
 
     fn caretaker(&mut self) -> Result<&Arc<Caretaker>, Error> {
-        let caretaker = match self.caretaker.take() {
+        let caretaker = match self.standing.caretaker.take() {
             Some(caretaker) => caretaker,
             None => Arc::new(Caretaker::start_watching()?),
         };
-        Ok(self.caretaker.insert(caretaker))
+        Ok(self.standing.caretaker.insert(caretaker))
     }
 
     fn copies(&self) -> io::Result<Vec<HostFile>> {
@@ -205,32 +253,61 @@ impl Image {
         self.serve_with(disk, args, cpus, options)
     }
 
+    /// Makes the device on the image as it is, which nobody here has open until a ring runs.
+    /// All that can be opened later has to be opened for that, so whatever keeps this process
+    /// from it shows now.
+    pub fn serve_rings(&mut self, args: &Args, cpus: usize) -> Result<Served, Error> {
+        self.caretaker()?;
+        let mut files = std::mem::take(&mut self.files);
+        for file in &mut files {
+            let again = File::options()
+                .read(true)
+                .write(file.writable)
+                .open(&file.path);
+            again.map_err(|source| Error::OpenAgain {
+                path: file.path.clone(),
+                source,
+            })?;
+            // It is only looked at now, and another host may write to it.
+            file.writable = false;
+        }
+        let disk = HostDisk::new(files, args.host_options()).map_err(Error::Setup)?;
+        let shape = Shape::read(&disk, &self.chain, args.is_read_only());
+        let shape = shape.map_err(|source| Error::Engine {
+            path: args.blk_file.clone(),
+            source,
+        })?;
+        let levels = level_list(&disk, &shape);
+        let holding = Holding::new(args, self.standing.clone(), self.top.clone(), levels);
+        let holding = Arc::new(holding);
+        let holder = Arc::clone(&holding) as Arc<dyn Holder<HostDisk>>;
+        let queues = Queues::new(args.num_queues, args.queue_size)?;
+        let device = BlockDevice::held_by(holder, shape, args.serial_number(), queues);
+        Ok(Served {
+            device: Arc::new(self.furnish(device, args, cpus)?),
+            way: Way::ForRings(holding),
+            caretaker: self.standing.caretaker.clone(),
+        })
+    }
+
     fn serve_with(
         &self,
         disk: HostDisk,
         args: &Args,
         cpus: usize,
-        mut options: ploop::Options,
+        options: ploop::Options,
     ) -> Result<Served, Error> {
-        options.notices = Some(Arc::clone(&self.notices));
-        options.write_threshold = Arc::clone(&self.write_threshold);
-        let opened = Engine::open(disk, &self.chain, options);
-        let opened = opened.map_err(|source| Error::Engine {
-            path: args.blk_file.clone(),
-            source,
-        })?;
-        let running = Running::start(opened).map_err(Error::Setup)?;
-        let waits = args.on_lock_loss == LockLossPolicy::Stop;
-        let locks = LockKeeper::start(running.engine(), Arc::clone(&self.notices), waits);
-        let locks = locks.map_err(Error::Setup)?;
+        let (running, locks) = self.run(disk, args, options)?;
         let device = self.device(args, cpus, &running);
         match device {
             Ok(device) => Ok(Served {
                 device: Arc::new(device),
-                top: self.top.clone(),
-                running,
-                caretaker: self.caretaker.clone(),
-                locks,
+                way: Way::Always {
+                    top: self.top.clone(),
+                    running: Box::new(running),
+                    locks,
+                },
+                caretaker: self.standing.caretaker.clone(),
             }),
             Err(error) => {
                 // Says itself what goes wrong.
@@ -238,6 +315,26 @@ impl Image {
                 Err(error)
             }
         }
+    }
+
+    /// Reads the image and starts the engine's threads.
+    pub fn run(
+        &self,
+        disk: HostDisk,
+        args: &Args,
+        mut options: ploop::Options,
+    ) -> Result<(Running<HostDisk>, Option<LockKeeper>), Error> {
+        options.notices = Some(Arc::clone(self.notices()));
+        options.write_threshold = Arc::clone(self.write_threshold());
+        let opened = Engine::open(disk, &self.chain, options);
+        let opened = opened.map_err(|source| Error::Engine {
+            path: args.blk_file.clone(),
+            source,
+        })?;
+        let running = Running::start(opened).map_err(Error::Setup)?;
+        let waits = args.on_lock_loss == LockLossPolicy::Stop;
+        let locks = LockKeeper::start(running.engine(), Arc::clone(self.notices()), waits);
+        Ok((running, locks.map_err(Error::Setup)?))
     }
 
     fn device(
@@ -248,12 +345,22 @@ impl Image {
     ) -> Result<BlockDevice<HostDisk>, Error> {
         let queues = Queues::new(args.num_queues, args.queue_size)?;
         let engine = Arc::clone(running.engine());
-        let device = BlockDevice::new(engine, args.serial_number(), queues)
+        let device = BlockDevice::new(engine, args.serial_number(), queues);
+        self.furnish(device, args, cpus)
+    }
+
+    fn furnish(
+        &self,
+        device: BlockDevice<HostDisk>,
+        args: &Args,
+        cpus: usize,
+    ) -> Result<BlockDevice<HostDisk>, Error> {
+        let device = device
             .with_cpus(cpus)
             .with_poll(args.longest_poll())
-            .with_statistics(Arc::clone(&self.statistics))
-            .with_throttle(Arc::clone(&self.throttle))
-            .with_notices(Arc::clone(&self.notices))
+            .with_statistics(Arc::clone(&self.standing.statistics))
+            .with_throttle(Arc::clone(&self.standing.throttle))
+            .with_notices(Arc::clone(&self.standing.notices))
             .with_logical_block(args.logical_block_size)?;
         Ok(device)
     }
@@ -271,15 +378,25 @@ impl Image {
     }
 }
 
-/// An engine that runs, and the device that shows it.
+/// A device, and who has the image open that it shows.
 pub(super) struct Served {
     device: Arc<BlockDevice<HostDisk>>,
-    /// See [`file_id`].
-    top: String,
-    running: Running<HostDisk>,
+    way: Way,
     caretaker: Option<Arc<Caretaker>>,
-    /// Where there are locks to look after. As long as anything is done to the image.
-    locks: Option<LockKeeper>,
+}
+
+/// How an image is open.
+enum Way {
+    /// All the time.
+    Always {
+        /// See [`file_id`].
+        top: String,
+        running: Box<Running<HostDisk>>,
+        /// Where there are locks to look after. As long as anything is done to the image.
+        locks: Option<LockKeeper>,
+    },
+    /// While a ring runs.
+    ForRings(Arc<Holding>),
 }
 
 /// What has become of an image that was to be passed on.
@@ -296,25 +413,52 @@ impl Served {
         &self.device
     }
 
-    pub fn engine(&self) -> &Engine<HostDisk> {
-        self.running.engine()
+    /// While the image is open.
+    pub fn engine(&self) -> Option<Arc<Engine<HostDisk>>> {
+        self.device.engine()
+    }
+
+    /// Whether nobody here has the image open, or opens or closes it.
+    fn is_at_rest(&self) -> bool {
+        match &self.way {
+            Way::Always { .. } => false,
+            Way::ForRings(holding) => holding.is_at_rest(),
+        }
+    }
+
+    fn known(&self) -> Option<Known> {
+        match &self.way {
+            Way::Always { .. } => None,
+            Way::ForRings(holding) => Some(holding.known()),
+        }
     }
 
     /// Has something done to the disk. Returns at once.
     ///
     /// # Errors
-    /// See [`Caretaker::begin`].
+    /// See [`TaskError`].
     pub fn begin(&self, task: Task) -> Result<Operation, TaskError> {
-        match &self.caretaker {
-            Some(caretaker) => caretaker.begin(Arc::clone(self.running.engine()), task),
-            None => Err(TaskError::Gone),
+        match (&self.way, &self.caretaker) {
+            (Way::ForRings(holding), _) => holding.begin(task),
+            (Way::Always { running, .. }, Some(caretaker)) => {
+                caretaker.begin(running.engine(), task)
+            }
+            (Way::Always { .. }, None) => Err(TaskError::Gone),
         }
     }
 
-    /// The engine has another top since a snapshot was made. `image` is that of this engine.
-    pub fn add_top(&mut self, image: &mut Image, created: Created) {
-        image.add_top(created, self.running.engine());
-        self.top.clone_from(&image.top);
+    /// The engine has another top since a snapshot was made. `image` is that of this engine,
+    /// if it is open all the time.
+    pub fn add_top(&mut self, image: &mut Image, new_top: &NewTop) {
+        match &mut self.way {
+            Way::Always { top, running, .. } => {
+                if let Some(created) = new_top.take() {
+                    image.add_top(*created, running.engine());
+                    top.clone_from(&image.top);
+                }
+            }
+            Way::ForRings(holding) => holding.adopt(new_top),
+        }
     }
 
     /// Has the snapshots of the disk looked up. Returns at once.
@@ -323,7 +467,13 @@ impl Served {
     /// In words.
     pub fn list_snapshots(&self) -> Result<Question, String> {
         match &self.caretaker {
-            Some(caretaker) => caretaker.list_snapshots(),
+            Some(caretaker) => {
+                if !self.is_open() {
+                    // Others may have changed it.
+                    caretaker.read_bundle_anew();
+                }
+                caretaker.list_snapshots()
+            }
             None => Err(TaskError::Gone.words()),
         }
     }
@@ -332,11 +482,19 @@ impl Served {
     /// at once.
     ///
     /// # Errors
-    /// In words: there can be no more threads or descriptors.
+    /// In words: there can be no more threads or descriptors, or the image is about to be
+    /// opened or closed.
     pub fn flush(&self) -> Result<Question, String> {
         let begin = || {
             let (question, answerer) = Question::new()?;
-            let engine = Arc::clone(self.running.engine());
+            let Some(engine) = self.engine() else {
+                // One that is closed has everything.
+                answerer.answer(match self.is_at_rest() {
+                    true => Ok(json!({})),
+                    false => Err("the image is about to be opened or closed".to_owned()),
+                });
+                return Ok(question);
+            };
             threads::start(Role::Sync, "sync", move || {
                 let settled = engine.settle();
                 // Who hears of the end may close the image.
@@ -355,61 +513,93 @@ impl Served {
     pub fn pass(self) -> Passed {
         let Self {
             device,
-            top,
-            running,
+            way,
             caretaker,
-            locks,
         } = self;
-        match running.pass() {
-            Ok(()) => Passed::Closed,
-            Err((None, error)) => Passed::Unmarked(error),
-            Err((Some(running), error)) => {
-                let kept = Self {
-                    device,
-                    top,
-                    running,
-                    caretaker,
-                    locks,
-                };
-                Passed::Kept(kept, error)
-            }
+        let keep = |way| Self {
+            device: Arc::clone(&device),
+            way,
+            caretaker,
+        };
+        match way {
+            Way::Always {
+                top,
+                running,
+                locks,
+            } => match running.pass() {
+                Ok(()) => Passed::Closed,
+                Err((None, error)) => Passed::Unmarked(error),
+                Err((Some(running), error)) => {
+                    let way = Way::Always {
+                        top,
+                        running: Box::new(running),
+                        locks,
+                    };
+                    Passed::Kept(keep(way), error)
+                }
+            },
+            Way::ForRings(holding) => match device.close_image() {
+                Ok(()) => Passed::Closed,
+                Err(error) => Passed::Kept(keep(Way::ForRings(holding)), error),
+            },
         }
     }
 
     /// Closes the image. Nobody is served any more.
     pub fn close(self) -> Result<(), Error> {
-        drop(self.device);
-        self.running.close().map_err(Error::Close)
+        match self.way {
+            Way::Always { running, locks, .. } => {
+                let closed = running.close().map_err(Error::Close);
+                drop(locks);
+                closed
+            }
+            Way::ForRings(holding) => holding.close(),
+        }
     }
+}
+
+/// The levels of a disk, base first.
+pub(super) fn level_list(disk: &HostDisk, shape: &Shape) -> Vec<Level> {
+    let levels = disk.known_files().zip(shape.level_geometries());
+    let level = |(file, (geometry, is_ploop)): (KnownFile<'_>, (&Geometry, bool))| Level {
+        file: file.path.to_owned(),
+        is_ploop,
+        is_writable: false,
+        is_direct: file.is_direct,
+        virtual_size: geometry.disk_size.bytes(),
+        actual_size: file.allocation,
+        cluster_size: geometry.cluster.bytes(),
+    };
+    let mut levels: Vec<_> = levels.map(level).collect();
+    if let Some(top) = levels.last_mut() {
+        top.is_writable = !shape.is_read_only();
+        // It may have grown since it was opened.
+        top.virtual_size = shape.disk_size().bytes();
+    }
+    levels
 }
 
 impl Subject for Served {
     fn levels(&self) -> Vec<Level> {
-        let files = self.engine().disk().known_files();
-        let levels = files.zip(self.engine().level_geometries());
-        let level = |(file, (geometry, is_ploop)): (KnownFile<'_>, (Geometry, bool))| Level {
-            file: file.path.to_owned(),
-            is_ploop,
-            is_writable: file.is_writable && !self.engine().is_read_only(),
-            is_direct: file.is_direct,
-            virtual_size: geometry.disk_size.bytes(),
-            actual_size: file.allocation,
-            cluster_size: geometry.cluster.bytes(),
-        };
-        let mut levels: Vec<_> = levels.map(level).collect();
-        if let Some(top) = levels.last_mut() {
-            // It may have grown since it was opened.
-            top.virtual_size = self.engine().disk_size().bytes();
+        match self.engine() {
+            Some(engine) => level_list(engine.disk(), &engine.shape()),
+            None => self.known().map(|known| known.levels).unwrap_or_default(),
         }
-        levels
     }
 
-    fn file_id(&self) -> &str {
-        &self.top
+    fn file_id(&self) -> String {
+        match &self.way {
+            Way::Always { top, .. } => top.clone(),
+            Way::ForRings(holding) => holding.top(),
+        }
+    }
+
+    fn is_open(&self) -> bool {
+        self.engine().is_some()
     }
 
     fn has_write_cache(&self) -> bool {
-        !self.engine().report().is_write_through
+        !Subject::engine(self).is_write_through
     }
 
     fn totals(&self) -> Totals {
@@ -421,7 +611,10 @@ impl Subject for Served {
     }
 
     fn engine(&self) -> EngineReport {
-        Self::engine(self).report()
+        match Self::engine(self) {
+            Some(engine) => engine.report(),
+            None => self.known().map(|known| known.report).unwrap_or_default(),
+        }
     }
 
     fn latencies(&self) -> Latencies {
@@ -441,11 +634,19 @@ impl Subject for Served {
     }
 
     fn write_threshold(&self) -> u64 {
-        self.engine().write_threshold()
+        match &self.way {
+            Way::Always { running, .. } => running.engine().write_threshold(),
+            Way::ForRings(holding) => holding.write_threshold().bytes(),
+        }
     }
 
     fn set_write_threshold(&self, bytes: u64) {
-        self.engine().set_write_threshold(bytes);
+        match (self.engine(), &self.way) {
+            (Some(engine), _) => engine.set_write_threshold(bytes),
+            // It is looked at when the image is opened.
+            (None, Way::ForRings(holding)) => holding.write_threshold().set(bytes),
+            (None, Way::Always { running, .. }) => running.engine().set_write_threshold(bytes),
+        }
     }
 
     fn limits(&self) -> ThrottleLimits {

@@ -13,7 +13,10 @@ pub trait Subject {
     fn levels(&self) -> Vec<Level>;
 
     /// Device and inode of the file of its top level, which can be called by many paths.
-    fn file_id(&self) -> &str;
+    fn file_id(&self) -> String;
+
+    /// Whether its image is open here. While it is not, the rest is what was known last.
+    fn is_open(&self) -> bool;
 
     /// Whether the guest's writes may be kept in a cache until it flushes.
     fn has_write_cache(&self) -> bool;

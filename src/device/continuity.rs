@@ -47,6 +47,8 @@ pub(super) enum ContinuityError {
          in-flight region: it may have been told of writes that are lost. Reset the guest"
     )]
     NotKept,
+    #[error("the image is not open")]
+    NotOpen,
 }
 
 /// A region that the front-end has set.
@@ -61,6 +63,9 @@ struct Region {
 
 /// Of our own part of a region.
 enum State {
+    /// The image was not open since it came, or since the image was closed. Of one that
+    /// `is_settled` it is known that it adds nothing to what the disk has.
+    Unread { is_settled: bool },
     /// Nothing is in it yet.
     Fresh(Option<SharedWords>),
     /// The engine keeps in it what has to outlive us.
@@ -118,43 +123,74 @@ impl<D: Disk> Continuity<D> {
             return Err(ContinuityError::Foreign(why));
         }
         let file = Arc::new(file);
-        let map = |offset, words| {
-            SharedWords::map(Arc::clone(&file), offset, words).map_err(ContinuityError::Foreign)
-        };
-        let standard = Arc::new(map(0, layout.words())?);
-        let (own_at, own_len) = self.own_part(layout);
-        // The disk may have grown since the region was made.
-        lengthen(&file, own_at + own_len).map_err(ContinuityError::Foreign)?;
-        let own = map(own_at, own_len as usize / size_of::<u64>())?;
-        let is_fresh = !is_settled
-            && own
-                .word(0)
-                .is_none_or(|word| word.load(Ordering::Relaxed) == 0);
-        let again = own.map_again().map_err(ContinuityError::Foreign)?;
-        let own = if is_fresh {
-            State::Fresh(Some(own))
-        } else {
-            let engine = self.device.engine();
-            let taken = match is_settled {
-                true => engine.take_back(own),
-                false => engine.take_over(own),
-            };
-            match taken {
-                Ok(()) => State::Used,
-                Err(error) => State::Unusable(Some(again), Some(error)),
-            }
-        };
-        let mode = matches!(own, State::Used)
-            .then(|| self.noted_mode())
-            .flatten();
-        self.region = Some(Region {
+        let standard = SharedWords::map(Arc::clone(&file), 0, layout.words());
+        let standard = Arc::new(standard.map_err(ContinuityError::Foreign)?);
+        let mut region = Region {
             given: *given,
             file,
             standard,
             layout,
-            own,
-        });
+            own: State::Unread { is_settled },
+        };
+        let mode = self.read(&mut region)?;
+        self.region = Some(region);
         Ok(mode)
+    }
+
+    /// The image has been opened for a guest that is about to be served: looks at what of
+    /// the region could not be understood without. Gives back the cache mode that it has.
+    pub fn image_opened(&mut self) -> Result<Option<bool>, ContinuityError> {
+        let mut region = self.region.take();
+        let mode = match &mut region {
+            Some(region) => self.read(region),
+            None => Ok(None),
+        };
+        self.region = region;
+        self.device.image().forget_left_memory();
+        mode
+    }
+
+    /// The image was closed, and has all that the region remembers.
+    pub fn image_closed(&mut self) {
+        if let Some(region) = &mut self.region
+            && !matches!(region.own, State::Fresh(_))
+        {
+            region.own = State::Unread { is_settled: false };
+        }
+    }
+
+    /// Looks at our own part of a region, if nobody has and the image is open. Gives back the
+    /// cache mode that it has.
+    fn read(&self, region: &mut Region) -> Result<Option<bool>, ContinuityError> {
+        let (State::Unread { is_settled }, Some(engine)) = (&region.own, self.device.engine())
+        else {
+            return Ok(None);
+        };
+        let (own_at, own_len) = self.own_part(region.layout);
+        // The disk may have grown since the region was made.
+        lengthen(&region.file, own_at + own_len).map_err(ContinuityError::Foreign)?;
+        let words = own_len as usize / size_of::<u64>();
+        let own = SharedWords::map(Arc::clone(&region.file), own_at, words);
+        let own = own.map_err(ContinuityError::Foreign)?;
+        let is_fresh = !is_settled
+            && own
+                .word(0)
+                .is_none_or(|word| word.load(Ordering::Relaxed) == 0);
+        if is_fresh {
+            region.own = State::Fresh(Some(own));
+            return Ok(None);
+        }
+        let again = own.map_again().map_err(ContinuityError::Foreign)?;
+        let taken = match is_settled {
+            true => engine.take_back(own),
+            false => engine.take_over(own),
+        };
+        region.own = match taken {
+            Ok(()) => State::Used,
+            Err(error) => State::Unusable(Some(again), Some(error)),
+        };
+        let is_used = matches!(region.own, State::Used);
+        Ok(is_used.then(|| self.noted_mode()).flatten())
     }
 
     fn layout(&self, queues: u16, entries: u16) -> Result<Layout, ContinuityError> {
@@ -171,7 +207,11 @@ impl<D: Disk> Continuity<D> {
     /// Where in a region our own part begins, and its length, in bytes.
     fn own_part(&self, layout: Layout) -> (u64, u64) {
         let at = SharedWords::aligned(layout.len());
-        (at, self.device.engine().remembered_len())
+        let engine = self.device.engine();
+        let len = engine.map(|engine| engine.remembered_len());
+        // Else it is made longer when it turns out to be too short.
+        let len = len.unwrap_or_else(|| self.device.image().shape().remembered_len());
+        (at, len)
     }
 
     /// The part of one queue.
@@ -184,9 +224,10 @@ impl<D: Disk> Continuity<D> {
     /// it before. From then on the engine is in service.
     pub fn admit(&mut self, is_under_way: bool) -> Result<(), ContinuityError> {
         let is_under_way = is_under_way || self.has_been_served();
-        let engine = self.device.engine();
+        let engine = self.device.engine().ok_or(ContinuityError::NotOpen)?;
         match self.region.as_mut().map(|region| &mut region.own) {
             Some(State::Used) => return Ok(()),
+            Some(State::Unread { .. }) => return Err(ContinuityError::NotOpen),
             Some(State::Unusable(_, error)) if is_under_way => {
                 return Err(error
                     .take()
@@ -239,11 +280,13 @@ impl<D: Disk> Continuity<D> {
             return;
         }
         let on = if cache_is_on { NOTE_ON } else { 0 };
-        self.device.engine().set_note(NOTE_MODE | on);
+        if let Some(engine) = self.device.engine() {
+            engine.set_note(NOTE_MODE | on);
+        }
     }
 
     fn noted_mode(&self) -> Option<bool> {
-        let note = self.device.engine().note()?;
+        let note = self.device.engine()?.note()?;
         (note & NOTE_MODE != 0).then_some(note & NOTE_ON != 0)
     }
 
@@ -270,7 +313,9 @@ impl<D: Disk> Continuity<D> {
     /// No ring runs any more, and the region may be gone without a word: makes stable
     /// what it remembers.
     pub fn settle(&self) {
-        if let Err(error) = self.device.engine().settle() {
+        // One that is closed has everything.
+        let settled = self.device.engine().map(|engine| engine.settle());
+        if let Some(Err(error)) = settled {
             guest_log!(
                 self.device.host_limit(),
                 Error,
@@ -284,9 +329,12 @@ impl<D: Disk> Continuity<D> {
     pub fn forget(&mut self) {
         // Also the region of a connection before this one.
         let engine = self.device.engine();
-        if self.region.take().is_some() || engine.note().is_some() {
+        let note = engine.as_ref().and_then(|engine| engine.note());
+        if self.region.take().is_some() || note.is_some() {
             self.settle();
-            engine.forget();
+            if let Some(engine) = engine {
+                engine.forget();
+            }
         }
     }
 }

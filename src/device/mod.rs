@@ -7,6 +7,7 @@
 //! - `connection`: the thread of the messages, from beginning to end;
 //! - `channel`: what the front-end is told without asking;
 //! - `session`: what each message does;
+//! - `image`: the image behind the disk, which need not be open all the time;
 //! - `suspended`: a connection on its way to another process;
 //! - `gate`: what threads wait at until all of them are there;
 //! - `memory_table`: the guest's memory as the front-end shares it;
@@ -45,6 +46,7 @@ mod event;
 pub mod fuzzing;
 mod gate;
 mod histogram;
+mod image;
 mod inflight;
 mod mailbox;
 mod memory;
@@ -80,17 +82,20 @@ use thiserror::Error;
 
 pub use connection::{Connection, ConnectionError, NotSuspended, Resumed, has_spoken};
 pub use histogram::Histogram;
+pub use image::{HoldError, Holder};
 pub use mailbox::Parked;
 pub use statistics::{Bins, KindCounts, Latencies, LatencyBins, QueueReport, Statistics, Totals};
 pub use suspended::Suspended;
 pub use throttle::{Limit, Limits as ThrottleLimits, LimitsError, Throttle};
 
+use crate::format::Sector;
 use crate::notices::Notices;
-use crate::ploop::Engine;
+use crate::ploop::{Engine, EngineError, Shape};
 use crate::storage::Disk;
 use config::ConfigSpace;
+use image::Image;
 use ratelimit::RateLimit;
-use request::{ID_LEN, Limits};
+use request::ID_LEN;
 use stops::Stops;
 
 /// Most virtqueues. QEMU asks for one per vCPU, and serves few with more.
@@ -227,7 +232,7 @@ impl Queues {
 
 /// A virtual disk as drivers see it. Outlives the front-ends that come and go.
 pub struct BlockDevice<D: Disk> {
-    engine: Arc<Engine<D>>,
+    image: Image<D>,
     serial: Serial,
     queues: Queues,
     logical_block: LogicalBlock,
@@ -250,8 +255,23 @@ pub struct BlockDevice<D: Disk> {
 impl<D: Disk> BlockDevice<D> {
     /// Shows what `engine` serves.
     pub fn new(engine: Arc<Engine<D>>, serial: Serial, queues: Queues) -> Self {
+        Self::of(Image::open(engine), serial, queues)
+    }
+
+    /// Shows an image that `holder` opens when a ring is to run, and closes when none does.
+    /// `shape` is what it is like now.
+    pub fn held_by(
+        holder: Arc<dyn Holder<D>>,
+        shape: Shape,
+        serial: Serial,
+        queues: Queues,
+    ) -> Self {
+        Self::of(Image::held_by(holder, shape), serial, queues)
+    }
+
+    fn of(image: Image<D>, serial: Serial, queues: Queues) -> Self {
         Self {
-            engine,
+            image,
             serial,
             queues,
             logical_block: LogicalBlock::default(),
@@ -319,12 +339,24 @@ impl<D: Disk> BlockDevice<D> {
     /// # Errors
     /// The disk does not end with such a block.
     pub fn with_logical_block(mut self, block: LogicalBlock) -> Result<Self, LogicalBlockError> {
-        let disk_bytes = self.engine.disk_size().bytes();
-        if !disk_bytes.is_multiple_of(u64::from(block.bytes())) {
-            return Err(LogicalBlockError { disk_bytes, block });
-        }
         self.logical_block = block;
+        self.check_blocks()?;
         Ok(self)
+    }
+
+    /// That the disk ends with a logical block.
+    fn check_blocks(&self) -> Result<(), LogicalBlockError> {
+        let disk_bytes = self.disk_size().bytes();
+        let block = self.logical_block;
+        match disk_bytes.is_multiple_of(u64::from(block.bytes())) {
+            true => Ok(()),
+            false => Err(LogicalBlockError { disk_bytes, block }),
+        }
+    }
+
+    /// In sectors, as it is now, or was when the image was seen last.
+    pub fn disk_size(&self) -> Sector {
+        self.image.disk_size()
     }
 
     fn longest_poll(&self) -> Duration {
@@ -353,8 +385,22 @@ impl<D: Disk> BlockDevice<D> {
         &self.stops
     }
 
-    pub(crate) fn engine(&self) -> &Arc<Engine<D>> {
-        &self.engine
+    /// While the image is open.
+    pub(crate) fn engine(&self) -> Option<Arc<Engine<D>>> {
+        self.image.engine()
+    }
+
+    /// Has the image closed if it is open only while a ring runs. To be called while nobody
+    /// is served.
+    ///
+    /// # Errors
+    /// Not everything could be made stable: it stays open.
+    pub fn close_image(&self) -> Result<(), EngineError> {
+        self.image.release().map(drop)
+    }
+
+    fn image(&self) -> &Image<D> {
+        &self.image
     }
 
     fn serial(&self) -> &[u8; ID_LEN] {
@@ -377,23 +423,15 @@ impl<D: Disk> BlockDevice<D> {
         &self.host_limit
     }
 
-    fn limits(&self) -> Limits {
-        Limits {
-            disk_size: self.engine.disk_size(),
-            read_only: self.engine.is_read_only(),
-            max_ranges: config::MAX_RANGES,
-            max_range_sectors: config::MAX_RANGE_SECTORS,
-        }
-    }
-
     fn config_space(&self, writeback: bool) -> ConfigSpace {
+        let shape = self.image.shape();
         ConfigSpace {
-            disk_size: self.engine.disk_size(),
+            disk_size: shape.disk_size(),
             logical_block: self.logical_block.bytes(),
             num_queues: self.num_queues(),
             queue_size: self.queue_size(),
-            host_block: self.engine.zero_granularity(),
-            cluster: self.engine.geometry().cluster.bytes() as u32,
+            host_block: shape.zero_granularity(),
+            cluster: shape.cluster().bytes() as u32,
             writeback,
         }
     }

@@ -71,7 +71,9 @@ impl QueueThread {
             gate,
         } = start;
         headroom::check()?;
-        let engine = device.engine().queue()?;
+        let engine = device.engine();
+        let engine = engine.ok_or_else(|| io::Error::other("the image is not open"))?;
+        let engine = engine.queue()?;
         let mailbox = Arc::new(Mailbox::new(engine.waker()));
         let worker = Worker::new(
             Arc::clone(device),

@@ -8,13 +8,13 @@ use std::time::{Duration, Instant};
 use slab::Slab;
 use smallvec::SmallVec;
 
-use super::BlockDevice;
 use super::mailbox::Parked;
 use super::memory::{Hold, QueueMemory};
 use super::ratelimit::guest_log;
-use super::request::{ID_LEN, Operation, Rejected, Reply, Request, Status};
+use super::request::{ID_LEN, Limits, Operation, Rejected, Reply, Request, Status};
 use super::statistics::{Ended, Kind, QueueCounters};
 use super::throttle::{self, Valve};
+use super::{BlockDevice, config};
 use crate::notices::IoError;
 use crate::ploop::{self, Command, Done, EngineError, Queue};
 use crate::storage::{Disk, Segments};
@@ -137,6 +137,17 @@ impl<D: Disk> Requests<D> {
             undone: Vec::new(),
             unfinished: Vec::new(),
             done: Vec::with_capacity(depth),
+        }
+    }
+
+    /// What a request may be.
+    pub fn limits(&self) -> Limits {
+        let engine = self.engine.engine();
+        Limits {
+            disk_size: engine.disk_size(),
+            read_only: engine.is_read_only(),
+            max_ranges: config::MAX_RANGES,
+            max_range_sectors: config::MAX_RANGE_SECTORS,
         }
     }
 

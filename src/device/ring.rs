@@ -394,6 +394,16 @@ impl Ring {
         Ok(())
     }
 
+    /// Whether it runs as soon as it is enabled.
+    pub fn has_kick(&self) -> bool {
+        self.kick.is_some()
+    }
+
+    /// Whether it runs as soon as it has a kick.
+    pub fn is_enabled(&self) -> bool {
+        self.enabled
+    }
+
     /// Whether it is to run.
     pub fn is_started(&self) -> bool {
         self.kick.is_some() && self.enabled

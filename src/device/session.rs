@@ -5,6 +5,8 @@
 //! obeyed is refused with a reason, which ends the connection unless it is one that a
 //! guest can provoke.
 
+mod holding;
+
 use std::fs::File;
 use std::io;
 use std::sync::Arc;
@@ -23,12 +25,13 @@ use vhost::vhost_user::{
 use virtio_queue::Error as QueueError;
 use vm_memory::GuestAddressSpace;
 
-use super::BlockDevice;
+use self::holding::{KnownSize, with_causes};
 use super::config::{self, CAPACITY_OFFSET, WRITEBACK_OFFSET};
 use super::continuity::{Continuity, ContinuityError};
 use super::dirty_log::{Log, LogError};
 use super::event::{Event, EventError};
 use super::gate::Gate;
+use super::image::HoldError;
 use super::mailbox::Parked;
 use super::memory_table::{MAX_REGIONS, MemoryError, MemoryTable};
 use super::ratelimit::{debug_log, guest_log};
@@ -38,7 +41,7 @@ use super::signalled::{Signalled, UNBLOCK_INTERVAL};
 use super::suspended::SessionState;
 use super::vanishing::Alarm;
 use super::write_cache::WriteCache;
-use crate::format::Sector;
+use super::{BlockDevice, LogicalBlockError};
 use crate::ploop::EngineError;
 use crate::storage::Disk;
 
@@ -67,6 +70,15 @@ pub(super) enum Refusal {
     Owned,
     #[error("{0} was not offered")]
     NotOffered(&'static str),
+    #[error("the image cannot be opened: {}", with_causes(.0))]
+    Image(#[from] HoldError),
+    #[error(transparent)]
+    Blocks(#[from] LogicalBlockError),
+    #[error(
+        "the disk has {now} bytes, and the front-end has read that it has {read}: it was made \
+         smaller, or replaced, while no ring ran"
+    )]
+    Smaller { read: u64, now: u64 },
     #[error("{rings} queues were handed over, and there are {there}")]
     QueuesLeft { rings: usize, there: usize },
 }
@@ -76,15 +88,6 @@ impl Refusal {
     pub fn is_harmless(&self) -> bool {
         matches!(self, Self::ReadOnlyField { .. })
     }
-}
-
-/// The size of the disk, in sectors, as the front-end knows it.
-#[derive(Debug, Default)]
-struct KnownSize {
-    /// That it has read.
-    read: Option<Sector>,
-    /// At which it was told to read it.
-    told: Option<Sector>,
 }
 
 /// One front-end's view of the device.
@@ -158,14 +161,14 @@ impl<D: Disk> Session<D> {
     /// space: it has read another size, or none, which another process or connection may
     /// have told it. While no ring runs a front-end need not listen.
     pub fn owes_size(&self) -> bool {
-        let size = Some(self.device.engine().disk_size());
+        let size = Some(self.device.disk_size());
         let knows = self.known_size.read == size || self.known_size.told == size;
         !knows && self.rings.iter().any(Ring::is_running)
     }
 
     /// It has been told.
     pub fn has_told_size(&mut self) {
-        self.known_size.told = Some(self.device.engine().disk_size());
+        self.known_size.told = Some(self.device.disk_size());
     }
 
     /// Goes on where another session was left. The threads of its rings are there, and
@@ -212,6 +215,7 @@ impl<D: Disk> Session<D> {
         if !self.rings.iter().any(Ring::is_started) {
             return Ok(());
         }
+        self.hold_image()?;
         self.apply_cache_mode();
         self.gate = Some(Arc::clone(gate));
         let mut indexes = 0..self.rings.len() as u32;
@@ -265,6 +269,7 @@ impl<D: Disk> Session<D> {
         // The front-end has kept them, and the next process gets them again.
         let is_kept = self.continuity.is_kept();
         self.halt_all(if is_kept { Parked::Drop } else { parked });
+        self.release_image();
     }
 
     /// All at once: the drains overlap.
@@ -288,7 +293,8 @@ impl<D: Disk> Session<D> {
 
     /// Waits until no request of the old mode is left.
     fn set_write_through(&self, on: bool) -> Result<(), EngineError> {
-        let Some(flush) = self.device.engine().begin_write_through(on) else {
+        let engine = self.device.engine();
+        let Some(flush) = engine.and_then(|engine| engine.begin_write_through(on)) else {
             return Ok(());
         };
         loop {
@@ -318,19 +324,6 @@ impl<D: Disk> Session<D> {
         if let Some(is_on) = self.write_cache.known() {
             self.continuity.note_mode(is_on);
         }
-    }
-
-    /// After a ring that ran has stopped: the front-end may give up its region without a word
-    /// when none runs any more.
-    fn ring_stopped(&mut self) {
-        if self.rings.iter().any(Ring::is_running) {
-            return;
-        }
-        if self.continuity.is_kept() {
-            self.continuity.settle();
-        }
-        // What it was told before may not have been heard.
-        self.known_size.told = None;
     }
 
     fn refuse(&mut self, refusal: impl Into<Refusal>) -> VhostError {
@@ -385,6 +378,10 @@ impl<D: Disk> Session<D> {
     fn start_ring(&mut self, index: u8, kick: Option<File>) -> Result<(), Refusal> {
         let kick = Self::event(index, kick)?;
         let kick = kick.ok_or(Refusal::NoKick(index.into()))?;
+        let ring = self.rings.get(usize::from(index));
+        if ring.is_some_and(Ring::is_enabled) {
+            self.hold_image()?;
+        }
         self.apply_cache_mode();
         self.with_ring(index.into(), |ring, around| ring.set_kick(kick, around))?;
         self.note_cache_mode();
@@ -394,6 +391,10 @@ impl<D: Disk> Session<D> {
     fn enable_ring(&mut self, index: u32, enable: bool) -> Result<(), Refusal> {
         let has_run = self.rings.iter().any(Ring::is_running);
         if enable {
+            let ring = self.rings.get(index as usize);
+            if ring.is_some_and(Ring::has_kick) {
+                self.hold_image()?;
+            }
             self.apply_cache_mode();
         }
         self.with_ring(index, |ring, around| {
@@ -457,7 +458,7 @@ impl<D: Disk> Session<D> {
     }
 
     fn offered_features(&self) -> u64 {
-        config::features(self.device.engine().is_read_only())
+        config::features(self.device.image().is_read_only())
     }
 
     /// Back to where a driver begins.
@@ -470,6 +471,7 @@ impl<D: Disk> Session<D> {
         self.log = None;
         self.write_cache.reset();
         self.continuity.forget();
+        self.release_image();
     }
 
     fn check_stopped(&self) -> Result<(), Refusal> {
@@ -662,7 +664,7 @@ impl<D: Disk> VhostUserBackendReqHandlerMut for Session<D> {
     ) -> VhostResult<Vec<u8>> {
         let asked = offset..offset.saturating_add(size);
         if asked.contains(&CAPACITY_OFFSET) {
-            self.known_size.read = Some(self.device.engine().disk_size());
+            self.known_size.read = Some(self.device.disk_size());
         }
         let writeback = if asked.contains(&WRITEBACK_OFFSET) {
             let told = self.write_cache.read();

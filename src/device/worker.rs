@@ -211,7 +211,7 @@ impl<D: Disk> Worker<D> {
     }
 
     fn take_again(&mut self, ring: &Queue) -> Result<(), ReplayError> {
-        let limits = self.device.limits();
+        let limits = self.requests.limits();
         let (map, mut replay) = replay_ring(ring, self.memory.map(), &self.to_resume)?;
         let mut taken = 0;
         for chain in replay.iter(&map)? {
@@ -349,7 +349,7 @@ impl<D: Disk> Worker<D> {
         if self.is_resuming && self.resumes(ring) {
             return Taken::Full;
         }
-        let limits = self.device.limits();
+        let limits = self.requests.limits();
         let ring_size = ring.size();
         let map = self.memory.view();
         // This saves kicks; all works without.

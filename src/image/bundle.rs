@@ -95,6 +95,16 @@ impl Bundle {
         Ok(())
     }
 
+    /// Reads the descriptor again, whatever it says: nobody here has the disk open that it
+    /// describes.
+    ///
+    /// # Errors
+    /// As [`Self::open`].
+    pub fn read_anew(&mut self) -> Result<()> {
+        self.descriptor = read_descriptor(&self.folder)?;
+        Ok(())
+    }
+
     /// Puts another descriptor in place, in one step, and makes that stable.
     ///
     /// # Errors

@@ -41,6 +41,7 @@ pub struct OpenMode {
     snapshot: Option<Guid>,
     force_share: bool,
     shares_locks: bool,
+    names_no_holder: bool,
     to_check: bool,
 }
 
@@ -52,6 +53,7 @@ impl OpenMode {
             snapshot: None,
             force_share: false,
             shares_locks: false,
+            names_no_holder: false,
             to_check: false,
         }
     }
@@ -91,6 +93,13 @@ impl OpenMode {
     #[must_use]
     pub const fn share_locks(mut self, shares_locks: bool) -> Self {
         self.shares_locks = shares_locks;
+        self
+    }
+
+    /// Does not look for the process that is in the way, if one is.
+    #[must_use]
+    pub const fn names_no_holder(mut self) -> Self {
+        self.names_no_holder = true;
         self
     }
 
@@ -318,7 +327,10 @@ pub(super) fn lock(file: &HostFile, mode: OpenMode) -> Result<Option<ImageLock>>
         });
     }
     let shareable = mode.access == Access::Read;
-    lock_file(file, lock_mode, shareable).map(Some)
+    let error = |source| lock_error(file, shareable, !mode.names_no_holder, source);
+    lock_patiently(&file.file, lock_mode)
+        .map(Some)
+        .map_err(error)
 }
 
 /// How long a writer that is in the way is given to go. Of one that was killed, I/O
@@ -332,18 +344,28 @@ const PAUSE: Duration = Duration::from_millis(10);
 /// Locks a file, and says it well if somebody is in the way. `shareable` is
 /// whether the user could do without a lock.
 pub(super) fn lock_file(file: &HostFile, mode: LockMode, shareable: bool) -> Result<ImageLock> {
-    let path = || file.path.clone();
-    lock_patiently(&file.file, mode).map_err(|source| match source {
-        LockError::Io(_) => ImageError::Lock {
-            path: path(),
-            source,
-        },
+    let error = |source| lock_error(file, shareable, true, source);
+    lock_patiently(&file.file, mode).map_err(error)
+}
+
+fn lock_error(
+    file: &HostFile,
+    shareable: bool,
+    names_holder: bool,
+    source: LockError,
+) -> ImageError {
+    let path = file.path.clone();
+    match source {
+        LockError::Io(_) => ImageError::Lock { path, source },
         source => ImageError::Locked {
-            path: path(),
-            source: source.identify_holder(&file.file),
+            path,
+            source: match names_holder {
+                true => source.identify_holder(&file.file),
+                false => source,
+            },
             shareable,
         },
-    })
+    }
 }
 
 fn lock_patiently(file: &File, mode: LockMode) -> std::result::Result<ImageLock, LockError> {

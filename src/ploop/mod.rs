@@ -34,6 +34,7 @@ mod reserved;
 pub(crate) mod rule;
 mod runner;
 mod running;
+mod shape;
 mod stable_writes;
 mod sync;
 mod take_over;
@@ -50,7 +51,8 @@ pub use report::EngineReport;
 pub use request::{Command, Done, Request, SectorRange};
 pub use runner::Runner;
 pub use running::Running;
-pub use take_over::TakeOverError;
+pub use shape::Shape;
+pub use take_over::{LeftMemory, TakeOverError};
 pub use write_threshold::WriteThreshold;
 
 #[cfg(all(test, ploop_loom))]

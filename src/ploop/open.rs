@@ -6,6 +6,7 @@ mod load;
 use std::io;
 use std::sync::Arc;
 
+pub(super) use self::load::read_levels;
 use self::load::{Loaded, TopImage, load, read_bat_tail};
 use super::alloc::{Allocator, Extent};
 use super::engine::{Engine, Shared};

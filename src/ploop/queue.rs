@@ -224,6 +224,11 @@ impl<D: Disk> Queue<D> {
         self.drop_rests(true);
     }
 
+    /// What it submits to.
+    pub fn engine(&self) -> &Engine<D> {
+        &self.engine
+    }
+
     /// Whether another request would be started at once. Otherwise it waits for others
     /// of this queue, and is better left where it can still be taken from by whoever
     /// comes after: what was pushed and has not started ends undone in a drain.

@@ -77,6 +77,11 @@ impl Identity {
         AT_FIRST + self.entries() as usize
     }
 
+    /// How many bytes that are.
+    pub fn bytes(&self) -> u64 {
+        (self.words() * size_of::<u64>()) as u64
+    }
+
     /// Whether memory with this head is of the same image. A disk that grows may have been
     /// cut off between its header and this.
     fn is_that_of(&self, head: impl Fn(usize) -> u64) -> bool {
@@ -193,6 +198,11 @@ impl Remembered {
     /// Whether it is this memory.
     pub fn is_in(&self, words: &SharedWords) -> bool {
         self.words.is_same(words)
+    }
+
+    /// Whether it is the same memory as this.
+    pub fn is_same(&self, other: &Self) -> bool {
+        self.words.is_same(&other.words)
     }
 
     /// The name of the opening of the image that it belongs to.

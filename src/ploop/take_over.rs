@@ -94,11 +94,28 @@ struct Adoption {
     mapped_end: HostCluster,
 }
 
+/// Memory in which an engine has remembered that has closed its image since. A guest may come
+/// back with it, unless another one is served first.
+pub struct LeftMemory(Arc<Remembered>);
+
+impl LeftMemory {
+    /// The image is open again, in this engine, and a guest is about to be served. Unless it
+    /// is one that goes on with this memory, nobody may from now on: what had been under way
+    /// would run over what is written now.
+    pub fn strike_out_unless_of<D: Disk>(self, engine: &Engine<D>) {
+        let now = engine.remembered.load();
+        if !now.as_ref().is_some_and(|now| now.is_same(&self.0)) {
+            self.0.disown();
+            self.0.unsettle(false);
+        }
+    }
+}
+
 impl<D: Disk> Engine<D> {
     /// Bytes that [`Self::remember_in`] and [`Self::take_over`] need, a multiple of
     /// eight. Most of it is never touched.
     pub fn remembered_len(&self) -> u64 {
-        (self.identity().words() * size_of::<u64>()) as u64
+        self.identity().bytes()
     }
 
     fn identity(&self) -> Identity {
@@ -315,6 +332,12 @@ impl<D: Disk> Engine<D> {
         if let Some(remembered) = self.remembered.swap(None) {
             remembered.disown();
         }
+    }
+
+    /// The memory in which this engine, whose image is closed, has remembered: nothing is
+    /// remembered any more.
+    pub fn leave_memory(&self) -> Option<LeftMemory> {
+        self.remembered.swap(None).map(LeftMemory)
     }
 
     /// Makes everything that completed before stable, mapping included: then there is

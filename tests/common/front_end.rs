@@ -15,7 +15,8 @@ use vhost::vhost_user::{Frontend, VhostUserFrontend};
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use vm_memory::{
-    Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestRegionMmap,
+    Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
+    GuestRegionMmap,
 };
 use vmm_sys_util::eventfd::EventFd;
 
@@ -113,11 +114,54 @@ pub struct Ring {
     signals: u64,
 }
 
+/// See [`FrontEnd::driver`].
+pub struct Driver(Vec<(u16, u16, u16)>, GuestMemoryMmap);
+
 impl FrontEnd {
     /// Connects; says nothing yet.
     pub fn connect(socket: &Path) -> Self {
+        Self::connect_for(socket, make_memory())
+    }
+
+    /// The same for the driver of another one, which has been migrated: all of its memory
+    /// goes along.
+    pub fn connect_with(socket: &Path, from: &Self) -> Self {
+        let mut front_end = Self::connect(socket);
+        for region in from.memory.iter() {
+            let (at, len) = (region.start_addr(), region.len() as usize);
+            let mut bytes = vec![0; len];
+            from.memory.read_slice(&mut bytes, at).unwrap();
+            front_end.memory.write_slice(&bytes, at).unwrap();
+        }
+        front_end.go_on_as(from.driver());
+        front_end
+    }
+
+    /// Where the driver is, ring by ring.
+    pub fn driver(&self) -> Driver {
+        let rings = self.rings.iter();
+        Driver(
+            rings
+                .map(|ring| (ring.next_desc, ring.avail_idx, ring.used_idx))
+                .collect(),
+            self.memory.clone(),
+        )
+    }
+
+    /// Becomes that driver, with all that its rings hold.
+    pub fn go_on_as(&mut self, driver: Driver) {
+        let Driver(rings, memory) = driver;
+        for (ring, (next_desc, avail_idx, used_idx)) in self.rings.iter_mut().zip(rings) {
+            (ring.next_desc, ring.avail_idx, ring.used_idx) = (next_desc, avail_idx, used_idx);
+            let mut bytes = vec![0; RING_STRIDE as usize];
+            let at = GuestAddress(ring.table());
+            memory.read_slice(&mut bytes, at).unwrap();
+            self.memory.write_slice(&bytes, at).unwrap();
+        }
+    }
+
+    fn connect_for(socket: &Path, memory: GuestMemoryMmap) -> Self {
         let vhost = Frontend::connect(socket, QUEUES.into()).expect("the socket is there");
-        let memory = make_memory();
         let rings = (0..QUEUES.into())
             .map(|index| Ring::new(index, memory.clone()))
             .collect();
@@ -177,12 +221,17 @@ impl FrontEnd {
 
     /// Sets a ring up that goes on at entry `base`. It is not enabled yet.
     pub fn start_ring_at(&mut self, index: usize, base: u16) {
+        self.try_start_ring_at(index, base).unwrap();
+    }
+
+    /// The same of one that may be refused.
+    pub fn try_start_ring_at(&mut self, index: usize, base: u16) -> vhost::Result<()> {
         self.set_addresses(index, false);
         let ring = &self.rings[index];
-        self.vhost.set_vring_num(index, RING_SIZE).unwrap();
-        self.vhost.set_vring_base(index, base).unwrap();
-        self.vhost.set_vring_call(index, &ring.call).unwrap();
-        self.vhost.set_vring_kick(index, &ring.kick).unwrap();
+        self.vhost.set_vring_num(index, RING_SIZE)?;
+        self.vhost.set_vring_base(index, base)?;
+        self.vhost.set_vring_call(index, &ring.call)?;
+        self.vhost.set_vring_kick(index, &ring.kick)
     }
 
     pub fn get_config(&mut self, offset: u32, size: u32) -> Vec<u8> {

@@ -28,7 +28,7 @@ pub const CLUSTER: u64 = 2048;
 /// A region and its description.
 pub type Region = (VhostUserInflight, File);
 
-fn ask_for_region(front_end: &mut FrontEnd) -> Region {
+pub fn ask_for_region(front_end: &mut FrontEnd) -> Region {
     let asked = VhostUserInflight {
         num_queues: QUEUES,
         queue_size: 128,
@@ -37,7 +37,7 @@ fn ask_for_region(front_end: &mut FrontEnd) -> Region {
     front_end.vhost.get_inflight_fd(&asked).unwrap()
 }
 
-fn set_region(front_end: &mut FrontEnd, region: &Region) -> vhost::Result<()> {
+pub fn set_region(front_end: &mut FrontEnd, region: &Region) -> vhost::Result<()> {
     let fd = region.1.as_raw_fd();
     front_end.vhost.set_inflight_fd(&region.0, fd)
 }

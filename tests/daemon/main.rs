@@ -8,6 +8,7 @@ mod footprint;
 #[path = "../common/front_end.rs"]
 mod front_end;
 mod grow;
+mod hand_over;
 mod huge;
 mod like_qemu;
 mod log;

@@ -9,6 +9,7 @@ mod deaths;
 mod growth;
 mod limits;
 mod load;
+mod migration;
 mod plugging;
 mod properties;
 mod qemu;

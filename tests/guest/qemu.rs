@@ -99,6 +99,7 @@ pub struct Guest<'a> {
     /// By the paths that it finds them under: files of the host.
     files: BTreeMap<PathBuf, PathBuf>,
     may_reboot: bool,
+    incoming: Option<PathBuf>,
     patience: Duration,
     script: String,
 }
@@ -116,6 +117,7 @@ impl<'a> Guest<'a> {
             disks: 0,
             files: BTreeMap::new(),
             may_reboot: false,
+            incoming: None,
             patience: PATIENCE,
             script: script.to_owned(),
         }
@@ -161,6 +163,12 @@ impl<'a> Guest<'a> {
     /// Lets a reset restart the guest where it would end QEMU.
     pub fn may_reboot(mut self) -> Self {
         self.may_reboot = true;
+        self
+    }
+
+    /// Does not boot: it waits for a guest that is migrated to it through this socket.
+    pub fn incoming(mut self, socket: &Path) -> Self {
+        self.incoming = Some(socket.to_owned());
         self
     }
 
@@ -272,6 +280,10 @@ impl<'a> Guest<'a> {
         if !self.may_reboot {
             command.arg("-no-reboot");
         }
+        if let Some(incoming) = &self.incoming {
+            command.arg("-incoming");
+            command.arg(format!("unix:{}", incoming.display()));
+        }
         let mut child = command.spawn().expect("QEMU can be started");
         let (sender, lines) = mpsc::channel();
         let sender = Arc::new(sender);
@@ -367,6 +379,21 @@ impl Running {
     /// Undoes [`Running::pause`].
     pub fn resume(&self) {
         self.command("cont");
+    }
+
+    /// Begins to migrate the guest to a QEMU that listens on this socket.
+    pub fn migrate(&self, to: &Path) {
+        self.command(&format!("migrate -d unix:{}", to.display()));
+    }
+
+    /// What QEMU's monitor says of the migration.
+    pub fn migration(&self) -> String {
+        self.command("info migrate")
+    }
+
+    /// Whether the processors run.
+    pub fn runs(&self) -> bool {
+        self.command("info status").contains("running")
     }
 
     /// Ends QEMU, as its operator would, without a word to the guest.

@@ -91,6 +91,11 @@ impl Rig {
         Guest::new(&self.guest, self.folder.path(), script)
     }
 
+    /// The same that keeps its files in `folder`.
+    pub fn guest_in<'a>(&'a self, folder: &'a Path, script: &str) -> Guest<'a> {
+        Guest::new(&self.guest, folder, script)
+    }
+
     /// Ends the back-end and looks at what it leaves.
     pub fn close(&self, backend: Backend) {
         backend.stop();

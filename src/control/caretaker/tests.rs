@@ -46,9 +46,7 @@ impl Rig {
 
     fn begin(&self, task: Task) -> Operation {
         let caretaker = self.caretaker.as_ref().unwrap();
-        caretaker
-            .begin(self.running.engine().clone(), task)
-            .unwrap()
+        caretaker.begin(self.running.engine(), task).unwrap()
     }
 
     fn grow(&self, size: Sector) -> Result<Done, TaskError> {
@@ -79,9 +77,14 @@ fn snapshot(description: &str, is_unique: bool) -> Task {
 fn guid_of(done: Result<Done, TaskError>) -> Guid {
     match done {
         Ok(Done::Snapshot {
-            created,
+            guid,
+            new_top,
             doubt: None,
-        }) => created.guid,
+        }) => {
+            assert_eq!(new_top.take().unwrap().guid, guid);
+            assert!(new_top.take().is_none(), "it is one's own");
+            guid
+        }
         other => panic!("{other:?}"),
     }
 }
@@ -156,9 +159,10 @@ fn what_is_called_off_before_it_begins_never_does() {
         let (tell, result) = sync_channel(1);
         let order = Order {
             ending: Ending(is_over),
-            engine,
+            engine: Arc::downgrade(&engine),
             task,
             call_off,
+            new_top: NewTop::default(),
             tell,
         };
         let jobs = &rig.caretaker.as_ref().unwrap().jobs;
@@ -184,7 +188,7 @@ fn what_is_called_off_before_it_begins_never_does() {
 fn who_only_looks_changes_nothing() {
     let rig = Rig::new(None);
     let watcher = Caretaker::start_watching().unwrap();
-    let engine = || rig.running.engine().clone();
+    let engine = || rig.running.engine();
     for task in [snapshot("a", true), Task::Grow(MORE)] {
         assert!(watcher.begin(engine(), task).is_err());
     }
@@ -198,7 +202,7 @@ fn of_a_bare_image_there_are_no_snapshots() {
     let rig = Rig::new(None);
     let keeps = KeepTo::what_all_have();
     let caretaker = Caretaker::start(None, None, keeps).unwrap();
-    let begun = caretaker.begin(rig.running.engine().clone(), snapshot("a", true));
+    let begun = caretaker.begin(rig.running.engine(), snapshot("a", true));
     let words = begun.unwrap().result().unwrap_err().words();
     assert!(words.contains("bare image"), "{words}");
     let why = caretaker.list_snapshots().unwrap().answer().unwrap_err();

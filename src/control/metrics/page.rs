@@ -61,6 +61,7 @@ pub(super) struct Snapshot {
     pub levels: Vec<Level>,
     pub queues: Vec<QueueReport>,
     pub latencies: Latencies,
+    pub is_open: bool,
     pub engine: EngineReport,
     pub limits: ThrottleLimits,
 }
@@ -76,10 +77,11 @@ pub(super) fn page(
 ) -> Result<String, fmt::Error> {
     let snapshot = Snapshot {
         serial: names.serial.clone(),
-        file_id: subject.file_id().to_owned(),
+        file_id: subject.file_id(),
         levels: subject.levels(),
         queues: subject.queues(),
         latencies: subject.latencies(),
+        is_open: subject.is_open(),
         engine: subject.engine(),
         limits: subject.limits(),
     };
@@ -276,6 +278,11 @@ impl Snapshot {
                 "sync_failed",
                 "Whether a sync has failed: flushes fail until the image is opened again.",
                 engine.has_sync_failed.into(),
+            ),
+            (
+                "image_open",
+                "Whether the image is open: with --lock=running it is while a ring runs.",
+                self.is_open.into(),
             ),
             (
                 "lock_in_doubt",

@@ -68,6 +68,7 @@ fn snapshot() -> Snapshot {
             reads: Histogram::of(&[1, 4095, 4096, 5_000_000, 1 << 33, 60_000_000_000]),
             ..Latencies::default()
         },
+        is_open: true,
         engine: EngineReport {
             runners: 2,
             parked: 5,

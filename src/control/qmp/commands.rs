@@ -164,7 +164,8 @@ fn query_engine(arguments: Arguments, context: &mut Context<'_>) -> Answer {
     arguments.end()?;
     let (report, queues) = (context.subject.engine(), context.subject.queues());
     let file_id = context.subject.file_id();
-    Ok(shapes::engine(file_id, &report, &queues))
+    let is_open = context.subject.is_open();
+    Ok(shapes::engine(&file_id, is_open, &report, &queues))
 }
 
 fn query_latencies(arguments: Arguments, context: &mut Context<'_>) -> Answer {

@@ -217,10 +217,16 @@ fn lock(standing: LockStanding) -> &'static str {
 }
 
 /// What only this program has.
-pub(super) fn engine(file_id: &str, report: &EngineReport, queues: &[QueueReport]) -> Value {
+pub(super) fn engine(
+    file_id: &str,
+    is_open: bool,
+    report: &EngineReport,
+    queues: &[QueueReport],
+) -> Value {
     let queues: Vec<_> = queues.iter().map(queue).collect();
     json!({
         "file-id": file_id,
+        "image-open": is_open,
         "queues": queues,
         "runners": report.runners,
         "dispatched": report.dispatched,

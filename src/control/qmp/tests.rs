@@ -45,8 +45,12 @@ impl Subject for Fake {
         vec![level("base.hds", false), level("top.hds", true)]
     }
 
-    fn file_id(&self) -> &str {
-        "fe00-20d3"
+    fn is_open(&self) -> bool {
+        true
+    }
+
+    fn file_id(&self) -> String {
+        "fe00-20d3".to_owned()
     }
 
     fn has_write_cache(&self) -> bool {

@@ -8,8 +8,7 @@ use landlock::{
     PathFdError, Ruleset, RulesetAttr, RulesetCreated, RulesetCreatedAttr, RulesetStatus, Scope,
 };
 
-use super::SandboxError;
-use crate::storage::HostFile;
+use super::{Reached, SandboxError};
 
 /// The newest set of rights that this was written against. An older kernel restricts
 /// what it can.
@@ -44,9 +43,17 @@ pub(super) fn in_folder(folder: Option<&File>) -> Result<RulesetCreated, Sandbox
 
 /// Files that are open already stay so. To open one again takes a rule, as does making
 /// the socket and removing it.
-pub(super) fn restrict(files: &[HostFile], folders: &[PathBuf]) -> Result<(), SandboxError> {
+pub(super) fn restrict(reached: Reached<'_>, folders: &[PathBuf]) -> Result<(), SandboxError> {
     let mut rules = nothing()?;
-    for file in files {
+    if let Some(bundle) = reached.bundle {
+        // The descriptor is read; which of the images is the top then, nobody knows.
+        let mut access = AccessFs::ReadFile | AccessFs::ReadDir;
+        if reached.files.iter().any(|file| file.writable) {
+            access |= AccessFs::WriteFile | AccessFs::Truncate;
+        }
+        rules = rules.add_rule(PathBeneath::new(bundle, access))?;
+    }
+    for file in reached.files {
         let mut access: BitFlags<AccessFs> = AccessFs::ReadFile.into();
         if file.writable {
             access |= AccessFs::WriteFile | AccessFs::Truncate;

@@ -20,7 +20,7 @@ use seccompiler::{
     SeccompRule, TargetArch,
 };
 
-use super::SandboxError;
+use super::{SandboxError, SandboxOptions};
 use crate::threads::{self, Role};
 
 /// What happens at a system call that a thread has no use for.
@@ -281,10 +281,25 @@ impl Allowed {
         let main = Self::messages().calls(MAIN).calls(legacy::MAIN);
         // Clones are for runners, which start again when nobody takes over.
         main.clones()
+            .locks()
+            .looks_at_locks()
             .equal(libc::SYS_socketpair, 0, domain)
-            .equal(libc::SYS_fcntl, 1, libc::F_OFD_GETLK as u64)
-            .equal(libc::SYS_fcntl, 1, libc::F_OFD_SETLK as u64)
             .ioctl(libc::FIONBIO)
+    }
+
+    /// To open the image and start the engine's threads, for who answers messages with
+    /// `--lock=running`, and so for who starts that one.
+    fn opens_image(self) -> Self {
+        // The folder of a bundle is synced.
+        self.calls(&[libc::SYS_fsync])
+            .opens_by_path()
+            .locks()
+            .looks_at_locks()
+            .clones()
+    }
+
+    fn looks_at_locks(self) -> Self {
+        self.equal(libc::SYS_fcntl, 1, libc::F_OFD_GETLK as u64)
     }
 
     fn caretaker() -> Self {
@@ -345,6 +360,18 @@ impl Allowed {
     /// A description, as every other one of a file on a network is.
     fn locks(self) -> Self {
         self.equal(libc::SYS_fcntl, 1, libc::F_OFD_SETLK as u64)
+    }
+
+    /// The same for files of the disk that another host may have made; makes none.
+    fn opens_by_path(self) -> Self {
+        #[cfg(target_arch = "x86_64")]
+        let opens = {
+            let makes = libc::O_CREAT | (libc::O_TMPFILE & !libc::O_DIRECTORY);
+            self.masked(libc::SYS_open, 1, makes as u64, 0)
+        };
+        #[cfg(not(target_arch = "x86_64"))]
+        let opens = self;
+        opens
     }
 
     /// Files that run as nobody else but who runs them: without a set-user-ID, a
@@ -459,17 +486,26 @@ pub(super) fn is_supported() -> bool {
 
 /// Restricts the program to what it needs for its start and for serving, and each
 /// thread from then on to what it needs.
-pub(super) fn begin(mode: SeccompMode, becomes_another: bool) -> Result<(), SandboxError> {
+pub(super) fn begin(options: SandboxOptions) -> Result<(), SandboxError> {
+    let mode = options.seccomp;
     let (false, Ok(arch)) = (mode == SeccompMode::None, TargetArch::try_from(ARCH)) else {
         return Ok(());
     };
-    let run_as = if becomes_another { RUN_AS } else { &[] };
+    let run_as = if options.run_as.is_other() {
+        RUN_AS
+    } else {
+        &[]
+    };
     let roles = Role::ALL
         .into_iter()
         .map(|role| {
             // Only one thread is there when the program becomes another user.
             let besides = if role == Role::Log { run_as } else { &[] };
-            let filter = Allowed::of(role).calls(besides).filter(mode, arch)?;
+            let mut allowed = Allowed::of(role).calls(besides);
+            if role == Role::Messages && options.opens_for_rings {
+                allowed = allowed.opens_image();
+            }
+            let filter = allowed.filter(mode, arch)?;
             Ok((role, filter))
         })
         .collect::<Result<_, SandboxError>>()?;
@@ -480,11 +516,16 @@ pub(super) fn begin(mode: SeccompMode, becomes_another: bool) -> Result<(), Sand
 }
 
 /// Restricts the main thread to what it needs from now on.
-pub(super) fn settle(mode: SeccompMode) -> Result<(), SandboxError> {
+pub(super) fn settle(options: SandboxOptions) -> Result<(), SandboxError> {
+    let mode = options.seccomp;
     let (false, Ok(arch)) = (mode == SeccompMode::None, TargetArch::try_from(ARCH)) else {
         return Ok(());
     };
-    apply(&Allowed::main().filter(mode, arch)?)
+    let mut allowed = Allowed::main();
+    if options.opens_for_rings {
+        allowed = allowed.opens_image();
+    }
+    apply(&allowed.filter(mode, arch)?)
 }
 
 fn restrict(role: Role) -> io::Result<()> {
@@ -513,7 +554,13 @@ mod tests {
             Allowed::clone_thread(),
             Allowed::caretaker(),
         ];
+        let opens = [Allowed::messages(), Allowed::main()].map(Allowed::opens_image);
+        let [messages_opens, main_opens] = opens;
         let pairs = [
+            (&start, &main_opens),
+            (&main_opens, &messages_opens),
+            (&messages_opens, &metadata),
+            (&messages_opens, &runner),
             (&start, &main),
             (&start, &caretaker),
             (&start, &rings),

@@ -271,7 +271,7 @@ pub(in crate::control) fn hand_over(
     };
     // Nobody is served now. Once this is done the disk has all that anybody was told of, and
     // the image can be opened again by whoever gets to it.
-    let size = served.engine().disk_size();
+    let size = served.device().disk_size();
     let closed = match served.pass() {
         Passed::Kept(served, error) => {
             successor.refuse(&format!("the image cannot be synced: {error}"));
@@ -343,8 +343,9 @@ pub(in crate::control) fn hand_over(
     if let Some(suspended) = &mut suspended {
         suspended.set_settled();
     }
-    if !suspended.as_ref().is_some_and(Suspended::has_used_region) {
-        served.engine().begin();
+    let has_used_region = suspended.as_ref().is_some_and(Suspended::has_used_region);
+    if let Some(engine) = served.engine().filter(|_| !has_used_region) {
+        engine.begin();
     }
     let connection = go_on(&served, suspended, signals);
     log::info!(

@@ -17,6 +17,7 @@ use super::{
 };
 use crate::control::bound::Bound;
 use crate::control::main_loop::{Carried, Room};
+use crate::control::sandbox::Reached;
 use crate::control::served::{Image, Served};
 use crate::control::signals::Signals;
 use crate::control::{Args, Doors, Error, Sandbox, deadline, own_user, start_ring_maker};
@@ -68,7 +69,11 @@ pub(in crate::control) fn take_over(
     let folders: Vec<PathBuf> = folders.flatten().map(folder_of).collect();
     sandbox.become_user()?;
     image.start_caretaker(args, sandbox)?;
-    sandbox.confine(image.files(), &folders, false)?;
+    let files = Reached {
+        files: image.files(),
+        bundle: None,
+    };
+    sandbox.confine(files, &folders, false)?;
     start_ring_maker(args)?;
     let user = own_user();
     // The start is over: to open the image is what the other process can do as well, if
@@ -107,15 +112,15 @@ pub(in crate::control) fn take_over(
     // Not before: what it knows of the files would be old.
     let disk = image.disk(args)?;
     let served = image.serve_on(disk, args, cpus)?;
-    let (here, there) = (served.engine().disk_size().bytes(), state.size.bytes());
+    let (here, there) = (served.device().disk_size().bytes(), state.size.bytes());
     if here != there {
         return Err(UpgradeError::OtherSize { here, there }.into());
     }
     let device = served.device();
-    if served.engine().is_read_only() {
+    if let Some(engine) = served.engine().filter(|engine| engine.is_read_only()) {
         // The mark may have been there before the other process, which left it and would not
         // have been asked to go while it waited for somebody.
-        served.engine().begin();
+        engine.begin();
     }
     let resume = |suspended| Connection::resume(Arc::clone(device), suspended);
     let resumed = state.connection.map(resume).transpose();

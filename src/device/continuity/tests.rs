@@ -58,7 +58,7 @@ impl Rig {
     }
 
     fn note(&self) -> Option<u64> {
-        self.device.engine().note()
+        self.device.engine().unwrap().note()
     }
 }
 
@@ -108,7 +108,7 @@ fn a_region_is_made_for_as_much_as_there_can_be_and_no_more() {
         let (made, file) = continuity.make(&asked(queues, entries)).unwrap();
         let layout = Layout { queues, entries };
         let standard = SharedWords::aligned(layout.len());
-        let len = standard + rig.device.engine().remembered_len();
+        let len = standard + rig.device.engine().unwrap().remembered_len();
         assert_eq!((made.mmap_size, made.mmap_offset), (len, 0));
         assert_eq!((made.num_queues, made.queue_size), (queues, entries));
         assert_eq!(file.metadata().unwrap().len(), len);
@@ -150,7 +150,7 @@ fn a_region_of_a_smaller_disk_becomes_as_long_as_it_must() {
     let rig = Rig::new(InUse::Closed);
     let mut continuity = rig.continuity();
     let (given, _) = make(&mut continuity);
-    let own_len = rig.device.engine().remembered_len();
+    let own_len = rig.device.engine().unwrap().remembered_len();
     // Just the standard part, all but a byte, and more than all.
     for len in [
         given.mmap_size - own_len,
@@ -216,7 +216,7 @@ fn a_mode_is_known_only_if_it_was_noted() {
         (NOTE_MODE | NOTE_ON, Some(true)),
     ] {
         for note in [note, note | others] {
-            rig.device.engine().set_note(note);
+            rig.device.engine().unwrap().set_note(note);
             let taken = set(&mut rig.continuity(), &region).unwrap();
             assert_eq!(taken, mode, "{note:#x}");
         }
@@ -308,7 +308,7 @@ fn a_region_with_something_else_in_it_is_of_no_use_to_who_goes_on() {
     let rig = Rig::new(InUse::Open);
     let mut continuity = rig.continuity();
     let region = make(&mut continuity);
-    let own_at = region.0.mmap_size - rig.device.engine().remembered_len();
+    let own_at = region.0.mmap_size - rig.device.engine().unwrap().remembered_len();
     region.1.write_all_at(b"something", own_at).unwrap();
     assert_eq!(set(&mut continuity, &region).unwrap(), None);
     let lost = continuity.admit(true).unwrap_err();

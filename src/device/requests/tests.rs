@@ -95,7 +95,7 @@ impl Rig {
             md,
             disk: disk.clone(),
         };
-        let queue = device.engine().queue().unwrap();
+        let queue = device.engine().unwrap().queue().unwrap();
         let shared = Arc::new(SharedMemory::new());
         shared.replace(anonymous(GuestAddress(0), 0x1000));
         let memory = QueueMemory::new(shared);
@@ -262,10 +262,10 @@ impl Drop for Rig {
     fn drop(&mut self) {
         if thread::panicking() {
             // Nobody drives what it would wait for.
-            self.device.engine().abandon();
+            self.device.engine().unwrap().abandon();
         }
         self.requests = None;
-        self.device.engine().abandon();
+        self.device.engine().unwrap().abandon();
     }
 }
 
@@ -552,7 +552,7 @@ fn nothing_is_waited_for_that_a_suspended_engine_does_not_begin() {
         rig.read_holes(head, 512);
     }
     rig.go_past(3);
-    rig.device.engine().control(Control::Suspend);
+    rig.device.engine().unwrap().control(Control::Suspend);
     while !rig.requests().engine.is_suspended() {
         rig.turn_others();
     }

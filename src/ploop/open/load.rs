@@ -94,6 +94,31 @@ pub(super) fn load(disk: &impl Disk, chain: &Chain) -> Result<Loaded, OpenError>
     Ok(Loaded { levels, bat, image })
 }
 
+/// What the headers say of each level, base first.
+pub(in crate::ploop) fn read_levels(
+    disk: &impl Disk,
+    chain: &Chain,
+) -> Result<Vec<LevelMap>, OpenError> {
+    let count = chain.levels.len();
+    if count == 0 || count > LEVELS_MAX {
+        return Err(OpenError::Levels(count));
+    }
+    let read = |(level, file): (&Level, FileId)| {
+        let geometry = match *level {
+            Level::Plain { size, cluster } => plain_geometry(file, size, cluster)?,
+            Level::Ploop => *read_header(disk, file)?.geometry(),
+        };
+        let plain = *level != Level::Ploop;
+        Ok(LevelMap { geometry, plain })
+    };
+    let levels = chain.levels.iter().zip((0..).map(FileId)).map(read);
+    let levels = levels.collect::<Result<Vec<_>, OpenError>>()?;
+    let top = levels[count - 1].geometry;
+    let mut lower = levels.iter().zip((0..).map(FileId));
+    lower.try_for_each(|(level, file)| check_fit(file, &level.geometry, &top))?;
+    Ok(levels)
+}
+
 fn read_header(disk: &impl Disk, file: FileId) -> Result<Header, OpenError> {
     let len = disk
         .len(file)

@@ -1,0 +1,239 @@
+//! The image of a disk that is open, and locked, only while a ring runs (`--lock running`).
+//!
+//! The thread of a connection's messages opens and closes it, in the place of the front-end
+//! that waits for the answer. Control clients are answered from what was known last.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
+use std::time::Instant;
+
+use super::caretaker::{NewTop, Operation, Stop, Task, TaskError};
+use super::lock_keeper::LockKeeper;
+use super::served::{Image, Standing, level_list};
+use super::subject::Level;
+use super::{Args, Error};
+use crate::device::{HoldError, Holder};
+use crate::image::{self, Access, OpenMode};
+use crate::ploop::{Engine, EngineError, EngineReport, Running, WriteThreshold};
+use crate::storage::{HostDisk, LockStanding};
+
+/// See the module's text.
+pub(super) struct Holding {
+    args: Args,
+    standing: Standing,
+    /// Locked as long as the image is being opened or closed.
+    held: Mutex<Option<Held>>,
+    known: Mutex<Known>,
+}
+
+/// What there is while the image is open.
+struct Held {
+    running: Running<HostDisk>,
+    /// Where there are locks to look after. As long as anything is done to the image.
+    _locks: Option<LockKeeper>,
+    /// Of what was done to it last as a whole.
+    operation: Option<Stop>,
+    /// Goes last: the locks are in it.
+    image: Image,
+}
+
+/// What is told of the disk while the image is not open.
+#[derive(Clone)]
+pub(super) struct Known {
+    /// See [`file_id`](super::place::file_id).
+    pub top: String,
+    pub levels: Vec<Level>,
+    pub report: EngineReport,
+}
+
+impl Holding {
+    /// Of an image that nobody here has open; `top` and `levels` are what it is like now.
+    pub fn new(args: &Args, standing: Standing, top: String, levels: Vec<Level>) -> Self {
+        Self {
+            args: args.clone(),
+            standing,
+            held: Mutex::default(),
+            known: Mutex::new(Known {
+                top,
+                levels,
+                report: EngineReport {
+                    runners: args.engine_options().runners,
+                    ..EngineReport::default()
+                },
+            }),
+        }
+    }
+
+    /// What was known when the image was open last.
+    pub fn known(&self) -> Known {
+        self.lock_known().clone()
+    }
+
+    /// The same of its file alone.
+    pub fn top(&self) -> String {
+        self.lock_known().top.clone()
+    }
+
+    /// Whether the image is closed, and nobody is about to open it.
+    pub fn is_at_rest(&self) -> bool {
+        self.try_lock_held().is_some_and(|held| held.is_none())
+    }
+
+    /// What of the top's file is to be told of when it is used.
+    pub fn write_threshold(&self) -> &WriteThreshold {
+        &self.standing.write_threshold
+    }
+
+    /// Has something done to the disk. Returns at once.
+    ///
+    /// # Errors
+    /// See [`TaskError`].
+    pub fn begin(&self, task: Task) -> Result<Operation, TaskError> {
+        let mut held = self.try_lock_held().ok_or(TaskError::Turning)?;
+        let Some(held) = &mut *held else {
+            return Err(TaskError::NotOpen(task.off_line()));
+        };
+        let caretaker = self.standing.caretaker.as_ref();
+        let caretaker = caretaker.ok_or(TaskError::Gone)?;
+        let operation = caretaker.begin(held.running.engine(), task)?;
+        held.operation = Some(operation.stop());
+        Ok(operation)
+    }
+
+    /// A snapshot was made. Returns at once: whoever closes the image takes the new top, too.
+    pub fn adopt(&self, new_top: &NewTop) {
+        if let Some(mut held) = self.try_lock_held()
+            && let Some(held) = &mut *held
+            && let Some(created) = new_top.take()
+        {
+            held.image.add_top(*created, held.running.engine());
+            self.take_note(held.image.top(), held.running.engine());
+        }
+    }
+
+    /// Closes what could not be released. `Ok` if nothing is open.
+    ///
+    /// # Errors
+    /// What is missing in the image.
+    pub fn close(&self) -> Result<(), Error> {
+        match self.lock_held().take() {
+            Some(held) => held.running.close().map_err(Error::Close),
+            None => Ok(()),
+        }
+    }
+
+    fn open(&self) -> Result<Held, Error> {
+        let args = &self.args;
+        let access = if args.is_read_only() {
+            Access::Read
+        } else {
+            Access::Serve
+        };
+        // To look for who has it would take rights that are given up.
+        let mode = OpenMode::new(access)
+            .snapshot(args.snapshot)
+            .names_no_holder();
+        let opened = image::open(&args.blk_file, mode)?;
+        let hidden = image::require_nothing_hidden(&opened.files, &opened.chain).err();
+        let mut image = Image::of(opened, self.standing.clone()).map_err(Error::Setup)?;
+        if let Some(caretaker) = &self.standing.caretaker {
+            caretaker.image_opened(hidden);
+        }
+        let disk = image.disk(args)?;
+        let (running, locks) = image.run(disk, args, args.engine_options())?;
+        self.take_note(image.top(), running.engine());
+        // What was set meanwhile may be exceeded.
+        let engine = running.engine();
+        engine.set_write_threshold(engine.write_threshold());
+        Ok(Held {
+            running,
+            _locks: locks,
+            operation: None,
+            image,
+        })
+    }
+
+    fn take_note(&self, top: &str, engine: &Engine<HostDisk>) {
+        let mut known = self.lock_known();
+        top.clone_into(&mut known.top);
+        known.levels = level_list(engine.disk(), &engine.shape());
+        known.report = engine.report();
+        // Nobody looks at locks that are given up.
+        known.report.lock = LockStanding::Unwatched;
+    }
+
+    /// `None` while the image is being opened or closed.
+    fn try_lock_held(&self) -> Option<MutexGuard<'_, Option<Held>>> {
+        match self.held.try_lock() {
+            Ok(held) => Some(held),
+            Err(TryLockError::Poisoned(held)) => Some(held.into_inner()),
+            Err(TryLockError::WouldBlock) => None,
+        }
+    }
+
+    fn lock_held(&self) -> MutexGuard<'_, Option<Held>> {
+        self.held.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn lock_known(&self) -> MutexGuard<'_, Known> {
+        self.known.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Holder<HostDisk> for Holding {
+    fn hold(&self) -> Result<Arc<Engine<HostDisk>>, HoldError> {
+        let mut held = self.lock_held();
+        let start = Instant::now();
+        let opened = self
+            .open()
+            .map_err(|error| HoldError::from(Box::from(error)))?;
+        let engine = Arc::clone(opened.running.engine());
+        *held = Some(opened);
+        log::info!(
+            "a ring is to run: the image was locked, read and opened in {:.1} ms",
+            start.elapsed().as_secs_f64() * 1e3
+        );
+        Ok(engine)
+    }
+
+    fn release(&self) -> Result<(), EngineError> {
+        let mut held = self.lock_held();
+        let Some(opened) = &mut *held else {
+            return Ok(());
+        };
+        let start = Instant::now();
+        let engine = Arc::clone(opened.running.engine());
+        if let Some(operation) = opened.operation.take()
+            && let Some(created) = operation.end()
+        {
+            opened.image.add_top(*created, &engine);
+        }
+        if let Err(error) = engine.settle() {
+            log::error!(
+                "no ring runs, but what completed cannot be made stable ({error}): the image \
+                 stays open and locked"
+            );
+            return Err(error);
+        }
+        let Some(Held {
+            running,
+            image,
+            _locks,
+            ..
+        }) = held.take()
+        else {
+            return Ok(());
+        };
+        self.take_note(image.top(), &engine);
+        if let Err(error) = running.close() {
+            // It has everything, and whoever opens it next looks whether that is so.
+            log::error!("the image could not be marked as closed: {error}");
+        }
+        drop(_locks);
+        drop(image);
+        log::info!(
+            "no ring runs: the image was closed and unlocked in {:.1} ms",
+            start.elapsed().as_secs_f64() * 1e3
+        );
+        Ok(())
+    }
+}
