@@ -122,6 +122,9 @@ pub enum Error {
     /// Another process uses the image that this one has served.
     #[error("the image is in use")]
     Lock(#[source] LockError),
+    /// A server has taken the lock on the image away.
+    #[error("the lock on the image is lost: another host may use it")]
+    LockLost,
     /// Not everything could be made stable at the end.
     #[error("the image was not closed cleanly; it will be checked when it is next opened")]
     Close(#[source] EngineError),

@@ -404,6 +404,8 @@ pub(super) enum Passed {
     Closed,
     /// It has everything, and could not be marked as closed.
     Unmarked(EngineError),
+    /// The lock on it went meanwhile: it is not to be used here any more.
+    Lost,
     /// Not everything could be made stable. The disk can be served on.
     Kept(Served, EngineError),
 }
@@ -526,18 +528,22 @@ impl Served {
                 top,
                 running,
                 locks,
-            } => match running.pass() {
-                Ok(()) => Passed::Closed,
-                Err((None, error)) => Passed::Unmarked(error),
-                Err((Some(running), error)) => {
-                    let way = Way::Always {
-                        top,
-                        running: Box::new(running),
-                        locks,
-                    };
-                    Passed::Kept(keep(way), error)
+            } => {
+                let engine = Arc::clone(running.engine());
+                match running.pass() {
+                    Ok(()) => Passed::Closed,
+                    Err((None, _)) if engine.has_lost_lock() => Passed::Lost,
+                    Err((None, error)) => Passed::Unmarked(error),
+                    Err((Some(running), error)) => {
+                        let way = Way::Always {
+                            top,
+                            running: Box::new(running),
+                            locks,
+                        };
+                        Passed::Kept(keep(way), error)
+                    }
                 }
-            },
+            }
             Way::ForRings(holding) => match device.close_image() {
                 Ok(()) => Passed::Closed,
                 Err(error) => Passed::Kept(keep(Way::ForRings(holding)), error),

@@ -1008,7 +1008,7 @@ impl<D: Disk> Engine<D> {
         self.md.post(message);
         // One of the two sees the other: this the end, or the end this message.
         fence(Ordering::SeqCst);
-        if self.closed.load(Ordering::Relaxed) {
+        if self.has_ended() {
             self.turn_down_all();
         }
     }
@@ -1018,6 +1018,12 @@ impl<D: Disk> Engine<D> {
         self.closed.store(true, Ordering::Relaxed);
         fence(Ordering::SeqCst);
         self.turn_down_all();
+    }
+
+    /// Whether the metadata thread has ended, or is about to: the image is closed, or could
+    /// not be.
+    pub(super) fn has_ended(&self) -> bool {
+        self.closed.load(Ordering::Relaxed)
     }
 
     /// Each message is taken by one thread, so it is answered once.

@@ -1148,8 +1148,12 @@ impl<D: Disk> MdWriter<D> {
                 if self.ops.is_empty() {
                     let result = result.and_then(|()| self.close_file(is_passed));
                     self.closed = true;
-                    self.end_control(result);
+                    let job = self.control.pop_front();
                     self.dismiss();
+                    // Last: who hears of it finds an engine that has ended.
+                    if let Some(job) = job {
+                        job.outcome.set(result);
+                    }
                 }
             }
             ControlStage::Flushed(result) => self.end_control(result),

@@ -73,12 +73,13 @@ impl<D: Disk> Running<D> {
     /// is not stable. All queues must have been dropped.
     ///
     /// # Errors
-    /// When not everything could be made stable: then it goes on as before. Or when the image
-    /// could not be marked, and has everything nevertheless: then it has ended.
+    /// When not everything could be made stable: then it goes on as before, held if its lock is
+    /// lost. Or when the image could not be marked, and has everything nevertheless: then it
+    /// has ended.
     pub fn pass(mut self) -> Result<(), (Option<Self>, EngineError)> {
         let result = self.engine.control(Control::Pass).wait();
         if let Err(error) = result
-            && !self.engine.is_suspended()
+            && !self.engine.has_ended()
         {
             return Err((Some(self), error));
         }

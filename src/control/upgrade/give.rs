@@ -278,6 +278,10 @@ pub(in crate::control) fn hand_over(
             let connection = go_on(&served, suspended, signals);
             return kept(served, connection, waiting);
         }
+        Passed::Lost => {
+            successor.refuse("the lock on the image is lost");
+            return Err(Error::LockLost);
+        }
         Passed::Unmarked(error) => Err(error),
         Passed::Closed => Ok(()),
     };

@@ -2,7 +2,9 @@
 
 use std::rc::Rc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc;
 use std::thread;
+use std::time::Duration;
 
 use super::*;
 use crate::ploop::preempt;
@@ -105,15 +107,14 @@ fn a_write_that_is_given_up_while_the_image_is_closed_ends() {
     );
 }
 
-/// Opens an image with threads of its own, on a disk with these faults, and closes it.
-/// Says also whether it is marked as closed then.
-fn closed_by_threads(faults: Faults) -> (Result<(), EngineError>, bool) {
+/// Opens an image with threads of its own, and does this beside them. Says also whether it
+/// is marked as closed then.
+fn with_threads<T>(act: impl FnOnce(Running<SimDisk>, &SimDisk) -> T) -> (T, bool) {
     let disk = empty_image(Medium::default(), 1, 4 * CLUSTER);
     let chain = Chain {
         levels: vec![Level::Ploop],
     };
     let running = Running::start(Engine::open(disk.clone(), &chain, options()).unwrap()).unwrap();
-    disk.change_medium(|medium| medium.faults = faults);
     let is_over = AtomicBool::new(false);
     let result = thread::scope(|scope| {
         scope.spawn(|| {
@@ -124,11 +125,33 @@ fn closed_by_threads(faults: Faults) -> (Result<(), EngineError>, bool) {
                 thread::yield_now();
             }
         });
-        let result = running.close();
+        let result = act(running, &disk);
         is_over.store(true, Ordering::Release);
         result
     });
     (result, disk.read_live(FileId(0), 44, 4) == [0; 4])
+}
+
+/// Closes it on a disk with these faults.
+fn closed_by_threads(faults: Faults) -> (Result<(), EngineError>, bool) {
+    with_threads(|running, disk| {
+        disk.change_medium(|medium| medium.faults = faults);
+        running.close()
+    })
+}
+
+/// It stays suspended for good, and nobody waits for an end that does not come.
+#[test]
+fn who_passes_an_image_on_whose_lock_is_lost_hears_so() {
+    let (result, is_closed) = with_threads(|running, _| {
+        running.engine().lose_lock();
+        let (tell, told) = mpsc::channel();
+        // Not one of the scope, which would wait for it.
+        thread::spawn(move || tell.send(running.pass().map_err(|(left, _)| left.is_some())));
+        told.recv_timeout(Duration::from_secs(20))
+    });
+    assert_eq!(result, Ok(Err(true)), "it is still there");
+    assert!(!is_closed);
 }
 
 #[test]
