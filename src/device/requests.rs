@@ -317,9 +317,11 @@ impl<D: Disk> Requests<D> {
         may_give_back: bool,
     ) -> Vec<u16> {
         self.hold(false);
-        self.empty_valve(memory, parked, may_give_back);
+        self.empty_valve(memory, self.unless_locked_out(parked), may_give_back);
         let grace = self.device.stops().grace();
         self.engine.drain(&mut self.done, grace);
+        // The lock may have been lost by now.
+        let parked = self.unless_locked_out(parked);
         self.settle(memory, parked);
         let mut undone = std::mem::take(&mut self.undone);
         undone.sort_unstable_by_key(|request| std::cmp::Reverse(request.place));
@@ -344,6 +346,15 @@ impl<D: Disk> Requests<D> {
             memory.release(request.memory);
         }
         given_back
+    }
+
+    /// What waits for a lock that is lost waits on, whoever stops the ring: on another host,
+    /// or in another process, it can be done.
+    fn unless_locked_out(&self, parked: Parked) -> Parked {
+        match self.engine.engine().is_locked_out() {
+            true => Parked::Drop,
+            false => parked,
+        }
     }
 
     /// Takes what limits have kept back: whoever stops the ring waits for the end, and not

@@ -462,10 +462,7 @@ impl<D: Disk> Engine<D> {
     /// Whether requests wait for a lock that is lost, or may be.
     pub fn is_locked_out(&self) -> bool {
         self.options.on_lock_loss == OnLockLoss::Stop
-            && matches!(
-                self.disk.lock_standing(),
-                LockStanding::InDoubt | LockStanding::Lost
-            )
+            && (self.disk.lock_standing() == LockStanding::InDoubt || self.has_lost_lock())
     }
 
     /// Whether requests fail since the lock is lost. Else they wait.

@@ -444,6 +444,23 @@ fn what_cannot_be_given_back_is_left_in_its_order_where_nobody_is_told() {
     assert_eq!(left.unfinished, [6, 5, 7]);
 }
 
+/// Its driver goes on with another host, or another process, and does not hear of an error.
+#[test]
+fn what_waits_for_a_lost_lock_is_left_whoever_stops_the_ring() {
+    for parked in [Parked::Fail, Parked::FailSoon] {
+        let mut rig = Rig::new(Vec::new());
+        rig.device.engine().unwrap().lose_lock();
+        rig.write(5, 512);
+        rig.discard(6);
+        let target = rig.pieces(15, 1);
+        rig.accept(7, Operation::GetId(target));
+        assert!(rig.drain(parked, true).is_empty());
+        assert_eq!([5, 6].map(|head| rig.status(head)), [UNTOUCHED; 2]);
+        assert_eq!(rig.heads(), [7]);
+        assert_eq!(rig.left().unfinished, [5, 6]);
+    }
+}
+
 /// What waits for space, or for the end of a suspension, ends so in a drain.
 #[test]
 fn what_waits_is_left_or_fails_as_it_is_wanted() {
