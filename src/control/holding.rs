@@ -11,7 +11,7 @@ use super::lock_keeper::LockKeeper;
 use super::served::{Image, Standing, level_list};
 use super::subject::Level;
 use super::{Args, Error};
-use crate::device::{HoldError, Holder};
+use crate::device::{Haste, HoldError, Holder};
 use crate::image::{self, Access, OpenMode};
 use crate::ploop::{Engine, EngineError, EngineReport, Running, WriteThreshold};
 use crate::storage::{HostDisk, LockStanding};
@@ -29,11 +29,23 @@ pub(super) struct Holding {
 struct Held {
     running: Running<HostDisk>,
     /// Where there are locks to look after. As long as anything is done to the image.
-    _locks: Option<LockKeeper>,
+    locks: Option<LockKeeper>,
     /// Of what was done to it last as a whole.
     operation: Option<Stop>,
     /// Goes last: the locks are in it.
     image: Image,
+}
+
+impl Held {
+    /// Its lock is lost, so nothing can be written. Whoever opens it next, here or elsewhere,
+    /// finds whether somebody else has had it.
+    fn let_go(self) {
+        log::warn!("no ring runs: the image, whose lock is lost, is let go as it is");
+        // Says itself that nothing was closed.
+        drop(self.running);
+        drop(self.locks);
+        drop(self.image);
+    }
 }
 
 /// What is told of the disk while the image is not open.
@@ -146,7 +158,7 @@ impl Holding {
         engine.set_write_threshold(engine.write_threshold());
         Ok(Held {
             running,
-            _locks: locks,
+            locks,
             operation: None,
             image,
         })
@@ -195,9 +207,9 @@ impl Holder<HostDisk> for Holding {
         Ok(engine)
     }
 
-    fn release(&self) -> Result<(), EngineError> {
+    fn release(&self, haste: Haste) -> Result<(), EngineError> {
         let mut held = self.lock_held();
-        let Some(opened) = &mut *held else {
+        let Some(mut opened) = held.take() else {
             return Ok(());
         };
         let start = Instant::now();
@@ -207,28 +219,47 @@ impl Holder<HostDisk> for Holding {
         {
             opened.image.add_top(*created, &engine);
         }
-        if let Err(error) = engine.settle() {
-            log::error!(
-                "no ring runs, but what completed cannot be made stable ({error}): the image \
-                 stays open and locked"
-            );
-            return Err(error);
-        }
-        let Some(Held {
-            running,
-            image,
-            _locks,
-            ..
-        }) = held.take()
-        else {
+        self.take_note(opened.image.top(), &engine);
+        if engine.has_lost_lock() {
+            opened.let_go();
             return Ok(());
-        };
-        self.take_note(image.top(), &engine);
-        if let Err(error) = running.close() {
-            // It has everything, and whoever opens it next looks whether that is so.
-            log::error!("the image could not be marked as closed: {error}");
         }
-        drop(_locks);
+        let Held {
+            running,
+            locks,
+            image,
+            ..
+        } = opened;
+        match running.hand_over(haste == Haste::Nobody) {
+            Ok(()) => {}
+            Err((Some(running), _)) if engine.has_lost_lock() => {
+                let operation = None;
+                let lost = Held {
+                    running,
+                    locks,
+                    operation,
+                    image,
+                };
+                lost.let_go();
+                return Ok(());
+            }
+            Err((Some(running), error)) => {
+                // Another host believes the mark, so it gets no image without.
+                log::error!(
+                    "no ring runs, but the image cannot be closed ({error}): it stays open and \
+                     locked"
+                );
+                *held = Some(Held {
+                    running,
+                    locks,
+                    operation: None,
+                    image,
+                });
+                return Err(error);
+            }
+            Err((None, error)) => log::error!("the image was closed already: {error}"),
+        }
+        drop(locks);
         drop(image);
         log::info!(
             "no ring runs: the image was closed and unlocked in {:.1} ms",

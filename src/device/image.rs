@@ -21,6 +21,16 @@ use crate::storage::Disk;
 #[error(transparent)]
 pub struct HoldError(#[from] Box<dyn Error + Send + Sync>);
 
+/// Whether somebody waits for an image.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Haste {
+    /// A guest that is being migrated stands still until another host has the image: what can
+    /// be left to that one is.
+    Guest,
+    /// Nobody in particular.
+    Nobody,
+}
+
 /// Opens an image for a device, and closes it.
 pub trait Holder<D: Disk>: Send + Sync {
     /// Locks the image, reads it anew, and opens it.
@@ -32,8 +42,8 @@ pub trait Holder<D: Disk>: Send + Sync {
     /// Makes all of the image stable, marks it as closed, closes and unlocks it.
     ///
     /// # Errors
-    /// Not everything could be made stable: it is held on, as it was.
-    fn release(&self) -> Result<(), EngineError>;
+    /// Not everything could be made stable, the mark included: it is held on, as it was.
+    fn release(&self, haste: Haste) -> Result<(), EngineError>;
 }
 
 /// See the module's text.
@@ -110,14 +120,14 @@ impl<D: Disk> Image<D> {
     ///
     /// # Errors
     /// As [`Holder::release`].
-    pub fn release(&self) -> Result<bool, EngineError> {
+    pub fn release(&self, haste: Haste) -> Result<bool, EngineError> {
         let (Some(engine), Some(holder)) = (self.engine(), &self.holder) else {
             return Ok(false);
         };
         *self.lock_shape() = engine.shape();
         // First, so that nobody begins to do anything with it.
         self.engine.store(None);
-        match holder.release() {
+        match holder.release(haste) {
             Ok(()) => {
                 *self.lock_left() = engine.leave_memory();
                 Ok(true)

@@ -82,7 +82,7 @@ use thiserror::Error;
 
 pub use connection::{Connection, ConnectionError, NotSuspended, Resumed, has_spoken};
 pub use histogram::Histogram;
-pub use image::{HoldError, Holder};
+pub use image::{Haste, HoldError, Holder};
 pub use mailbox::Parked;
 pub use statistics::{Bins, KindCounts, Latencies, LatencyBins, QueueReport, Statistics, Totals};
 pub use suspended::Suspended;
@@ -396,7 +396,7 @@ impl<D: Disk> BlockDevice<D> {
     /// # Errors
     /// Not everything could be made stable: it stays open.
     pub fn close_image(&self) -> Result<(), EngineError> {
-        self.image.release().map(drop)
+        self.image.release(Haste::Nobody).map(drop)
     }
 
     fn image(&self) -> &Image<D> {

@@ -31,7 +31,7 @@ use super::continuity::{Continuity, ContinuityError};
 use super::dirty_log::{Log, LogError};
 use super::event::{Event, EventError};
 use super::gate::Gate;
-use super::image::HoldError;
+use super::image::{Haste, HoldError};
 use super::mailbox::Parked;
 use super::memory_table::{MAX_REGIONS, MemoryError, MemoryTable};
 use super::ratelimit::{debug_log, guest_log};
@@ -269,7 +269,7 @@ impl<D: Disk> Session<D> {
         // The front-end has kept them, and the next process gets them again.
         let is_kept = self.continuity.is_kept();
         self.halt_all(if is_kept { Parked::Drop } else { parked });
-        self.release_image();
+        self.release_image(Haste::Nobody);
     }
 
     /// All at once: the drains overlap.
@@ -471,7 +471,7 @@ impl<D: Disk> Session<D> {
         self.log = None;
         self.write_cache.reset();
         self.continuity.forget();
-        self.release_image();
+        self.release_image(Haste::Nobody);
     }
 
     fn check_stopped(&self) -> Result<(), Refusal> {

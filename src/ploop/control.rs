@@ -22,6 +22,15 @@ pub(crate) enum Control {
     /// synced after the flush. If that fails, requests are taken again as after
     /// [`Self::Resume`].
     Pass,
+    /// The same as [`Self::Close`] for somebody on another host, perhaps, whose guest goes on
+    /// only if the mark says that everything is there. If not everything can be made stable,
+    /// the mark included, requests are taken again as after [`Self::Resume`], of an image that
+    /// is marked as in use.
+    HandOver {
+        /// Whether all of the file is trimmed that is not used. That may take seconds, in which
+        /// a guest stands still.
+        trims: bool,
+    },
     /// Do all that a larger disk takes, beside the I/O.
     PrepareGrowth(Sector),
     /// Make the disk as large as it was prepared for.
@@ -37,6 +46,26 @@ pub(crate) enum Control {
     SwitchTop,
     /// Requests are taken again, and go to the top as before [`Self::CloseTop`].
     KeepTop,
+}
+
+impl Control {
+    /// Whether the engine ends with it, if it succeeds.
+    pub const fn is_end(self) -> bool {
+        matches!(self, Self::Close | Self::Pass | Self::HandOver { .. })
+    }
+
+    /// Whether nothing is done to the file that another opening would find as well.
+    pub const fn leaves_file_alone(self) -> bool {
+        matches!(
+            self,
+            Self::Pass | Self::CloseTop | Self::HandOver { trims: false }
+        )
+    }
+
+    /// Whether requests are taken again if what is under way cannot be made stable.
+    pub const fn can_go_on(self) -> bool {
+        matches!(self, Self::Pass | Self::CloseTop | Self::HandOver { .. })
+    }
 }
 
 /// The answer, sooner or later.
@@ -62,7 +91,8 @@ impl Outcome {
         self.shared.is_there.notify_all();
     }
 
-    /// The answer, if it is there.
+    /// The answer, if it is there: for who drives the threads itself.
+    #[cfg(test)]
     pub fn get(&self) -> Option<Result<(), EngineError>> {
         *self
             .shared

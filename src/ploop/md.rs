@@ -5,7 +5,7 @@
 //! - the way of unmapped clusters back to the allocator ([`reclaim`]);
 //! - growing the file, and the pios that wait for space ([`space`]);
 //! - what a larger disk takes ([`grow`]), and a new top ([`top`]);
-//! - suspend, resume and close.
+//! - suspend, resume and close, and what [`hand_over`] is.
 //!
 //! Pages are written and the file is synced in *rounds*, one after the other, so
 //! that of each page one write is in flight at a time (I11) and what a sync covers
@@ -24,6 +24,7 @@
 //! tells of either: one that is late would let the round promise too much.
 
 mod grow;
+mod hand_over;
 mod reclaim;
 mod space;
 mod top;
@@ -49,7 +50,7 @@ use super::engine::{Engine, MdMessage};
 use super::entry::{Entry, Place};
 use super::inbox::{Inbox, Waker};
 use super::options::OnEnospc;
-use super::pio::{Home, Pio, QueueMessage, Work};
+use super::pio::{Pio, QueueMessage};
 use super::preempt;
 use super::rule::{self, Rule};
 use crate::format::{Geometry, GuestCluster, Header, HostCluster, InUse};
@@ -405,12 +406,6 @@ impl<D: Disk> MdWriter<D> {
             MdMessage::StableWritesEnded => {}
             MdMessage::ErrandDone(result) => self.errand_done(result),
             MdMessage::Moved { host } => self.cluster_moved(host),
-            MdMessage::CopyUp {
-                cluster,
-                level,
-                top,
-                outcome,
-            } => self.copy_up(cluster, level, top, outcome),
             MdMessage::Control(Control::PrepareGrowth(size), outcome) => {
                 self.prepare_growth(size, outcome);
             }
@@ -418,28 +413,6 @@ impl<D: Disk> MdWriter<D> {
             MdMessage::Control(Control::AbandonGrowth, outcome) => self.abandon_growth(outcome),
             MdMessage::Control(what, outcome) => self.begin_control(what, outcome),
         }
-    }
-
-    /// Here and not where it is asked for: nothing may be begun while requests are held.
-    fn copy_up(&self, cluster: GuestCluster, level: FileId, top: FileId, outcome: Outcome) {
-        let may_begin = match self.closed {
-            true => Err(EngineError::Stopped),
-            false => self.engine.check_copy_up(top),
-        };
-        if let Err(error) = may_begin {
-            return outcome.set(Err(error));
-        }
-        let pio = Pio {
-            home: Home::of_other(outcome),
-            work: Work::CopyUp {
-                cluster,
-                level,
-                top,
-            },
-            // Who asks waits by himself where there is no space.
-            last_try: true,
-        };
-        self.engine.dispatch(cluster, pio);
     }
 
     /// Those of the next round: the sync of one under way may have started before what
@@ -1059,8 +1032,7 @@ impl<D: Disk> MdWriter<D> {
     fn is_closing(&self) -> bool {
         self.closed
             || self.control.front().is_some_and(|job| {
-                let ends = matches!(job.what, Control::Close | Control::Pass);
-                ends && matches!(job.stage, ControlStage::Flushed(_))
+                job.what.is_end() && matches!(job.stage, ControlStage::Flushed(_))
             })
     }
 
@@ -1068,8 +1040,7 @@ impl<D: Disk> MdWriter<D> {
     /// or nobody's.
     fn leaves_file_alone(&self) -> bool {
         let job = self.control.front();
-        self.is_top_closed
-            || job.is_some_and(|job| matches!(job.what, Control::Pass | Control::CloseTop))
+        self.is_top_closed || job.is_some_and(|job| job.what.leaves_file_alone())
     }
 
     /// Whether anything but a round changes the file, which no sync of a round waits for.
@@ -1104,7 +1075,8 @@ impl<D: Disk> MdWriter<D> {
         };
         self.is_paused |= job.what == Control::Suspend;
         let holds = match job.what {
-            Control::Suspend | Control::Close | Control::Pass => true,
+            Control::Suspend => true,
+            what if what.is_end() => true,
             Control::CloseTop => rule::kept(Rule::HeldForNewTop),
             _ => false,
         };
@@ -1136,9 +1108,7 @@ impl<D: Disk> MdWriter<D> {
             ControlStage::Grace(epoch) => {
                 // In this order: a queue that has not seen the suspension yet may
                 // dispatch a pio until it leaves its epoch.
-                let awaits_io =
-                    job.what != Control::Barrier || rule::kept(Rule::ReadsEndBeforeFileGoes);
-                let is_quiet = (self.engine.epochs.all_reached(epoch) || !awaits_io)
+                let is_quiet = self.engine.epochs.all_reached(epoch)
                     && !is_changing
                     && (job.what == Control::Barrier
                         || (self.engine.dispatched.load(Ordering::Acquire) == 0
@@ -1147,15 +1117,17 @@ impl<D: Disk> MdWriter<D> {
                     if may_change_top {
                         self.flush_top();
                     }
+                } else if is_quiet && job.what == (Control::HandOver { trims: false }) {
+                    if may_change_top {
+                        self.flush_in_haste();
+                    }
                 } else if is_quiet {
                     job.stage = ControlStage::Flush;
                     self.waiters.push(Waiter::Control);
                 }
             }
             ControlStage::Flush => {}
-            ControlStage::Flushed(Err(error))
-                if matches!(job.what, Control::Pass | Control::CloseTop) =>
-            {
+            ControlStage::Flushed(Err(error)) if job.what.can_go_on() => {
                 self.go_on(Err(error));
             }
             ControlStage::Flushed(Ok(())) if job.what == Control::CloseTop => {
@@ -1169,6 +1141,11 @@ impl<D: Disk> MdWriter<D> {
                         let _ = self.keep_top();
                         self.go_on(Err(error));
                     }
+                }
+            }
+            ControlStage::Flushed(_) if let Control::HandOver { trims } = job.what => {
+                if self.ops.is_empty() {
+                    self.hand_over(trims);
                 }
             }
             ControlStage::Flushed(result) if matches!(job.what, Control::Close | Control::Pass) => {
@@ -1269,20 +1246,21 @@ impl<D: Disk> MdWriter<D> {
         if is_passed {
             return mark_closed(&engine.disk, top, &mut metadata.header).map_err(cannot_mark);
         }
-        let end = engine
-            .bat
-            .iter()
-            .filter_map(|entry| match entry.place() {
-                Place::In(file, host) if file == top => Some(host.0 + 1),
-                _ => None,
-            })
-            .max()
-            .unwrap_or(self.geometry.first_host_cluster().0);
-        let len = self.geometry.host_offset(HostCluster(end));
+        let len = self.geometry.host_offset(used_end(&engine, &self.geometry));
         cut_and_mark(&engine.disk, top, len, &mut metadata.header).map_err(cannot_mark)?;
         engine.forget_opening();
         Ok(())
     }
+}
+
+/// One behind the last cluster that the top has. Nothing changes that meanwhile.
+fn used_end<D: Disk>(engine: &Engine<D>, geometry: &Geometry) -> HostCluster {
+    let top = engine.top();
+    let ends = engine.bat.iter().filter_map(|entry| match entry.place() {
+        Place::In(file, host) if file == top => Some(host.0 + 1),
+        _ => None,
+    });
+    HostCluster(ends.max().unwrap_or(geometry.first_host_cluster().0))
 }
 
 fn cannot_mark(error: io::Error) -> EngineError {

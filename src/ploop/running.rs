@@ -76,8 +76,23 @@ impl<D: Disk> Running<D> {
     /// When not everything could be made stable: then it goes on as before, held if its lock is
     /// lost. Or when the image could not be marked, and has everything nevertheless: then it
     /// has ended.
-    pub fn pass(mut self) -> Result<(), (Option<Self>, EngineError)> {
-        let result = self.engine.control(Control::Pass).wait();
+    pub fn pass(self) -> Result<(), (Option<Self>, EngineError)> {
+        self.leave(Control::Pass)
+    }
+
+    /// The same as [`Self::close`] for somebody on another host, perhaps, who opens the image
+    /// next. With `trims`, unused space is given back, which may take seconds. All queues must
+    /// have been dropped.
+    ///
+    /// # Errors
+    /// When not everything could be made stable, the mark included: then it goes on as before,
+    /// held if its lock is lost. It is not given back only if it had ended before.
+    pub fn hand_over(self, trims: bool) -> Result<(), (Option<Self>, EngineError)> {
+        self.leave(Control::HandOver { trims })
+    }
+
+    fn leave(mut self, how: Control) -> Result<(), (Option<Self>, EngineError)> {
+        let result = self.engine.control(how).wait();
         if let Err(error) = result
             && !self.engine.has_ended()
         {

@@ -113,8 +113,6 @@ impl Life {
             is_growing: false,
             is_snapshotting: false,
             is_either: false,
-            is_merging: false,
-            gone: None,
             mortal: None,
             relic: None,
             rng,
@@ -174,18 +172,15 @@ impl Life {
         let world = &mut self.world;
         let was_growing = std::mem::take(&mut world.is_growing);
         let was_snapshotting = std::mem::take(&mut world.is_snapshotting);
-        let was_merging = std::mem::take(&mut world.is_merging);
         let violations = world.disk.take_violations();
         if let Some(first) = violations.first() {
             return Err(first.clone());
         }
         if matches!(ending, Ending::Killed | Ending::Passed) {
             world.cases.count_if(Case::SnapshotKilled, was_snapshotting);
-            world.cases.count_if(Case::MergeKilled, was_merging);
             if world.is_either {
                 world.adopt_new_top()?;
             }
-            world.find_gone(false)?;
             let live = world.disk.snapshot(world.scenario.top());
             let image = world.disk.view(|view| world.judge(view, &live))?;
             self.learn(&image, Model::inherit);
@@ -195,7 +190,6 @@ impl Life {
             world.cuts.made += 1;
             world.cases.count_if(Case::LargerCut, was_growing);
             world.cases.count_if(Case::SnapshotCut, was_snapshotting);
-            world.cases.count_if(Case::MergeCut, was_merging);
             let undecided = world.model.undecided() > 0;
             world.cases.count_if(Case::Undecided, undecided);
         } else {
@@ -208,7 +202,6 @@ impl Life {
             .then(|| world.disk.snapshot(FileId(top.0 + 1)));
         world.disk.power_on();
         let live = world.find_name(live, new)?;
-        world.find_gone(true)?;
         let image = world.disk.view(|view| world.judge(view, &live))?;
         world.set_size(image.sectors);
         self.judge_ending(ending, &profile, &image)?;
@@ -407,7 +400,6 @@ fn end_trouble(world: &mut World) {
     world.disk.change_medium(|medium| {
         medium.faults = Faults::default();
         medium.capacity = None;
-        medium.stalled = None;
     });
 }
 
@@ -417,7 +409,12 @@ fn close(session: &mut Session, world: &mut World) -> Result<Closed, Failure> {
         let changes = world.rng.random_range(0..CHANGES_MAX);
         world.disk.cut_after(Some(changes));
     }
-    let closed = session.close(world, Control::Close)?;
+    let how = match world.rng.random_range(0..4) {
+        0 => Control::HandOver { trims: true },
+        1 => Control::HandOver { trims: false },
+        _ => Control::Close,
+    };
+    let closed = session.close(world, how)?;
     world.cases.count_if(
         Case::Marking,
         closed == Closed::Cut && world.disk.is_unsynced(),

@@ -2,8 +2,8 @@
 
 use std::error::Error as _;
 
-use super::{Refusal, Session};
-use crate::device::image::HoldError;
+use super::{Refusal, Session, has_logging};
+use crate::device::image::{Haste, HoldError};
 use crate::device::ring::Ring;
 use crate::format::Sector;
 use crate::storage::Disk;
@@ -41,9 +41,9 @@ impl<D: Disk> Session<D> {
 
     /// When no ring runs: has the image closed, if it is open only for them. `true` if it was
     /// open, and has everything.
-    pub(super) fn release_image(&mut self) -> bool {
+    pub(super) fn release_image(&mut self, haste: Haste) -> bool {
         // What goes wrong there is said there.
-        let is_closed = self.device.image().release().unwrap_or(false);
+        let is_closed = self.device.image().release(haste).unwrap_or(false);
         if is_closed {
             self.continuity.image_closed();
         }
@@ -56,7 +56,12 @@ impl<D: Disk> Session<D> {
         if self.rings.iter().any(Ring::is_running) {
             return;
         }
-        if !self.release_image() && self.continuity.is_kept() {
+        // While written memory is marked, another host gets what is written.
+        let haste = match has_logging(self.acked_features) {
+            true => Haste::Guest,
+            false => Haste::Nobody,
+        };
+        if !self.release_image(haste) && self.continuity.is_kept() {
             self.continuity.settle();
         }
         // What it was told before may not have been heard.

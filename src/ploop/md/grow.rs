@@ -29,7 +29,7 @@ use rustix::io::Errno;
 
 use super::super::EngineError;
 use super::super::bat::BatSize;
-use super::super::control::{Control, Outcome};
+use super::super::control::Outcome;
 use super::super::entry::{Entry, Place};
 use super::super::pio::{Home, Pio, Work};
 use super::super::preempt;
@@ -416,9 +416,8 @@ impl<D: Disk> MdWriter<D> {
 
     pub(super) fn step_growth(&mut self) {
         while let Some(mut growing) = self.growing.take() {
-            let is_closing = self.is_closing()
-                || (self.control.front())
-                    .is_some_and(|job| matches!(job.what, Control::Close | Control::Pass));
+            let is_closing =
+                self.is_closing() || (self.control.front()).is_some_and(|job| job.what.is_end());
             growing.stop |= is_closing;
             // These change nothing of the image any more, and who waits for them may be
             // the one who would resume it.

@@ -202,6 +202,66 @@ fn an_image_that_cannot_be_passed_on_is_served_on() {
     assert_eq!(rig.read(0, 512), [2; 512]);
 }
 
+#[test]
+fn an_image_that_is_handed_over_is_marked_and_trimmed() {
+    for trims in [true, false] {
+        let rig = Rig::new(16 * CLUSTER);
+        rig.write(0, &[1; 512]).unwrap();
+        let before = rig.disk.live_len(FileId(0));
+        rig.control(Control::HandOver { trims }).unwrap();
+        assert!(rig.disk.live_len(FileId(0)) < before);
+        let disk = rig.disk.clone();
+        drop(rig);
+        disk.power_off();
+        disk.restart();
+        assert_eq!(disk.read_live(FileId(0), 44, 4), [0; 4], "it is stable");
+        let rig = Rig::open(&disk, 1, options());
+        assert!(!rig.engine.awaits_take_over());
+        assert_eq!(rig.read(0, 512), [1; 512]);
+        rig.write(CLUSTER, &[2; 512]).unwrap();
+        rig.control(Control::HandOver { trims }).unwrap();
+    }
+}
+
+/// Others believe the mark, so without it the image stays here.
+#[test]
+fn an_image_that_cannot_be_marked_is_served_on_as_one_in_use() {
+    let rig = Rig::new(16 * CLUSTER);
+    rig.write(0, &[1; 512]).unwrap();
+    rig.flush().unwrap();
+    let hand_over = Control::HandOver { trims: false };
+    let outcome = rig.engine.control(hand_over);
+    // The flush is well, and what follows it fails.
+    rig.disk.change_medium(|medium| medium.faults.write = 1.0);
+    while outcome.get().is_none() {
+        rig.poll_md();
+        rig.step_disk();
+    }
+    assert!(matches!(outcome.get(), Some(Err(EngineError::Io(_)))));
+    rig.disk.change_medium(|medium| medium.faults.write = 0.0);
+    assert!(!rig.engine.is_suspended());
+    assert_ne!(rig.disk.read_live(FileId(0), 44, 4), [0; 4]);
+    rig.write(0, &[2; 512]).unwrap();
+    rig.flush().unwrap();
+    rig.control(hand_over).unwrap();
+    assert_eq!(rig.disk.read_live(FileId(0), 44, 4), [0; 4]);
+}
+
+#[test]
+fn an_image_whose_mark_cannot_be_synced_stays_and_nothing_counts_as_stable() {
+    let rig = Rig::new(16 * CLUSTER);
+    rig.write(0, &[1; 512]).unwrap();
+    rig.disk.change_medium(|medium| medium.faults.sync = 1.0);
+    let hand_over = Control::HandOver { trims: true };
+    assert_eq!(rig.control(hand_over), Err(EngineError::SyncFailed));
+    rig.disk.change_medium(|medium| medium.faults.sync = 0.0);
+    assert!(!rig.engine.is_suspended());
+    assert_eq!(rig.read(0, 512), [1; 512]);
+    rig.write(0, &[2; 512]).unwrap();
+    assert_eq!(rig.control(hand_over), Err(EngineError::SyncFailed));
+    assert_ne!(rig.disk.read_live(FileId(0), 44, 4), [0; 4]);
+}
+
 /// Whoever drops it, and wherever: nobody waits for it in vain.
 #[test]
 fn a_part_that_is_dropped_has_ended() {

@@ -30,6 +30,10 @@ use crate::storage::{LockStanding, lock};
 const BYTES_FROM: u64 = 1 << 62;
 const BYTES: u64 = 1 << 61;
 
+/// How long a renewal is waited for that nobody needs any more. One that takes longer is of a
+/// server that cannot be reached, where nothing is locked or unlocked.
+const RENEWAL_TIME: Duration = Duration::from_secs(2);
+
 /// See the module's text.
 #[derive(Debug)]
 pub(super) struct Lease {
@@ -41,6 +45,8 @@ pub(super) struct Lease {
     inner: Mutex<Inner>,
     /// Something is doubted, or nobody has to look any more.
     to_look: Condvar,
+    /// A renewal has ended.
+    renewed: Condvar,
     /// Polls readable unless it is in doubt.
     decided: OwnedFd,
     files: OnceLock<Vec<Weak<SharedFile>>>,
@@ -54,6 +60,8 @@ struct Inner {
     /// Of these, those that a look was begun for.
     looked_into: u64,
     is_over: bool,
+    /// The locks are being taken once more.
+    is_renewed: bool,
 }
 
 /// What is to be done next by who looks.
@@ -78,7 +86,9 @@ impl Lease {
                 doubts: 0,
                 looked_into: 0,
                 is_over: false,
+                is_renewed: false,
             }),
+            renewed: Condvar::new(),
             to_look: Condvar::new(),
             decided: eventfd(1, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
             files: OnceLock::new(),
@@ -155,7 +165,8 @@ impl Lease {
         }
     }
 
-    /// Nobody looks any more. What is in doubt is lost then.
+    /// Nobody looks any more. What is in doubt is lost then. Waits for a lock that is being
+    /// taken once more, for a while: whoever gives the file up would not have it unlocked.
     pub fn end_watch(&self) {
         let mut inner = self.lock_inner();
         inner.is_over = true;
@@ -166,6 +177,25 @@ impl Lease {
             LockStanding::Unwatched | LockStanding::Lost => {}
         }
         self.to_look.notify_all();
+        let is_busy = |inner: &mut Inner| inner.is_renewed;
+        let waited = self
+            .renewed
+            .wait_timeout_while(inner, RENEWAL_TIME, is_busy);
+        drop(waited);
+    }
+
+    /// Has the lock taken once more, by `renew`. `None` if nobody looks any more.
+    pub fn renew<T>(&self, renew: impl FnOnce() -> T) -> Option<T> {
+        let mut inner = self.lock_inner();
+        if inner.is_over {
+            return None;
+        }
+        inner.is_renewed = true;
+        drop(inner);
+        let result = renew();
+        self.lock_inner().is_renewed = false;
+        self.renewed.notify_all();
+        Some(result)
     }
 
     /// Waits until it is time for a look, `pause` at most unless something is doubted.
@@ -192,9 +222,13 @@ impl Lease {
         ends
     }
 
-    /// It is gone, for good. `true` the first time.
+    /// It is gone, for good. `true` the first time, unless nobody is to look any more: what a
+    /// late look finds then is that it was given up.
     pub fn lose(&self) -> bool {
         let mut inner = self.lock_inner();
+        if inner.is_over {
+            return false;
+        }
         let is_news = inner.standing != LockStanding::Lost;
         self.set(&mut inner, LockStanding::Lost);
         is_news

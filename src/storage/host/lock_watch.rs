@@ -186,9 +186,13 @@ impl Looked {
     }
 
     fn renew(&self, lease: &Lease, start: Instant) -> io::Result<Option<&'static str>> {
-        let renewed = lease
-            .lock(&self.locked)
-            .and_then(|()| ImageLock::renew(&self.given, self.mode));
+        let renew = || {
+            let renewed = lease.lock(&self.locked);
+            renewed.and_then(|()| ImageLock::renew(&self.given, self.mode))
+        };
+        let Some(renewed) = lease.renew(renew) else {
+            return Ok(None);
+        };
         match renewed {
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                 Ok(Some("somebody else has locked it exclusively"))

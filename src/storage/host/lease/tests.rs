@@ -208,3 +208,33 @@ fn every_description_has_the_lock_and_two_disks_have_two() {
     drop(locked);
     assert!(!one.lease.is_seen_by(&stranger).unwrap());
 }
+
+#[test]
+fn what_is_found_of_a_lock_that_was_given_up_is_no_loss() {
+    let lease = Arc::new(Lease::new().expect("a lease"));
+    lease.begin_watch();
+    assert_eq!(lease.renew(|| 5), Some(5));
+    let (begin, begun) = sync_channel(0);
+    let (end, ended) = sync_channel(0);
+    let renewing = Arc::clone(&lease);
+    let renewal = thread::spawn(move || {
+        renewing.renew(|| {
+            begin.send(()).expect("it is waited for");
+            ended.recv().expect("it is told");
+        })
+    });
+    begun.recv().expect("it begins");
+    let ending = Arc::clone(&lease);
+    let ending = thread::spawn(move || ending.end_watch());
+    while lease.standing() != LockStanding::Unwatched {
+        thread::yield_now();
+    }
+    thread::sleep(Duration::from_millis(50));
+    assert!(!ending.is_finished(), "the lock is still being taken");
+    end.send(()).expect("it waits");
+    renewal.join().expect("it ends");
+    ending.join().expect("it ends");
+    assert_eq!(lease.renew(|| 5), None);
+    assert!(!lease.lose());
+    assert_eq!(lease.standing(), LockStanding::Unwatched);
+}

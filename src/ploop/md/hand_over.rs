@@ -1,0 +1,119 @@
+//! The image goes to whoever opens it next, on another host perhaps.
+//!
+//! That one believes the mark: a guest that comes to it from elsewhere goes on only if the
+//! image was closed. So it is handed over only marked (I14). If anything of that fails, it is
+//! marked as in use again, and served on: everybody else finds it locked.
+//!
+//! The steps, while requests are held:
+//!
+//! 1. a flush: all that has completed is stable, the mapping included;
+//! 2. the memory that outlives the process is said to add nothing;
+//! 3. the file is cut behind its last cluster and synced;
+//! 4. the mark, and a sync.
+//!
+//! While a guest stands still and another host waits for the image, the cut comes first, so that
+//! the sync of the flush is its sync, too, and takes away what is quickly taken away: a file
+//! system that gives hundreds of MiB back while others write has been seen to take 9 s. What is
+//! left, the next opening finds as space that nothing uses.
+
+use super::{ControlStage, MdWriter, Waiter, cannot_mark, errno_of, mark_closed, used_end};
+use crate::format::HostCluster;
+use crate::ploop::EngineError;
+use crate::ploop::preempt;
+use crate::ploop::rule::{self, Rule};
+use crate::storage::Disk;
+
+/// How much of what was used before, in bytes, is given back while a guest waits.
+const QUICK_CUT: u64 = 64 << 20;
+
+impl<D: Disk> MdWriter<D> {
+    /// The quick cut, and step 1. A sync that began before is over, as it would vouch for a
+    /// length that the file has no more.
+    pub(super) fn flush_in_haste(&mut self) {
+        let engine = &self.engine;
+        let changes = !engine.is_read_only() && !engine.awaits_take_over();
+        if changes && self.metadata.is_some() {
+            let given = engine.alloc().cut().max(self.geometry.first_host_cluster());
+            let used = used_end(engine, &self.geometry);
+            let [used_len, given_len] = [used, given].map(|end| self.geometry.host_offset(end));
+            let end = match given_len.saturating_sub(used_len) > QUICK_CUT {
+                true => given,
+                false => used,
+            };
+            if let Err(error) = self.cut(end) {
+                return self.go_on(Err(error));
+            }
+        }
+        if let Some(job) = self.control.front_mut() {
+            job.stage = ControlStage::Flush;
+        }
+        self.waiters.push(Waiter::Control);
+    }
+
+    /// `true` if the file was longer.
+    fn cut(&self, end: HostCluster) -> Result<bool, EngineError> {
+        let engine = &self.engine;
+        let (top, len) = (engine.top(), self.geometry.host_offset(end));
+        let cut = || match engine.disk.len(top)? > len {
+            true => engine.disk.set_len(top, len).map(|()| true),
+            false => Ok(false),
+        };
+        // If it is used on, nothing behind is there for good.
+        engine.alloc().doubt_length(end);
+        cut().map_err(|error| {
+            log::error!("cannot cut the image file: {error}");
+            EngineError::Io(errno_of(&error))
+        })
+    }
+
+    /// Steps 2 to 4, once nothing changes the file any more.
+    pub(super) fn hand_over(&mut self, trims: bool) {
+        let engine = self.engine.clone();
+        if engine.has_sync_failed() && !engine.is_read_only() {
+            return self.go_on(Err(EngineError::SyncFailed));
+        }
+        // Of the others see where an image is closed.
+        let changes = !engine.is_read_only() && !engine.awaits_take_over() && !self.is_top_closed;
+        if changes {
+            engine.begin_switch();
+            if let Err(error) = self.trim_and_mark(trims) {
+                // Said before, if it went wrong.
+                let _ = self.keep_top();
+                return self.go_on(Err(error));
+            }
+            engine.forget_opening();
+        }
+        self.closed = true;
+        let job = self.control.pop_front();
+        self.dismiss();
+        // Last: who hears of it finds an engine that has ended.
+        if let Some(job) = job {
+            job.outcome.set(Ok(()));
+        }
+    }
+
+    fn trim_and_mark(&mut self, trims: bool) -> Result<(), EngineError> {
+        if self.metadata.is_none() {
+            return Ok(());
+        }
+        let engine = self.engine.clone();
+        let top = engine.top();
+        let failed_sync = |error| {
+            engine.set_sync_failed("the sync of the closed mark");
+            cannot_mark(error)
+        };
+        if trims && self.cut(used_end(&engine, &self.geometry))? {
+            log::debug!("the file was cut behind its last cluster");
+            if rule::kept(Rule::SyncBeforeMark) {
+                engine.disk.sync(top).map_err(failed_sync)?;
+            }
+        }
+        if let Some(metadata) = &mut self.metadata {
+            mark_closed(&engine.disk, top, &mut metadata.header).map_err(cannot_mark)?;
+        }
+        preempt::point("mark written");
+        engine.disk.sync(top).map_err(failed_sync)?;
+        log::debug!("the closed mark is stable");
+        Ok(())
+    }
+}
