@@ -1,21 +1,28 @@
 //! A guest is migrated to another QEMU, with another back-end and the same image, while fio
 //! works on the disk and compares what it reads.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use serde_json::json;
+
 use crate::common::backend::Backend;
 use crate::common::img::ploop_img;
+use crate::common::qmp::Qmp;
 use crate::load::{self, Load};
 use crate::qemu::{Guest, Running};
 use crate::rig::Rig;
 
 /// How often the guest goes from one to the other.
-const MIGRATIONS: u32 = 3;
+const MIGRATIONS: u32 = 5;
 
 /// The longest that one may take, on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(120);
+
+/// What a back-end says, before a time.
+const CLOSED: &str = "the image was closed and unlocked in ";
+const OPENED: &str = "the image was locked, read and opened in ";
 
 const OPTIONS: &[&str] = &["--lock=running", "--writeback-delay=5000"];
 
@@ -29,11 +36,14 @@ impl Host {
     fn new(rig: &Rig, name: &str) -> Self {
         let folder = rig.path(name);
         std::fs::create_dir(&folder).expect("a folder can be made");
-        let socket = folder.join("vhost.sock");
-        Self {
-            backend: Backend::start(&rig.disk, &socket, OPTIONS),
-            folder,
-        }
+        let backend = Self::serve(rig, &folder);
+        Self { backend, folder }
+    }
+
+    fn serve(rig: &Rig, folder: &Path) -> Backend {
+        let control = format!("--control={}", folder.join("control").display());
+        let options = [OPTIONS, &[&control]].concat();
+        Backend::start(&rig.disk, &folder.join("vhost.sock"), &options)
     }
 
     fn incoming(&self) -> PathBuf {
@@ -45,6 +55,18 @@ impl Host {
             .cpus(2)
             .patience(PATIENCE * MIGRATIONS)
             .reconnecting_disk(self.backend.socket())
+    }
+
+    fn control(&self) -> PathBuf {
+        self.folder.join("control")
+    }
+
+    /// How long it took last to close the image, or to open it, as the log says.
+    fn last(&self, what: &str) -> String {
+        let log = self.backend.log();
+        let mut lines = log.lines().rev();
+        let line = lines.find_map(|line| line.split_once(what));
+        line.map_or_else(|| "?".to_owned(), |(_, time)| time.trim().to_owned())
     }
 
     /// Starts a QEMU that waits for the guest.
@@ -87,17 +109,21 @@ fn downtime(said: &str) -> &str {
 }
 
 /// Moves the guest, which works.
-fn migrate(rig: &Rig, load: &Load, source: Running, to: &Host) -> Running {
+fn migrate(rig: &Rig, load: &Load, source: Running, from: &Host, to: &Host) -> Running {
     let target = to.waits_for_guest(rig, load);
     source.migrate(&to.incoming());
     let said = end_of(&source);
     assert!(said.contains("completed"), "{said}");
-    eprintln!("{}", downtime(&said));
     let start = Instant::now();
     while !target.runs() {
         assert!(start.elapsed() < PATIENCE, "the guest does not go on");
         thread::sleep(Duration::from_millis(20));
     }
+    let (closed, opened) = (from.last(CLOSED), to.last(OPENED));
+    eprintln!(
+        "{}; closed in {closed}, opened in {opened}",
+        downtime(&said)
+    );
     source.quit();
     target
 }
@@ -109,7 +135,11 @@ fn works_over_migrations(rig: &Rig, load: &Load) {
     guest.go_on();
     for migration in 1..=MIGRATIONS {
         thread::sleep(Duration::from_secs(2));
-        guest = migrate(rig, load, guest, &hosts[migration as usize % 2]);
+        let (to, from) = (migration as usize % 2, (migration as usize + 1) % 2);
+        if rig.disk.is_dir() {
+            change(&hosts[from], migration);
+        }
+        guest = migrate(rig, load, guest, &hosts[from], &hosts[to]);
     }
     thread::sleep(Duration::from_secs(1));
     guest.go_on();
@@ -123,10 +153,112 @@ fn works_over_migrations(rig: &Rig, load: &Load) {
     crate::rig::check(&rig.disk);
 }
 
+/// Something is done to the disk while it is served, before the guest goes elsewhere.
+fn change(host: &Host, number: u32) {
+    let mut qmp = Qmp::connect(&host.control());
+    if number % 2 == 1 {
+        let name = format!("before migration {number}");
+        qmp.ask("snapshot-create", json!({ "description": name }));
+    } else {
+        qmp.ask("grow", json!({ "by": 64 << 20 }));
+    }
+}
+
 #[test]
 fn a_guest_that_writes_is_migrated() {
     let Some(rig) = Rig::new() else { return };
     works_over_migrations(&rig, &load::NEW);
+}
+
+#[test]
+fn a_guest_is_migrated_whose_disk_grows_and_is_snapshotted_in_between() {
+    let Some(rig) = Rig::with_bundle() else {
+        return;
+    };
+    works_over_migrations(&rig, &load::OVER_OLD);
+    // As the last one has left it.
+    let info = ploop_img(["info".as_ref(), rig.disk.as_os_str()]).ok();
+    assert!(
+        info.contains("1.125 GiB") || info.contains("1207959552"),
+        "{info}"
+    );
+}
+
+/// What can become of a migration but an end that is well: each time the guest goes on, on the
+/// one host or the other.
+#[test]
+fn destinations_die_and_wait_and_a_source_loses_its_back_end() {
+    let Some(rig) = Rig::with_bundle() else {
+        return;
+    };
+    let load = &load::OVER_OLD;
+    let hosts = [Host::new(&rig, "one"), Host::new(&rig, "other")];
+    let mut guest = hosts[0].guest(&rig, load).boot();
+    guest.wait_at("busy");
+    guest.go_on();
+
+    // A destination that is killed in the midst.
+    let target = hosts[1].waits_for_guest(&rig, load);
+    guest.command("migrate_set_parameter max-bandwidth 4M");
+    guest.migrate(&hosts[1].incoming());
+    thread::sleep(Duration::from_secs(1));
+    target.kill();
+    let said = end_of(&guest);
+    assert!(said.contains("failed"), "{said}");
+    assert!(guest.runs());
+    guest.command("migrate_set_parameter max-bandwidth 10G");
+    thread::sleep(Duration::from_secs(1));
+
+    // A destination that is to wait: the image is nobody's meanwhile.
+    let target = hosts[1].waits_for_guest(&rig, load);
+    target.pause();
+    guest.migrate(&hosts[1].incoming());
+    let said = end_of(&guest);
+    assert!(said.contains("completed"), "{said}");
+    assert!(!target.runs());
+    let free = ploop_img(["check".as_ref(), rig.disk.as_os_str()]);
+    assert_eq!(free.code, Some(0), "{free:?}");
+    guest.quit();
+    target.resume();
+    guest = target;
+    thread::sleep(Duration::from_secs(2));
+
+    // The source's back-end is killed in the midst, and QEMU meets the next one.
+    let target = hosts[0].waits_for_guest(&rig, load);
+    guest.command("migrate_set_parameter max-bandwidth 4M");
+    guest.migrate(&hosts[0].incoming());
+    thread::sleep(Duration::from_secs(1));
+    let [one, Host { backend, folder }] = hosts;
+    backend.kill();
+    let backend = Host::serve(&rig, &folder);
+    let hosts = [one, Host { backend, folder }];
+    hosts[1].backend.expect_to_say(OPENED);
+    guest.command("migrate_set_parameter max-bandwidth 10G");
+    let said = end_of(&guest);
+    assert!(said.contains("completed"), "{said}");
+    guest.quit();
+    guest = target;
+    thread::sleep(Duration::from_secs(2));
+
+    // A source that is killed takes the guest along, and leaves the image as at its end.
+    let target = hosts[1].waits_for_guest(&rig, load);
+    guest.command("migrate_set_parameter max-bandwidth 4M");
+    guest.migrate(&hosts[1].incoming());
+    thread::sleep(Duration::from_secs(1));
+    guest.kill();
+    hosts[0].backend.expect_to_say("has disconnected");
+    target.kill();
+    crate::rig::check(&rig.disk);
+    let mut guest = hosts[1].guest(&rig, load).boot();
+    guest.wait_at("busy");
+    guest.go_on();
+    guest.go_on();
+    let outcome = guest.finish();
+    assert_eq!(outcome.value("verified"), "yes");
+    for Host { backend, .. } in hosts {
+        backend.stop();
+    }
+    crate::rig::check(&rig.disk);
 }
 
 #[test]
