@@ -224,6 +224,11 @@ impl Bat {
         &self.pages[page as usize]
     }
 
+    /// How many entries there are.
+    pub fn len(&self) -> u32 {
+        self.entries_now.load(Ordering::Acquire)
+    }
+
     /// All entries, in order.
     pub fn iter(&self) -> impl Iterator<Item = Entry> {
         self.range(0..u32::MAX)

@@ -91,8 +91,7 @@ impl Outcome {
         self.shared.is_there.notify_all();
     }
 
-    /// The answer, if it is there: for who drives the threads itself.
-    #[cfg(test)]
+    /// The answer, if it is there.
     pub fn get(&self) -> Option<Result<(), EngineError>> {
         *self
             .shared

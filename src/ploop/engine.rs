@@ -167,6 +167,13 @@ pub(super) enum MdMessage {
     StableWritesEnded,
     /// What it had dispatched for a growth has been done; see `Work`.
     ErrandDone(Result<(), EngineError>),
+    /// The cluster is to be copied from this level into the top, if that is the same then.
+    CopyUp {
+        cluster: GuestCluster,
+        level: FileId,
+        top: FileId,
+        outcome: Outcome,
+    },
     /// For a growth a cluster has moved from here. The disk does not know of it yet.
     Moved { host: HostCluster },
     /// From the control thread.
@@ -182,7 +189,7 @@ impl MdMessage {
                 inbox.post(QueueMessage::FlushDone { request, result });
             }
             Self::Park { pio, .. } => pio.home.complete(result),
-            Self::Control(_, outcome) => outcome.set(result),
+            Self::Control(_, outcome) | Self::CopyUp { outcome, .. } => outcome.set(result),
             Self::Freed { .. }
             | Self::Begin { .. }
             | Self::Dropped { .. }
@@ -296,7 +303,8 @@ impl<D: Disk> Engine<D> {
     /// Of each level, base first, and whether it is a ploop image. Of the top it is as the
     /// file was opened.
     pub fn level_geometries(&self) -> impl Iterator<Item = (Geometry, bool)> {
-        self.levels.iter().map(|level| {
+        let levels = self.levels.iter().filter(|level| !level.is_dropped());
+        levels.map(|level| {
             let disk_size = level.disk_size();
             let geometry = *level.geometry();
             (
@@ -1036,6 +1044,7 @@ impl Work {
     pub(super) fn cluster(&self, grid: Grid<'_>) -> GuestCluster {
         match self {
             Self::Write { cluster, .. }
+            | Self::CopyUp { cluster, .. }
             | Self::Move { cluster, .. }
             | Self::EndMove { cluster, .. } => *cluster,
             Self::Zero { start, .. } => GuestCluster((start >> grid.cluster().shift()) as u32),

@@ -158,6 +158,16 @@ impl Entry {
         }
     }
 
+    /// The same, with the cluster in this file. What is remembered is of the top, whose
+    /// number is another when levels below have gone.
+    pub const fn in_file(self, file: FileId) -> Self {
+        if self.0 & MAPPED == 0 {
+            return self;
+        }
+        let numbers = 0xff << LEVEL_SHIFT;
+        Self(self.0 & !numbers | (file.0 as u64) << LEVEL_SHIFT)
+    }
+
     /// Whether its change came before that of `other`, which is of the same cluster
     /// and not more than half the numbers away.
     pub const fn is_older_than(self, other: Self) -> bool {

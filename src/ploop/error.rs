@@ -84,6 +84,12 @@ pub enum EngineError {
     /// The top was not closed for a new one.
     #[error("the top is in use, and no other one can take its place")]
     TopInUse,
+    /// Another one has become the top.
+    #[error("a snapshot was made meanwhile")]
+    TopChanged,
+    /// The top is the base.
+    #[error("there is no level below the top")]
+    NoLevelBelow,
     /// Nothing was prepared.
     #[error("nothing was prepared for a larger disk")]
     NotPrepared,

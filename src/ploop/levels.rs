@@ -1,13 +1,13 @@
 //! The files of the chain as the engine knows them.
 //!
 //! The list only becomes longer: a snapshot puts a new top on it while every thread holds
-//! its requests. So whoever finds an entry of the map finds its level, and no entry changes
+//! its requests, and a level that is part of the chain no more keeps its place. So whoever finds an entry of the map finds its level, and no entry changes
 //! when a snapshot is made. What belongs to a top alone, as its allocator, comes and goes
 //! with its level. Does no I/O.
 
 use std::sync::OnceLock;
 // Not those of the models: nobody looks at them while they change.
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 
 use super::alloc::Allocator;
 use crate::format::{Descriptor, Geometry, HostCluster, Sector};
@@ -30,6 +30,8 @@ pub(super) struct Level {
     map: LevelMap,
     /// In sectors; see [`Self::disk_bytes`].
     disk_size: AtomicU64,
+    /// It is part of the chain no more. Its number is not given to another.
+    is_dropped: AtomicBool,
     /// Used as long as it is the top.
     alloc: Allocator,
 }
@@ -38,9 +40,20 @@ impl Level {
     fn new(map: LevelMap, alloc: Allocator) -> Self {
         Self {
             disk_size: AtomicU64::new(map.geometry.disk_size.0),
+            is_dropped: AtomicBool::new(false),
             map,
             alloc,
         }
+    }
+
+    /// No entry of the map is in it any more, and the chain goes on without it.
+    pub fn drop_from_chain(&self) {
+        self.is_dropped.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether it is part of the chain no more.
+    pub fn is_dropped(&self) -> bool {
+        self.is_dropped.load(Ordering::Relaxed)
     }
 
     pub fn offset(&self, host: HostCluster) -> u64 {
@@ -131,7 +144,13 @@ impl Levels {
         level.expect("entries of the map are of levels that there are")
     }
 
-    /// Base first.
+    /// The one on which this one lies; `None` if it is the base.
+    pub fn below(&self, file: FileId) -> Option<FileId> {
+        let mut lower = (0..file.0).rev().map(FileId);
+        lower.find(|file| !self.get(*file).is_dropped())
+    }
+
+    /// Base first, with those that are part of the chain no more.
     pub fn iter(&self) -> impl Iterator<Item = &Level> {
         let levels = self.list[..self.len()].iter();
         levels.filter_map(|level| level.get().map(Box::as_ref))

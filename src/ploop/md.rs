@@ -50,7 +50,7 @@ use super::engine::{Engine, MdMessage};
 use super::entry::{Entry, Place};
 use super::inbox::{Inbox, Waker};
 use super::options::OnEnospc;
-use super::pio::{Pio, QueueMessage};
+use super::pio::{Home, Pio, QueueMessage, Work};
 use super::preempt;
 use super::rule::{self, Rule};
 use crate::format::{Geometry, GuestCluster, Header, HostCluster, InUse};
@@ -406,6 +406,12 @@ impl<D: Disk> MdWriter<D> {
             MdMessage::StableWritesEnded => {}
             MdMessage::ErrandDone(result) => self.errand_done(result),
             MdMessage::Moved { host } => self.cluster_moved(host),
+            MdMessage::CopyUp {
+                cluster,
+                level,
+                top,
+                outcome,
+            } => self.copy_up(cluster, level, top, outcome),
             MdMessage::Control(Control::PrepareGrowth(size), outcome) => {
                 self.prepare_growth(size, outcome);
             }
@@ -413,6 +419,28 @@ impl<D: Disk> MdWriter<D> {
             MdMessage::Control(Control::AbandonGrowth, outcome) => self.abandon_growth(outcome),
             MdMessage::Control(what, outcome) => self.begin_control(what, outcome),
         }
+    }
+
+    /// Here and not where it is asked for: nothing may be begun while requests are held.
+    fn copy_up(&self, cluster: GuestCluster, level: FileId, top: FileId, outcome: Outcome) {
+        let may_begin = match self.closed {
+            true => Err(EngineError::Stopped),
+            false => self.engine.check_copy_up(top),
+        };
+        if let Err(error) = may_begin {
+            return outcome.set(Err(error));
+        }
+        let pio = Pio {
+            home: Home::of_other(outcome),
+            work: Work::CopyUp {
+                cluster,
+                level,
+                top,
+            },
+            // Who asks waits by himself where there is no space.
+            last_try: true,
+        };
+        self.engine.dispatch(cluster, pio);
     }
 
     /// Those of the next round: the sync of one under way may have started before what
@@ -1108,7 +1136,9 @@ impl<D: Disk> MdWriter<D> {
             ControlStage::Grace(epoch) => {
                 // In this order: a queue that has not seen the suspension yet may
                 // dispatch a pio until it leaves its epoch.
-                let is_quiet = self.engine.epochs.all_reached(epoch)
+                let awaits_io =
+                    job.what != Control::Barrier || rule::kept(Rule::ReadsEndBeforeFileGoes);
+                let is_quiet = (self.engine.epochs.all_reached(epoch) || !awaits_io)
                     && !is_changing
                     && (job.what == Control::Barrier
                         || (self.engine.dispatched.load(Ordering::Acquire) == 0

@@ -14,6 +14,7 @@ mod alloc;
 mod allowance;
 mod bat;
 pub(crate) mod control;
+mod copy_up;
 mod engine;
 mod entry;
 mod epoch;
@@ -41,6 +42,7 @@ mod take_over;
 mod write_threshold;
 
 pub(crate) use control::Outcome;
+pub use copy_up::{CopyUp, CopyUpStep};
 pub use engine::Engine;
 pub use error::{EngineError, OpenError};
 pub use md::MdWriter;

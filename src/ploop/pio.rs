@@ -4,10 +4,11 @@
 use std::sync::Arc;
 
 use super::EngineError;
+use super::control::Outcome;
 use super::engine::MdMessage;
 use super::inbox::Inbox;
 use crate::format::{GuestCluster, HostCluster};
-use crate::storage::Segments;
+use crate::storage::{FileId, Segments};
 
 /// What a [`Queue`](super::Queue) hears from other threads.
 pub(super) enum QueueMessage {
@@ -48,6 +49,8 @@ pub(super) struct Home {
 enum Owner {
     Queue(Arc<Inbox<QueueMessage>>),
     Metadata(Arc<Inbox<MdMessage>>),
+    /// Of who looks there.
+    Other(Outcome),
 }
 
 impl Home {
@@ -63,6 +66,15 @@ impl Home {
     pub fn of_metadata(inbox: Arc<Inbox<MdMessage>>) -> Self {
         Self {
             owner: Some(Owner::Metadata(inbox)),
+            request: 0,
+            charge: 0,
+        }
+    }
+
+    /// Somebody else wants to know of its end.
+    pub fn of_other(outcome: Outcome) -> Self {
+        Self {
+            owner: Some(Owner::Other(outcome)),
             request: 0,
             charge: 0,
         }
@@ -97,6 +109,7 @@ impl Home {
                 result,
             }),
             Some(Owner::Metadata(inbox)) => inbox.post(MdMessage::ErrandDone(result)),
+            Some(Owner::Other(outcome)) => outcome.set(result),
             None => {}
         }
     }
@@ -133,6 +146,12 @@ pub(super) enum Work {
         start: u64,
         len: u64,
         kind: ZeroKind,
+    },
+    /// Copy the cluster from this level into the top, if it is still there, and that the top.
+    CopyUp {
+        cluster: GuestCluster,
+        level: FileId,
+        top: FileId,
     },
     /// For a growth: wait for the end of copies that were begun to where the BAT goes.
     EndCopies,

@@ -83,11 +83,11 @@ impl Identity {
     }
 
     /// Whether memory with this head is of the same image. A disk that grows may have been
-    /// cut off between its header and this.
+    /// cut off between its header and this, and levels below the top may have gone since: it
+    /// is the name of the opening that tells one top from another.
     fn is_that_of(&self, head: impl Fn(usize) -> u64) -> bool {
         let cluster = self.geometry.cluster.bytes();
         head(AT_CLUSTER) == cluster
-            && head(AT_LEVELS) == self.levels as u64
             && (head(AT_ENTRIES) == 0) == (self.entries() == 0)
             && head(AT_DATA_START) % cluster == self.geometry.data_start % cluster
     }

@@ -105,6 +105,16 @@ pub(crate) enum Rule {
     SettledWhileClosed,
     /// I13, I15: from the first request to the new top on, that memory belongs to it.
     MemoryFollowsTop,
+    /// I6, I15: a level that is to go is empty for all: copies of it have ended.
+    CopiesEndBeforeDrop,
+    /// I3, I15: copies of it are stable, mapping included, before the chain is without it.
+    FlushBeforeDrop,
+    /// I15: that the chain is without it is stable before its file goes. Who drives the
+    /// engine sees to it.
+    #[cfg(test)]
+    NameBeforeFileGoes,
+    /// I15: reads of it have ended before its file goes: a flush of all waits for them.
+    ReadsEndBeforeFileGoes,
     /// I13: the memory that outlives the process has room for the larger map.
     RoomOutlivesProcess,
     /// I13: a change of the map outlives the process.
@@ -156,7 +166,7 @@ mod broken {
     impl Rule {
         /// Every one.
         #[cfg_attr(ploop_loom, allow(dead_code, reason = "the simulator breaks them all"))]
-        pub(crate) const ALL: [Self; 48] = [
+        pub(crate) const ALL: [Self; 52] = [
             Self::RemovalBeforeReuse,
             Self::FailedPageRemovesNothing,
             Self::TellBeforeMark,
@@ -201,6 +211,10 @@ mod broken {
             Self::MarkBeforeKeptTop,
             Self::SettledWhileClosed,
             Self::MemoryFollowsTop,
+            Self::CopiesEndBeforeDrop,
+            Self::FlushBeforeDrop,
+            Self::NameBeforeFileGoes,
+            Self::ReadsEndBeforeFileGoes,
             Self::RoomOutlivesProcess,
             Self::ChangeOutlivesProcess,
             Self::FailureOutlivesProcess,

@@ -214,6 +214,11 @@ impl<D: Disk> Runner<D> {
     fn begin(&mut self, pio: Pio) {
         match pio.work {
             Work::Write { .. } => self.write(pio),
+            Work::CopyUp {
+                cluster,
+                level,
+                top,
+            } => self.copy_up(pio, cluster, level, top),
             Work::Move { cluster, to, keep } => self.begin_relocation(pio, cluster, to, keep),
             _ => self.zero(pio),
         }

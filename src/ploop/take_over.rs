@@ -581,7 +581,12 @@ impl<D: Disk> Engine<D> {
             }
             let mut now = entry;
             if let Some((_, news)) = remembered.next_if(|(at, _)| *at == cluster) {
-                now = news.ok_or_else(|| damaged("has no entry of ours"))?;
+                let news = news.ok_or_else(|| damaged("has no entry of ours"))?;
+                if matches!(news.place(), Place::In(file, _) if file < top) {
+                    return Err(damaged("is mapped in a lower delta"));
+                }
+                // Only the top changes, and it had a higher number when there were more levels.
+                now = news.in_file(top);
                 self.check_adopted(now, entry).map_err(damaged)?;
                 if let Some(host) = disk_host.filter(|host| in_file(now, top) != Some(*host)) {
                     freed.push((cluster, host));
@@ -627,7 +632,6 @@ impl<D: Disk> Engine<D> {
     /// Whether an entry can have become this one.
     fn check_adopted(&self, now: Entry, on_disk: Entry) -> Result<(), &'static str> {
         match (now.place(), on_disk.place()) {
-            (Place::In(file, _), _) if file != self.top() => Err("is mapped in a lower delta"),
             (Place::Hole, Place::In(..)) if !self.can_unmap() => {
                 Err("is a hole, and a lower delta has it")
             }

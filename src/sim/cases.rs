@@ -63,6 +63,12 @@ pub enum Case {
     Snapshot,
     /// I15: the power went while one was under way.
     SnapshotCut,
+    /// I15: a level has gone.
+    Merge,
+    /// I15: the power went while one was about to.
+    MergeCut,
+    /// I13: the process was killed meanwhile.
+    MergeKilled,
     /// I13: the process was killed meanwhile.
     SnapshotKilled,
     /// I13: it was killed in the midst of the step that changes the top.
@@ -76,7 +82,7 @@ pub enum Case {
 }
 
 impl Case {
-    const ALL: [(Self, &'static str); 28] = [
+    const ALL: [(Self, &'static str); 31] = [
         (Self::Moved, "I1  cluster passed to another guest cluster"),
         (Self::Reused, "I2  freed cluster mapped again"),
         (Self::Flush, "I3  flush with something to flush"),
@@ -109,6 +115,12 @@ impl Case {
         ),
         (Self::Snapshot, "I15 snapshot of a disk in use"),
         (Self::SnapshotCut, "I15 cut while a snapshot was being made"),
+        (Self::Merge, "I15 level that has gone from a disk in use"),
+        (Self::MergeCut, "I15 cut while a level was about to go"),
+        (
+            Self::MergeKilled,
+            "I13 process killed while a level was about to go",
+        ),
         (
             Self::SnapshotKilled,
             "I13 process killed while a snapshot was being made",

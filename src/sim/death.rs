@@ -68,6 +68,8 @@ impl Heritage {
         world.is_growing = false;
         let is_snapshotting = std::mem::take(&mut world.is_snapshotting);
         world.cases.count_if(Case::SnapshotKilled, is_snapshotting);
+        let is_merging = std::mem::take(&mut world.is_merging);
+        world.cases.count_if(Case::MergeKilled, is_merging);
         let faults = profile.faults;
         world.disk.kill();
         let mut will = Will::of(&mut session);
@@ -76,6 +78,7 @@ impl Heritage {
             // Who opens it makes its name stable.
             world.adopt_new_top()?;
         }
+        world.find_gone(false)?;
         let top = world.scenario.top();
         world
             .disk

@@ -75,6 +75,9 @@ pub struct Medium {
     pub faults: Faults,
     /// The next zeroing finds no space for its own bookkeeping.
     pub next_zero_is_full: bool,
+    /// Reads of this file by threads from this one on, which are counted as
+    /// [`SimDisk::io_count`] does it, take long.
+    pub stalled: Option<(FileId, usize)>,
     /// Files below this one are never to be written to.
     pub first_writable: FileId,
     /// Bytes of header and BAT of the top file, for [`Survivors::Region`], and
@@ -99,6 +102,7 @@ impl Default for Medium {
             syncs_until_failure: None,
             faults: Faults::default(),
             next_zero_is_full: false,
+            stalled: None,
             first_writable: FileId(0),
             metadata_len: 0,
             copy_len: u64::MAX,
@@ -271,6 +275,33 @@ impl SimDisk {
         let allocated = state.allocated.pop().unwrap_or_default();
         let blocks = allocated.iter().filter(|is| **is).count() as u64;
         state.used_blocks = state.used_blocks.saturating_sub(blocks);
+    }
+
+    /// The same disk without one of its files: those above have other numbers there.
+    pub fn without(&self, file: FileId) -> Self {
+        let mut state = self.state();
+        let index = usize::from(file.0);
+        state.files.remove(index);
+        state.allocated.remove(index);
+        state.openings.remove(index);
+        drop(state);
+        self.clone()
+    }
+
+    /// Nothing is left in the file but, if it has one, its header, and that is stable.
+    pub fn empty_file(&self, file: FileId, has_header: bool) {
+        let mut state = self.state();
+        let len = state.file(file).len();
+        let mut header = [0; 64];
+        state.read_bytes(file, 0, &mut header);
+        let id = state.new_op();
+        state.zero_bytes(id, file, 0, len);
+        if has_header {
+            state.write_bytes(id, file, 0, &header);
+        }
+        state.complete(id);
+        state.file(file).sync(|_| true);
+        state.give_back(file, 0, len);
     }
 
     /// Changes what the medium is like.
@@ -704,6 +735,9 @@ impl State {
             return;
         }
         let index = self.choose_pending();
+        if self.is_stalled(&self.pending[index]) && !self.rng.random_ratio(1, 500) {
+            return;
+        }
         let mut pending = self.pending.swap_remove(index);
         if pending.effect.is_none() {
             self.take_effect(&mut pending);
@@ -715,6 +749,12 @@ impl State {
             Some(result) if self.rng.random_bool(0.6) => self.finish(pending, result),
             _ => self.pending.push(pending),
         }
+    }
+
+    fn is_stalled(&self, pending: &Pending) -> bool {
+        let is_read = |file| matches!(pending.op, Op::Read { file: of, .. } if of == file);
+        let stalled = self.medium.stalled;
+        stalled.is_some_and(|(file, first)| pending.io >= first && is_read(file))
     }
 
     /// Which operation goes on: seldom a slow one while there are others.

@@ -65,15 +65,17 @@ impl World {
         self.cuts.imagined += 1;
         self.cases.count_if(Case::LargerCut, self.is_growing);
         self.cases.count_if(Case::SnapshotCut, self.is_snapshotting);
+        self.cases.count_if(Case::MergeCut, self.is_merging);
+        let lower = self.choose_lower()?;
         let top = self.scenario.top();
         let is_new = self.is_either && self.rng.random();
         let judged = match is_new {
-            true => self
-                .disk
-                .view_after_cut(FileId(top.0 + 1), |view, live| self.judge_new(view, live)),
+            true => self.disk.view_after_cut(FileId(top.0 + 1), |view, live| {
+                self.judge_new(view, live, lower)
+            }),
             false => self
                 .disk
-                .view_after_cut(top, |view, live| self.judge(view, live)),
+                .view_after_cut(top, |view, live| self.judge_as(view, live, top, &lower)),
         };
         judged
             .map(drop)

@@ -113,6 +113,8 @@ impl Life {
             is_growing: false,
             is_snapshotting: false,
             is_either: false,
+            is_merging: false,
+            gone: None,
             mortal: None,
             relic: None,
             rng,
@@ -172,15 +174,18 @@ impl Life {
         let world = &mut self.world;
         let was_growing = std::mem::take(&mut world.is_growing);
         let was_snapshotting = std::mem::take(&mut world.is_snapshotting);
+        let was_merging = std::mem::take(&mut world.is_merging);
         let violations = world.disk.take_violations();
         if let Some(first) = violations.first() {
             return Err(first.clone());
         }
         if matches!(ending, Ending::Killed | Ending::Passed) {
             world.cases.count_if(Case::SnapshotKilled, was_snapshotting);
+            world.cases.count_if(Case::MergeKilled, was_merging);
             if world.is_either {
                 world.adopt_new_top()?;
             }
+            world.find_gone(false)?;
             let live = world.disk.snapshot(world.scenario.top());
             let image = world.disk.view(|view| world.judge(view, &live))?;
             self.learn(&image, Model::inherit);
@@ -190,6 +195,7 @@ impl Life {
             world.cuts.made += 1;
             world.cases.count_if(Case::LargerCut, was_growing);
             world.cases.count_if(Case::SnapshotCut, was_snapshotting);
+            world.cases.count_if(Case::MergeCut, was_merging);
             let undecided = world.model.undecided() > 0;
             world.cases.count_if(Case::Undecided, undecided);
         } else {
@@ -202,6 +208,7 @@ impl Life {
             .then(|| world.disk.snapshot(FileId(top.0 + 1)));
         world.disk.power_on();
         let live = world.find_name(live, new)?;
+        world.find_gone(true)?;
         let image = world.disk.view(|view| world.judge(view, &live))?;
         world.set_size(image.sectors);
         self.judge_ending(ending, &profile, &image)?;
@@ -400,6 +407,7 @@ fn end_trouble(world: &mut World) {
     world.disk.change_medium(|medium| {
         medium.faults = Faults::default();
         medium.capacity = None;
+        medium.stalled = None;
     });
 }
 

@@ -12,6 +12,7 @@
 //! - [`stage`]: where threads can be preempted, and others go on meanwhile;
 //! - [`death`]: the process alone is gone, and the guest goes on with another one;
 //! - [`shot`]: snapshots, and what a cut leaves of a name that is not stable;
+//! - [`merge`]: levels that go, likewise;
 //! - [`view`]: what the files hold, now or after a cut;
 //! - [`judge`]: whether a cut, made or imagined, leaves what it may;
 //! - [`checker`]: reads an image without a line of the code under test;
@@ -25,6 +26,7 @@ mod file;
 mod judge;
 mod life;
 mod memory;
+mod merge;
 mod model;
 mod pattern;
 mod power_cuts;

@@ -165,6 +165,31 @@ fn power_cuts_of_disks_with_snapshots() {
 }
 
 #[test]
+fn power_cuts_of_disks_whose_levels_go() {
+    let merges = Mix {
+        chains: true,
+        merges: true,
+        ..Mix::default()
+    };
+    let record = run_and_report("disks whose levels go", merges);
+    let with_snapshots = Mix {
+        snapshots: true,
+        ..merges
+    };
+    let both = run_and_report("and of which snapshots are made", with_snapshots);
+    if record.cuts.all() < ENOUGH {
+        return;
+    }
+    for record in [record, both] {
+        for case in [Case::Merge, Case::MergeKilled] {
+            assert!(record.cases.get(case) > 100, "too seldom: {case:?}");
+        }
+        let under_way = record.cases.get(Case::MergeCut);
+        assert!(under_way > record.cuts.all() / 3, "{under_way} cuts");
+    }
+}
+
+#[test]
 fn power_cuts_chains() {
     let chains = Mix {
         chains: true,

@@ -19,6 +19,13 @@ fn mix_for(which: Rule) -> Mix {
         Rule::StableWritesHoldSync => Some(HostTrouble::StableWrites),
         _ => None,
     };
+    let merges = matches!(
+        which,
+        Rule::CopiesEndBeforeDrop
+            | Rule::FlushBeforeDrop
+            | Rule::NameBeforeFileGoes
+            | Rule::ReadsEndBeforeFileGoes
+    );
     // Without lower deltas there are no copies, which make rounds with two syncs.
     let chains = matches!(
         which,
@@ -26,7 +33,7 @@ fn mix_for(which: Rule) -> Mix {
             | Rule::UnmarkedIsSeen
             | Rule::FailedPageIsNotOnDisk
             | Rule::CopiesInTheWayEnd
-    );
+    ) || merges;
     let grows = matches!(
         which,
         Rule::OldIoBeforeCopy
@@ -56,6 +63,7 @@ fn mix_for(which: Rule) -> Mix {
     );
     Mix {
         snapshots,
+        merges,
         chains,
         trouble,
         grows,

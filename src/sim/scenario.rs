@@ -123,7 +123,7 @@ impl Scenario {
         let cluster: u64 = *[32 << 10, 32 << 10, 64 << 10].choose(rng).unwrap();
         let per_cluster = cluster / SECTOR as u64;
         let short = rng.random_range(0..per_cluster);
-        let levels = if chains && rng.random() {
+        let levels = if chains && (rng.random() || mix.merges) {
             rng.random_range(2..=DELTAS_MAX)
         } else {
             1
@@ -621,6 +621,8 @@ pub enum Action {
     Grow,
     /// A snapshot comes one step further.
     Snapshot,
+    /// The end of a level comes one step nearer.
+    Merge,
 }
 
 impl Action {
@@ -644,6 +646,8 @@ pub struct Mix {
     pub grows: bool,
     /// Snapshots are made of disks; else of none.
     pub snapshots: bool,
+    /// Levels go while disks are in use; else none does.
+    pub merges: bool,
 }
 
 /// What may be wrong with a host, and nothing else then.
@@ -756,6 +760,9 @@ impl Profile {
         }
         if mix.snapshots {
             actions.push((Snapshot, *[4, 12, 24].choose(rng).unwrap()));
+        }
+        if mix.merges {
+            actions.push((Merge, *[4, 12, 24].choose(rng).unwrap()));
         }
         let faults = random_faults(rng, mix.trouble);
         if faults.stable_write + faults.full_stable_write > 0.0 {

@@ -19,6 +19,7 @@ use super::disk::{Faults, SimDisk};
 use super::file::SECTOR;
 use super::judge::{Before, Cuts};
 use super::memory::Memory;
+use super::merge::{Gone, Merge};
 use super::model::{ChangeId, Flush, Model, Read};
 use super::pattern::{self, Value};
 use super::scenario::{Action, Profile, Scenario};
@@ -66,6 +67,10 @@ pub struct World {
     pub is_growing: bool,
     /// A snapshot is being made.
     pub is_snapshotting: bool,
+    /// A level is about to go.
+    pub is_merging: bool,
+    /// One has, as far as the descriptor is concerned.
+    pub gone: Option<Gone>,
     /// The memory that outlives the process, if that may die in the midst of a step.
     pub mortal: Option<SharedWords>,
     /// It has died so, and this is what was in that memory.
@@ -264,6 +269,7 @@ pub struct Session {
     suspension: Suspension,
     larger: Larger,
     pub(super) shot: Shot,
+    pub(super) merge: Merge,
     /// How many there were when it was looked at last.
     pub(super) levels: usize,
     pub(super) times_suspended: u32,
@@ -345,6 +351,7 @@ impl Session {
             .collect();
         Self {
             shot: Shot::No,
+            merge: Merge::No,
             levels: world.scenario.levels,
             fuse: Fuse {
                 disk: world.disk.clone(),
@@ -432,6 +439,7 @@ impl Session {
             }
             Action::Grow => self.grow(world)?,
             Action::Snapshot => self.snapshot(world)?,
+            Action::Merge => self.merge(world)?,
             Action::GiveUp => {
                 let queue = rng.random_range(0..self.queue_count());
                 self.give_up(queue);
@@ -544,6 +552,11 @@ impl Session {
     fn held(&self) -> usize {
         let queues = self.actors.queues.borrow();
         queues.iter().map(|queue| queue.borrow().held()).sum()
+    }
+
+    /// Threads from this one on that have opened the disk are queues.
+    pub(super) fn first_queue_io(&self) -> usize {
+        self.actors.runners.len() + 1
     }
 
     pub(super) fn queue_count(&self) -> usize {
@@ -1173,6 +1186,7 @@ impl Session {
     fn take_requests_again(&mut self, world: &mut World) -> Result<(), Failure> {
         self.is_ending = true;
         self.end_snapshot(world)?;
+        self.end_merge(world);
         self.turn_until(world, "suspend", |session| {
             !matches!(session.suspension, Suspension::Under(_))
         })?;

@@ -48,7 +48,8 @@ impl Session {
         match &self.shot {
             Shot::No => {
                 let is_read_only = self.engine.is_read_only();
-                if world.scenario.levels >= DELTAS_MAX || is_read_only || self.is_suspended() {
+                let is_changing = self.is_suspended() || self.is_naming();
+                if world.scenario.levels >= DELTAS_MAX || is_read_only || is_changing {
                     return Ok(());
                 }
                 world.disk.note(|| "a snapshot begins".to_owned());
@@ -286,9 +287,13 @@ impl World {
     }
 
     /// Judges what a cut would leave if it left the new name.
-    pub(super) fn judge_new(&self, view: &View<'_>, live: &SimFile) -> Result<Image, Failure> {
+    pub(super) fn judge_new(
+        &self,
+        view: &View<'_>,
+        live: &SimFile,
+        mut lower: Vec<Image>,
+    ) -> Result<Image, Failure> {
         let old = self.scenario.top();
-        let mut lower = self.lower.clone();
         lower.push(self.read_closed(view, old)?);
         self.judge_as(view, live, FileId(old.0 + 1), &lower)
     }

@@ -14,13 +14,14 @@ use std::collections::VecDeque;
 
 use rustix::io::Errno;
 
+use super::super::EngineError;
 use super::super::engine::{Engine, Grid, MdMessage};
 use super::super::entry::{Entry, Place};
 use super::super::pio::{Pio, Work};
 use super::super::rule::{self, Rule};
 use super::{Job, Runner};
 use crate::format::{GuestCluster, HostCluster};
-use crate::storage::{AlignedBuf, Buffer, Completion, Disk, Op, Segments};
+use crate::storage::{AlignedBuf, Buffer, Completion, Disk, FileId, Op, Segments};
 
 /// Reads of a lower level are made at whole blocks, as direct I/O likes it.
 const BLOCK: u64 = 4096;
@@ -94,6 +95,12 @@ impl Cow {
     /// Whether the new cluster lies in front of this one.
     pub fn is_below(&self, first: u32) -> bool {
         self.host.0 < first
+    }
+
+    /// Whether nothing is to be written over what is below.
+    fn only_copies(&self) -> bool {
+        let first = self.pios.first();
+        first.is_some_and(|pio| matches!(pio.work, Work::CopyUp { .. }))
     }
 
     /// The read of what the first write does not cover; `None` if that is nothing.
@@ -192,7 +199,7 @@ impl Cow {
         if size < engine.options.smallest_clone || (start, end) == (0, size) || !aligned {
             return None;
         }
-        let Work::Write { .. } = pio.work else {
+        let (Work::Write { .. } | Work::CopyUp { .. }) = pio.work else {
             return None;
         };
         let level = engine.level(from);
@@ -247,6 +254,8 @@ fn covered(pio: &Pio, cluster: GuestCluster, grid: Grid<'_>) -> (u64, u64) {
         }
         // None of them makes a copy from a lower delta necessary.
         Work::EndCopies | Work::Move { .. } | Work::EndMove { .. } => (0, 0),
+        // Nothing is written.
+        Work::CopyUp { .. } => (0, 0),
     }
 }
 
@@ -256,6 +265,19 @@ impl<D: Disk> Runner<D> {
     pub(super) fn copies_max(&self) -> usize {
         let cluster = self.engine.grid().cluster().bytes();
         ((COPIES_BYTES / cluster) as usize).max(1)
+    }
+
+    /// Copies a cluster that nobody writes to, if `level` still has it.
+    pub(super) fn copy_up(&mut self, pio: Pio, cluster: GuestCluster, level: FileId, top: FileId) {
+        if self.engine.top() != top {
+            return self.complete(pio, Err(EngineError::TopChanged));
+        }
+        let entry = self.engine.bat.get(cluster);
+        match entry.place() {
+            Place::In(file, _) if file == level => self.begin_cow(pio, cluster, entry),
+            // The guest came first.
+            _ => self.complete(pio, Ok(())),
+        }
     }
 
     pub(super) fn begin_cow(&mut self, pio: Pio, cluster: GuestCluster, entry: Entry) {
@@ -316,6 +338,9 @@ impl<D: Disk> Runner<D> {
                 let buffers = &mut self.buffers;
                 let op = cow.write(&self.engine, cluster, read, &mut waiting, buffers);
                 self.queue_job(cluster, Job::Cow(cow), waiting, op);
+            }
+            (Ok(()), Op::Clone { .. }) if cow.only_copies() => {
+                self.end_cow(cluster, cow, waiting, Ok(()));
             }
             (Ok(()), Op::Clone { .. }) => match cow.write_over_clone(&self.engine) {
                 Some(op) => self.queue_job(cluster, Job::Cow(cow), waiting, op),
@@ -401,7 +426,6 @@ impl<D: Disk> Runner<D> {
 #[cfg(all(test, not(ploop_loom)))]
 mod tests {
     use super::*;
-    use crate::storage::FileId;
 
     fn write_of(bytes: AlignedBuf) -> Op {
         Op::Write {

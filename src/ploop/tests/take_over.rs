@@ -3,7 +3,7 @@
 use super::grow::{NEW, OLD, content, full, sectors};
 use super::*;
 use crate::format::GuestCluster;
-use crate::ploop::TakeOverError;
+use crate::ploop::{CopyUp, CopyUpStep, TakeOverError};
 use crate::storage::SharedWords;
 
 const SECTOR: usize = 512;
@@ -630,13 +630,12 @@ fn damaged_memory_is_refused() {
     const FIRST: usize = 512;
     let mapped = |level: u64, host: u64| 1 << 43 | 1 << 40 | level << 32 | host | 1 << 46;
     // First host cluster 1; the file has 9 clusters then.
-    let cases: [&[(usize, u64)]; 9] = [
+    let cases: [&[(usize, u64)]; 8] = [
         &[(FIRST, u64::MAX)],
         &[(FIRST, 1)],
         &[(FIRST, mapped(0, 0))],
         &[(FIRST, mapped(0, 100))],
         &[(FIRST, mapped(0, u64::from(u32::MAX)))],
-        &[(FIRST, mapped(1, 2))],
         &[(FIRST + 4, mapped(0, 5)), (FIRST + 5, mapped(0, 5))],
         &[(0, 1)],
         // It belongs to no opening.
@@ -658,6 +657,18 @@ fn damaged_memory_is_refused() {
         rig.engine.take_over(again(&memory)).unwrap();
         assert_eq!(rig.read(0, SECTOR), [7; SECTOR]);
     }
+}
+
+/// Nor can an entry be in a lower delta, which does not change.
+#[test]
+fn memory_that_maps_a_cluster_in_a_lower_delta_is_refused() {
+    use std::sync::atomic::Ordering::Relaxed;
+    let mortal = Mortal::chain();
+    mortal.rig.write(0, &[7; SECTOR]).unwrap();
+    let (rig, memory) = mortal.die();
+    let word = memory.word(512).unwrap();
+    word.fetch_and(!(0xff << 32), Relaxed);
+    rig.engine.take_over(again(&memory)).unwrap_err();
 }
 
 /// Nor is a hole where the disk would show what lies below.
@@ -975,5 +986,52 @@ fn a_process_takes_back_what_another_one_has_had_and_not_served() {
                 levels,
             });
         }
+    }
+}
+
+/// The process is killed when the descriptor is without a level of which the engine still
+/// has the number.
+#[test]
+fn what_was_written_survives_the_process_when_a_level_has_gone_from_below() {
+    let disk = empty_image(Medium::default(), 3, 4 * CLUSTER);
+    for (levels, byte) in [(1, 1), (2, 2)] {
+        let rig = Rig::open(&disk, levels, options());
+        let start = u64::from(byte) * CLUSTER;
+        rig.write(start, &vec![byte; CLUSTER as usize]).unwrap();
+        rig.control(Control::Close).unwrap();
+    }
+    let mortal = Mortal::new(&disk, vec![Level::Ploop; 3]);
+    mortal.rig.write(0, &[7; SECTOR]).unwrap();
+    let engine = mortal.rig.engine.clone();
+    let mut copies = CopyUp::new(&engine).unwrap();
+    assert_eq!(copies.progress(), (0, 1));
+    while copies.step(&engine, 1).unwrap() != CopyUpStep::Ready {
+        mortal.rig.turn();
+    }
+    assert_eq!(copies.progress(), (1, 1));
+    assert_eq!(copies.level(), FileId(1));
+    copies.end(&engine);
+    assert_eq!(engine.level_geometries().count(), 2);
+    mortal.rig.write(3 * CLUSTER, &[9; SECTOR]).unwrap();
+    let Mortal { rig, memory, .. } = mortal;
+    drop(engine);
+    let disk = kill(rig);
+    let rig = Rig::open_chain(&disk.without(FileId(1)), vec![Level::Ploop; 2], awaiting());
+    rig.engine.take_over(again(&memory)).unwrap();
+    for (cluster, byte) in [(0, 7), (1, 1), (2, 2), (3, 9)] {
+        assert_eq!(rig.read(cluster * CLUSTER, SECTOR), [byte; SECTOR]);
+    }
+    // The level below the top is another one from now on.
+    let mut copies = CopyUp::new(&rig.engine).unwrap();
+    while copies.step(&rig.engine, 1).unwrap() != CopyUpStep::Ready {
+        rig.turn();
+    }
+    copies.end(&rig.engine);
+    assert!(matches!(
+        CopyUp::new(&rig.engine),
+        Err(EngineError::NoLevelBelow)
+    ));
+    for (cluster, byte) in [(0, 7), (1, 1), (2, 2), (3, 9)] {
+        assert_eq!(rig.read(cluster * CLUSTER, SECTOR), [byte; SECTOR]);
     }
 }

@@ -1,0 +1,253 @@
+//! Makes the level below the top needless while the disk is in use: what it has and the top
+//! lacks is copied into the top.
+//!
+//! 1. The map is looked through for clusters of the level. Runners copy them as they do before
+//!    a part of one is written (`runner/cow.rs`): the cluster is locked, reads go on below, and
+//!    the copy is stable before its mapping reaches the disk (I6). The guest may come first;
+//!    then there is nothing to copy.
+//! 2. That is done again until there is none, locked or not. Nothing is ever mapped in a lower
+//!    level anew.
+//! 3. I/O ends that may have found the level in the map before, and a flush follows: the disk
+//!    has all copies, mapping included.
+//! 4. From here on the level is needed by nobody, now or after a cut. Whoever has asked for
+//!    this has the descriptor tell of a chain without it, and makes that stable. Then its file
+//!    can go.
+//!
+//! Until step 4 nothing but the top has changed, and it reads as it did: whatever comes in
+//! between, and be it that nobody goes on, the chain is what it was. In memory the level keeps
+//! its number.
+//!
+//! It never blocks. Copies are begun by the metadata thread: so none is begun while requests
+//! are held, or for a top that is none any more.
+
+use std::collections::VecDeque;
+
+use super::EngineError;
+use super::control::{Control, Outcome};
+use super::engine::{Engine, MdMessage};
+use super::entry::Place;
+use super::rule::{self, Rule};
+use super::sync::atomic::Ordering;
+use crate::format::GuestCluster;
+use crate::storage::{Disk, FileId};
+
+/// Entries that are looked at in a step.
+const SCAN_AT_ONCE: u32 = 1 << 20;
+
+/// See the module's text. Dropped, it is given up: copies that were made stay.
+pub struct CopyUp {
+    level: FileId,
+    top: FileId,
+    stage: Stage,
+    /// Clusters that the level had for the disk at first.
+    total: u64,
+    /// Of these, copied.
+    done: u64,
+}
+
+enum Stage {
+    Copying {
+        /// Where to look on.
+        next: u32,
+        /// Something was found since the map was looked at from its start.
+        has_found: bool,
+        under_way: VecDeque<Outcome>,
+    },
+    Settling(Outcome),
+    Ready,
+}
+
+/// What a step has come to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CopyUpStep {
+    /// There is more to do at once.
+    On,
+    /// There is nothing to do until something ends that is under way.
+    Waits,
+    /// The host has no space for a copy. The next step tries again.
+    Full,
+    /// Requests are held. The next step tries again.
+    Held,
+    /// The disk needs the level no more, and that is stable.
+    Ready,
+}
+
+impl CopyUp {
+    /// For the level below the top.
+    ///
+    /// # Errors
+    /// There is none, or nothing can be written.
+    pub fn new<D: Disk>(engine: &Engine<D>) -> Result<Self, EngineError> {
+        if engine.is_read_only() {
+            return Err(EngineError::ReadOnly);
+        }
+        let top = engine.top();
+        let level = engine.levels.below(top).ok_or(EngineError::NoLevelBelow)?;
+        let entries = engine.bat.iter();
+        let is_in = |place| matches!(place, Place::In(file, _) if file == level);
+        let total = entries.filter(|entry| is_in(entry.place())).count() as u64;
+        Ok(Self {
+            level,
+            top,
+            stage: Stage::begin(),
+            total,
+            done: 0,
+        })
+    }
+
+    /// Which it is about.
+    pub fn level(&self) -> FileId {
+        self.level
+    }
+
+    /// How many clusters there are to be copied, and how many of them were, by whomever.
+    pub fn progress(&self) -> (u64, u64) {
+        (self.done.min(self.total), self.total)
+    }
+
+    /// Goes on, with so many copies under way at most; none for who is to pause. Never blocks.
+    ///
+    /// # Errors
+    /// An I/O error, or a new top. The disk is what it was, and it can be begun again.
+    pub fn step<D: Disk>(
+        &mut self,
+        engine: &Engine<D>,
+        at_most: usize,
+    ) -> Result<CopyUpStep, EngineError> {
+        if engine.has_lost_lock() {
+            return Err(EngineError::LockLost);
+        }
+        if engine.top() != self.top {
+            return Err(EngineError::TopChanged);
+        }
+        match &self.stage {
+            Stage::Copying { .. } => self.copy(engine, at_most),
+            Stage::Settling(outcome) => match outcome.get() {
+                None => Ok(CopyUpStep::Waits),
+                Some(Ok(())) => {
+                    self.stage = Stage::Ready;
+                    self.done = self.total;
+                    Ok(CopyUpStep::Ready)
+                }
+                Some(Err(error)) => {
+                    self.stage = Stage::begin();
+                    Err(error)
+                }
+            },
+            Stage::Ready => Ok(CopyUpStep::Ready),
+        }
+    }
+
+    fn copy<D: Disk>(
+        &mut self,
+        engine: &Engine<D>,
+        at_most: usize,
+    ) -> Result<CopyUpStep, EngineError> {
+        let Stage::Copying {
+            next,
+            has_found,
+            under_way,
+        } = &mut self.stage
+        else {
+            return Ok(CopyUpStep::On);
+        };
+        let mut refusal = None;
+        while let Some(result) = under_way.front().and_then(Outcome::get) {
+            under_way.pop_front();
+            match result {
+                Ok(()) => self.done += 1,
+                Err(EngineError::NoSpace) => refusal = Some(CopyUpStep::Full),
+                Err(EngineError::Suspended) => refusal = Some(CopyUpStep::Held),
+                Err(error) => return Err(error),
+            }
+        }
+        if let Some(refusal) = refusal {
+            return Ok(refusal);
+        }
+        let mut looks = SCAN_AT_ONCE;
+        while under_way.len() < at_most && looks > 0 {
+            let end = next.saturating_add(looks);
+            let entries = engine.bat.range(*next..end);
+            let mut looked_at = 0;
+            let mut found = None;
+            for entry in entries {
+                looked_at += 1;
+                if matches!(entry.place(), Place::In(file, _) if file == self.level) {
+                    found = Some(GuestCluster(*next + looked_at - 1));
+                    break;
+                }
+            }
+            let is_at_end = found.is_none() && looked_at < looks;
+            looks -= looked_at;
+            *next += looked_at;
+            if let Some(cluster) = found {
+                *has_found = true;
+                under_way.push_back(engine.copy_up(cluster, self.level, self.top));
+            } else if is_at_end {
+                break;
+            }
+        }
+        if *next < engine.bat.len() {
+            return Ok(match under_way.len() < at_most {
+                true => CopyUpStep::On,
+                false => CopyUpStep::Waits,
+            });
+        }
+        let is_over = under_way.is_empty() || !rule::kept(Rule::CopiesEndBeforeDrop);
+        if !is_over {
+            return Ok(CopyUpStep::Waits);
+        }
+        if *has_found && rule::kept(Rule::CopiesEndBeforeDrop) {
+            self.stage = Stage::begin();
+            return Ok(CopyUpStep::On);
+        }
+        if !rule::kept(Rule::FlushBeforeDrop) {
+            self.stage = Stage::Ready;
+            return Ok(CopyUpStep::Ready);
+        }
+        self.stage = Stage::Settling(engine.control(Control::Barrier));
+        Ok(CopyUpStep::Waits)
+    }
+
+    /// The descriptor tells of a chain without the level, and that is stable: its file can go.
+    pub fn end<D: Disk>(self, engine: &Engine<D>) {
+        engine.levels.get(self.level).drop_from_chain();
+    }
+}
+
+impl Stage {
+    fn begin() -> Self {
+        Self::Copying {
+            next: 0,
+            has_found: false,
+            under_way: VecDeque::new(),
+        }
+    }
+}
+
+impl<D: Disk> Engine<D> {
+    /// Has a cluster of `level` copied into the top, unless it is there or gets there before.
+    fn copy_up(&self, cluster: GuestCluster, level: FileId, top: FileId) -> Outcome {
+        let outcome = Outcome::default();
+        self.ask_md(MdMessage::CopyUp {
+            cluster,
+            level,
+            top,
+            outcome: outcome.clone(),
+        });
+        outcome
+    }
+
+    /// For the metadata thread: whether such a copy may be begun now.
+    pub(super) fn check_copy_up(&self, top: FileId) -> Result<(), EngineError> {
+        if self.is_suspended() || self.switching.load(Ordering::Acquire) {
+            Err(EngineError::Suspended)
+        } else if self.top() != top {
+            Err(EngineError::TopChanged)
+        } else if self.has_sync_failed() {
+            Err(EngineError::SyncFailed)
+        } else {
+            Ok(())
+        }
+    }
+}
