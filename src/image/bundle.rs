@@ -153,6 +153,33 @@ impl Bundle {
         }
     }
 
+    /// The descriptor of the disk without the snapshot `guid`, on which the top alone lies.
+    ///
+    /// # Errors
+    /// There is no such snapshot, others lie on it, the top does not, or it was being deleted
+    /// by somebody who did not finish.
+    pub(crate) fn without_parent_of_top(&self, guid: Guid) -> Result<Descriptor> {
+        let mut descriptor = self.descriptor.clone();
+        let refuse = |why: &str| ImageError::Unsupported {
+            path: self.path().to_owned(),
+            why: why.to_owned(),
+        };
+        let child = descriptor.only_child(guid);
+        let child = child.map_err(|error| self.edit_error(error))?;
+        if child != descriptor.top() {
+            let why = "is in use: of its snapshots only the one below the top can be deleted now";
+            return Err(refuse(why));
+        }
+        if descriptor.shot(guid).is_some_and(|shot| shot.merging) {
+            let why = "has a snapshot that was being deleted: 'ploop-img check --repair leaks' \
+                       finishes that when the disk is not in use";
+            return Err(refuse(why));
+        }
+        let bypassed = descriptor.bypass(guid);
+        bypassed.map_err(|error| self.edit_error(error))?;
+        Ok(descriptor)
+    }
+
     /// Says on which bundle a change of the tree failed.
     pub(super) fn edit_error(&self, source: EditError) -> ImageError {
         let path = self.path().to_owned();

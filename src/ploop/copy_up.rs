@@ -21,6 +21,7 @@
 //! are held, or for a top that is none any more.
 
 use std::collections::VecDeque;
+use std::time::Duration;
 
 use super::EngineError;
 use super::control::{Control, Outcome};
@@ -103,6 +104,29 @@ impl CopyUp {
     /// How many clusters there are to be copied, and how many of them were, by whomever.
     pub fn progress(&self) -> (u64, u64) {
         (self.done.min(self.total), self.total)
+    }
+
+    /// Waits until something ends that is under way, but not for longer than this.
+    pub fn wait(&self, at_most: Duration) {
+        let first = match &self.stage {
+            Stage::Copying { under_way, .. } => under_way.front(),
+            Stage::Settling(outcome) => Some(outcome),
+            Stage::Ready => None,
+        };
+        if let Some(outcome) = first {
+            let _ = outcome.wait_for(at_most);
+        }
+    }
+
+    /// Copies no more, and waits for what is under way. Copies that were made stay.
+    pub fn give_up(self) {
+        match self.stage {
+            Stage::Copying { under_way, .. } => under_way.iter().for_each(|outcome| {
+                let _ = outcome.wait();
+            }),
+            Stage::Settling(outcome) => drop(outcome.wait()),
+            Stage::Ready => {}
+        }
     }
 
     /// Goes on, with so many copies under way at most; none for who is to pause. Never blocks.

@@ -200,4 +200,4 @@ fn called_off(_: GrowError) -> SnapshotError {
 }
 
 #[cfg(all(test, not(ploop_loom)))]
-mod tests;
+pub(super) mod tests;

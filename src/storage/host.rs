@@ -195,6 +195,7 @@ impl HostDisk {
         self.files
             .iter()
             .enumerate()
+            .filter(|(_, file)| !file.is_retired())
             .map(move |(index, file)| KnownFile {
                 path: file.path(),
                 is_writable: file.is_writable() && index == top,
@@ -250,6 +251,36 @@ impl HostDisk {
         Ok(id)
     }
 
+    /// The file belongs to the disk no more, and nobody reads it: it is not watched any more,
+    /// nor is it among the [known](Self::known_files). Its descriptors stay open.
+    pub fn retire(&self, file: FileId) {
+        if let Some(file) = self.files.get(file) {
+            file.retire();
+        }
+    }
+
+    /// As it was opened.
+    pub fn path(&self, file: FileId) -> Option<&Path> {
+        self.files.get(file).map(|file| file.path())
+    }
+
+    /// Whether another open file description has any lock on the file that tells of its use.
+    ///
+    /// # Errors
+    /// Any of `fcntl(2)`; there is no such file.
+    pub fn is_used_by_others(&self, file: FileId) -> io::Result<bool> {
+        super::lock::is_used_by_others(self.file(file)?.given())
+    }
+
+    /// Bytes that the file system of the top has for whoever is not privileged.
+    ///
+    /// # Errors
+    /// Any of `fstatvfs(3)`.
+    pub fn free_space(&self) -> io::Result<u64> {
+        let stat = rustix::fs::fstatvfs(self.files.top().given())?;
+        Ok(stat.f_bavail.saturating_mul(stat.f_frsize))
+    }
+
     /// Looks at the top as it was given, without opening it.
     pub fn with_top<R>(&self, look: impl FnOnce(&File, &Path) -> R) -> R {
         let top = self.files.top();
@@ -295,6 +326,19 @@ impl NewTop {
     /// Any of `fallocate(2)` but that the file system cannot.
     pub fn allocate(&self, offset: u64, len: u64) -> io::Result<()> {
         self.0.reserve(offset, len)
+    }
+}
+
+/// Gives back the space of a file that has no name any more, and that only this process has
+/// open. One that has another name keeps it.
+///
+/// # Errors
+/// Any of `fstat(2)` and `ftruncate(2)`.
+pub fn empty_nameless(file: &File) -> io::Result<()> {
+    use std::os::unix::fs::MetadataExt;
+    match file.metadata()?.nlink() {
+        0 => file.set_len(0),
+        _ => Ok(()),
     }
 }
 

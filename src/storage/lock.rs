@@ -288,6 +288,21 @@ pub fn is_locked(file: &File, byte: i64) -> io::Result<bool> {
     Ok(holder_of(file, byte)?.is_some())
 }
 
+/// Whether any description but this one has a lock that tells of the use of an image.
+///
+/// # Errors
+/// Any of `fcntl(2)`.
+pub fn is_used_by_others(file: &File) -> io::Result<bool> {
+    for n in Permissions::ALL.iter() {
+        for base in [USED_BASE, DENIED_BASE] {
+            if is_locked(file, base + i64::from(n))? {
+                return Ok(true);
+            }
+        }
+    }
+    Ok(false)
+}
+
 /// A request for `len` bytes from `start`.
 fn flock(start: i64, len: i64, kind: i32) -> libc::flock {
     libc::flock {

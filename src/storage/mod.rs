@@ -25,7 +25,7 @@ use rustix::io::Errno;
 
 pub use host::{
     Aio, Cache, FileWatch, HostDisk, HostFile, HostIo, HostOptions, KnownFile, LockWatch, Look,
-    LookFor, NewTop, start_maker,
+    LookFor, NewTop, empty_nameless, start_maker,
 };
 pub use limits::ease_limits;
 pub use segments::{AlignedBuf, Buffer, Segment, Segments};

@@ -150,6 +150,21 @@ impl Descriptor {
         Ok(child_image)
     }
 
+    /// The only child of `guid` has all that it needs, and lies where `guid` lay. Gives back
+    /// the image that is no more part of the disk.
+    ///
+    /// # Errors
+    /// As [`Self::only_child`].
+    pub fn bypass(&mut self, guid: Guid) -> Result<Image, EditError> {
+        let child = self.only_child(guid)?;
+        let grandparent = self.shot(guid).and_then(|shot| shot.parent);
+        let bypassed = self.take(guid).ok_or(EditError::NotFound(guid))?;
+        for shot in self.shots.iter_mut().filter(|shot| shot.guid == child) {
+            shot.parent = grandparent;
+        }
+        Ok(bypassed)
+    }
+
     /// That `guid` names a snapshot: a node that is not the top.
     fn snapshot(&self, guid: Guid) -> Result<(), EditError> {
         if guid == self.top {

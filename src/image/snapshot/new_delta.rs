@@ -136,5 +136,37 @@ fn new_name(bundle: &Bundle) -> PathBuf {
     let base = bundle.descriptor().images().first();
     let base = base.and_then(|image| image.file.file_name()?.to_str());
     let guid = Guid::random();
-    format!("{}.{guid}", base.unwrap_or(ROOT_NAME)).into()
+    format!("{}.{guid}", first_name(base.unwrap_or(ROOT_NAME))).into()
+}
+
+/// What the base was called at first: it may be one that was a delta once, and has a name of
+/// that kind. Names would become too long for any file system.
+fn first_name(mut base: &str) -> &str {
+    while let Some((first, last)) = base.rsplit_once('.')
+        && !first.is_empty()
+        && last.starts_with('{')
+        && last.parse::<Guid>().is_ok()
+    {
+        base = first;
+    }
+    base
+}
+
+#[cfg(all(test, not(ploop_loom)))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_of_deltas_do_not_become_longer_and_longer() {
+        let guid = Guid::random();
+        for (base, first) in [
+            ("root.hds".to_owned(), "root.hds"),
+            (format!("root.hds.{guid}"), "root.hds"),
+            (format!("disk.{guid}.{guid}"), "disk"),
+            ("disk.{guid}".to_owned(), "disk.{guid}"),
+        ] {
+            assert_eq!(first_name(&base), first);
+        }
+        assert_eq!(first_name(&format!(".{guid}")), format!(".{guid}"));
+    }
 }

@@ -13,22 +13,22 @@ use crate::image::{self, Access, OpenImage, OpenMode};
 use crate::ploop::{Chain, Command, EngineError, Options, Queue, Request, Running};
 use crate::storage::{AlignedBuf, HostOptions, Segments};
 
-const CLUSTER: ClusterSize = ClusterSize::MIN;
+pub(in crate::served) const CLUSTER: ClusterSize = ClusterSize::MIN;
 /// Of the disk, in clusters.
-const CLUSTERS: u64 = 24;
+pub(in crate::served) const CLUSTERS: u64 = 24;
 const SIZE: Sector = Sector(CLUSTERS * CLUSTER.sectors());
 
 /// A bundle whose disk is served.
-struct Rig {
+pub(in crate::served) struct Rig {
     running: Option<Running<HostDisk>>,
-    bundle: Bundle,
+    pub(in crate::served) bundle: Bundle,
     /// Of all files; dropped last.
     locks: Vec<ImageLock>,
     folder: tempfile::TempDir,
 }
 
 impl Rig {
-    fn new(version: Version) -> Self {
+    pub(in crate::served) fn new(version: Version) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("disk");
         image::create(&path, SIZE, CLUSTER).unwrap();
@@ -39,7 +39,7 @@ impl Rig {
     }
 
     /// A raw image with something behind the end of its disk.
-    fn raw() -> Self {
+    pub(in crate::served) fn raw() -> Self {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("disk");
         image::create(&path, SIZE, CLUSTER).unwrap();
@@ -73,15 +73,15 @@ impl Rig {
         }
     }
 
-    fn path(&self) -> PathBuf {
+    pub(in crate::served) fn path(&self) -> PathBuf {
         self.folder.path().join("disk")
     }
 
-    fn engine(&self) -> Arc<Engine<HostDisk>> {
+    pub(in crate::served) fn engine(&self) -> Arc<Engine<HostDisk>> {
         self.running.as_ref().expect("it runs").engine().clone()
     }
 
-    fn create(&mut self) -> Result<Guid, SnapshotError> {
+    pub(in crate::served) fn create(&mut self) -> Result<Guid, SnapshotError> {
         let call_off = CallOff::default();
         let engine = self.engine();
         let created = create(
@@ -96,7 +96,7 @@ impl Rig {
     }
 
     /// What another process reads of a snapshot.
-    fn read_snapshot(&self, guid: Guid) -> Vec<u8> {
+    pub(in crate::served) fn read_snapshot(&self, guid: Guid) -> Vec<u8> {
         let mode = OpenMode::new(Access::Read).snapshot(Some(guid));
         let opened = image::open(&self.path(), mode).unwrap();
         let mut options = Options::default();
@@ -107,7 +107,7 @@ impl Rig {
         bytes
     }
 
-    fn close(&mut self) {
+    pub(in crate::served) fn close(&mut self) {
         if let Some(running) = self.running.take() {
             assert_eq!(running.close(), Ok(()));
         }
@@ -115,7 +115,7 @@ impl Rig {
     }
 
     /// Closes the disk, and has it checked and served again.
-    fn serve_again(mut self) -> Self {
+    pub(in crate::served) fn serve_again(mut self) -> Self {
         self.close();
         let mode = OpenMode::new(Access::Read);
         let report = image::check(&self.path(), None, mode, &()).unwrap();
@@ -124,7 +124,7 @@ impl Rig {
         Self::serve(folder, Options::default())
     }
 
-    fn files(&self) -> Vec<String> {
+    pub(in crate::served) fn files(&self) -> Vec<String> {
         let names = fs::read_dir(self.path()).unwrap();
         let mut names: Vec<_> = names
             .map(|entry| entry.unwrap().file_name().into_string().unwrap())
@@ -133,7 +133,7 @@ impl Rig {
         names
     }
 
-    fn old_top(&self, guid: Guid) -> PathBuf {
+    pub(in crate::served) fn old_top(&self, guid: Guid) -> PathBuf {
         let image = self.bundle.descriptor().image(guid).unwrap();
         self.path().join(&image.file)
     }
@@ -162,13 +162,13 @@ fn segments(memory: &mut AlignedBuf) -> Segments {
     segments
 }
 
-fn write(queue: &mut Queue<HostDisk>, start: Sector, byte: u8, len: usize) {
+pub(in crate::served) fn write(queue: &mut Queue<HostDisk>, start: Sector, byte: u8, len: usize) {
     let mut memory = AlignedBuf::from_slice(4096, &vec![byte; len]);
     let data = segments(&mut memory);
     command(queue, Command::Write { start, data }).unwrap();
 }
 
-fn read_all(engine: &Arc<Engine<HostDisk>>) -> Vec<u8> {
+pub(in crate::served) fn read_all(engine: &Arc<Engine<HostDisk>>) -> Vec<u8> {
     let mut queue = engine.queue().unwrap();
     let mut memory = AlignedBuf::from_slice(4096, &vec![0xa5; SIZE.bytes() as usize]);
     let (start, data) = (Sector(0), segments(&mut memory));
@@ -177,7 +177,7 @@ fn read_all(engine: &Arc<Engine<HostDisk>>) -> Vec<u8> {
 }
 
 /// One cluster after the other has another byte.
-fn fill(engine: &Arc<Engine<HostDisk>>, byte: u8, every: u64) {
+pub(in crate::served) fn fill(engine: &Arc<Engine<HostDisk>>, byte: u8, every: u64) {
     let mut queue = engine.queue().unwrap();
     for cluster in (0..CLUSTERS).step_by(every as usize) {
         let start = Sector(cluster * CLUSTER.sectors());

@@ -139,6 +139,8 @@ pub(super) struct SharedFile {
     usable_to: AtomicU64,
     /// Held to change that.
     judging: Mutex<()>,
+    /// It belongs to the disk no more.
+    is_retired: AtomicBool,
     /// By which it is to be used, where a server may take its locks away.
     lease: Option<Arc<Lease>>,
 }
@@ -191,6 +193,7 @@ impl SharedFile {
             cut_at: AtomicU64::new(NOT_CUT),
             usable_to: AtomicU64::new(NOT_CUT),
             judging: Mutex::new(()),
+            is_retired: AtomicBool::new(false),
             lease,
             must_share: filesystem::tells_lost_writes_once(&file),
             file,
@@ -228,6 +231,7 @@ impl SharedFile {
             cut_at: AtomicU64::new(NOT_CUT),
             usable_to: AtomicU64::new(NOT_CUT),
             judging: Mutex::new(()),
+            is_retired: AtomicBool::new(false),
             lease: None,
             given: file.try_clone().expect("a descriptor can be copied"),
             must_share: filesystem::tells_lost_writes_once(&file),
@@ -300,6 +304,15 @@ impl SharedFile {
     }
 
     /// The name that it was opened by.
+    pub(super) fn retire(&self) {
+        self.is_retired.store(true, Relaxed);
+    }
+
+    /// Whether it belongs to the disk no more: nobody uses it, and it may be deleted.
+    pub(super) fn is_retired(&self) -> bool {
+        self.is_retired.load(Relaxed)
+    }
+
     pub(super) fn path(&self) -> &Path {
         &self.path
     }

@@ -75,7 +75,7 @@ impl Watched {
 
     /// Looks, and says what is new. `false` if the file is not served any more.
     fn look(&mut self) -> bool {
-        let Some(file) = self.file.upgrade() else {
+        let Some(file) = self.file.upgrade().filter(|file| !file.is_retired()) else {
             return false;
         };
         let tell = |how| {
