@@ -3,10 +3,10 @@
 #
 # usage: ci/sim.sh [CUTS] [SEED]      (default: 1000000 cuts, another seed each time)
 #
-# Prints the seed, the cuts and how often each invariant was put to the test. Six
+# Prints the seed, the cuts and how often each invariant was put to the test. Seven
 # runs of so many cuts each, made or only imagined (docs/durability.md): single images,
-# images and chains, disks that grow, disks of which snapshots are made, and disks whose
-# levels go, with snapshots and without. A failure prints the seed of the life that failed and all that
+# images and chains, disks that grow, disks of which snapshots are made, disks that are
+# compacted, and disks whose levels go, with snapshots and without. A failure prints the seed of the life that failed and all that
 # led to it; that seed with one cut shows it again.
 set -Eeuo pipefail
 

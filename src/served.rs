@@ -4,6 +4,7 @@
 //! Each operation is prepared beside the I/O and then committed. It can be cut off
 //! anywhere, and leaves the old or the new state.
 
+pub mod compact;
 pub mod delete;
 pub mod job;
 pub mod snapshot;

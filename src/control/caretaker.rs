@@ -5,13 +5,14 @@
 //! a new descriptor in the place of the old one: whoever serves guests cannot even start such a
 //! thread. To look at files takes no right that it has not, and no time to speak of; so that is
 //! left to it, and no other thread is needed. It does one thing at a time, and looks on while a
-//! growth waits.
+//! growth waits. A [job](crate::served::job) it does step by step, and everything else in between.
 //!
 //! A look can take for ever, and what has been asked for then waits. Nobody waits for the end
 //! of the thread.
 //!
 //! Knows threads and [`served`]; what the disk is, and who asks, it is told.
 
+mod course;
 #[cfg(test)]
 mod tests;
 
@@ -26,12 +27,17 @@ use serde_json::Value;
 use thiserror::Error;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
+pub(super) use self::course::Activity;
+use self::course::{Course, Pace};
+use super::jobs::Reins;
 use super::question::{Answerer, Ending, Question};
 use super::sandbox::KeepTo;
 use super::{Error as StartError, with_causes};
 use crate::format::{Guid, Sector};
 use crate::image::{self, Bundle, ImageError, NewSnapshot};
 use crate::ploop::{Engine, EngineError, Outcome};
+use crate::served::compact::Compaction;
+use crate::served::job::{Job, JobError};
 use crate::served::snapshot::{self, SnapshotError};
 use crate::served::{self, CallOff, GrowError};
 use crate::storage::{FileWatch, HostDisk};
@@ -49,6 +55,8 @@ pub(super) enum Task {
         /// No other may have the same description.
         is_unique: bool,
     },
+    /// Long work, step by step.
+    Job(Plan),
 }
 
 impl Task {
@@ -57,13 +65,7 @@ impl Task {
         match self {
             Self::Grow(_) => "The disk is being resized already",
             Self::Snapshot { .. } => "A snapshot of the disk is being made already",
-        }
-    }
-
-    fn called_off(&self) -> TaskError {
-        match self {
-            Self::Grow(_) => GrowError::CalledOff.into(),
-            Self::Snapshot { .. } => SnapshotError::CalledOff.into(),
+            Self::Job(plan) => plan.is_under_way(),
         }
     }
 
@@ -72,6 +74,51 @@ impl Task {
         match self {
             Self::Grow(_) => "resize",
             Self::Snapshot { .. } => "snapshot create",
+            Self::Job(plan) => plan.off_line(),
+        }
+    }
+
+    /// What has come of it if it was called off before it began.
+    fn called_off(&self) -> TaskError {
+        match self {
+            Self::Grow(_) => GrowError::CalledOff.into(),
+            Self::Snapshot { .. } => SnapshotError::CalledOff.into(),
+            Self::Job(_) => TaskError::Cancelled,
+        }
+    }
+}
+
+/// What a job is about.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Plan {
+    /// The space of zeros and gaps is given back.
+    Compact,
+}
+
+impl Plan {
+    /// As QMP calls jobs of this kind.
+    pub const fn kind(&self) -> &'static str {
+        match self {
+            Self::Compact => "compact",
+        }
+    }
+
+    const fn is_under_way(&self) -> &'static str {
+        match self {
+            Self::Compact => "The disk is being compacted already",
+        }
+    }
+
+    /// By which it is done to an image that nobody serves.
+    pub const fn off_line(&self) -> &'static str {
+        match self {
+            Self::Compact => "compact",
+        }
+    }
+
+    fn job(&self) -> Box<dyn Job<HostDisk>> {
+        match self {
+            Self::Compact => Box::new(Compaction::new()),
         }
     }
 }
@@ -90,6 +137,8 @@ pub(super) enum Done {
         /// Why it may not be there after a power cut, in words.
         doubt: Option<String>,
     },
+    /// All of it.
+    Job,
 }
 
 /// The top that a snapshot has made, until it is taken by whoever has the image open: the main
@@ -133,6 +182,12 @@ pub(super) enum TaskError {
     /// It is only read.
     #[error("no snapshot was made: the disk is only read")]
     ReadOnly,
+    /// A job came to nothing.
+    #[error(transparent)]
+    Job(#[from] JobError),
+    /// Somebody has cancelled it.
+    #[error("Operation canceled")]
+    Cancelled,
     /// There are no more descriptors, most likely.
     #[error("it cannot be begun")]
     Setup(#[from] io::Error),
@@ -165,23 +220,27 @@ impl TaskError {
 
 /// See the module's text. Dropped, the thread ends when it has done what it is at.
 pub(super) struct Caretaker {
-    jobs: Sender<Job>,
+    orders: Sender<Order>,
     /// The disk is written to.
     can_change: bool,
 }
 
-enum Job {
+enum Order {
     /// Look at these from now on, and at no others.
     Watch(FileWatch),
     /// The image was opened anew, or is not open: others may have changed its bundle.
     ReadBundle,
     /// Why the disk may not become larger, if there is such a reason.
     Hides(Option<ImageError>),
-    Do(Order),
+    Do(Errand),
+    /// There is nothing else under way.
+    Begin(Course),
+    /// Something else is wanted of what is under way.
+    Look,
     ListSnapshots(Answerer),
 }
 
-struct Order {
+struct Errand {
     /// Dropped last, whatever happens.
     ending: Ending,
     /// Whoever closes the image meanwhile calls it off.
@@ -206,7 +265,7 @@ impl Caretaker {
         let hidden = hidden.map(Arc::new);
         let disk = Kept { bundle, hidden };
         Ok(Self {
-            jobs: start(Role::Caretaker, disk, keeps)?,
+            orders: start(Role::Caretaker, disk, keeps)?,
             can_change: true,
         })
     }
@@ -217,14 +276,14 @@ impl Caretaker {
     /// See [`Self::start`].
     pub fn start_watching() -> Result<Self, StartError> {
         Ok(Self {
-            jobs: start(Role::Watch, Kept::default(), KeepTo::what_all_have())?,
+            orders: start(Role::Watch, Kept::default(), KeepTo::what_all_have())?,
             can_change: false,
         })
     }
 
     /// Has these files looked at, and no others any more.
     pub fn watch(&self, files: FileWatch) {
-        if self.jobs.send(Job::Watch(files)).is_err() {
+        if self.orders.send(Order::Watch(files)).is_err() {
             log::error!("the image files are no longer watched");
         }
     }
@@ -239,24 +298,24 @@ impl Caretaker {
         }
         let (question, answerer) = Question::new().map_err(|error| error.to_string())?;
         // If the thread has ended, the question says so.
-        let _ = self.jobs.send(Job::ListSnapshots(answerer));
+        let _ = self.orders.send(Order::ListSnapshots(answerer));
         Ok(question)
     }
 
     /// Others may have changed the bundle of the disk, which is not open here, or was not.
     pub fn read_bundle_anew(&self) {
-        self.tell(Job::ReadBundle);
+        self.tell(Order::ReadBundle);
     }
 
     /// The image was opened anew; `hidden` is why its disk may not become larger now, if there
     /// is such a reason.
     pub fn image_opened(&self, hidden: Option<ImageError>) {
-        self.tell(Job::ReadBundle);
-        self.tell(Job::Hides(hidden));
+        self.tell(Order::ReadBundle);
+        self.tell(Order::Hides(hidden));
     }
 
-    fn tell(&self, job: Job) {
-        if self.jobs.send(job).is_err() {
+    fn tell(&self, order: Order) {
+        if self.orders.send(order).is_err() {
             log::error!("the disk cannot be changed any more: a thread has failed");
         }
     }
@@ -274,6 +333,7 @@ impl Caretaker {
             return Err(match task {
                 Task::Grow(_) => GrowError::Engine(EngineError::ReadOnly).into(),
                 Task::Snapshot { .. } => TaskError::ReadOnly,
+                Task::Job(_) => JobError::Engine(EngineError::ReadOnly).into(),
             });
         }
         let is_over = Arc::new(EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?);
@@ -281,10 +341,11 @@ impl Caretaker {
         let stop = Stop {
             engine: Arc::downgrade(engine),
             call_off: Arc::default(),
+            tether: None,
             is_over: Arc::clone(&is_over),
             new_top: NewTop::default(),
         };
-        let order = Order {
+        let errand = Errand {
             ending: Ending(is_over),
             engine: Arc::downgrade(engine),
             task: task.clone(),
@@ -293,9 +354,55 @@ impl Caretaker {
             tell,
         };
         let operation = Operation { stop, task, result };
-        let sent = self.jobs.send(Job::Do(order));
+        let sent = self.orders.send(Order::Do(errand));
         sent.map_err(|_| TaskError::Gone)?;
         Ok(operation)
+    }
+
+    /// Has a job done on the disk of this engine, held by these reins. `activity` is what the
+    /// guest does meanwhile. Returns at once.
+    ///
+    /// # Errors
+    /// See [`Self::begin`].
+    pub fn begin_job(
+        &self,
+        engine: &Arc<Engine<HostDisk>>,
+        (plan, reins): (Plan, Arc<Reins>),
+        activity: Activity,
+    ) -> Result<Operation, TaskError> {
+        if !self.can_change {
+            return Err(JobError::Engine(EngineError::ReadOnly).into());
+        }
+        let event = || EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK).map(Arc::new);
+        let (is_over, changed) = (event()?, event()?);
+        let (tell, result) = sync_channel(1);
+        let course = Course {
+            ending: Ending(Arc::clone(&is_over)),
+            engine: Arc::downgrade(engine),
+            job: plan.job(),
+            reins: Arc::clone(&reins),
+            changed: Arc::clone(&changed),
+            tell,
+            pace: Pace::new(activity),
+        };
+        let sent = self.orders.send(Order::Begin(course));
+        sent.map_err(|_| TaskError::Gone)?;
+        let stop = Stop {
+            engine: Arc::downgrade(engine),
+            call_off: Arc::default(),
+            tether: Some(Tether {
+                reins,
+                changed,
+                orders: self.orders.clone(),
+            }),
+            is_over,
+            new_top: NewTop::default(),
+        };
+        Ok(Operation {
+            stop,
+            task: Task::Job(plan),
+            result,
+        })
     }
 }
 
@@ -376,8 +483,8 @@ impl Kept {
     }
 }
 
-fn start(role: Role, disk: Kept, keeps: KeepTo) -> Result<Sender<Job>, StartError> {
-    let (jobs, take) = channel();
+fn start(role: Role, disk: Kept, keeps: KeepTo) -> Result<Sender<Order>, StartError> {
+    let (orders, take) = channel();
     let (tell, told) = sync_channel(1);
     threads::start(role, "watch", move || {
         let kept = keeps.apply();
@@ -393,25 +500,30 @@ fn start(role: Role, disk: Kept, keeps: KeepTo) -> Result<Sender<Job>, StartErro
         .recv()
         .map_err(|gone| StartError::Setup(io::Error::other(gone)))?;
     kept?;
-    Ok(jobs)
+    Ok(orders)
 }
 
-fn work(jobs: &Receiver<Job>, mut disk: Kept) {
+fn work(orders: &Receiver<Order>, mut disk: Kept) {
     let mut rounds = Rounds::default();
+    let mut course: Option<Course> = None;
     loop {
-        let job = match rounds.time_left() {
-            Some(time) => jobs.recv_timeout(time),
-            None => jobs.recv().map_err(|_| RecvTimeoutError::Disconnected),
+        let until_step = course.as_ref().and_then(Course::time_left);
+        let times = [rounds.time_left(), until_step];
+        let order = match times.into_iter().flatten().min() {
+            Some(time) => orders.recv_timeout(time),
+            None => orders.recv().map_err(|_| RecvTimeoutError::Disconnected),
         };
-        match job {
-            Ok(Job::Watch(files)) => rounds = Rounds::of(files),
-            Ok(Job::ReadBundle) => disk.read_bundle(),
-            Ok(Job::Hides(hidden)) => disk.hidden = hidden.map(Arc::new),
-            Ok(Job::Do(order)) => order.carry_out(&mut disk, &mut rounds),
-            Ok(Job::ListSnapshots(answerer)) => answerer.answer(disk.list_snapshots()),
-            Err(RecvTimeoutError::Timeout) => {}
+        match order {
+            Ok(Order::Watch(files)) => rounds = Rounds::of(files),
+            Ok(Order::ReadBundle) => disk.read_bundle(),
+            Ok(Order::Hides(hidden)) => disk.hidden = hidden.map(Arc::new),
+            Ok(Order::Do(errand)) => errand.carry_out(&mut disk, &mut rounds),
+            Ok(Order::Begin(begun)) => course = Some(begun),
+            Ok(Order::ListSnapshots(answerer)) => answerer.answer(disk.list_snapshots()),
+            Ok(Order::Look) | Err(RecvTimeoutError::Timeout) => {}
             Err(RecvTimeoutError::Disconnected) => return,
         }
+        course = course.and_then(|course| course.go_on(disk.bundle.as_mut()));
     }
 }
 
@@ -465,7 +577,7 @@ impl Rounds {
     }
 }
 
-impl Order {
+impl Errand {
     fn carry_out(self, disk: &mut Kept, rounds: &mut Rounds) {
         let Self {
             ending: _ending,
@@ -486,6 +598,8 @@ impl Order {
             (Task::Snapshot { new, is_unique }, Some(engine)) => {
                 disk.make_snapshot(engine, (new, *is_unique), &call_off, &new_top)
             }
+            // That is begun in another way.
+            (Task::Job(_), _) => Err(TaskError::Gone),
         };
         // Who hears of the end may close the image.
         drop(engine);
@@ -501,6 +615,22 @@ pub(super) struct Operation {
     result: Receiver<Result<Done, TaskError>>,
 }
 
+/// By which a job is held.
+#[derive(Clone)]
+struct Tether {
+    reins: Arc<Reins>,
+    changed: Arc<EventFd>,
+    orders: Sender<Order>,
+}
+
+impl Tether {
+    /// Whoever runs it looks what is wanted of it.
+    fn look(&self) {
+        // If the thread has ended, so has the job.
+        let _ = self.orders.send(Order::Look);
+    }
+}
+
 impl Operation {
     /// What is being done.
     pub fn task(&self) -> &Task {
@@ -511,6 +641,18 @@ impl Operation {
     /// nothing.
     pub fn call_off(&self) -> bool {
         self.stop.call_off()
+    }
+
+    /// Something else is wanted of a job by its reins.
+    pub fn look(&self) {
+        if let Some(tether) = &self.stop.tether {
+            tether.look();
+        }
+    }
+
+    /// What is readable when the status of a job may have changed.
+    pub fn changed(&self) -> Option<&EventFd> {
+        self.stop.tether.as_ref().map(|tether| &*tether.changed)
     }
 
     /// What has come of it. Waits until it is over.
@@ -549,12 +691,20 @@ impl AsRawFd for Operation {
 pub(super) struct Stop {
     engine: Weak<Engine<HostDisk>>,
     call_off: Arc<CallOff>,
+    /// Of a job.
+    tether: Option<Tether>,
     is_over: Arc<EventFd>,
     new_top: NewTop,
 }
 
 impl Stop {
     fn call_off(&self) -> bool {
+        if let Some(tether) = &self.tether {
+            tether.reins.cancel();
+            tether.look();
+            // It ends with the step that is under way.
+            return false;
+        }
         self.call_off.call_off_with(|| {
             if let Some(engine) = self.engine.upgrade() {
                 engine.abandon_growth();

@@ -6,7 +6,8 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::time::Instant;
 
-use super::caretaker::{NewTop, Operation, Stop, Task, TaskError};
+use super::caretaker::{Activity, Caretaker, NewTop, Operation, Plan, Stop, Task, TaskError};
+use super::jobs::Reins;
 use super::lock_keeper::LockKeeper;
 use super::served::{Image, Standing, level_list};
 use super::subject::Level;
@@ -100,13 +101,38 @@ impl Holding {
     /// # Errors
     /// See [`TaskError`].
     pub fn begin(&self, task: Task) -> Result<Operation, TaskError> {
+        self.begin_with(task.off_line(), |caretaker, engine| {
+            caretaker.begin(engine, task)
+        })
+    }
+
+    /// Has a job done on the disk. Returns at once.
+    ///
+    /// # Errors
+    /// See [`TaskError`].
+    pub fn begin_job(
+        &self,
+        plan: Plan,
+        reins: Arc<Reins>,
+        activity: Activity,
+    ) -> Result<Operation, TaskError> {
+        self.begin_with(plan.off_line(), |caretaker, engine| {
+            caretaker.begin_job(engine, (plan, reins), activity)
+        })
+    }
+
+    fn begin_with(
+        &self,
+        off_line: &'static str,
+        begin: impl FnOnce(&Caretaker, &Arc<Engine<HostDisk>>) -> Result<Operation, TaskError>,
+    ) -> Result<Operation, TaskError> {
         let mut held = self.try_lock_held().ok_or(TaskError::Turning)?;
         let Some(held) = &mut *held else {
-            return Err(TaskError::NotOpen(task.off_line()));
+            return Err(TaskError::NotOpen(off_line));
         };
         let caretaker = self.standing.caretaker.as_ref();
         let caretaker = caretaker.ok_or(TaskError::Gone)?;
-        let operation = caretaker.begin(held.running.engine(), task)?;
+        let operation = begin(caretaker, held.running.engine())?;
         held.operation = Some(operation.stop());
         Ok(operation)
     }

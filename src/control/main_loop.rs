@@ -10,6 +10,8 @@
 //! prepares a guest's memory) keeps nobody else from being served, and nothing here but
 //! a descriptor for a while.
 
+mod jobs;
+
 use std::collections::VecDeque;
 use std::io;
 use std::num::NonZeroI32;
@@ -26,8 +28,9 @@ use serde_json::{Value, json};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::Doors;
-use super::caretaker::{Done, Operation, Task, TaskError};
+use super::caretaker::{Done, Operation, Plan, Task, TaskError};
 use super::deadline;
+use super::jobs::Jobs;
 use super::metrics::{Names, Server};
 use super::qmp::{ClientId, Event, Failure, Monitor, Wish};
 use super::question::Question;
@@ -72,11 +75,13 @@ mod event {
     pub const METRICS: u32 = 11;
     pub const SCRAPER: u32 = 12;
     pub const ANSWER: u32 = 13;
+    pub const JOB: u32 = 14;
 }
 
 /// Where the disk is asked and told of: its clients stay when one loop follows another.
 pub(super) struct Desk {
     monitor: Monitor,
+    jobs: Jobs,
     metrics: Server,
     notices: Arc<Notices>,
 }
@@ -86,6 +91,7 @@ impl Desk {
     pub fn new(notices: Arc<Notices>, names: Names) -> Self {
         Self {
             monitor: Monitor::new(event::CLIENT),
+            jobs: Jobs::default(),
             metrics: Server::new(names, event::SCRAPER),
             notices,
         }
@@ -237,7 +243,8 @@ impl ImageSync {
 /// What is being done to the disk, and who waits for it.
 struct Underway {
     operation: Operation,
-    asker: Asker,
+    /// Of a job nobody waits for the end.
+    asker: Option<Asker>,
 }
 
 struct Asker {
@@ -251,6 +258,8 @@ struct Concluded {
     answer: Result<Value, Failure>,
     /// One that was made.
     snapshot: Option<Guid>,
+    /// What there is to tell of a job that is over.
+    events: Vec<Event>,
 }
 
 /// What a client is told besides that it went well.
@@ -306,6 +315,7 @@ impl MainLoop<'_> {
             event::SYNCED => self.hear_of_sync(ops),
             event::DONE => self.hear_of_end(ops),
             event::ANSWER => self.pass_on_answer(events.fd(), ops),
+            event::JOB => self.look_at_job(ops),
             _ => Ok(()),
         }
     }
@@ -337,10 +347,13 @@ impl MainLoop<'_> {
         }
         self.refuse_questions("The program is about to end");
         if let Some(Underway { operation, asker }) = self.underway.take() {
-            let concluded = self.conclude(operation.end(), asker.wants);
-            self.desk
-                .monitor
-                .answer_last(asker.client, concluded.answer);
+            let wants = asker.as_ref().map(|asker| asker.wants);
+            let concluded = self.conclude(operation.end(), wants);
+            if let Some(asker) = asker {
+                self.desk
+                    .monitor
+                    .answer_last(asker.client, concluded.answer);
+            }
         }
     }
 
@@ -424,6 +437,9 @@ impl MainLoop<'_> {
                 };
                 self.begin(Task::Snapshot { new, is_unique }, wants, client, ops)
             }
+            Wish::ListJobs { are_of_block } => self.list_jobs(are_of_block, client, ops),
+            Wish::Compact(terms) => self.begin_job((Plan::Compact, &terms), client, ops),
+            Wish::ToJob { id, verb } => self.apply_to_job((&id, verb), client, ops),
         }
     }
 
@@ -485,7 +501,7 @@ impl MainLoop<'_> {
         match begun {
             Ok(operation) => {
                 ops.add(done_events(&operation))?;
-                let asker = Asker { client, wants };
+                let asker = Some(Asker { client, wants });
                 self.underway = Some(Underway { operation, asker });
                 Ok(())
             }
@@ -514,16 +530,21 @@ impl MainLoop<'_> {
             return Ok(());
         };
         ops.remove(done_events(&operation))?;
+        if let Some(changed) = operation.changed() {
+            ops.remove(jobs::changed_events(changed))?;
+        }
         self.go_on_after(operation.result(), asker, ops)
     }
 
     fn go_on_after(
         &mut self,
         result: Result<Done, TaskError>,
-        asker: Asker,
+        asker: Option<Asker>,
         ops: &mut EventOps,
     ) -> Result<(), event_manager::Error> {
-        let concluded = self.conclude(result, asker.wants);
+        let wants = asker.as_ref().map(|asker| asker.wants);
+        let concluded = self.conclude(result, wants);
+        self.tell_all(&concluded.events, ops)?;
         if let Some(guid) = concluded.snapshot {
             // It knows the disk as it was.
             if let Some(successor) = self.successor.take() {
@@ -534,13 +555,25 @@ impl MainLoop<'_> {
             self.desk.monitor.tell(&event, ops)?;
         }
         self.begin_take_over(ops)?;
+        let Some(asker) = asker else {
+            return Ok(());
+        };
         let answer = concluded.answer;
         self.desk.monitor.answer(asker.client, answer, ops)
     }
 
-    /// Whoever has to know of it learns what has become of the disk.
-    fn conclude(&mut self, result: Result<Done, TaskError>, wants: Wants) -> Concluded {
+    /// Whoever has to know of it learns what has become of the disk. Of a job nobody `wants`
+    /// anything.
+    fn conclude(&mut self, result: Result<Done, TaskError>, wants: Option<Wants>) -> Concluded {
+        let Some(wants) = wants else {
+            return Concluded {
+                answer: Ok(json!({})),
+                snapshot: None,
+                events: self.end_job(result.as_ref().err()),
+            };
+        };
         let (answer, snapshot) = match result {
+            Ok(Done::Job) => (Ok(json!({})), None),
             Ok(Done::Grown(size)) => {
                 if let Some(connection) = &self.connection {
                     connection.config_changed();
@@ -575,7 +608,11 @@ impl MainLoop<'_> {
             log::warn!("{why}");
             Failure::generic(why)
         });
-        Concluded { answer, snapshot }
+        Concluded {
+            answer,
+            snapshot,
+            events: Vec::new(),
+        }
     }
 
     fn pass_on_notices(&mut self, ops: &mut EventOps) -> Result<(), event_manager::Error> {

@@ -10,6 +10,7 @@ mod bound;
 mod caretaker;
 mod deadline;
 mod holding;
+mod jobs;
 mod lock_keeper;
 mod logging;
 mod main_loop;

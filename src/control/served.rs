@@ -14,8 +14,9 @@ use std::time::{Duration, Instant};
 use serde_json::json;
 
 use super::args::LockLossPolicy;
-use super::caretaker::{Caretaker, NewTop, Operation, Task, TaskError};
+use super::caretaker::{Activity, Caretaker, NewTop, Operation, Plan, Task, TaskError};
 use super::holding::{Holding, Known};
+use super::jobs::Reins;
 use super::lock_keeper::LockKeeper;
 use super::place::file_id;
 use super::question::Question;
@@ -444,6 +445,22 @@ impl Served {
             (Way::ForRings(holding), _) => holding.begin(task),
             (Way::Always { running, .. }, Some(caretaker)) => {
                 caretaker.begin(running.engine(), task)
+            }
+            (Way::Always { .. }, None) => Err(TaskError::Gone),
+        }
+    }
+
+    /// Has a job done on the disk. Returns at once.
+    ///
+    /// # Errors
+    /// See [`TaskError`].
+    pub fn begin_job(&self, plan: Plan, reins: Arc<Reins>) -> Result<Operation, TaskError> {
+        let statistics = Arc::clone(self.device.statistics());
+        let activity: Activity = Arc::new(move || statistics.activity());
+        match (&self.way, &self.caretaker) {
+            (Way::ForRings(holding), _) => holding.begin_job(plan, reins, activity),
+            (Way::Always { running, .. }, Some(caretaker)) => {
+                caretaker.begin_job(running.engine(), (plan, reins), activity)
             }
             (Way::Always { .. }, None) => Err(TaskError::Gone),
         }

@@ -330,7 +330,7 @@ impl<D: Disk> BlockDevice<D> {
     }
 
     /// What guests have done with the disk.
-    pub fn statistics(&self) -> &Statistics {
+    pub fn statistics(&self) -> &Arc<Statistics> {
         &self.statistics
     }
 

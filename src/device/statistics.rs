@@ -187,6 +187,22 @@ impl Statistics {
             .collect()
     }
 
+    /// How many requests have begun, as long as none is under way: another number means that
+    /// guests have done something meanwhile. `None` while one is.
+    pub fn activity(&self) -> Option<u64> {
+        let mut sum = 0_u64;
+        for queue in self.queues.iter().filter_map(OnceLock::get) {
+            // In this order: it may end meanwhile, but not before it has begun.
+            let ended = queue.ended.load(Ordering::Acquire);
+            let begun = queue.begun.load(Ordering::Relaxed);
+            if begun != ended {
+                return None;
+            }
+            sum = sum.wrapping_add(begun);
+        }
+        Some(sum)
+    }
+
     /// How long requests took, since the beginning.
     pub fn latencies(&self) -> Latencies {
         let mut sum = Latencies::default();

@@ -12,6 +12,7 @@ mod foreign;
 mod growth;
 mod header;
 mod notes;
+mod packing;
 mod units;
 
 pub use bat::{BatProblem, BatScan, BatScanner, scan_bat, scan_bat_with};
@@ -24,6 +25,7 @@ pub use foreign::ForeignFormat;
 pub use growth::{Fate, Growth};
 pub use header::{Geometry, Header, HeaderError, InUse, TooLarge, Version};
 pub use notes::{SnapshotNote, SnapshotNotes};
+pub use packing::{Packing, is_zero, zero_blocks};
 pub use units::{ClusterSize, GuestCluster, HostCluster, SECTOR_SIZE, Sector};
 
 use header::{HEADS, SECTORS_PER_TRACK, cylinders};

@@ -4,19 +4,17 @@
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
-use super::convert::{is_zero, write_data};
+use super::convert::write_data;
 use super::delta::Delta;
 use super::error::{IoContext, Result};
 use super::file::{ImageFile, rename_opening};
 use super::open::{Access, OpenMode, image_of, open};
 use super::progress::{Progress, check_cancelled};
 use super::repair::{examine_as, free_leaks};
-use crate::format::{GuestCluster, HostCluster, InUse, SECTOR_SIZE};
+use crate::format::{GuestCluster, HostCluster, InUse, Packing, SECTOR_SIZE, is_zero, zero_blocks};
 use crate::ploop::Level;
 use crate::storage::HostFile;
 
-/// The unit of the holes that are looked for inside clusters.
-const BLOCK: u64 = 4096;
 /// How much of a file is looked at at once.
 const CHUNK: u64 = 4 << 20;
 
@@ -155,41 +153,11 @@ fn punch_zeros(file: &impl ImageFile, start: u64, end: u64) -> Result<bool> {
         file.read_exact_at(&mut bytes, data.start)
             .context(path, "read")?;
         has_data |= !is_zero(&bytes);
-        let mut hole = data.start..data.start;
-        for block in blocks(data.start, at) {
-            let content =
-                &bytes[(block.start - data.start) as usize..(block.end - data.start) as usize];
-            if is_zero(content) && hole.end == block.start {
-                hole.end = block.end;
-                continue;
-            }
-            punch_whole(file, &hole)?;
-            hole = match is_zero(content) {
-                true => block,
-                false => block.end..block.end,
-            };
+        for hole in zero_blocks(&bytes, data.start) {
+            file.punch(hole).context(path, "punch a hole")?;
         }
-        punch_whole(file, &hole)?;
     }
     Ok(has_data)
-}
-
-/// A range cut at the blocks of the file.
-fn blocks(start: u64, end: u64) -> impl Iterator<Item = std::ops::Range<u64>> {
-    let first = start / BLOCK;
-    (first..end.div_ceil(BLOCK)).map(move |block| {
-        let at = block * BLOCK;
-        at.max(start)..(at + BLOCK).min(end)
-    })
-}
-
-/// Punches if that gives a block back.
-fn punch_whole(file: &impl ImageFile, hole: &std::ops::Range<u64>) -> Result<()> {
-    if hole.end - hole.start < BLOCK {
-        return Ok(());
-    }
-    file.punch(hole.clone())
-        .context(file.path(), "punch a hole")
 }
 
 /// Moves the last clusters of the file into unused ones in front of them. A cut
@@ -198,9 +166,8 @@ fn move_down<F: ImageFile>(delta: &mut Delta<F>) -> Result<()> {
     let geometry = *delta.geometry();
     let scan = delta.scan()?;
     let first = geometry.first_host_cluster().0;
-    // So many clusters fit there, without a hole.
-    let end = first + scan.mapped;
-    let mut free = (first..end)
+    let packing = Packing::new(&geometry, scan.mapped);
+    let mut free = (first..packing.end())
         .map(HostCluster)
         .filter(|host| !scan.used.contains(*host));
     let mut moved = Vec::new();
@@ -208,7 +175,7 @@ fn move_down<F: ImageFile>(delta: &mut Delta<F>) -> Result<()> {
     for guest in (0..geometry.entries).map(GuestCluster) {
         let value = delta.bat()[guest.0 as usize];
         let host = geometry.host_cluster(value).filter(|_| value != 0);
-        let Some(host) = host.filter(|host| host.0 >= end) else {
+        let Some(host) = host.filter(|host| packing.is_behind(*host)) else {
             continue;
         };
         let Some(to) = free.next() else {

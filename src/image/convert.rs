@@ -19,7 +19,7 @@ use super::open::OpenMode;
 use super::ownership::Ownership;
 use super::progress::{Progress, check_cancelled};
 use super::source::{DiskFormat, Source, format_of_existing, unsupported};
-use crate::format::{ClusterSize, Geometry, Sector};
+use crate::format::{ClusterSize, Geometry, Sector, is_zero};
 use existing::ExistingOutput;
 use existing_ploop::ExistingPloopOutput;
 use input::{DiskInput, Input, StreamInput};
@@ -272,12 +272,6 @@ impl Conversion {
 
 const STANDARD_INPUT: &str = "standard input";
 const EMPTY: &str = "is empty: there is no disk in it";
-
-pub(super) fn is_zero(bytes: &[u8]) -> bool {
-    bytes
-        .chunks(BLOCK)
-        .all(|block| block == &ZEROS[..block.len()])
-}
 
 /// Writes all blocks that are not zeros, those that follow each other at once.
 pub(super) fn write_data(file: &impl ImageFile, bytes: &[u8], offset: u64) -> Result<()> {

@@ -228,22 +228,13 @@ impl ImageFile for HostImage {
     }
 
     fn next_data(&self, offset: u64) -> io::Result<Option<Range<u64>>> {
-        let start = match rustix::fs::seek(&self.file, SeekFrom::Data(offset)) {
-            Ok(start) => start,
-            // Beyond the last data, or beyond the end.
-            Err(Errno::NXIO) => return Ok(None),
-            Err(errno) if refuses_seek(errno) => {
+        match filesystem::next_data(&self.file, offset) {
+            Err(errno) if filesystem::refuses_seek(errno) => {
                 self.hides_holes.set(true);
                 let end = self.file_len()?;
-                return Ok((offset < end).then_some(offset..end));
+                Ok((offset < end).then_some(offset..end))
             }
-            Err(errno) => return Err(errno.into()),
-        };
-        match rustix::fs::seek(&self.file, SeekFrom::Hole(start)) {
-            Ok(end) => Ok(Some(start..end)),
-            // Cut off in between.
-            Err(Errno::NXIO) => Ok(None),
-            Err(errno) => Err(errno.into()),
+            data => Ok(data?),
         }
     }
 
@@ -255,12 +246,6 @@ impl ImageFile for HostImage {
     fn tells_holes(&self) -> bool {
         !self.hides_holes.get()
     }
-}
-
-/// Whether this is what those answer that know no `SEEK_DATA`: GlusterFS with shards
-/// `EOPNOTSUPP`, block devices and others `EINVAL`.
-fn refuses_seek(errno: Errno) -> bool {
-    matches!(errno, Errno::OPNOTSUPP | Errno::INVAL)
 }
 
 fn write_zeros(image: &HostImage, range: Range<u64>) -> io::Result<()> {

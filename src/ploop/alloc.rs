@@ -7,6 +7,7 @@
 use crossbeam_queue::SegQueue;
 use crossbeam_utils::CachePadded;
 
+use super::preempt;
 use super::rule::{self, Rule};
 use super::sync::atomic::{AtomicU32, Ordering};
 use crate::format::HostCluster;
@@ -88,6 +89,7 @@ impl Allocator {
             }
         }
         let end = self.end.load(Ordering::Acquire);
+        preempt::point("end seen");
         let take = |next: u32| {
             let next = next.max(first);
             (next < end).then_some(next + 1)
@@ -177,6 +179,74 @@ impl Allocator {
         self.end.store(end, Ordering::Release);
         self.doubt_length(HostCluster(end));
         HostCluster(end)
+    }
+
+    /// At most so many clusters in front of this one, for the caller alone.
+    pub fn take_below(&self, limit: u32, count: usize) -> Vec<HostCluster> {
+        let mut taken = Vec::new();
+        for _ in 0..self.reclaimed.len() {
+            if taken.len() >= count {
+                break;
+            }
+            let Some(extent) = self.reclaimed.pop() else {
+                break;
+            };
+            self.reclaimed_count
+                .fetch_sub(extent.len(), Ordering::Relaxed);
+            let left = (count - taken.len()) as u32;
+            let end = extent.end.min(limit).max(extent.start);
+            let end = end.min(extent.start.saturating_add(left));
+            taken.extend((extent.start..end).map(HostCluster));
+            if end > extent.start {
+                self.note_used(end);
+            }
+            if let Some(rest) = extent.from(end) {
+                self.put(rest);
+            }
+        }
+        taken
+    }
+
+    /// From now on nothing is given out behind what was given out already. Who was about to
+    /// take a cluster there has it by the end of its epoch. Where the file ends; until that is
+    /// [known](Self::extend) again, nothing is.
+    pub fn close_end(&self) -> u32 {
+        let next = self.next.load(Ordering::SeqCst);
+        self.end.fetch_min(next, Ordering::AcqRel)
+    }
+
+    /// Takes what is free at the end of the file, which is to end at this cluster from now on:
+    /// after [`Self::close_end`], when older epochs are over. Nothing behind that is given out
+    /// until [`Self::open_end`], when epochs from before this are over, too: who is in one may
+    /// still know an older end.
+    pub fn cut_free(&self) -> HostCluster {
+        let mut end = self.next.load(Ordering::SeqCst);
+        let mut free = Vec::new();
+        while let Some(extent) = self.reclaimed.pop() {
+            self.reclaimed_count
+                .fetch_sub(extent.len(), Ordering::Relaxed);
+            free.push(extent);
+        }
+        free.sort_unstable_by_key(|extent| extent.end);
+        while let Some(last) = free.pop() {
+            if last.end != end {
+                free.push(last);
+                break;
+            }
+            end = last.start;
+        }
+        for extent in free {
+            self.put(extent);
+        }
+        self.end.store(end, Ordering::Release);
+        self.doubt_length(HostCluster(end));
+        HostCluster(end)
+    }
+
+    /// What the file gets behind its end from now on can be given out.
+    pub fn open_end(&self) {
+        let end = self.end.load(Ordering::Acquire);
+        self.next.fetch_min(end, Ordering::SeqCst);
     }
 
     /// How many clusters there are to be given out.
@@ -311,6 +381,55 @@ mod tests {
         );
         alloc.keep_below(HostCluster(20));
         assert_eq!(alloc.used_end(), 20);
+    }
+
+    #[test]
+    fn what_lies_below_is_taken_and_nothing_else_is_lost() {
+        let alloc = Allocator::new(HostCluster(9), HostCluster(9));
+        for (start, end) in [(2, 4), (7, 9), (5, 6), (4, 5)] {
+            alloc.put(Extent { start, end });
+        }
+        let mut taken = alloc.take_below(6, 3);
+        assert_eq!((taken.len(), alloc.available()), (3, 3));
+        taken.extend(alloc.take_below(6, 3));
+        taken.sort_unstable();
+        assert_eq!(taken, [2, 3, 4, 5].map(HostCluster));
+        assert_eq!((alloc.take_below(6, 3), alloc.available()), (Vec::new(), 2));
+        assert_eq!(alloc.take_below(8, 3), [HostCluster(7)]);
+        assert_eq!((alloc.take(), alloc.take()), (Some(HostCluster(8)), None));
+    }
+
+    #[test]
+    fn the_end_is_cut_where_the_last_cluster_is_that_is_not_free() {
+        let alloc = Allocator::new(HostCluster(5), HostCluster(5));
+        alloc.extend(12);
+        alloc.set_stable_end(12);
+        assert_eq!(alloc.take(), Some(HostCluster(5)));
+        assert_eq!(alloc.take(), Some(HostCluster(6)));
+        // Who is about to take one has it.
+        assert_eq!(alloc.close_end(), 12);
+        assert_eq!((alloc.available(), alloc.take()), (0, None));
+        for (start, end) in [(1, 2), (3, 4), (4, 5)] {
+            alloc.put(Extent { start, end });
+        }
+        assert_eq!(alloc.cut_free(), HostCluster(7));
+        alloc.open_end();
+        assert_eq!((alloc.end(), alloc.available()), (7, 3));
+        for (start, end) in [(6, 7), (5, 6)] {
+            alloc.put(Extent { start, end });
+        }
+        assert_eq!(alloc.close_end(), 7);
+        assert_eq!(alloc.cut_free(), HostCluster(3));
+        assert_eq!((alloc.end(), alloc.available()), (3, 1));
+        alloc.open_end();
+        assert_eq!((alloc.end(), alloc.available()), (3, 1));
+        assert!(!alloc.is_length_stable(HostCluster(3)));
+        assert!(alloc.is_length_stable(HostCluster(2)));
+        // It comes to nothing: all behind is fresh again.
+        alloc.extend(7);
+        assert_eq!(alloc.available(), 5);
+        assert_eq!(alloc.take(), Some(HostCluster(1)));
+        assert_eq!(alloc.take(), Some(HostCluster(3)));
     }
 
     #[test]

@@ -37,6 +37,8 @@ pub(crate) enum Control {
     CommitGrowth,
     /// Leave the disk as it is.
     AbandonGrowth,
+    /// Cut off what is free at the end of the top's file.
+    CutTail,
     /// Hold new requests, wait for those under way, flush, and mark the top as closed: a new
     /// one is about to be put on it. Requests are held until [`Self::SwitchTop`] or
     /// [`Self::KeepTop`]; if this fails, they are taken again at once.

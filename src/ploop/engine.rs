@@ -29,7 +29,9 @@ use super::rule::{self, Rule};
 use super::stable_writes::{Generation, StableWrites};
 use super::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, AtomicUsize, Ordering, fence};
 use super::take_over::Beginning;
-use crate::format::{ClusterSize, Geometry, GuestCluster, Header, HostCluster, InUse, Sector};
+use crate::format::{
+    ClusterSize, Geometry, GuestCluster, Header, HostCluster, InUse, Packing, Sector,
+};
 use crate::storage::{Disk, FileId, LockStanding, Segments};
 
 /// What a change has to wait for before it completes.
@@ -176,6 +178,17 @@ pub(super) enum MdMessage {
     },
     /// For a growth a cluster has moved from here. The disk does not know of it yet.
     Moved { host: HostCluster },
+    /// The zeros of a cluster are to be given back.
+    Squeeze {
+        cluster: GuestCluster,
+        outcome: Outcome,
+    },
+    /// Clusters are to move in front of where the file would end without gaps.
+    MoveDown {
+        clusters: Vec<GuestCluster>,
+        packing: Packing,
+        outcome: Outcome,
+    },
     /// From the control thread.
     Control(Control, Outcome),
 }
@@ -189,7 +202,10 @@ impl MdMessage {
                 inbox.post(QueueMessage::FlushDone { request, result });
             }
             Self::Park { pio, .. } => pio.home.complete(result),
-            Self::Control(_, outcome) | Self::CopyUp { outcome, .. } => outcome.set(result),
+            Self::Control(_, outcome)
+            | Self::CopyUp { outcome, .. }
+            | Self::Squeeze { outcome, .. }
+            | Self::MoveDown { outcome, .. } => outcome.set(result),
             Self::Freed { .. }
             | Self::Begin { .. }
             | Self::Dropped { .. }
@@ -501,7 +517,7 @@ impl<D: Disk> Engine<D> {
         self.barriers_ended.load(Ordering::Acquire) < self.barriers.load(Ordering::Acquire)
     }
 
-    pub(super) fn is_suspended(&self) -> bool {
+    pub(crate) fn is_suspended(&self) -> bool {
         self.suspended.load(Ordering::Acquire)
     }
 
@@ -1046,6 +1062,7 @@ impl Work {
             Self::Write { cluster, .. }
             | Self::CopyUp { cluster, .. }
             | Self::Move { cluster, .. }
+            | Self::Squeeze { cluster }
             | Self::EndMove { cluster, .. } => *cluster,
             Self::Zero { start, .. } => GuestCluster((start >> grid.cluster().shift()) as u32),
             Self::EndCopies => GuestCluster(0),

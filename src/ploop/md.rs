@@ -5,6 +5,7 @@
 //! - the way of unmapped clusters back to the allocator ([`reclaim`]);
 //! - growing the file, and the pios that wait for space ([`space`]);
 //! - what a larger disk takes ([`grow`]), and a new top ([`top`]);
+//! - what a shorter file takes ([`compact`]);
 //! - suspend, resume and close, and what [`hand_over`] is.
 //!
 //! Pages are written and the file is synced in *rounds*, one after the other, so
@@ -23,6 +24,7 @@
 //! counted is in the pages, and no entry that it relies on is left out. No message
 //! tells of either: one that is late would let the round promise too much.
 
+mod compact;
 mod grow;
 mod hand_over;
 mod reclaim;
@@ -417,6 +419,13 @@ impl<D: Disk> MdWriter<D> {
             }
             MdMessage::Control(Control::CommitGrowth, outcome) => self.commit_growth(outcome),
             MdMessage::Control(Control::AbandonGrowth, outcome) => self.abandon_growth(outcome),
+            MdMessage::Control(Control::CutTail, outcome) => self.begin_cut(outcome),
+            MdMessage::Squeeze { cluster, outcome } => self.begin_squeeze(cluster, outcome),
+            MdMessage::MoveDown {
+                clusters,
+                packing,
+                outcome,
+            } => self.begin_move_down(clusters, packing, outcome),
             MdMessage::Control(what, outcome) => self.begin_control(what, outcome),
         }
     }
@@ -593,15 +602,17 @@ impl<D: Disk> MdWriter<D> {
 
     /// Whether clusters can come back by writing pages and a sync, and are needed.
     fn wants_reclaim_pages(&self) -> bool {
-        self.reclaim.is_under_way()
-            && self.engine.alloc().available() <= self.engine.options.low_water
+        self.reclaim.is_under_way() && self.needs_back()
+    }
+
+    /// Whether what is on its way back is needed.
+    fn needs_back(&self) -> bool {
+        self.wants_all_back() || self.engine.alloc().available() <= self.engine.options.low_water
     }
 
     /// Whether clusters can come back by a sync, and are needed.
     fn wants_reclaim_sync(&self) -> bool {
-        self.reclaim.wants_sync()
-            && !self.engine.has_sync_failed()
-            && self.engine.alloc().available() <= self.engine.options.low_water
+        self.reclaim.wants_sync() && !self.engine.has_sync_failed() && self.needs_back()
     }
 
     fn begin_sync(&mut self, phase: Phase) {

@@ -13,6 +13,7 @@
 mod alloc;
 mod allowance;
 mod bat;
+mod compact;
 pub(crate) mod control;
 mod copy_up;
 mod engine;

@@ -7,7 +7,7 @@ use super::EngineError;
 use super::control::Outcome;
 use super::engine::MdMessage;
 use super::inbox::Inbox;
-use crate::format::{GuestCluster, HostCluster};
+use crate::format::{GuestCluster, HostCluster, Packing};
 use crate::storage::{FileId, Segments};
 
 /// What a [`Queue`](super::Queue) hears from other threads.
@@ -155,19 +155,32 @@ pub(super) enum Work {
     },
     /// For a growth: wait for the end of copies that were begun to where the BAT goes.
     EndCopies,
-    /// For a growth: copy the cluster to `to`, which reads as zeros, and keep it locked.
+    /// Give back the zeros of the cluster.
+    Squeeze { cluster: GuestCluster },
+    /// Copy the cluster to `to`, which reads as zeros, and keep it locked.
     Move {
         cluster: GuestCluster,
         to: HostCluster,
         /// As many bytes of it as belong to the disk.
         keep: u64,
+        /// It may be elsewhere by now.
+        only_if: MoveIf,
     },
-    /// For a growth: the copy is stable, and is to be used, or there is none. Whatever was
+    /// The copy is stable, and is to be used, or there is none. Whatever was
     /// locked is not any more.
     EndMove {
         cluster: GuestCluster,
         is_stable: bool,
     },
+}
+
+/// Where a cluster has to be if it is to move.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum MoveIf {
+    /// Where the BAT of a larger disk goes, or its end is to be cut.
+    InTheWay,
+    /// Behind the end that the file would have without gaps.
+    Behind(Packing),
 }
 
 impl Work {

@@ -17,11 +17,13 @@ use slab::Slab;
 mod cow;
 mod relocate;
 mod rmw;
+mod squeeze;
 mod zero;
 
 use self::cow::{CopyBuffers, Cow};
 use self::relocate::Relocation;
 use self::rmw::Rmw;
+use self::squeeze::Squeeze;
 use super::EngineError;
 use super::engine::{Engine, WritePlan};
 use super::entry::{Entry, Place};
@@ -88,12 +90,14 @@ enum Job {
     Rmw(Rmw),
     Cow(Cow),
     Relocation(Relocation),
+    Squeeze(Squeeze),
 }
 
 /// What is done when no other I/O to the cluster is under way.
 enum Then {
     Rmw(Rmw),
     Relocation(Relocation),
+    Squeeze(Squeeze),
 }
 
 impl<D: Disk> Runner<D> {
@@ -219,7 +223,13 @@ impl<D: Disk> Runner<D> {
                 level,
                 top,
             } => self.copy_up(pio, cluster, level, top),
-            Work::Move { cluster, to, keep } => self.begin_relocation(pio, cluster, to, keep),
+            Work::Move {
+                cluster,
+                to,
+                keep,
+                only_if,
+            } => self.begin_relocation(pio, cluster, (to, keep), only_if),
+            Work::Squeeze { cluster } => self.begin_squeeze(pio, cluster),
             _ => self.zero(pio),
         }
     }
@@ -339,6 +349,7 @@ impl<D: Disk> Runner<D> {
                 let rule = match then {
                     Then::Rmw(_) => Rule::OldIoBeforeModify,
                     Then::Relocation(_) => Rule::OldIoBeforeCopy,
+                    Then::Squeeze(_) => Rule::OldIoBeforeZeroCheck,
                 };
                 epochs.all_reached(epoch) || !rule::kept(rule)
             }
@@ -364,6 +375,10 @@ impl<D: Disk> Runner<D> {
                     Then::Relocation(relocation) => {
                         let op = relocation.read(&self.engine, &mut self.buffers);
                         (Job::Relocation(relocation), op)
+                    }
+                    Then::Squeeze(squeeze) => {
+                        let op = squeeze.read(&self.engine, &mut self.buffers);
+                        (Job::Squeeze(squeeze), op)
                     }
                 };
                 self.queue_job(cluster, job, waiting, op);
@@ -409,6 +424,7 @@ impl<D: Disk> Runner<D> {
             Job::Relocation(relocation) => {
                 self.step_relocation(cluster, relocation, waiting, completion);
             }
+            Job::Squeeze(squeeze) => self.step_squeeze(cluster, squeeze, waiting, completion),
             // Has no operation in flight.
             Job::AwaitIo { .. } => self.unlock(cluster, waiting),
         }

@@ -55,6 +55,8 @@ pub enum Step {
     },
     /// The host has no space for the next step: it is tried again after a while.
     HostFull,
+    /// Nothing can be done at present, for another reason: likewise.
+    Later,
     /// All is done, committed and stable.
     Done,
 }

@@ -71,6 +71,12 @@ pub enum Case {
     MergeKilled,
     /// I13: the process was killed meanwhile.
     SnapshotKilled,
+    /// I15: the file became shorter while it was used.
+    Shorter,
+    /// I15: the power went while space was being given back.
+    CompactionCut,
+    /// I13: the process was killed meanwhile.
+    CompactionKilled,
     /// I13: it was killed in the midst of the step that changes the top.
     KilledInChange,
     /// I13: the process was killed while the guest lived on.
@@ -82,7 +88,7 @@ pub enum Case {
 }
 
 impl Case {
-    const ALL: [(Self, &'static str); 31] = [
+    const ALL: [(Self, &'static str); 34] = [
         (Self::Moved, "I1  cluster passed to another guest cluster"),
         (Self::Reused, "I2  freed cluster mapped again"),
         (Self::Flush, "I3  flush with something to flush"),
@@ -124,6 +130,15 @@ impl Case {
         (
             Self::SnapshotKilled,
             "I13 process killed while a snapshot was being made",
+        ),
+        (Self::Shorter, "I15 file that became shorter"),
+        (
+            Self::CompactionCut,
+            "I15 cut while space was being given back",
+        ),
+        (
+            Self::CompactionKilled,
+            "I13 process killed while space was being given back",
         ),
         (
             Self::KilledInChange,

@@ -112,6 +112,7 @@ impl Life {
             raw_lens: Vec::new(),
             is_growing: false,
             is_snapshotting: false,
+            is_compacting: false,
             is_either: false,
             is_merging: false,
             gone: None,
@@ -175,6 +176,7 @@ impl Life {
         let was_growing = std::mem::take(&mut world.is_growing);
         let was_snapshotting = std::mem::take(&mut world.is_snapshotting);
         let was_merging = std::mem::take(&mut world.is_merging);
+        let was_compacting = std::mem::take(&mut world.is_compacting);
         let violations = world.disk.take_violations();
         if let Some(first) = violations.first() {
             return Err(first.clone());
@@ -182,6 +184,7 @@ impl Life {
         if matches!(ending, Ending::Killed | Ending::Passed) {
             world.cases.count_if(Case::SnapshotKilled, was_snapshotting);
             world.cases.count_if(Case::MergeKilled, was_merging);
+            world.cases.count_if(Case::CompactionKilled, was_compacting);
             if world.is_either {
                 world.adopt_new_top()?;
             }
@@ -196,6 +199,7 @@ impl Life {
             world.cases.count_if(Case::LargerCut, was_growing);
             world.cases.count_if(Case::SnapshotCut, was_snapshotting);
             world.cases.count_if(Case::MergeCut, was_merging);
+            world.cases.count_if(Case::CompactionCut, was_compacting);
             let undecided = world.model.undecided() > 0;
             world.cases.count_if(Case::Undecided, undecided);
         } else {

@@ -20,6 +20,7 @@
 
 mod cases;
 pub(crate) mod checker;
+mod compaction;
 mod death;
 pub(crate) mod disk;
 mod file;

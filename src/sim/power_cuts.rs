@@ -165,6 +165,27 @@ fn power_cuts_of_disks_with_snapshots() {
 }
 
 #[test]
+fn power_cuts_of_disks_that_are_compacted() {
+    let compacted = Mix {
+        chains: true,
+        compacts: true,
+        ..Mix::default()
+    };
+    let record = run_and_report("disks that are compacted", compacted);
+    if record.cuts.all() < ENOUGH {
+        return;
+    }
+    for (case, at_least) in [
+        (Case::Shorter, 100),
+        (Case::CompactionCut, 50),
+        (Case::CompactionKilled, 2),
+    ] {
+        let times = record.cases.get(case);
+        assert!(times > at_least, "too seldom: {case:?}, {times}");
+    }
+}
+
+#[test]
 fn power_cuts_of_disks_whose_levels_go() {
     let merges = Mix {
         chains: true,

@@ -61,7 +61,17 @@ fn mix_for(which: Rule) -> Mix {
             | Rule::SettledWhileClosed
             | Rule::MemoryFollowsTop
     );
+    let compacts = matches!(
+        which,
+        Rule::OldIoBeforeZeroCheck
+            | Rule::ZerosHideBelow
+            | Rule::MappingBeforeLeaving
+            | Rule::OldIoBeforeCut
+            | Rule::CutIsNoLength
+    );
+    let chains = chains || which == Rule::ZerosHideBelow;
     Mix {
+        compacts,
         snapshots,
         merges,
         chains,

@@ -623,6 +623,8 @@ pub enum Action {
     Snapshot,
     /// The end of a level comes one step nearer.
     Merge,
+    /// Space is given back, a step of it.
+    Compact,
 }
 
 impl Action {
@@ -648,6 +650,8 @@ pub struct Mix {
     pub snapshots: bool,
     /// Levels go while disks are in use; else none does.
     pub merges: bool,
+    /// Space is given back; else of none.
+    pub compacts: bool,
 }
 
 /// What may be wrong with a host, and nothing else then.
@@ -763,6 +767,10 @@ impl Profile {
         }
         if mix.merges {
             actions.push((Merge, *[4, 12, 24].choose(rng).unwrap()));
+        }
+        if mix.compacts {
+            actions.push((Compact, *[2, 6, 12].choose(rng).unwrap()));
+            actions.push((Discard, 2));
         }
         let faults = random_faults(rng, mix.trouble);
         if faults.stable_write + faults.full_stable_write > 0.0 {

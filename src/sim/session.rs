@@ -15,6 +15,7 @@ use smallvec::{SmallVec, smallvec};
 
 use super::cases::{Case, Cases};
 use super::checker::Image;
+use super::compaction::Compacting;
 use super::disk::{Faults, SimDisk};
 use super::file::SECTOR;
 use super::judge::{Before, Cuts};
@@ -71,6 +72,8 @@ pub struct World {
     pub is_merging: bool,
     /// One has, as far as the descriptor is concerned.
     pub gone: Option<Gone>,
+    /// Space is being given back.
+    pub is_compacting: bool,
     /// The memory that outlives the process, if that may die in the midst of a step.
     pub mortal: Option<SharedWords>,
     /// It has died so, and this is what was in that memory.
@@ -258,7 +261,7 @@ pub struct Session {
     /// What went wrong while one was.
     failure: Option<Failure>,
     /// Where the last request went.
-    last_range: Option<std::ops::Range<u64>>,
+    pub(super) last_range: Option<std::ops::Range<u64>>,
     pub(super) requests: BTreeMap<u64, InFlight>,
     pub(super) next_tag: u64,
     pub(super) engine: Arc<Engine<SimDisk>>,
@@ -270,6 +273,7 @@ pub struct Session {
     larger: Larger,
     pub(super) shot: Shot,
     pub(super) merge: Merge,
+    pub(super) compacting: Compacting,
     /// How many there were when it was looked at last.
     pub(super) levels: usize,
     pub(super) times_suspended: u32,
@@ -311,7 +315,7 @@ pub(super) struct Trouble {
     pub(super) space_for_metadata: bool,
     /// The host is full. A write in write-through to what was punched needs space; if it
     /// finds some when it is tried again, that looks like a failed sync.
-    space_in_doubt: bool,
+    pub(super) space_in_doubt: bool,
     read_only: bool,
     /// The engine is closed while requests are under way.
     stops: bool,
@@ -352,6 +356,7 @@ impl Session {
         Self {
             shot: Shot::No,
             merge: Merge::No,
+            compacting: Compacting::No,
             levels: world.scenario.levels,
             fuse: Fuse {
                 disk: world.disk.clone(),
@@ -440,6 +445,7 @@ impl Session {
             Action::Grow => self.grow(world)?,
             Action::Snapshot => self.snapshot(world)?,
             Action::Merge => self.merge(world)?,
+            Action::Compact => self.compact(world)?,
             Action::GiveUp => {
                 let queue = rng.random_range(0..self.queue_count());
                 self.give_up(queue);
@@ -1085,6 +1091,7 @@ impl Session {
         }
         self.hear_of_growth(world)?;
         self.hear_of_snapshot(world)?;
+        self.hear_of_compaction(world)?;
         if let Suspension::Under(quiesce) = &self.suspension
             && let Some(result) = quiesce.outcome.get()
         {

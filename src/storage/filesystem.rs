@@ -3,6 +3,7 @@
 
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 
@@ -170,6 +171,31 @@ pub fn set_len(file: &File, len: u64) -> io::Result<()> {
         file.write_all_at(&zeroed_tail(), len)?;
     }
     Ok(())
+}
+
+/// Where the first data at or behind `offset` begins and ends; `None` behind the last.
+///
+/// # Errors
+/// Any of `lseek(2)`; see [`refuses_seek`].
+pub fn next_data(file: &File, offset: u64) -> Result<Option<Range<u64>>, Errno> {
+    let start = match rustix::fs::seek(file, SeekFrom::Data(offset)) {
+        Ok(start) => start,
+        // Beyond the last data, or beyond the end.
+        Err(Errno::NXIO) => return Ok(None),
+        Err(errno) => return Err(errno),
+    };
+    match rustix::fs::seek(file, SeekFrom::Hole(start)) {
+        Ok(end) => Ok(Some(start..end)),
+        // Cut off in between.
+        Err(Errno::NXIO) => Ok(None),
+        Err(errno) => Err(errno),
+    }
+}
+
+/// Whether this is what those answer that know no `SEEK_DATA`: GlusterFS with shards
+/// `EOPNOTSUPP`, block devices and others `EINVAL`. Then all may be data.
+pub fn refuses_seek(errno: Errno) -> bool {
+    matches!(errno, Errno::OPNOTSUPP | Errno::INVAL)
 }
 
 #[cfg(test)]

@@ -22,6 +22,7 @@ mod watch;
 
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::os::fd::RawFd;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -464,6 +465,17 @@ impl Disk for HostDisk {
 
     fn set_len(&self, file: FileId, len: u64) -> io::Result<()> {
         set_len(file, self.file(file)?, len)
+    }
+
+    fn next_data(&self, file: FileId, offset: u64) -> io::Result<Option<Range<u64>>> {
+        let shared = self.file(file)?;
+        match filesystem::next_data(shared.file(), offset) {
+            Err(errno) if filesystem::refuses_seek(errno) => {
+                let end = shared.len()?;
+                Ok((offset < end).then_some(offset..end))
+            }
+            data => Ok(data?),
+        }
     }
 
     fn read_exact_at(&self, file: FileId, bytes: &mut [u8], offset: u64) -> io::Result<()> {

@@ -19,6 +19,7 @@ mod segments;
 mod shared;
 
 use std::io;
+use std::ops::Range;
 use std::os::fd::RawFd;
 
 use rustix::io::Errno;
@@ -221,6 +222,16 @@ pub trait Disk: Send + Sync + 'static {
     /// # Errors
     /// Any of `pread(2)`; `UnexpectedEof` beyond the end of the file.
     fn read_exact_at(&self, file: FileId, bytes: &mut [u8], offset: u64) -> io::Result<()>;
+
+    /// Where the first data at or behind `offset` begins and ends, `None` if there is none:
+    /// everything else is a hole. Where the file system does not say, all of it is data.
+    ///
+    /// # Errors
+    /// Any of `lseek(2)`.
+    fn next_data(&self, file: FileId, offset: u64) -> io::Result<Option<Range<u64>>> {
+        let len = self.len(file)?;
+        Ok((offset < len).then_some(offset..len))
+    }
 
     /// Writes `bytes` at `offset`.
     ///

@@ -317,6 +317,15 @@ impl Ring {
         self.memory.write_slice(bytes, GuestAddress(addr)).unwrap();
     }
 
+    /// What the guest's memory has.
+    pub fn bytes(&self, addr: u64, len: usize) -> Vec<u8> {
+        let mut bytes = vec![0; len];
+        self.memory
+            .read_slice(&mut bytes, GuestAddress(addr))
+            .unwrap();
+        bytes
+    }
+
     /// Other events for kicks and signals, which the device has not heard of yet.
     pub fn renew_events(&mut self) {
         self.kick = EventFd::new(EVENT_FLAGS).unwrap();

@@ -10,6 +10,7 @@ mod front_end;
 mod grow;
 mod hand_over;
 mod huge;
+mod jobs;
 mod like_qemu;
 mod log;
 mod looked_at;

@@ -157,7 +157,7 @@ fn what_is_called_off_before_it_begins_never_does() {
         assert!(call_off.call_off(&engine), "there is nothing to wait for");
         let is_over = Arc::new(EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK).unwrap());
         let (tell, result) = sync_channel(1);
-        let order = Order {
+        let errand = Errand {
             ending: Ending(is_over),
             engine: Arc::downgrade(&engine),
             task,
@@ -165,8 +165,8 @@ fn what_is_called_off_before_it_begins_never_does() {
             new_top: NewTop::default(),
             tell,
         };
-        let jobs = &rig.caretaker.as_ref().unwrap().jobs;
-        assert!(jobs.send(Job::Do(order)).is_ok());
+        let orders = &rig.caretaker.as_ref().unwrap().orders;
+        assert!(orders.send(Order::Do(errand)).is_ok());
         result
     });
     for result in operations {

@@ -59,8 +59,13 @@ impl Arguments {
     }
 
     /// A number of either sign.
+    pub fn integer(&mut self, name: &str) -> Result<Option<i64>, Failure> {
+        self.take(name, "integer", Value::as_i64)
+    }
+
+    /// The same, which has to be there.
     pub fn required_integer(&mut self, name: &str) -> Result<i64, Failure> {
-        let number = self.take(name, "integer", Value::as_i64)?;
+        let number = self.integer(name)?;
         number.ok_or_else(|| missing(name))
     }
 

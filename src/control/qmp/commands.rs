@@ -9,6 +9,7 @@ use super::arguments::{Arguments, missing};
 use super::message::{Answer, Class, Failure, Request};
 use super::names::{DISK, lower_level};
 use super::shapes;
+use crate::control::jobs::{GUEST_SHARE, Terms, Verb};
 use crate::control::subject::Subject;
 use crate::device::ThrottleLimits;
 use crate::format::{Guid, SECTOR_SIZE, Sector, SnapshotNotes};
@@ -41,6 +42,21 @@ pub enum Wish {
         /// No other may have the same description.
         is_unique: bool,
     },
+    /// Which jobs there are. Likewise.
+    ListJobs {
+        /// As `query-block-jobs` has them; else as `query-jobs`.
+        are_of_block: bool,
+    },
+    /// The space of zeros and gaps is to be given back, by a job. The answer does not wait for
+    /// its end.
+    Compact(Terms),
+    /// Something is to be done with a job.
+    ToJob {
+        /// Its name.
+        id: String,
+        /// What.
+        verb: Verb,
+    },
 }
 
 impl Wish {
@@ -60,19 +76,27 @@ pub(super) struct Context<'a> {
 type Run = fn(Arguments, &mut Context<'_>) -> Answer;
 
 const COMMANDS: &[(&str, Run)] = &[
+    ("block-job-set-speed", set_job_speed),
     ("block-latency-histogram-set", set_latency_histogram),
     ("block-set-write-threshold", set_write_threshold),
     ("block_resize", resize),
     ("block_set_io_throttle", set_io_throttle),
     ("blockdev-snapshot-internal-sync", create_internal_snapshot),
+    ("compact", compact),
     ("flush", flush),
     ("grow", grow),
+    ("job-cancel", cancel_job),
+    ("job-complete", complete_job),
+    ("job-dismiss", dismiss_job),
+    ("job-finalize", finalize_job),
+    ("job-pause", pause_job),
+    ("job-resume", resume_job),
     ("query-block", query_block),
-    ("query-block-jobs", no_jobs),
+    ("query-block-jobs", query_block_jobs),
     ("query-blockstats", query_blockstats),
     ("query-commands", query_commands),
     ("query-engine", query_engine),
-    ("query-jobs", no_jobs),
+    ("query-jobs", query_jobs),
     ("query-latencies", query_latencies),
     ("query-named-block-nodes", query_named_block_nodes),
     ("query-status", query_status),
@@ -398,10 +422,88 @@ fn sectors(bytes: u64) -> Result<Sector, Failure> {
     }
 }
 
-/// There are none that a client could have started.
-fn no_jobs(arguments: Arguments, _: &mut Context<'_>) -> Answer {
+fn query_jobs(arguments: Arguments, context: &mut Context<'_>) -> Answer {
     arguments.end()?;
+    context.wish = Wish::ListJobs {
+        are_of_block: false,
+    };
     Ok(json!([]))
+}
+
+fn query_block_jobs(arguments: Arguments, context: &mut Context<'_>) -> Answer {
+    arguments.end()?;
+    context.wish = Wish::ListJobs { are_of_block: true };
+    Ok(json!([]))
+}
+
+/// Begins it.
+fn compact(arguments: Arguments, context: &mut Context<'_>) -> Answer {
+    context.wish = Wish::Compact(job_terms(arguments)?);
+    Ok(json!({}))
+}
+
+/// What commands that begin a job are told of it.
+fn job_terms(mut arguments: Arguments) -> Result<Terms, Failure> {
+    let id = arguments.text("job-id")?.unwrap_or_else(|| DISK.to_owned());
+    let speed = arguments.integer("speed")?.unwrap_or_default();
+    let share = arguments.count("guest-share")?;
+    let auto_dismiss = arguments.bool("auto-dismiss")?.unwrap_or(true);
+    arguments.end()?;
+    let share = share.unwrap_or(u64::from(GUEST_SHARE));
+    let guest_share = u8::try_from(share).ok().filter(|share| *share < 100);
+    let guest_share = guest_share
+        .ok_or_else(|| Failure::generic("Parameter 'guest-share' expects percent, from 0 to 99"))?;
+    Ok(Terms {
+        id,
+        speed: job_speed(speed)?,
+        guest_share,
+        auto_dismiss,
+    })
+}
+
+fn job_speed(speed: i64) -> Result<u64, Failure> {
+    u64::try_from(speed)
+        .map_err(|_| Failure::generic("Parameter 'speed' expects a non-negative value"))
+}
+
+fn set_job_speed(mut arguments: Arguments, context: &mut Context<'_>) -> Answer {
+    let id = arguments.required_text("device")?;
+    let speed = arguments.required_integer("speed")?;
+    arguments.end()?;
+    let verb = Verb::SetSpeed(job_speed(speed)?);
+    context.wish = Wish::ToJob { id, verb };
+    Ok(json!({}))
+}
+
+fn pause_job(arguments: Arguments, context: &mut Context<'_>) -> Answer {
+    to_job(arguments, context, Verb::Pause)
+}
+
+fn resume_job(arguments: Arguments, context: &mut Context<'_>) -> Answer {
+    to_job(arguments, context, Verb::Resume)
+}
+
+fn cancel_job(arguments: Arguments, context: &mut Context<'_>) -> Answer {
+    to_job(arguments, context, Verb::Cancel)
+}
+
+fn complete_job(arguments: Arguments, context: &mut Context<'_>) -> Answer {
+    to_job(arguments, context, Verb::Complete)
+}
+
+fn finalize_job(arguments: Arguments, context: &mut Context<'_>) -> Answer {
+    to_job(arguments, context, Verb::Finalize)
+}
+
+fn dismiss_job(arguments: Arguments, context: &mut Context<'_>) -> Answer {
+    to_job(arguments, context, Verb::Dismiss)
+}
+
+fn to_job(mut arguments: Arguments, context: &mut Context<'_>, verb: Verb) -> Answer {
+    let id = arguments.required_text("id")?;
+    arguments.end()?;
+    context.wish = Wish::ToJob { id, verb };
+    Ok(json!({}))
 }
 
 fn quit(arguments: Arguments, context: &mut Context<'_>) -> Answer {

@@ -55,6 +55,30 @@ pub(in crate::control) enum Event {
         /// Its name.
         guid: Guid,
     },
+    /// A job has come to another status.
+    JobStatusChange {
+        /// Its name.
+        id: String,
+        /// As QMP calls it.
+        status: &'static str,
+    },
+    /// A job is over.
+    BlockJobEnded {
+        /// Its name.
+        id: String,
+        /// As QMP calls its kind.
+        kind: &'static str,
+        /// Somebody has cancelled it; else it has done all, or failed.
+        is_cancelled: bool,
+        /// How far it has come.
+        done: u64,
+        /// How far it was to come.
+        total: u64,
+        /// Its limit in bytes a second.
+        speed: u64,
+        /// Why it has failed, if it has.
+        error: Option<String>,
+    },
     /// A file of the image cannot be reached any more by its path.
     ImageVanished {
         /// That path.
@@ -74,6 +98,11 @@ impl Event {
             Self::WriteThreshold { .. } => "BLOCK_WRITE_THRESHOLD",
             Self::LockLost { .. } => "LOCK_LOST",
             Self::SnapshotCreated { .. } => "SNAPSHOT_CREATED",
+            Self::JobStatusChange { .. } => "JOB_STATUS_CHANGE",
+            Self::BlockJobEnded {
+                is_cancelled: true, ..
+            } => "BLOCK_JOB_CANCELLED",
+            Self::BlockJobEnded { .. } => "BLOCK_JOB_COMPLETED",
             Self::ImageVanished { .. } => "IMAGE_VANISHED",
         }
     }
@@ -110,6 +139,28 @@ impl Event {
                 "action": if *waits { "stop" } else { "report" },
             }),
             Self::SnapshotCreated { guid } => json!({ "guid": guid.to_string() }),
+            Self::JobStatusChange { id, status } => json!({ "id": id, "status": status }),
+            Self::BlockJobEnded {
+                id,
+                kind,
+                done,
+                total,
+                speed,
+                error,
+                ..
+            } => {
+                let mut data = json!({
+                    "type": kind,
+                    "device": id,
+                    "len": total,
+                    "offset": done,
+                    "speed": speed,
+                });
+                if let Some(error) = error {
+                    data["error"] = error.as_str().into();
+                }
+                data
+            }
             Self::ImageVanished { file, how } => json!({ "file": file, "how": how }),
         }
     }

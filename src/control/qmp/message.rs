@@ -10,6 +10,7 @@ use serde_json::{Map, Value, json};
 pub(super) enum Class {
     GenericError,
     CommandNotFound,
+    DeviceNotActive,
     DeviceNotFound,
 }
 
@@ -28,6 +29,14 @@ impl Failure {
 
     pub(super) fn no_device(name: &str) -> Self {
         Self::new(Class::DeviceNotFound, format!("Device '{name}' not found"))
+    }
+
+    /// There is no such job of the kind that QEMU calls block jobs.
+    pub(in crate::control) fn no_block_job(id: &str) -> Self {
+        Self::new(
+            Class::DeviceNotActive,
+            format!("Block job '{id}' not found"),
+        )
     }
 
     pub(super) fn new(class: Class, desc: impl Into<String>) -> Self {

@@ -10,6 +10,8 @@ use crate::image::testing::{
 };
 use Entry::{At, Hole};
 
+const BLOCK: u64 = 4096;
+
 /// Cluster 1 is zeros, cluster 4 zeros but for its end; three clusters of the
 /// file are used by nothing.
 fn sparse(version: Version) -> Vec<u8> {

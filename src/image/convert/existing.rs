@@ -4,8 +4,9 @@ use std::ops::Range;
 use std::path::Path;
 
 use super::output::{Output, Piece};
-use super::{BLOCK, ZEROS, is_zero};
+use super::{BLOCK, ZEROS};
 use crate::format::Sector;
+use crate::format::is_zero;
 use crate::image::error::{IoContext, Result};
 use crate::image::file::{HostImage, ImageFile, rename_opening};
 use crate::image::open::lock_file;

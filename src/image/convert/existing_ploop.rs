@@ -9,7 +9,8 @@ use std::ops::Range;
 use std::path::Path;
 
 use super::output::{Output, Piece};
-use super::{is_zero, write_data};
+use super::write_data;
+use crate::format::is_zero;
 use crate::format::{GuestCluster, HostCluster, InUse, Sector};
 use crate::image::delta::Delta;
 use crate::image::error::Result;

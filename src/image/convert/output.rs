@@ -5,7 +5,8 @@ use std::io::Write;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
-use super::{BLOCK, ZEROS, is_zero, write_data};
+use super::{BLOCK, ZEROS, write_data};
+use crate::format::is_zero;
 use crate::format::{ClusterSize, Geometry, HostCluster, Sector};
 use crate::image::create::new_header;
 use crate::image::error::{IoContext, Result};

@@ -3,6 +3,7 @@ use std::fs;
 use proptest::prelude::*;
 
 use super::*;
+use crate::storage::filesystem::refuses_seek;
 
 fn image(path: &Path) -> HostImage {
     let file = File::options().read(true).write(true).open(path);

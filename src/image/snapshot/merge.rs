@@ -4,9 +4,10 @@ use std::path::Path;
 
 use super::Held;
 use super::delete::{collapse, open_lower};
+use crate::format::is_zero;
 use crate::format::{GuestCluster, Guid, HostCluster, InUse};
 use crate::image::bundle::Bundle;
-use crate::image::convert::{is_zero, write_data};
+use crate::image::convert::write_data;
 use crate::image::delta::Delta;
 use crate::image::error::{ImageError, IoContext, Result};
 use crate::image::file::{ImageFile, rename_opening};

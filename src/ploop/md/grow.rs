@@ -31,13 +31,13 @@ use super::super::EngineError;
 use super::super::bat::BatSize;
 use super::super::control::Outcome;
 use super::super::entry::{Entry, Place};
-use super::super::pio::{Home, Pio, Work};
+use super::super::pio::{Home, MoveIf, Pio, Work};
 use super::super::preempt;
 use super::super::rule::{self, Rule};
 use super::super::sync::atomic::Ordering;
 use super::{MdOp, MdWriter, Waiter};
 use crate::format::{
-    Fate, Geometry, Growth, GuestCluster, Header, HeaderError, HostCluster, Sector,
+    Fate, Geometry, Growth, GuestCluster, Header, HeaderError, HostCluster, Packing, Sector,
 };
 use crate::storage::{Disk, Op, ZeroMode};
 
@@ -47,21 +47,33 @@ const SCAN_AT_ONCE: u32 = 1 << 20;
 /// Bytes that are copied for one sync, at most; one cluster may have more.
 const COPIES_BYTES: u64 = 16 << 20;
 
-/// A disk on its way to another size.
+/// What clusters move for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Purpose {
+    /// A larger BAT goes where they are.
+    Growth,
+    /// The file is to become shorter; see [`super::compact`].
+    Packing(Packing),
+    /// Its end is cut off. None move.
+    Cutting,
+}
+
+/// A disk on its way to another size, or whose clusters move for another reason.
 pub(super) struct Growing {
+    pub(super) purpose: Purpose,
     /// `None`: the top is plain.
     growth: Option<Growth>,
     /// Of the larger disk.
     geometry: Geometry,
     /// Who waits for it. Nobody does while it is prepared.
     outcome: Option<Outcome>,
-    stage: Stage,
+    pub(super) stage: Stage,
     /// What was begun and has not ended: operations, errands of runners, rounds.
     waits: usize,
     /// What of it has failed.
     error: Option<EngineError>,
     /// To be moved to: nobody else is given them.
-    free: VecDeque<HostCluster>,
+    pub(super) free: VecDeque<HostCluster>,
     /// Where clusters were that the disk may still have there.
     left: Vec<HostCluster>,
     /// It shall come to nothing, for this reason if there is one.
@@ -69,7 +81,7 @@ pub(super) struct Growing {
     failed: Option<EngineError>,
 }
 
-enum Stage {
+pub(super) enum Stage {
     /// I/O that may have been given a cluster in the way ends.
     OldIo {
         epoch: u64,
@@ -104,15 +116,30 @@ enum Stage {
     OldSize {
         epoch: u64,
     },
+    /// Before the end is cut off: clusters on their way back arrive.
+    Draining {
+        before: u64,
+    },
+    /// Nothing is given out at the end any more, and who was about to be given something
+    /// ends.
+    Closing {
+        epoch: u64,
+        old_end: u32,
+    },
+    /// The end was cut off, and who still knows the old one ends.
+    Cut {
+        epoch: u64,
+        result: Result<(), EngineError>,
+    },
 }
 
 /// A cluster that has to move.
-struct Move {
-    cluster: GuestCluster,
-    keep: u64,
+pub(super) struct Move {
+    pub(super) cluster: GuestCluster,
+    pub(super) keep: u64,
 }
 
-struct Moving {
+pub(super) struct Moving {
     todo: VecDeque<Move>,
     /// Those that are locked, or may be.
     batch: Vec<GuestCluster>,
@@ -120,7 +147,7 @@ struct Moving {
 }
 
 impl Moving {
-    fn new(todo: VecDeque<Move>) -> Self {
+    pub(super) fn new(todo: VecDeque<Move>) -> Self {
         Self {
             todo,
             batch: Vec::new(),
@@ -137,8 +164,14 @@ enum Phase {
 }
 
 impl Growing {
-    fn new(growth: Option<Growth>, geometry: Geometry, outcome: Outcome, stage: Stage) -> Self {
+    pub(super) fn new(
+        growth: Option<Growth>,
+        geometry: Geometry,
+        outcome: Outcome,
+        stage: Stage,
+    ) -> Self {
         Self {
+            purpose: Purpose::Growth,
             growth,
             geometry,
             outcome: Some(outcome),
@@ -170,7 +203,7 @@ impl Growing {
 }
 
 /// What a step leads to.
-enum Step {
+pub(super) enum Step {
     /// Another one.
     On(Stage),
     /// There is nothing to do for now.
@@ -374,7 +407,7 @@ impl<D: Disk> MdWriter<D> {
     }
 
     /// The next round answers when all that is in memory now is stable.
-    fn await_round(&mut self, growing: &mut Growing) {
+    pub(super) fn await_round(&mut self, growing: &mut Growing) {
         growing.waits += 1;
         self.waiters.push(Waiter::Growth);
     }
@@ -421,7 +454,10 @@ impl<D: Disk> MdWriter<D> {
             growing.stop |= is_closing;
             // These change nothing of the image any more, and who waits for them may be
             // the one who would resume it.
-            let is_ending = matches!(growing.stage, Stage::Committing | Stage::OldSize { .. });
+            let is_ending = matches!(
+                growing.stage,
+                Stage::Committing | Stage::OldSize { .. } | Stage::Cut { .. }
+            );
             let is_held = self.engine.is_suspended() && !growing.stop && !is_ending;
             if growing.waits > 0 || (is_held && !growing.has_locked()) {
                 self.growing = Some(growing);
@@ -432,10 +468,13 @@ impl<D: Disk> MdWriter<D> {
             let step = match stage {
                 // These end by themselves, well or not.
                 Stage::Moving(moving) => self.step_moving(&mut growing, moving, error),
+                stage @ Stage::Cut { .. } => self.step_cut(stage),
                 stage => match error {
-                    Some(error) => Step::Failed(error),
-                    None if growing.stop => Step::Failed(EngineError::Stopped),
-                    None => self.step(&mut growing, stage),
+                    None if !growing.stop => self.step(&mut growing, stage),
+                    error => {
+                        self.reopen_end(&stage);
+                        Step::Failed(error.unwrap_or(EngineError::Stopped))
+                    }
                 },
             };
             match step {
@@ -475,6 +514,13 @@ impl<D: Disk> MdWriter<D> {
             }
             Stage::Scan { next, moves } => self.scan(growing, next, moves),
             Stage::Space { moves, .. } => self.get_space(growing, moves),
+            // Those are waited for before holes are made there.
+            Stage::LastReads { .. } if growing.purpose != Purpose::Growth => {
+                if rule::kept(Rule::MappingBeforeLeaving) {
+                    self.await_round(growing);
+                }
+                Step::On(Stage::Mapping)
+            }
             Stage::LastReads { epoch }
                 if engine.epochs.all_reached(epoch) || !rule::kept(Rule::OldIoBeforeZeroing) =>
             {
@@ -492,6 +538,9 @@ impl<D: Disk> MdWriter<D> {
                 for host in std::mem::take(&mut growing.left) {
                     self.reclaim.add_dropped(host);
                 }
+                if growing.purpose != Purpose::Growth {
+                    return Step::Done;
+                }
                 self.zero(growing);
                 Step::On(Stage::Zeroing)
             }
@@ -504,6 +553,9 @@ impl<D: Disk> MdWriter<D> {
             Stage::Stabilizing => Step::On(Stage::Prepared),
             Stage::Committing => Step::On(self.publish(&growing.geometry)),
             Stage::OldSize { epoch } if engine.epochs.all_reached(epoch) => Step::Done,
+            stage @ (Stage::Draining { .. } | Stage::Closing { .. } | Stage::Cut { .. }) => {
+                self.step_cut(stage)
+            }
             stage => Step::Wait(stage),
         }
     }
@@ -634,7 +686,16 @@ impl<D: Disk> MdWriter<D> {
         {
             moving.batch.push(cluster);
             growing.waits += 1;
-            let work = Work::Move { cluster, to, keep };
+            let only_if = match growing.purpose {
+                Purpose::Packing(packing) => MoveIf::Behind(packing),
+                _ => MoveIf::InTheWay,
+            };
+            let work = Work::Move {
+                cluster,
+                to,
+                keep,
+                only_if,
+            };
             self.engine.dispatch(cluster, self.errand(work));
         }
         moving.phase = Phase::Copying;

@@ -138,6 +138,17 @@ impl Reclaim {
         self.has_open() || !self.leaked.is_empty() || !self.batches.is_empty()
     }
 
+    /// What is on the way now, by a mark.
+    pub fn mark(&self) -> u64 {
+        self.next_id + u64::from(self.has_open())
+    }
+
+    /// Whether something is still on the way that was so at that mark.
+    pub fn is_under_way_before(&self, mark: u64) -> bool {
+        let is_open = self.has_open() && self.next_id < mark;
+        is_open || self.batches.iter().any(|batch| batch.id < mark)
+    }
+
     /// Whether clusters that were found leaked are on the way: they need no page.
     pub fn has_leaked(&self) -> bool {
         !self.leaked.is_empty() || self.batches.iter().any(|batch| batch.leaked)

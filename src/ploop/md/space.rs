@@ -126,6 +126,11 @@ impl Space {
         self.extending = false;
     }
 
+    /// The end of the file was cut off: it is made longer when somebody needs that.
+    pub fn grow_ahead_no_more(&mut self) {
+        self.needed = !self.parked.is_empty();
+    }
+
     /// Pios of a queue that must not wait any longer: to be tried once more now.
     pub fn give_up(&mut self, inbox: &Arc<Inbox<QueueMessage>>) -> Vec<Pio> {
         let (mut of_queue, rest): (Vec<_>, Vec<_>) = std::mem::take(&mut self.parked)

@@ -71,9 +71,13 @@ impl CopyBuffers {
             buffer: Buffer::Owned(bytes),
             ..
         } = op
-            && bytes.len() == self.cluster
-            && self.kept.len() < self.most
         {
+            self.keep(bytes);
+        }
+    }
+
+    pub(super) fn keep(&mut self, bytes: AlignedBuf) {
+        if bytes.len() == self.cluster && self.kept.len() < self.most {
             self.kept.push(bytes);
         }
     }
@@ -253,7 +257,7 @@ fn covered(pio: &Pio, cluster: GuestCluster, grid: Grid<'_>) -> (u64, u64) {
             (start, (start + len).min(grid.cluster().bytes()))
         }
         // None of them makes a copy from a lower delta necessary.
-        Work::EndCopies | Work::Move { .. } | Work::EndMove { .. } => (0, 0),
+        Work::EndCopies | Work::Squeeze { .. } | Work::Move { .. } | Work::EndMove { .. } => (0, 0),
         // Nothing is written.
         Work::CopyUp { .. } => (0, 0),
     }

@@ -1,7 +1,8 @@
-//! Clusters that have to move because a larger BAT goes where they are.
+//! Clusters that have to move, because a larger BAT goes where they are or the file is to
+//! become shorter.
 //!
 //! The cluster is locked, I/O that started before is waited for, and its data is copied
-//! to a cluster of zeros behind the BAT. It stays locked until the copy is stable, which
+//! to a cluster of zeros. It stays locked until the copy is stable, which
 //! the metadata thread sees to, together with others; then it is mapped there. So the new
 //! mapping may reach the disk at any time, like every other. Reads go on where the data
 //! was; what would change the cluster waits with its runner, and nothing else does.
@@ -13,7 +14,7 @@ use rustix::io::Errno;
 use super::super::EngineError;
 use super::super::engine::{Engine, MdMessage};
 use super::super::entry::Place;
-use super::super::pio::Pio;
+use super::super::pio::{MoveIf, Pio};
 use super::super::rule::{self, Rule};
 use super::cow::CopyBuffers;
 use super::{Busy, Job, Runner, Then};
@@ -49,8 +50,8 @@ impl<D: Disk> Runner<D> {
         &mut self,
         pio: Pio,
         cluster: GuestCluster,
-        to: HostCluster,
-        keep: u64,
+        (to, keep): (HostCluster, u64),
+        only_if: MoveIf,
     ) {
         let engine = self.engine.clone();
         let is_cut = keep < engine.grid().cluster().bytes();
@@ -60,7 +61,11 @@ impl<D: Disk> Runner<D> {
             // Discarded meanwhile.
             _ => return self.end_unmoved(pio, to),
         };
-        if old.0 >= engine.alloc().first() && !is_cut {
+        let is_there = match only_if {
+            MoveIf::InTheWay => is_cut || old.0 < engine.alloc().first(),
+            MoveIf::Behind(packing) => packing.is_behind(old),
+        };
+        if !is_there {
             // Discarded and written anew.
             return self.end_unmoved(pio, to);
         }

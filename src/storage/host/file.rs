@@ -525,7 +525,7 @@ impl SharedFile {
     }
 
     /// The description that all threads share.
-    fn file(&self) -> &File {
+    pub(super) fn file(&self) -> &File {
         self.buffered.get().unwrap_or(&self.file)
     }
 

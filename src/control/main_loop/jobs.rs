@@ -1,0 +1,135 @@
+//! What clients want of jobs, and how those go.
+
+use std::sync::Arc;
+
+use event_manager::{Error, EventOps, EventSet, Events};
+use serde_json::{Value, json};
+use vmm_sys_util::eventfd::EventFd;
+
+use super::super::caretaker::{Plan, TaskError};
+use super::super::jobs::{Ended, Reins, Terms, Verb};
+use super::super::qmp::{ClientId, Event, Failure};
+use super::{MainLoop, Underway, done_events, event};
+
+/// What a client is to hear, and all of them.
+type Answer = (Result<Value, Failure>, Vec<Event>);
+
+impl MainLoop<'_> {
+    pub(super) fn list_jobs(
+        &mut self,
+        are_of_block: bool,
+        client: ClientId,
+        ops: &mut EventOps,
+    ) -> Result<(), Error> {
+        let jobs = match are_of_block {
+            true => self.desk.jobs.list_of_block(),
+            false => self.desk.jobs.list(),
+        };
+        self.desk.monitor.answer(client, Ok(jobs), ops)
+    }
+
+    /// Begins a job, or says why not. Its client need not wait for its end.
+    pub(super) fn begin_job(
+        &mut self,
+        (plan, terms): (Plan, &Terms),
+        client: ClientId,
+        ops: &mut EventOps,
+    ) -> Result<(), Error> {
+        let (answer, events) = match self.try_begin_job(plan, terms, ops)? {
+            Ok(events) => (Ok(json!({})), events),
+            Err(why) => (Err(Failure::generic(why)), Vec::new()),
+        };
+        self.tell_all(&events, ops)?;
+        self.desk.monitor.answer(client, answer, ops)
+    }
+
+    fn try_begin_job(
+        &mut self,
+        plan: Plan,
+        terms: &Terms,
+        ops: &mut EventOps,
+    ) -> Result<Result<Vec<Event>, String>, Error> {
+        if let Some(why) = self.refusal() {
+            return Ok(Err(why.to_owned()));
+        }
+        if let Err(why) = self.desk.jobs.check(terms) {
+            return Ok(Err(why));
+        }
+        let kind = plan.kind();
+        let reins = Arc::new(Reins::new(terms));
+        let operation = match self.served.begin_job(plan, Arc::clone(&reins)) {
+            Ok(operation) => operation,
+            Err(error) => return Ok(Err(error.words())),
+        };
+        ops.add(done_events(&operation))?;
+        if let Some(changed) = operation.changed() {
+            ops.add(changed_events(changed))?;
+        }
+        let events = self.desk.jobs.begin(terms, kind, reins);
+        self.underway = Some(Underway {
+            operation,
+            asker: None,
+        });
+        Ok(Ok(events))
+    }
+
+    /// Does something with a job.
+    pub(super) fn apply_to_job(
+        &mut self,
+        (id, verb): (&str, Verb),
+        client: ClientId,
+        ops: &mut EventOps,
+    ) -> Result<(), Error> {
+        let (answer, events) = self.try_apply(id, verb);
+        self.tell_all(&events, ops)?;
+        self.desk.monitor.answer(client, answer, ops)
+    }
+
+    fn try_apply(&mut self, id: &str, verb: Verb) -> Answer {
+        if matches!(verb, Verb::SetSpeed(_)) && !self.desk.jobs.has(id) {
+            return (Err(Failure::no_block_job(id)), Vec::new());
+        }
+        match self.desk.jobs.apply(id, verb) {
+            Ok((has_to_look, events)) => {
+                if has_to_look && let Some(underway) = &self.underway {
+                    underway.operation.look();
+                }
+                (Ok(json!({})), events)
+            }
+            Err(why) => (Err(Failure::generic(why)), Vec::new()),
+        }
+    }
+
+    /// Its status may be another.
+    pub(super) fn look_at_job(&mut self, ops: &mut EventOps) -> Result<(), Error> {
+        let underway = self.underway.as_ref();
+        if let Some(changed) = underway.and_then(|underway| underway.operation.changed()) {
+            // Whether anything was there makes no difference.
+            let _ = changed.read();
+        }
+        let events = self.desk.jobs.look();
+        self.tell_all(&events, ops)
+    }
+
+    /// What there is to tell when a job is over.
+    pub(super) fn end_job(&mut self, error: Option<&TaskError>) -> Vec<Event> {
+        self.desk.jobs.end(match error {
+            None => Ended::Well,
+            Some(TaskError::Cancelled) => Ended::Cancelled,
+            Some(error) => {
+                let words = error.words();
+                log::warn!("{words}");
+                Ended::Failed(words)
+            }
+        })
+    }
+
+    pub(super) fn tell_all(&mut self, events: &[Event], ops: &mut EventOps) -> Result<(), Error> {
+        let monitor = &mut self.desk.monitor;
+        events.iter().try_for_each(|event| monitor.tell(event, ops))
+    }
+}
+
+pub(super) fn changed_events(changed: &EventFd) -> Events {
+    Events::with_data(changed, event::JOB, EventSet::IN)
+}
