@@ -15,6 +15,7 @@
 #   bed_cut, bed_mend       take the link of m1 away, give it back
 #   bed_kill_brick N        1 to 3, with SIGKILL
 #   bed_start_bricks        those that were killed
+#   bed_heal                wait until they have all that they have missed
 #   bed_kill_client N       of m1 or m2, with SIGKILL
 #   bed_mount N             m1 or m2 again
 #
@@ -50,7 +51,7 @@ run_tests() {
     mount --bind "$BED/m1" "$target/tmp"
     export PLOOP_REQUIRE_PEERS=1
     PLOOP_OTHER_MOUNT=$BED/m2 cargo test --locked --offline --test blkio -- \
-        --ignored gluster::a_host_that_comes_back
+        --ignored --test-threads 1 gluster::a_host_that_comes_back gluster::another_host
     [ "$BED_KIND" != strict ] || return 0
     PLOOP_TEST_FOLDERS=$BED/m1 cargo test --locked --offline --lib storage::host
     # Those left out start the program hundreds of times each.
@@ -59,6 +60,8 @@ run_tests() {
         true_to_the_model kill:: write_through::
     PLOOP_OTHER_MOUNT=$BED/m2 cargo test --locked --offline --test ploop_img -- \
         --ignored two_mounts::
+    PLOOP_OTHER_MOUNT=$BED/m2 cargo test --locked --offline --test blkio -- \
+        --ignored --test-threads 1 gluster::servers_that gluster::a_guest_that_has_waited
     # With shards, direct writes are not written behind.
     [ "$BED_KIND" != default ] ||
         PLOOP_OTHER_MOUNT=$BED/m2 cargo test --locked --offline --test blkio -- \
@@ -187,6 +190,13 @@ write_helpers() {
     gluster --mode=script volume start bed force >/dev/null
     sleep 1
     [ "$(gluster volume status bed | grep -c "brick[123] .* Y ")" != 3 ] || exit 0
+done
+exit 1'
+    helper bed_heal 'for _ in $(seq 120); do
+    gluster --mode=script volume heal bed >/dev/null 2>&1 || true
+    # A file that is being written to is counted now and then, and complete all the same.
+    [ "$(gluster volume heal bed info 2>/dev/null | grep -c "Number of entries: 0")" != 3 ] || exit 0
+    sleep 0.5
 done
 exit 1'
     # The namespace has no other processes of that command line.

@@ -2,27 +2,41 @@
 //!
 //! Two threads: one looks, every second, and a look can take for ever; the other one keeps
 //! the time, and says what follows. A look that is late puts the lock in doubt, and nothing
-//! is begun until another one has found it. One that finds it gone is the end: nothing is
-//! read or written any more, by any thread, and the engine, the log and control clients are
-//! told. On file systems of this host there is nothing to look after, and no thread.
+//! is begun until another one has found it. So does one that finds anything odd, and it is
+//! looked more closely then, again and again for a while. If it is gone, that is the end:
+//! nothing is read or written any more, by any thread, and the engine, the log and control
+//! clients are told. On file systems of this host there is nothing to look after, and no thread.
 //!
 //! Knows threads, and whom to tell. How a lock is looked at, and what keeps others from
 //! writing, is [`storage`](crate::storage)'s.
 
-use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
 use std::sync::{Arc, Weak};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use crate::format;
 use crate::notices::{Notice, Notices};
 use crate::ploop::Engine;
-use crate::storage::{HostDisk, LockWatch, Look, LookFor};
+use crate::storage::{HostDisk, LockWatch, Look, LookFor, WatchError};
 use crate::threads::{self, Role};
 
 /// How long after a loss it is looked once more what guests were told meanwhile.
 const AFTERMATH: Duration = Duration::from_secs(1);
+
+/// How long what is odd about a lock has to last for it to be lost. Nothing is begun meanwhile.
+const CONFIRMATION: Duration = Duration::from_secs(2);
+
+/// The same where the way to the server is lost, or nothing can be found out, and requests
+/// would wait in any case.
+const ABSENCE: Duration = Duration::from_secs(300);
+
+/// The pause between two closer looks.
+const PAUSE: Duration = Duration::from_millis(100);
+
+/// So many looks in a row may find nothing out.
+const UNCLEAR_LOOKS: u32 = 3;
 
 /// See the module's text. Dropped, nobody looks any more: to be dropped last, since what is
 /// in doubt then is lost.
@@ -33,13 +47,13 @@ impl LockKeeper {
     /// requests wait after a loss.
     ///
     /// # Errors
-    /// When there can be no more threads or descriptors.
+    /// When a lock has gone already, or there can be no more threads or descriptors.
     pub fn start(
         engine: &Arc<Engine<HostDisk>>,
         notices: Arc<Notices>,
         waits: bool,
-    ) -> io::Result<Option<Self>> {
-        let Some(watch) = engine.disk().watch_locks()? else {
+    ) -> Result<Option<Self>, WatchError> {
+        let Some(watch) = engine.disk().watch_locks(format::is_marked_in_use)? else {
             return Ok(None);
         };
         let keeper = Self(watch.clone());
@@ -68,17 +82,56 @@ impl Drop for LockKeeper {
     }
 }
 
-fn look_when_asked(watch: &LockWatch, asked: &Receiver<()>, answer: &SyncSender<Look>) {
-    while asked.recv().is_ok() {
-        if answer.send(watch.look()).is_err() {
+/// How the other thread is to look.
+enum Ask {
+    Look,
+    Confirm,
+}
+
+fn look_when_asked(watch: &LockWatch, asked: &Receiver<Ask>, answer: &SyncSender<Look>) {
+    while let Ok(ask) = asked.recv() {
+        let look = match ask {
+            Ask::Look => watch.look(),
+            Ask::Confirm => watch.confirm(),
+        };
+        if answer.send(look).is_err() {
             return;
         }
     }
 }
 
+/// What makes it doubtful that the lock is there.
+struct Suspicion {
+    path: PathBuf,
+    why: String,
+    /// See [`Look::Suspect`].
+    is_away: bool,
+}
+
+impl Suspicion {
+    fn unclear(why: String) -> Self {
+        Self {
+            path: PathBuf::from("the image"),
+            why,
+            is_away: true,
+        }
+    }
+}
+
+/// What has come of a suspicion.
+enum Confirmed {
+    Held,
+    Lost {
+        path: PathBuf,
+        why: String,
+    },
+    /// Nobody wants to know any more.
+    End,
+}
+
 struct Timekeeper {
     watch: LockWatch,
-    ask: SyncSender<()>,
+    ask: SyncSender<Ask>,
     answers: Receiver<Look>,
     /// It may be closed meanwhile.
     engine: Weak<Engine<HostDisk>>,
@@ -88,26 +141,85 @@ struct Timekeeper {
 
 impl Timekeeper {
     fn work(self) {
+        let mut unclear = 0;
         while let LookFor::Doubts(doubts) = self.watch.wait_for_look() {
-            let Some(look) = self.look() else {
+            let Some(look) = self.look(Ask::Look) else {
                 return;
             };
-            match look {
+            let suspicion = match look {
                 Look::Held => {
-                    if self.watch.affirm(doubts) {
-                        log::info!("the lock on the image is still there; requests go on");
-                    }
+                    unclear = 0;
+                    self.affirm(doubts);
+                    continue;
                 }
-                Look::Unclear(error) => log::debug!("the lock cannot be looked at: {error}"),
+                Look::Unclear(error) if unclear < UNCLEAR_LOOKS => {
+                    log::debug!("the lock cannot be looked at: {error}");
+                    unclear += 1;
+                    continue;
+                }
+                Look::Unclear(error) => Suspicion::unclear(error.to_string()),
+                Look::Suspect { path, why, is_away } => Suspicion { path, why, is_away },
                 Look::Lost { path, why } => return self.lose(&path, why),
+            };
+            unclear = 0;
+            match self.confirm(suspicion) {
+                Confirmed::Held => {}
+                Confirmed::Lost { path, why } => return self.lose(&path, why),
+                Confirmed::End => return,
             }
         }
     }
 
-    /// Has the other thread look. `None` if it has ended.
-    fn look(&self) -> Option<Look> {
+    fn affirm(&self, doubts: u64) {
+        if self.watch.affirm(doubts) {
+            log::info!("the lock on the image is still there; requests go on");
+        }
+    }
+
+    /// Nothing is begun until it is known whether the lock is there.
+    fn confirm(&self, mut suspicion: Suspicion) -> Confirmed {
+        self.watch.standing_is_unclear();
+        let Suspicion { path, why, .. } = &suspicion;
+        log::warn!(
+            "{}: the lock on the image may be lost ({why}); requests wait until that is known",
+            path.display()
+        );
         let start = Instant::now();
-        self.ask.send(()).ok()?;
+        loop {
+            let LookFor::Doubts(doubts) = self.watch.wait_for_look_within(PAUSE) else {
+                return Confirmed::End;
+            };
+            match self.look(Ask::Confirm) {
+                None => return Confirmed::End,
+                Some(Look::Held) => {
+                    self.affirm(doubts);
+                    return Confirmed::Held;
+                }
+                Some(Look::Lost { path, why }) => return Confirmed::Lost { path, why },
+                Some(Look::Unclear(error)) => {
+                    suspicion.why = error.to_string();
+                    suspicion.is_away = true;
+                }
+                Some(Look::Suspect { path, why, is_away }) => {
+                    suspicion = Suspicion { path, why, is_away };
+                }
+            }
+            let bound = match suspicion.is_away && self.waits {
+                true => ABSENCE,
+                false => CONFIRMATION,
+            };
+            if start.elapsed() > bound {
+                let Suspicion { path, why, .. } = suspicion;
+                return Confirmed::Lost { path, why };
+            }
+            thread::sleep(PAUSE);
+        }
+    }
+
+    /// Has the other thread look. `None` if it has ended.
+    fn look(&self, ask: Ask) -> Option<Look> {
+        let start = Instant::now();
+        self.ask.send(ask).ok()?;
         match self.answers.recv_timeout(self.watch.patience()) {
             Ok(look) => return Some(look),
             Err(RecvTimeoutError::Disconnected) => return None,

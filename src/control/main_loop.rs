@@ -227,6 +227,9 @@ impl ImageSync {
         threads::start(Role::Sync, "sync", {
             let is_over = Arc::clone(&is_over);
             move || {
+                // Who takes over has locks by now, which are of use if these were there
+                // until then.
+                engine.disk().doubt_locks();
                 // Nobody may wait for it any more.
                 let _ = tell.send(engine.settle());
                 let _ = is_over.write(1);

@@ -126,6 +126,12 @@ pub enum Error {
     /// A server has taken the lock on the image away.
     #[error("the lock on the image is lost: another host may use it")]
     LockLost,
+    /// The same before anybody looked after it.
+    #[error(
+        "the lock on {} was taken away while the image was opened: another host may use it",
+        .0.display()
+    )]
+    LockGone(PathBuf),
     /// Not everything could be made stable at the end.
     #[error("the image was not closed cleanly; it will be checked when it is next opened")]
     Close(#[source] EngineError),

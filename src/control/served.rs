@@ -34,7 +34,7 @@ use crate::ploop::{
 };
 use crate::served::snapshot::Created;
 use crate::storage::lock::{ImageLock, LockError};
-use crate::storage::{HostDisk, HostFile, KnownFile, lock_promise};
+use crate::storage::{HostDisk, HostFile, KnownFile, WatchError, lock_promise};
 use crate::threads::{self, Role};
 
 /// How long one that has ended may still have I/O under way.
@@ -335,7 +335,11 @@ impl Image {
         let running = Running::start(opened).map_err(Error::Setup)?;
         let waits = args.on_lock_loss == LockLossPolicy::Stop;
         let locks = LockKeeper::start(running.engine(), Arc::clone(self.notices()), waits);
-        Ok((running, locks.map_err(Error::Setup)?))
+        let locks = locks.map_err(|error| match error {
+            WatchError::Lost(path) => Error::LockGone(path),
+            WatchError::Io(error) => Error::Setup(error),
+        })?;
+        Ok((running, locks))
     }
 
     fn device(

@@ -149,6 +149,13 @@ impl Version {
     }
 }
 
+/// Whether the beginning of a file says that somebody has opened it as an image, and has not
+/// closed it. Looks at nothing else.
+pub fn is_marked_in_use(bytes: &[u8]) -> bool {
+    let word = bytes.get(44..48).and_then(|word| word.try_into().ok());
+    word.map(u32::from_le_bytes) == Some(IN_USE_OPEN)
+}
+
 /// The in-use mark.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum InUse {

@@ -23,7 +23,7 @@ pub use descriptor::{
 pub use extension::{DirtyBitmap, Extension, ExtensionError};
 pub use foreign::ForeignFormat;
 pub use growth::{Fate, Growth};
-pub use header::{Geometry, Header, HeaderError, InUse, TooLarge, Version};
+pub use header::{Geometry, Header, HeaderError, InUse, TooLarge, Version, is_marked_in_use};
 pub use notes::{SnapshotNote, SnapshotNotes};
 pub use packing::{Packing, is_zero, zero_blocks};
 pub use units::{ClusterSize, GuestCluster, HostCluster, SECTOR_SIZE, Sector};

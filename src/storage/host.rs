@@ -42,7 +42,7 @@ use super::{
 use crate::notices::Notices;
 
 pub use self::lease::LookFor;
-pub use self::lock_watch::{LockWatch, Look};
+pub use self::lock_watch::{LockWatch, Look, SeesMark, WatchError};
 pub use self::rings::start_maker;
 pub use self::watch::FileWatch;
 
@@ -174,12 +174,16 @@ impl HostDisk {
 
     /// By which is found out that a server has taken the locks away; `None` where none can.
     /// It has to be used from now on: what fails as it does without the lock waits for it.
+    /// `sees_mark` says of the beginning of a file whether it was opened and not closed.
     ///
     /// # Errors
-    /// Any of `open(2)` and `fcntl(2)`.
-    pub fn watch_locks(&self) -> io::Result<Option<LockWatch>> {
+    /// [`WatchError::Lost`] if a lock has gone since it was taken; any of `open(2)` and
+    /// `fcntl(2)`.
+    pub fn watch_locks(&self, sees_mark: SeesMark) -> Result<Option<LockWatch>, WatchError> {
         let lease = self.lease.as_ref();
-        lease.map_or(Ok(None), |lease| LockWatch::new(lease, &self.files))
+        lease.map_or(Ok(None), |lease| {
+            LockWatch::new(lease, &self.files, sees_mark)
+        })
     }
 
     /// By which is found out, said in the log and told to `notices` that a file was
@@ -549,6 +553,10 @@ impl Disk for HostDisk {
     fn lock_standing(&self) -> LockStanding {
         let lease = self.lease.as_ref();
         lease.map_or(LockStanding::Unwatched, |lease| lease.standing())
+    }
+
+    fn doubt_locks(&self) {
+        self.lease.as_ref().map(|lease| lease.doubt());
     }
 
     fn has_stable_writes(&self) -> bool {

@@ -19,6 +19,7 @@ mod tests;
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
+use std::sync::OnceLock;
 
 use thiserror::Error;
 
@@ -28,6 +29,21 @@ pub use holder::Holder;
 const USED_BASE: i64 = 100;
 /// First of the bytes that say which permissions nobody else may use.
 const DENIED_BASE: i64 = 200;
+
+/// Behind all that a file can be as long as, and in front of the last byte that can be locked.
+const OWN_FROM: i64 = 1 << 62;
+const OWN_BYTES: u64 = 1 << 61;
+
+/// The byte that this process locks in each file that it has locked, and nobody else. It is
+/// drawn by lot: who finds a lock on it has found one that this process has had all the time
+/// since it was taken.
+pub fn own_byte() -> i64 {
+    static BYTE: OnceLock<i64> = OnceLock::new();
+    *BYTE.get_or_init(|| {
+        let (lot, _) = uuid::Uuid::new_v4().as_u64_pair();
+        OWN_FROM + (lot % OWN_BYTES) as i64
+    })
+}
 
 /// A set of permissions, bit n for permission n of QEMU's block layer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -142,7 +158,7 @@ impl ImageLock {
     /// somebody uses the image in a way that does not go with `mode`.
     pub fn acquire(file: &File, mode: LockMode) -> Result<Self, LockError> {
         let lock = Self::share(file, mode)?;
-        lock.test(mode)?;
+        test(&lock.file, mode)?;
         Ok(lock)
     }
 
@@ -159,6 +175,8 @@ impl ImageLock {
             file: file.try_clone()?,
             mode,
         };
+        // First: as long as it is there, the others have been. Without it that is not known.
+        let _ = share_byte(&lock.file, own_byte());
         take(&lock.file, used, denied)?;
         Ok(lock)
     }
@@ -170,6 +188,7 @@ impl ImageLock {
     /// Any of `fcntl(2)`.
     pub fn renew(file: &File, mode: LockMode) -> io::Result<()> {
         let (used, denied) = mode.used_and_denied();
+        share_byte(file, own_byte())?;
         take(file, used, denied)
     }
 
@@ -189,7 +208,7 @@ impl ImageLock {
     /// # Errors
     /// As [`Self::acquire`].
     pub fn is_alone(&self) -> Result<(), LockError> {
-        self.test(self.mode)
+        test(&self.file, self.mode)
     }
 
     /// Closes the descriptor as the end of the process does, without a word about the
@@ -201,34 +220,37 @@ impl ImageLock {
         // SAFETY: the descriptor is ours, and nobody closes it a second time.
         drop(unsafe { File::from_raw_fd(lock.file.as_raw_fd()) });
     }
+}
 
-    /// Whether anybody else holds a byte that contradicts ours.
-    fn test(&self, mode: LockMode) -> Result<(), LockError> {
-        let (used, denied) = mode.used_and_denied();
-        for n in used.iter() {
-            if let Some(holder) = holder_of(&self.file, DENIED_BASE + i64::from(n))? {
-                return Err(match n {
-                    Permissions::CONSISTENT_READ => LockError::Exclusive(holder),
-                    // A writer denies writing too; that it writes says more.
-                    _ => match holder_of(&self.file, USED_BASE + i64::from(n))? {
-                        Some(writer) => LockError::Writer(writer),
-                        None => LockError::NoWriters(holder),
-                    },
-                });
-            }
+/// Whether anybody but this description holds a byte that contradicts this mode.
+///
+/// # Errors
+/// As [`ImageLock::acquire`].
+pub fn test(file: &File, mode: LockMode) -> Result<(), LockError> {
+    let (used, denied) = mode.used_and_denied();
+    for n in used.iter() {
+        if let Some(holder) = holder_of(file, DENIED_BASE + i64::from(n))? {
+            return Err(match n {
+                Permissions::CONSISTENT_READ => LockError::Exclusive(holder),
+                // A writer denies writing too; that it writes says more.
+                _ => match holder_of(file, USED_BASE + i64::from(n))? {
+                    Some(writer) => LockError::Writer(writer),
+                    None => LockError::NoWriters(holder),
+                },
+            });
         }
-        // From the highest down: of all that one holder uses, that it changes the
-        // image says more than that it reads.
-        for n in denied.iter().rev() {
-            if let Some(holder) = holder_of(&self.file, USED_BASE + i64::from(n))? {
-                return Err(match n {
-                    Permissions::CONSISTENT_READ => LockError::Reader(holder),
-                    _ => LockError::Writer(holder),
-                });
-            }
-        }
-        Ok(())
     }
+    // From the highest down: of all that one holder uses, that it changes the
+    // image says more than that it reads.
+    for n in denied.iter().rev() {
+        if let Some(holder) = holder_of(file, USED_BASE + i64::from(n))? {
+            return Err(match n {
+                Permissions::CONSISTENT_READ => LockError::Reader(holder),
+                _ => LockError::Writer(holder),
+            });
+        }
+    }
+    Ok(())
 }
 
 /// The image that this description has locked for writing is only read from now on: others
@@ -259,7 +281,14 @@ impl Drop for ImageLock {
                 log::warn!("cannot unlock an image: {error}");
             }
         }
+        let _ = set(&self.file, own_byte(), 1, libc::F_UNLCK);
     }
+}
+
+/// Gives back all that a description has locked, as far as the server can be reached.
+pub fn unlock_all(file: &File) {
+    // As far as the file can be locked.
+    let _ = set(file, 0, 0, libc::F_UNLCK);
 }
 
 fn take(file: &File, used: Permissions, denied: Permissions) -> io::Result<()> {

@@ -26,7 +26,7 @@ use rustix::io::Errno;
 
 pub use host::{
     Aio, Cache, FileWatch, HostDisk, HostFile, HostIo, HostOptions, KnownFile, LockWatch, Look,
-    LookFor, NewTop, empty_nameless, start_maker,
+    LookFor, NewTop, SeesMark, WatchError, empty_nameless, start_maker,
 };
 pub use limits::ease_limits;
 pub use segments::{AlignedBuf, Buffer, Segment, Segments};
@@ -299,6 +299,9 @@ pub trait Disk: Send + Sync + 'static {
     fn lock_standing(&self) -> LockStanding {
         LockStanding::Unwatched
     }
+
+    /// Has the locks looked at before anything else is begun, if somebody looks after them.
+    fn doubt_locks(&self) {}
 
     /// What will be written to the top file is not aligned as direct I/O demands
     /// it: afterwards [`Self::write_alignment`] is 1.

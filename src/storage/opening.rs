@@ -35,6 +35,13 @@ pub fn opening(file: &File) -> io::Result<Option<u64>> {
     }
 }
 
+/// Whether the file can have one, as far as can be seen.
+pub fn can_be_named(file: &File) -> bool {
+    let mut bytes = [0; size_of::<u64>()];
+    let found = rustix::fs::fgetxattr(file, ATTRIBUTE, &mut bytes);
+    matches!(found, Ok(_) | Err(Errno::NODATA | Errno::RANGE))
+}
+
 /// Gives the file a name.
 ///
 /// # Errors

@@ -71,6 +71,7 @@ struct State {
     locks: Locks,
     /// Questions for locks that wait for [`FrailFs::let_looks_go`], while they are to.
     held_looks: Option<Vec<(Lock, ReplyLock)>>,
+    looks_to_fail: usize,
 }
 
 /// Who hears of a write that was said to be well and got lost: once, from a sync or from
@@ -295,6 +296,7 @@ impl FrailFs {
             told: Told::Writer,
             locks: Locks::default(),
             held_looks: None,
+            looks_to_fail: 0,
         };
         let shared = Arc::new(Shared {
             state: state.into(),
@@ -419,6 +421,11 @@ impl FrailFs {
         self.shared.lock().held_looks = Some(Vec::new());
     }
 
+    /// The next so many who ask for a lock are told `EIO`.
+    pub fn fail_looks(&self, count: usize) {
+        self.shared.lock().looks_to_fail = count;
+    }
+
     /// All get one.
     pub fn let_looks_go(&self) {
         let mut state = self.shared.lock();
@@ -524,6 +531,10 @@ impl Filesystem for Mounted {
             kind,
         };
         let mut state = self.0.lock();
+        if let Some(left) = state.looks_to_fail.checked_sub(1) {
+            state.looks_to_fail = left;
+            return reply.error(Errno::EIO);
+        }
         match &mut state.held_looks {
             Some(held) => held.push((lock, reply)),
             None => state.tell_of_locks(lock, reply),

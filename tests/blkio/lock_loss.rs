@@ -189,6 +189,58 @@ fn requests_wait_as_long_as_the_server_does_not_say_whether_the_lock_is_there() 
     }
 }
 
+/// Nobody looks after a lock until the image is open.
+#[test]
+fn an_image_whose_lock_goes_while_it_is_opened_is_not_served() {
+    let Some(disk) = Disk::new() else {
+        return;
+    };
+    let place = TempDir::new().unwrap();
+    disk.fs.hold_syncs();
+    thread::scope(|scope| {
+        let image = disk.fs.path(IMAGE);
+        let refused = scope.spawn({
+            let socket = place.path().join("socket");
+            move || Backend::refuses(&image, &socket, &WAYS[0])
+        });
+        let start = Instant::now();
+        while disk.fs.held_syncs() == 0 {
+            assert!(start.elapsed() < PATIENCE, "no sync");
+            thread::sleep(Duration::from_millis(10));
+        }
+        disk.fs.take_locks(Loss::Silent);
+        let left = disk.fs.read(IMAGE);
+        disk.fs.let_syncs_go();
+        let log = refused.join().unwrap();
+        assert!(disk.fs.read(IMAGE) == left, "it has written: {log}");
+        assert!(
+            log.contains("was taken away while the image was opened"),
+            "{log}"
+        );
+    });
+}
+
+/// One answer that is an error is no proof that the lock has gone; many are.
+#[test]
+fn an_error_of_a_look_has_to_last_for_the_lock_to_be_lost() {
+    let Some(disk) = Disk::new() else {
+        return;
+    };
+    let mut host = Host::start(&disk, &WAYS[0]);
+    disk.fs.fail_looks(2);
+    host.backend.expect_to_say("requests go on");
+    assert_eq!(host.lock(), "held");
+    assert_eq!(write(&mut host.client.lanes[0], MAPPED, 1), 0);
+    assert_eq!(flush(&mut host.client.lanes[0]), 0);
+    disk.fs.fail_looks(usize::MAX);
+    host.backend.expect_to_say(LOST);
+    begin_write(&mut host.client.lanes[0], MAPPED, 2, 0);
+    assert_eq!(host.client.lanes[0].wait_for(1, A_WHILE), None);
+    drop(host.client);
+    host.backend.stop_with_failure();
+    drop(host.place);
+}
+
 /// I/O fails as it does without the lock, and the lock is there.
 #[test]
 fn an_error_that_has_nothing_to_do_with_the_lock_is_passed_on() {

@@ -242,11 +242,10 @@ impl Allowed {
     }
 
     fn lock_watch() -> Self {
-        Self::always().calls(&[libc::SYS_pread64]).locks().equal(
-            libc::SYS_fcntl,
-            1,
-            libc::F_OFD_GETLK as u64,
-        )
+        Self::always()
+            .calls(&[libc::SYS_pread64, libc::SYS_fgetxattr, libc::SYS_statx])
+            .locks()
+            .equal(libc::SYS_fcntl, 1, libc::F_OFD_GETLK as u64)
     }
 
     fn metadata() -> Self {

@@ -369,7 +369,9 @@ fn try_until_signal<T>(
             Ok(done) => return Ok(done),
             Err(error) => error,
         };
-        if has_signal_within(signals, &RETRY_PAUSE) {
+        // Another host may have had the image. A process that is started anew finds out.
+        let is_lost = matches!(error, Error::LockGone(_));
+        if is_lost || has_signal_within(signals, &RETRY_PAUSE) {
             return Err(error);
         }
         let words = with_causes(&error);

@@ -10,7 +10,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use rustix::fs::{AtFlags, OFlags, Statx, StatxFlags};
 use rustix::io::Errno;
@@ -143,6 +143,22 @@ pub(super) struct SharedFile {
     is_retired: AtomicBool,
     /// By which it is to be used, where a server may take its locks away.
     lease: Option<Arc<Lease>>,
+    /// What was found when its lock was taken.
+    shown: Shown,
+    /// The name of the opening that the file has, as far as this process has given it one, or
+    /// has seen it: see [`Self::is_still_named`].
+    name: Mutex<Option<Option<u64>>>,
+}
+
+/// What one description is told of the locks of another one of this process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Shown {
+    /// Nothing.
+    No,
+    /// That they are there.
+    Yes,
+    /// That those were gone which were there before.
+    Lost,
 }
 
 /// Of a file that nobody has made shorter.
@@ -176,7 +192,8 @@ impl SharedFile {
                 (reopen_or_share(shared, writable, false)?, None)
             }
         };
-        let lease = lease.filter(|lease| can_lock(lease, &file, &path)).cloned();
+        let shown = lease.and_then(|lease| lock_first(lease, &file, &given, &path));
+        let lease = lease.filter(|_| shown.is_some()).cloned();
         let refused: [AtomicBool; 3] = Default::default();
         if filesystem::is_in_memory(&file) {
             // Allocating is zeroing there, which would only be done too early.
@@ -195,6 +212,8 @@ impl SharedFile {
             judging: Mutex::new(()),
             is_retired: AtomicBool::new(false),
             lease,
+            shown: shown.unwrap_or(Shown::No),
+            name: Mutex::new(None),
             must_share: filesystem::tells_lost_writes_once(&file),
             file,
             buffered: OnceLock::new(),
@@ -233,6 +252,8 @@ impl SharedFile {
             judging: Mutex::new(()),
             is_retired: AtomicBool::new(false),
             lease: None,
+            shown: Shown::No,
+            name: Mutex::new(None),
             given: file.try_clone().expect("a descriptor can be copied"),
             must_share: filesystem::tells_lost_writes_once(&file),
             file,
@@ -262,7 +283,41 @@ impl SharedFile {
     /// See [`crate::storage::Disk::set_opening`].
     pub(super) fn set_opening(&self, opening: u64) -> io::Result<()> {
         self.require_lease()?;
-        opening::set_opening(&self.file, opening)
+        let mut name = self.lock_name();
+        opening::set_opening(&self.file, opening)?;
+        *name = Some(Some(opening));
+        Ok(())
+    }
+
+    /// From now on [`Self::is_still_named`] can be asked. `false` if nobody could answer.
+    pub(super) fn note_name(&self) -> io::Result<bool> {
+        let mut name = self.lock_name();
+        *name = Some(opening::opening(&self.file)?);
+        Ok(opening::can_be_named(&self.file))
+    }
+
+    /// Whether the name of its opening is the one that it had when this process gave it one,
+    /// or looked: else somebody else has opened it.
+    pub(super) fn is_still_named(&self) -> io::Result<bool> {
+        let name = self.lock_name();
+        Ok(*name == Some(opening::opening(&self.file)?))
+    }
+
+    fn lock_name(&self) -> MutexGuard<'_, Option<Option<u64>>> {
+        self.name.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What was found when its lock was taken.
+    pub(super) fn shown(&self) -> Shown {
+        self.shown
+    }
+
+    /// The descriptions whose locks keep others away, or are looked at, besides those for
+    /// looks alone.
+    pub(super) fn locked_descriptions(&self) -> impl Iterator<Item = &File> {
+        [Some(&self.file), self.buffered.get()]
+            .into_iter()
+            .flatten()
     }
 
     /// In bytes.
@@ -478,14 +533,23 @@ impl SharedFile {
         Ok(again)
     }
 
-    /// One that is used as this is, around the page cache if that is possible: by the lock of
-    /// the [`Lease`], and one without any lock.
-    pub(super) fn open_to_look(&self) -> io::Result<(File, File)> {
-        let locked = match self.open_again(&self.file, true) {
-            Err(error) if is_refusal_of_direct(&error) => self.open_again(&self.file, false)?,
-            result => result?,
-        };
-        Ok((locked, reopen(&self.file, self.writable, false)?))
+    /// One without any lock, to ask by; `None` if the file cannot be opened again, as with
+    /// rights that were given up.
+    pub(super) fn open_to_ask(&self) -> io::Result<Option<File>> {
+        match reopen(&self.file, false, false) {
+            Err(error) if is_without_rights(&error) => Ok(None),
+            result => result.map(Some),
+        }
+    }
+
+    /// One that is used as this is, by the lock of the [`Lease`], and around the page cache if
+    /// that is possible. The same as all threads share if it cannot be opened again.
+    pub(super) fn open_to_look(&self) -> io::Result<File> {
+        match self.open_again(&self.file, true) {
+            Err(error) if is_refusal_of_direct(&error) => self.open_again(&self.file, false),
+            Err(error) if is_without_rights(&error) => self.file.try_clone(),
+            result => result,
+        }
     }
 
     /// What transfers must be aligned to at present.
@@ -733,18 +797,31 @@ fn warn_buffered(path: &Path, error: &io::Error) {
     log::warn!("{path}: direct I/O does not work here ({error}); using the page cache");
 }
 
-/// Whether a description can be locked as all are, where that is of use.
-fn can_lock(lease: &Lease, file: &File, path: &Path) -> bool {
-    lease
-        .lock(file)
-        .inspect_err(|error| {
-            log::warn!(
-                "{}: a lock on it cannot be watched ({error}): if the server takes it away, \
-                 this is not noticed",
-                path.display()
-            );
-        })
-        .is_ok()
+/// Locks a description as all are, where that is of use. `given` is another one, with the
+/// locks that keep others away. `None` if that cannot be.
+fn lock_first(lease: &Lease, file: &File, given: &File, path: &Path) -> Option<Shown> {
+    // The first one is asked before it has one itself.
+    let was_there = lease.is_seen_by(file).unwrap_or(true);
+    if let Err(error) = lease.lock(file) {
+        log::warn!(
+            "{}: a lock on it cannot be watched ({error}): if the server takes it away, this is \
+             not noticed",
+            path.display()
+        );
+        return None;
+    }
+    Some(match lease.is_seen_by(given) {
+        Ok(true) if was_there => Shown::Yes,
+        Ok(true) => Shown::Lost,
+        _ => Shown::No,
+    })
+}
+
+fn is_without_rights(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::PermissionDenied | io::ErrorKind::NotFound
+    )
 }
 
 /// A direct description and its alignment, or the error that says that there is

@@ -26,10 +26,6 @@ use rustix::io::Errno;
 use super::file::SharedFile;
 use crate::storage::{LockStanding, lock};
 
-/// Behind all that a file can be as long as, and in front of the last byte that can be locked.
-const BYTES_FROM: u64 = 1 << 62;
-const BYTES: u64 = 1 << 61;
-
 /// How long a renewal is waited for that nobody needs any more. One that takes longer is of a
 /// server that cannot be reached, where nothing is locked or unlocked.
 const RENEWAL_TIME: Duration = Duration::from_secs(2);
@@ -37,8 +33,7 @@ const RENEWAL_TIME: Duration = Duration::from_secs(2);
 /// See the module's text.
 #[derive(Debug)]
 pub(super) struct Lease {
-    /// The byte that every description of this disk locks. It is drawn by lot: who finds a
-    /// lock on it has found ours.
+    /// The byte that every description of this disk locks: [`lock::own_byte`].
     byte: i64,
     /// A copy of [`Inner::standing`], for who only asks.
     standing: AtomicU8,
@@ -76,10 +71,8 @@ pub enum LookFor {
 impl Lease {
     /// Not watched yet.
     pub fn new() -> io::Result<Self> {
-        let (lot, _) = uuid::Uuid::new_v4().as_u64_pair();
         Ok(Self {
-            // Below 2^63.
-            byte: (BYTES_FROM + lot % BYTES) as i64,
+            byte: lock::own_byte(),
             standing: AtomicU8::new(LockStanding::Unwatched as u8),
             inner: Mutex::new(Inner {
                 standing: LockStanding::Unwatched,

@@ -9,6 +9,10 @@
 //! server that may consist of several it takes the locks once more, since one that was
 //! started anew has forgotten them.
 //!
+//! A look that finds anything odd is not the end. Nothing is begun from then on, and it is
+//! looked again, more closely ([`LockWatch::confirm`]): a server may have answered with an
+//! error once, or have forgotten locks without giving them to anybody.
+//!
 //! A look can take for ever, so it needs a thread that nobody waits for, and another one that
 //! keeps the time: see [`LockWatch::standing_is_unclear`].
 
@@ -17,14 +21,16 @@ use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
 use rustix::io::Errno;
+use thiserror::Error;
 
 use super::FileList;
-use super::file::SharedFile;
+use super::file::{SharedFile, Shown};
 use super::lease::{Lease, LookFor, tells_of_loss};
-use crate::storage::lock::{ImageLock, LockMode};
+use crate::storage::lock::{self, ImageLock, LockError, LockMode};
 use crate::storage::{AlignedBuf, filesystem};
 
 /// Between two looks. Who has lost a lock may write for so long before it is noticed, unless
@@ -38,6 +44,17 @@ const PATIENCE: Duration = Duration::from_secs(2);
 /// How much is read by a description with the lock, in bytes.
 const READ_LEN: usize = 4096;
 
+/// Why locks cannot be looked after.
+#[derive(Debug, Error)]
+pub enum WatchError {
+    /// One was gone before anybody looked.
+    #[error("the lock on {} was taken away while the image was opened", .0.display())]
+    Lost(PathBuf),
+    /// There is nothing to look by.
+    #[error(transparent)]
+    Io(#[from] io::Error),
+}
+
 /// What a look has found.
 #[derive(Debug)]
 pub enum Look {
@@ -45,6 +62,15 @@ pub enum Look {
     Held,
     /// It could not be found out.
     Unclear(io::Error),
+    /// One may not be there any more: it is to be [looked more closely](LockWatch::confirm).
+    Suspect {
+        /// On this file.
+        path: PathBuf,
+        /// By what that may be known.
+        why: String,
+        /// The way to the server is lost, which may come back.
+        is_away: bool,
+    },
     /// One is not there any more.
     Lost {
         /// On this file.
@@ -63,27 +89,90 @@ pub struct LockWatch {
 
 #[derive(Debug)]
 struct Looked {
-    path: PathBuf,
+    file: Arc<SharedFile>,
     /// Has the lock of the lease.
     locked: File,
-    /// Has none.
-    other: File,
-    /// Has the locks that keep others away.
-    given: File,
+    /// Has none, and sees those of others.
+    other: Option<File>,
     mode: LockMode,
-    /// Locks are seen where they are asked for.
-    can_ask: bool,
     /// They are to be taken again and again.
     is_renewed: bool,
+    /// They were taken again so late that somebody else may have had them before.
+    is_late: AtomicBool,
+    sees_mark: SeesMark,
+    proof: Proof,
+}
+
+/// By what it can be told that nobody else has had a file open for writing.
+#[derive(Debug)]
+enum Proof {
+    /// Not at all.
+    None,
+    /// By the name of its opening, and by the mark in it, if it had one.
+    Name { is_marked: bool },
+    /// Nobody writes to it, this process included.
+    Stamp(Stamp),
+}
+
+/// When a file was changed last, and its length.
+#[derive(Debug, PartialEq, Eq)]
+struct Stamp([i64; 4], u64);
+
+impl Stamp {
+    fn of(file: &File) -> io::Result<Self> {
+        let stat = filesystem::stat_now(file)?;
+        let times = [stat.stx_mtime, stat.stx_ctime].map(|it| [it.tv_sec, it.tv_nsec.into()]);
+        let [[a, b], [c, d]] = times;
+        Ok(Self([a, b, c, d], stat.stx_size))
+    }
+}
+
+/// Whether the beginning of a file says that somebody has opened it and has not closed it.
+pub type SeesMark = fn(&[u8]) -> bool;
+
+/// What is odd about a lock.
+enum Odd {
+    /// No such lock is seen.
+    Unseen,
+    /// It was renewed late.
+    Late,
+    /// I/O by a description with the lock fails, or the question.
+    Fails(io::Error),
+    /// It could not be found out.
+    Unclear(io::Error),
+    /// Somebody else is there, or was.
+    Taken(String),
+}
+
+impl Odd {
+    fn of(error: io::Error) -> Self {
+        match Errno::from_io_error(&error).is_some_and(tells_of_loss) {
+            true => Self::Fails(error),
+            false => Self::Unclear(error),
+        }
+    }
 }
 
 impl LockWatch {
     /// `None` if no file has a lock that can be watched.
-    pub(super) fn new(lease: &Arc<Lease>, files: &FileList) -> io::Result<Option<Self>> {
+    ///
+    /// # Errors
+    /// See [`WatchError`].
+    pub(super) fn new(
+        lease: &Arc<Lease>,
+        files: &FileList,
+        sees_mark: SeesMark,
+    ) -> Result<Option<Self>, WatchError> {
         let leased = files.iter().filter(|file| file.lease().is_some());
         let looked: Arc<[_]> = leased
-            .map(|file| Looked::new(file, lease))
-            .collect::<io::Result<_>>()?;
+            .map(|file| Looked::new(file, lease, sees_mark))
+            .collect::<Result<_, WatchError>>()
+            .inspect_err(|error| {
+                if matches!(error, WatchError::Lost(_)) {
+                    // Who closes the image now must not write to it.
+                    lease.lose();
+                }
+            })?;
         if looked.is_empty() {
             return Ok(None);
         }
@@ -102,6 +191,11 @@ impl LockWatch {
     /// Waits until a look is due.
     pub fn wait_for_look(&self) -> LookFor {
         self.lease.wait_for_look(INTERVAL)
+    }
+
+    /// The same if that is within this time.
+    pub fn wait_for_look_within(&self, pause: Duration) -> LookFor {
+        self.lease.wait_for_look(pause)
     }
 
     /// A look takes too long, or has found nothing out: nothing is begun until another one
@@ -124,12 +218,19 @@ impl LockWatch {
 
     /// Looks at each file. May take for ever.
     pub fn look(&self) -> Look {
+        self.look_by(Looked::look)
+    }
+
+    /// Looks at each file more closely, while the lock is in doubt: takes locks that nobody
+    /// has any more once more, if it can be told that nobody has had them. May take for ever.
+    pub fn confirm(&self) -> Look {
+        self.look_by(Looked::confirm)
+    }
+
+    fn look_by(&self, look: impl Fn(&Looked, &Lease) -> Result<(), Odd>) -> Look {
         for file in self.files.iter() {
-            match file.look(&self.lease) {
-                Ok(None) => {}
-                Ok(Some(why)) => return file.lost(why.to_owned()),
-                Err(error) if is_of_loss(&error) => return file.lost(error.to_string()),
-                Err(error) => return Look::Unclear(error),
+            if let Err(odd) = look(file, &self.lease) {
+                return file.found(odd);
             }
         }
         Look::Held
@@ -142,75 +243,173 @@ impl LockWatch {
 }
 
 impl Looked {
-    fn new(file: &SharedFile, lease: &Lease) -> io::Result<Self> {
-        let (locked, other) = file.open_to_look()?;
-        let can_ask = lease.is_seen_by(&other).unwrap_or(false);
-        if !can_ask {
+    fn new(file: &Arc<SharedFile>, lease: &Lease, sees_mark: SeesMark) -> Result<Self, WatchError> {
+        let path = || file.path().to_owned();
+        let other = file.open_to_ask()?.filter(|_| file.shown() != Shown::No);
+        // Before there is another description that has it.
+        let is_there = match &other {
+            Some(other) => lease.is_seen_by(other)?,
+            None => true,
+        };
+        if !is_there || file.shown() == Shown::Lost {
+            return Err(WatchError::Lost(path()));
+        }
+        if other.is_none() {
             log::warn!(
-                "{}: its file system does not show the locks of others: that one is lost is \
-                 noticed only where I/O fails without it",
+                "{}: the locks on it cannot be asked for: that one is lost is noticed only where \
+                 I/O fails without it",
                 file.path().display()
             );
         }
-        Ok(Self {
-            path: file.path().to_owned(),
-            is_renewed: filesystem::is_fuse(&other),
-            locked,
-            other,
-            given: file.given().try_clone()?,
+        let locked = file.open_to_look()?;
+        let is_renewed = filesystem::is_fuse(&locked);
+        let mut looked = Self {
             mode: match file.is_writable() {
                 true => LockMode::ReadWrite,
                 false => LockMode::ReadOnly,
             },
-            can_ask,
+            file: Arc::clone(file),
+            locked,
+            other,
+            is_renewed,
+            is_late: AtomicBool::new(false),
+            sees_mark,
+            proof: Proof::None,
+        };
+        if is_renewed && !file.is_writable() {
+            looked.proof = Proof::Stamp(Stamp::of(&looked.locked)?);
+        } else if is_renewed && file.note_name()? {
+            let is_marked = sees_mark(&looked.read()?);
+            looked.proof = Proof::Name { is_marked };
+        }
+        Ok(looked)
+    }
+
+    /// What is odd, if anything is.
+    fn look(&self, lease: &Lease) -> Result<(), Odd> {
+        let start = Instant::now();
+        if !self.is_seen(lease)? {
+            return Err(Odd::Unseen);
+        }
+        // An answer is all that it is for.
+        if let Err(odd @ Odd::Fails(_)) = self.read().map_err(Odd::of) {
+            return Err(odd);
+        }
+        // Later, somebody else may have got it in between.
+        if self.is_renewed && self.other.is_some() && start.elapsed() < PATIENCE / 2 {
+            lease.renew(|| self.renew(lease)).unwrap_or(Ok(()))?;
+            if start.elapsed() > PATIENCE {
+                self.is_late.store(true, Relaxed);
+                return Err(Odd::Late);
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether the lock is there, or can be taken again as if it had been.
+    fn confirm(&self, lease: &Lease) -> Result<(), Odd> {
+        self.read().map_err(Odd::of)?;
+        let is_seen = self.is_seen(lease)?;
+        if is_seen && !self.is_late.load(Relaxed) {
+            return Ok(());
+        }
+        if matches!(self.proof, Proof::None) {
+            return Err(Odd::Unseen);
+        }
+        let take_again = || {
+            // Whoever has the image is not to be kept from giving it to others.
+            self.take_again(lease).inspect_err(|_| self.release())
+        };
+        let Some(taken) = lease.renew(take_again) else {
+            return Ok(());
+        };
+        taken?;
+        self.is_late.store(false, Relaxed);
+        log::warn!(
+            "{}: its server had forgotten the lock, and has given it to nobody else: it was \
+             taken once more",
+            self.file.path().display()
+        );
+        Ok(())
+    }
+
+    fn take_again(&self, lease: &Lease) -> Result<(), Odd> {
+        // First: whoever comes now finds it, and goes.
+        self.renew(lease)?;
+        lock::test(self.file.given(), self.mode).map_err(|error| match error {
+            LockError::Io(error) => Odd::of(error),
+            error => Odd::Taken(error.to_string()),
+        })?;
+        match self.is_untouched().map_err(Odd::of)? {
+            true => Ok(()),
+            false => Err(Odd::Taken(
+                "another process has had the image meanwhile".to_owned(),
+            )),
+        }
+    }
+
+    /// Whether nobody else has opened the file for writing since it was watched.
+    fn is_untouched(&self) -> io::Result<bool> {
+        match &self.proof {
+            Proof::None => Ok(false),
+            // Who was there, and has gone, has left a name, or no mark.
+            Proof::Name { is_marked } => Ok(
+                (!is_marked || (self.sees_mark)(&self.read()?)) && self.file.is_still_named()?
+            ),
+            Proof::Stamp(stamp) => Ok(*stamp == Stamp::of(&self.locked)?),
+        }
+    }
+
+    fn is_seen(&self, lease: &Lease) -> Result<bool, Odd> {
+        let asked = self.other.as_ref().map(|other| lease.is_seen_by(other));
+        asked
+            .transpose()
+            .map(|seen| seen.unwrap_or(true))
+            .map_err(Odd::of)
+    }
+
+    /// By the description with the lock, where the file begins.
+    fn read(&self) -> io::Result<AlignedBuf> {
+        let mut bytes = AlignedBuf::from_slice(READ_LEN, &[0; READ_LEN]);
+        self.locked.read_at(&mut bytes, 0)?;
+        Ok(bytes)
+    }
+
+    fn renew(&self, lease: &Lease) -> Result<(), Odd> {
+        let mut locked = std::iter::once(&self.locked).chain(self.file.locked_descriptions());
+        let renewed = locked
+            .try_for_each(|file| lease.lock(file))
+            .and_then(|()| ImageLock::renew(self.file.given(), self.mode));
+        renewed.map_err(|error| match error.kind() {
+            io::ErrorKind::WouldBlock => {
+                Odd::Taken("somebody else has locked it exclusively".to_owned())
+            }
+            _ => Odd::of(error),
         })
     }
 
-    /// How it is known that the lock is gone, if it is.
-    fn look(&self, lease: &Lease) -> io::Result<Option<&'static str>> {
-        let start = Instant::now();
-        if self.can_ask && !lease.is_seen_by(&self.other)? {
-            return Ok(Some("the file system knows no such lock"));
-        }
-        let mut bytes = AlignedBuf::from_slice(READ_LEN, &[0; READ_LEN]);
-        match self.locked.read_at(&mut bytes, 0) {
-            Err(error) if is_of_loss(&error) => return Err(error),
-            // An answer is all that it is for.
-            _ => {}
-        }
-        // Later, somebody else may have got it in between.
-        match self.is_renewed && self.can_ask && start.elapsed() < PATIENCE / 2 {
-            true => self.renew(lease, start),
-            false => Ok(None),
-        }
+    fn release(&self) {
+        let locked = [&self.locked, self.file.given()];
+        let locked = locked.into_iter().chain(self.file.locked_descriptions());
+        locked.for_each(lock::unlock_all);
     }
 
-    fn renew(&self, lease: &Lease, start: Instant) -> io::Result<Option<&'static str>> {
-        let renew = || {
-            let renewed = lease.lock(&self.locked);
-            renewed.and_then(|()| ImageLock::renew(&self.given, self.mode))
-        };
-        let Some(renewed) = lease.renew(renew) else {
-            return Ok(None);
-        };
-        match renewed {
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                Ok(Some("somebody else has locked it exclusively"))
+    fn found(&self, odd: Odd) -> Look {
+        let path = self.file.path().to_owned();
+        let suspect = |path, why, is_away| Look::Suspect { path, why, is_away };
+        match odd {
+            Odd::Unclear(error) => Look::Unclear(error),
+            Odd::Unseen if matches!(self.proof, Proof::None) => Look::Lost {
+                path,
+                why: "the file system knows no such lock".to_owned(),
+            },
+            Odd::Unseen => suspect(path, "the file system knows no such lock".to_owned(), false),
+            Odd::Late => suspect(path, "it was renewed late".to_owned(), false),
+            Odd::Fails(error) => {
+                let is_away = Errno::from_io_error(&error) == Some(Errno::NOTCONN);
+                suspect(path, error.to_string(), is_away)
             }
-            Err(error) => Err(error),
-            Ok(()) if start.elapsed() > PATIENCE => Ok(Some("it could not be renewed in time")),
-            Ok(()) => Ok(None),
+            Odd::Taken(why) => suspect(path, why, false),
         }
     }
-
-    fn lost(&self, why: String) -> Look {
-        Look::Lost {
-            path: self.path.clone(),
-            why,
-        }
-    }
-}
-
-fn is_of_loss(error: &io::Error) -> bool {
-    Errno::from_io_error(error).is_some_and(tells_of_loss)
 }
