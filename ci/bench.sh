@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Measures vhost-user-ploop against qemu-storage-daemon and the plain file.
 #
-# usage: ci/bench.sh [--short | --targets | --all | --cost | --stalls | --siege] [OPTION...]   (default: --targets)
+# usage: ci/bench.sh [--short | --targets | --all | --cost | --stalls | --siege | --fleet] [OPTION...]   (default: --targets)
 #
 #   --short    two minutes: shows that everything runs, judges nothing
 #   --targets  twenty minutes: what has a target, with PASS or BELOW
@@ -9,6 +9,7 @@
 #   --cost     five minutes: instructions and system calls per I/O
 #   --stalls   five minutes: how long a guest waits when another process serves
 #   --siege    five minutes: the rate beside control clients that misbehave
+#   --fleet    three minutes: what 500 disks cost one host (--disks N)
 #
 # Installs what is missing (qemu/install-tools.sh) and builds in release mode.
 # --help shows the other options: --document docs/performance.md renews the figures
@@ -25,7 +26,7 @@ cd "$repo"
 . qemu/tools.sh
 
 case " $* " in
-    *" --short "* | *" --targets "* | *" --all "* | *" --cost "* | *" --stalls "* | *" --siege "* | *" --help "* | *" -h "*) ;;
+    *" --short "* | *" --targets "* | *" --all "* | *" --cost "* | *" --stalls "* | *" --siege "* | *" --fleet "* | *" --help "* | *" -h "*) ;;
     *) set -- --targets "$@" ;;
 esac
 

@@ -8,6 +8,7 @@ mod client;
 mod content;
 mod contestant;
 mod cost;
+mod fleet;
 mod guest;
 mod idle;
 mod image;
@@ -73,6 +74,14 @@ struct Arguments {
     /// read, or send garbage, with how fast it is without, in about five minutes.
     #[arg(long, group = "mode")]
     siege: bool,
+    /// Serve many disks at once, and say what starting, idling and clients cost the host, in
+    /// about three minutes.
+    #[arg(long, group = "mode")]
+    fleet: bool,
+    /// How many disks those are.
+    #[arg(long, value_name = "N", default_value_t = fleet::DISKS, requires = "fleet",
+          value_parser = clap::value_parser!(u32).range(1..))]
+    disks: u32,
     /// Print the names of the scenarios of the mode, and measure nothing.
     #[arg(long)]
     list: bool,
@@ -138,6 +147,7 @@ enum Mode {
     Cost,
     Stalls,
     Siege,
+    Fleet,
 }
 
 impl Mode {
@@ -149,6 +159,7 @@ impl Mode {
             Self::Cost => "cost",
             Self::Stalls => "stalls",
             Self::Siege => "siege",
+            Self::Fleet => "fleet",
         }
     }
 
@@ -162,32 +173,28 @@ impl Mode {
             Self::Targets => scenario::targets(with(FULL)),
             Self::All => scenario::all(with(FULL)),
             Self::Cost => scenario::paths(),
-            Self::Stalls | Self::Siege => Vec::new(),
+            Self::Stalls | Self::Siege | Self::Fleet => Vec::new(),
         }
     }
 
     fn run_time(self) -> Duration {
         match self {
             Self::Short => Duration::from_millis(200),
-            Self::Targets | Self::All | Self::Cost | Self::Stalls | Self::Siege => {
-                Duration::from_secs(1)
-            }
+            _ => Duration::from_secs(1),
         }
     }
 
     fn opening_rounds(self) -> u32 {
         match self {
             Self::Short => 2,
-            Self::Targets | Self::All | Self::Cost | Self::Stalls | Self::Siege => 20,
+            _ => 20,
         }
     }
 
     fn idle_time(self) -> Duration {
         match self {
             Self::Short => Duration::from_secs(1),
-            Self::Targets | Self::All | Self::Cost | Self::Stalls | Self::Siege => {
-                Duration::from_secs(10)
-            }
+            _ => Duration::from_secs(10),
         }
     }
 }
@@ -217,9 +224,19 @@ fn bench(arguments: &Arguments) -> Result<()> {
         Mode::Stalls
     } else if arguments.siege {
         Mode::Siege
+    } else if arguments.fleet {
+        Mode::Fleet
     } else {
         Mode::Short
     };
+    if mode == Mode::Fleet {
+        let setting = setting(arguments, mode)?;
+        print!(
+            "{}",
+            fleet::table(&fleet::measure(&setting, arguments.disks)?)
+        );
+        return Ok(());
+    }
     if matches!(mode, Mode::Stalls | Mode::Siege) {
         let setting = setting(arguments, mode)?;
         let rounds = arguments.rounds.unwrap_or(ROUNDS);

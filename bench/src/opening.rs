@@ -89,7 +89,10 @@ fn open_once(setting: &Setting, contestant: Contestant, image: &Path) -> Result<
 
 /// Sends VHOST_USER_GET_FEATURES and waits for the answer: a server may listen
 /// before it can serve.
-fn ask_for_features(socket: &Path) -> Result<()> {
+///
+/// # Errors
+/// Nobody listens, or what answers is not such a server.
+pub fn ask_for_features(socket: &Path) -> Result<()> {
     const GET_FEATURES: u32 = 1;
     const VERSION: u32 = 1;
     const REPLY: u32 = 1 << 2;
