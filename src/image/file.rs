@@ -63,7 +63,7 @@ pub trait ImageFile {
     /// Makes all changes stable, the length included.
     ///
     /// # Errors
-    /// Any of `fdatasync(2)`; after one, nothing changed before is to be relied on.
+    /// Any of `fsync(2)`; after one, nothing changed before is to be relied on.
     fn sync(&self) -> io::Result<()>;
 
     /// The first range at or after `offset` that may hold anything but zeros, as
@@ -224,7 +224,10 @@ impl ImageFile for HostImage {
     fn sync(&self) -> io::Result<()> {
         fault::point();
         self.sync_direct()?;
-        self.file.sync_data()
+        match filesystem::keeps_length_with_data(&self.file) {
+            true => self.file.sync_data(),
+            false => self.file.sync_all(),
+        }
     }
 
     fn next_data(&self, offset: u64) -> io::Result<Option<Range<u64>>> {

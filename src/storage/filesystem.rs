@@ -61,6 +61,14 @@ fn is_told_once(magic: u32) -> bool {
     matches!(magic, magic::FUSE | magic::V9FS | magic::LUSTRE)
 }
 
+/// Whether `fdatasync(2)` makes the length of a file stable, as POSIX has it. Ceph's client
+/// keeps the length to itself until `fsync(2)` (`Client::_fsync`; `ceph_fsync` of the kernel's).
+/// If it is cut off or dies before, the server looks where the data ends: a new cluster whose
+/// rest was never written is cut there. Any program in user space may do the same.
+pub fn keeps_length_with_data(file: impl AsFd) -> bool {
+    !matches!(magic_of(file), magic::FUSE | magic::CEPH)
+}
+
 /// Whether others than this host may change the file, so that this host's page
 /// cache can be out of date. A program in user space counts as that, too: what it
 /// tells the kernel to keep is its own affair.

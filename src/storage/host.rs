@@ -560,7 +560,8 @@ impl Disk for HostDisk {
     }
 
     fn has_stable_writes(&self) -> bool {
-        !self.files.top().must_share()
+        let top = self.files.top();
+        !top.must_share() && !top.syncs_whole()
     }
 }
 

@@ -129,7 +129,7 @@ pub enum Op {
         len: u64,
     },
     /// Make everything that completed before this was submitted stable, the
-    /// length of the file included (`fdatasync`).
+    /// length of the file included (`fdatasync`, or `fsync` where that keeps no length).
     Sync {
         /// Of which file.
         file: FileId,
@@ -246,10 +246,10 @@ pub trait Disk: Send + Sync + 'static {
     /// Any of `fallocate(2)`.
     fn allocate(&self, file: FileId, offset: u64, len: u64) -> io::Result<()>;
 
-    /// `fdatasync`.
+    /// As [`Op::Sync`].
     ///
     /// # Errors
-    /// Any of `fdatasync(2)`; after one, nothing written before is to be relied on.
+    /// Any of `fsync(2)`; after one, nothing written before is to be relied on.
     fn sync(&self, file: FileId) -> io::Result<()>;
 
     /// The unit in bytes, a power of two, in which the host file system gives
@@ -272,7 +272,7 @@ pub trait Disk: Send + Sync + 'static {
 
     /// Whether an [`Op::Write`] of the top file with `dsync` takes nothing from another.
     /// If not, its error can be the only word of what the other one lost: then one thread
-    /// alone may make something stable.
+    /// alone may make something stable. Nor if a sync of data keeps no length.
     fn has_stable_writes(&self) -> bool {
         true
     }

@@ -404,6 +404,13 @@ impl FrailFs {
         }
     }
 
+    /// As a server whose client is gone that kept lengths to itself until `fsync` (CephFS):
+    /// files end where their data does.
+    pub fn find_lengths(&self) {
+        let mut state = self.shared.lock();
+        state.files.values_mut().for_each(FileState::find_len);
+    }
+
     /// All locks are taken away, and those who had them notice it, or not.
     pub fn take_locks(&self, loss: Loss) {
         let mut state = self.shared.lock();
@@ -705,12 +712,24 @@ impl Filesystem for Mounted {
         });
     }
 
-    fn fsync(&self, _: &Request, inode: INodeNo, handle: FileHandle, _: bool, reply: ReplyEmpty) {
+    fn fsync(
+        &self,
+        _: &Request,
+        inode: INodeNo,
+        handle: FileHandle,
+        of_data: bool,
+        reply: ReplyEmpty,
+    ) {
         match self.0.enter() {
-            Ok(mut state) => match &mut state.held_syncs {
-                Some(held) => held.push((inode, handle, reply)),
-                None => state.end_sync(inode, handle, reply),
-            },
+            Ok(mut state) => {
+                if !of_data && let Ok(file) = state.file(inode) {
+                    file.keep_len();
+                }
+                match &mut state.held_syncs {
+                    Some(held) => held.push((inode, handle, reply)),
+                    None => state.end_sync(inode, handle, reply),
+                }
+            }
             Err(error) => reply.error(error),
         }
     }

@@ -233,3 +233,25 @@ fn a_write_in_write_through_whose_sync_fails_fails() {
         assert!(disk.is_marked());
     });
 }
+
+/// See [`FrailFs::find_lengths`]: the rest of a new cluster is in no data.
+#[test]
+fn what_is_flushed_makes_the_file_as_long_as_its_clusters() {
+    in_every_way(|disk, way| {
+        let backend = disk.serve(way);
+        let mut client = Client::connect(backend.socket(), 1);
+        assert_eq!(write(&mut client.lanes[0], 3, 7), 0);
+        assert_eq!(flush(&mut client.lanes[0]), 0);
+        drop(client);
+        backend.kill();
+        disk.fs.find_lengths();
+        let backend = disk.serve(way);
+        let mut client = Client::connect(backend.socket(), 1);
+        let lane = &mut client.lanes[0];
+        lane.read(3 * CLUSTER, 4096, 0);
+        assert_eq!(lane.wait(1), [(0, 0)]);
+        assert!(lane.bytes(0, 4096) == [7; 4096], "{way:?}");
+        drop(client);
+        backend.stop();
+    });
+}

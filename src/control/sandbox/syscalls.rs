@@ -75,6 +75,7 @@ const LOOK: &[i64] = &[
 /// To read and write the image.
 const TRANSFER: &[i64] = &[
     libc::SYS_fdatasync,
+    libc::SYS_fsync,
     libc::SYS_io_uring_enter,
     libc::SYS_lseek,
     libc::SYS_pread64,

@@ -109,6 +109,8 @@ pub(super) struct SharedFile {
     /// No thread may have a description of its own: see
     /// [`filesystem::tells_lost_writes_once`]. Nor may any be closed before the end.
     must_share: bool,
+    /// Not `fdatasync(2)` but `fsync(2)`: see [`filesystem::keeps_length_with_data`].
+    syncs_whole: bool,
     /// The caller's description, to which locks belong.
     given: File,
     path: PathBuf,
@@ -215,6 +217,7 @@ impl SharedFile {
             shown: shown.unwrap_or(Shown::No),
             name: Mutex::new(None),
             must_share: filesystem::tells_lost_writes_once(&file),
+            syncs_whole: !filesystem::keeps_length_with_data(&file),
             file,
             buffered: OnceLock::new(),
             opening_buffered: Mutex::new(()),
@@ -256,6 +259,7 @@ impl SharedFile {
             name: Mutex::new(None),
             given: file.try_clone().expect("a descriptor can be copied"),
             must_share: filesystem::tells_lost_writes_once(&file),
+            syncs_whole: !filesystem::keeps_length_with_data(&file),
             file,
             buffered: OnceLock::new(),
             opening_buffered: Mutex::new(()),
@@ -273,6 +277,11 @@ impl SharedFile {
     /// The description with the locks that say that this file is written to, if it is.
     pub(super) fn writers_lock(&self) -> Option<BorrowedFd<'_>> {
         self.writable.then(|| self.given.as_fd())
+    }
+
+    /// Whether more than data has to be synced for a length to be stable.
+    pub(super) fn syncs_whole(&self) -> bool {
+        self.syncs_whole
     }
 
     /// See [`crate::storage::Disk::opening`].

@@ -44,8 +44,10 @@ pub(super) enum Step {
         offset: u64,
         len: u64,
     },
-    /// `fdatasync(2)`.
+    /// `fdatasync(2)`, or `fsync(2)` where that leaves something out.
     Sync {
+        /// `fsync(2)`.
+        whole: bool,
         /// Not by way of what a ring was told of: since then another thread may have put
         /// another description in the place of the one that all share.
         fd: RawFd,
@@ -250,7 +252,10 @@ impl Job {
                 }
             }
             Op::Sync { .. } => match file.next_to_sync(self.synced) {
-                Some(fd) => Step::Sync { fd },
+                Some(fd) => Step::Sync {
+                    whole: file.shared().syncs_whole(),
+                    fd,
+                },
                 None => Step::Nothing(Ok(())),
             },
             Op::Clone { .. } => Step::Nothing(Err(Errno::OPNOTSUPP)),

@@ -153,7 +153,9 @@ pub(super) fn call(step: &Step, file: &Description) -> i32 {
             unsafe { libc::fallocate(fd, what.mode(), offset as i64, len as i64) as isize }
         }
         // SAFETY: no memory is passed.
-        Step::Sync { fd } => unsafe { libc::fdatasync(fd) as isize },
+        Step::Sync { fd, whole: false } => unsafe { libc::fdatasync(fd) as isize },
+        // SAFETY: no memory is passed.
+        Step::Sync { fd, whole: true } => unsafe { libc::fsync(fd) as isize },
         Step::Wait | Step::Undecided { .. } | Step::Nothing(_) => 0,
     };
     match result {

@@ -526,8 +526,11 @@ fn entry_for(step: &Step, fd: types::Fixed) -> squeue::Entry {
             .offset(offset)
             .mode(what.mode())
             .build(),
-        Step::Sync { fd } => opcode::Fsync::new(types::Fd(fd))
-            .flags(types::FsyncFlags::DATASYNC)
+        Step::Sync { fd, whole } => opcode::Fsync::new(types::Fd(fd))
+            .flags(match whole {
+                true => types::FsyncFlags::empty(),
+                false => types::FsyncFlags::DATASYNC,
+            })
             .build(),
         Step::Undecided { decided } => readable(decided),
         Step::Wait | Step::Nothing(_) => opcode::Nop::new().build(),

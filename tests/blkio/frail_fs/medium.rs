@@ -85,6 +85,8 @@ pub struct FileState {
     changes: Vec<Change>,
     /// Lengths that it has had since the last sync.
     lengths: Vec<u64>,
+    /// How long it was at the last sync that was more than one of data.
+    kept_len: usize,
     events: Vec<Event>,
 }
 
@@ -92,9 +94,22 @@ impl FileState {
     pub fn new(bytes: Vec<u8>) -> Self {
         Self {
             stable: bytes.clone(),
+            kept_len: bytes.len(),
             live: bytes,
             ..Self::default()
         }
+    }
+
+    /// A sync of more than data.
+    pub fn keep_len(&mut self) {
+        self.kept_len = self.live.len();
+    }
+
+    /// Ends it where its data does, or where it is known to have ended.
+    pub fn find_len(&mut self) {
+        let data = self.live.iter().rposition(|&byte| byte != 0);
+        let end = data.map_or(0, |last| last + 1).max(self.kept_len);
+        self.live.truncate(end);
     }
 
     pub fn write(&mut self, offset: u64, bytes: &[u8]) {

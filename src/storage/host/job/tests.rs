@@ -545,7 +545,7 @@ fn a_sync_is_made_by_both_descriptions_whenever_direct_io_is_given_up() {
             let mut synced = Vec::new();
             give_up_at(0, &mut description);
             loop {
-                let Step::Sync { fd } = job.step(&mut description, &mut pieces()) else {
+                let Step::Sync { fd, .. } = job.step(&mut description, &mut pieces()) else {
                     panic!("it is a sync");
                 };
                 synced.push(fd);
@@ -554,7 +554,7 @@ fn a_sync_is_made_by_both_descriptions_whenever_direct_io_is_given_up() {
                 if synced.len() == 1 {
                     assert_eq!(job.ended(interrupted, &mut description), Verdict::Again);
                     let again = job.step(&mut description, &mut pieces());
-                    assert!(matches!(again, Step::Sync { fd: same } if same == fd));
+                    assert!(matches!(again, Step::Sync { fd: same, .. } if same == fd));
                 }
                 match job.ended(0, &mut description) {
                     Verdict::Again => {}
