@@ -73,8 +73,12 @@ impl Subject for Disk {
         }]
     }
 
-    fn file_id(&self) -> &str {
-        "fe00-20d3"
+    fn file_id(&self) -> String {
+        "fe00-20d3".to_owned()
+    }
+
+    fn is_open(&self) -> bool {
+        true
     }
 
     fn has_write_cache(&self) -> bool {

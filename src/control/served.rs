@@ -622,7 +622,8 @@ impl Subject for Served {
     }
 
     fn is_open(&self) -> bool {
-        self.engine().is_some()
+        // Also while it is being closed, and may be locked.
+        !self.is_at_rest()
     }
 
     fn has_write_cache(&self) -> bool {

@@ -241,6 +241,58 @@ fn an_error_of_a_look_has_to_last_for_the_lock_to_be_lost() {
     drop(host.place);
 }
 
+/// Of an image that is open only while a ring runs, the locks come and go, and the watch on
+/// them with them.
+#[test]
+fn locks_that_are_given_up_are_not_lost_and_those_that_are_taken_again_are_watched() {
+    let Some(disk) = Disk::new() else {
+        return;
+    };
+    let options = [&WAYS[0][..], &["--lock=running"]].concat();
+    let mut host = Host::start(&disk, &options);
+    let let_go = |backend: &Backend, qmp: &mut Qmp| {
+        let start = Instant::now();
+        let mut engine = qmp.ask("query-engine", json!({}));
+        while engine["image-open"] == true {
+            assert!(start.elapsed() < PATIENCE, "{}", backend.log());
+            thread::sleep(Duration::from_millis(10));
+            engine = qmp.ask("query-engine", json!({}));
+        }
+        assert_eq!(engine["lock"], "unwatched");
+    };
+    for byte in 1..4 {
+        assert_eq!(write(&mut host.client.lanes[0], MAPPED, byte), 0);
+        assert_eq!(host.lock(), "held");
+        // At different times of a look.
+        thread::sleep(Duration::from_millis(300) * u32::from(byte));
+        drop(host.client);
+        host.backend.expect_to_say("has disconnected");
+        let_go(&host.backend, &mut host.qmp);
+        assert!(!disk.is_marked());
+        thread::sleep(Duration::from_secs(2));
+        host.client = Client::connect(host.backend.socket(), 2);
+        assert_eq!(read(&mut host.client.lanes[0], MAPPED), [byte; 4096]);
+    }
+    assert!(!host.backend.log().contains(LOST), "{}", host.backend.log());
+
+    disk.fs.take_locks(Loss::ALL[0]);
+    host.backend.expect_to_say(LOST);
+    drop(host.client);
+    host.backend.expect_to_say("is let go as it is");
+    let_go(&host.backend, &mut host.qmp);
+    assert!(disk.is_marked());
+    // Nobody else has opened it.
+    host.client = Client::connect(host.backend.socket(), 2);
+    assert_eq!(read(&mut host.client.lanes[0], MAPPED), [3; 4096]);
+    assert_eq!(write(&mut host.client.lanes[0], UNMAPPED[0], 4), 0);
+    assert_eq!(host.lock(), "held");
+    drop(host.client);
+    assert_eq!(host.backend.log().matches(LOST).count(), 1);
+    host.backend.stop();
+    drop(host.place);
+    assert!(!disk.is_marked());
+}
+
 /// I/O fails as it does without the lock, and the lock is there.
 #[test]
 fn an_error_that_has_nothing_to_do_with_the_lock_is_passed_on() {
