@@ -57,6 +57,12 @@ impl Deletion {
         bundle.refresh()?;
         bundle.without_parent_of_top(self.guid)?;
         engine.open_for_growth()?;
+        if !engine.disk().can_retire() {
+            return Err(JobError::Impossible(
+                "a server may take the lock of the disk away, and a file that is deleted would \
+                 look like that",
+            ));
+        }
         let copies = CopyUp::new(engine)?;
         require_same(engine, bundle, copies.level(), self.guid)?;
         let (_, clusters) = copies.progress();

@@ -256,6 +256,12 @@ impl HostDisk {
         Ok(id)
     }
 
+    /// Whether files may go while the disk is used. Where a server may take locks away, one that
+    /// has gone would look like a lost lock.
+    pub fn can_retire(&self) -> bool {
+        self.lease.is_none()
+    }
+
     /// The file belongs to the disk no more, and nobody reads it: it is not watched any more,
     /// nor is it among the [known](Self::known_files). Its descriptors stay open.
     pub fn retire(&self, file: FileId) {

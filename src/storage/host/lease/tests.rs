@@ -52,6 +52,21 @@ fn write(block: u64, byte: u8) -> Op {
     }
 }
 
+/// A file that has gone would look like a lost lock.
+#[test]
+fn no_file_goes_where_a_server_may_take_locks_away() {
+    assert!(!rig(Aio::Psync).disk.can_retire());
+    let file = tempfile::tempfile().expect("a file");
+    file.set_len(4096).expect("a length");
+    let file = HostFile {
+        file,
+        path: "image".into(),
+        writable: true,
+    };
+    let disk = HostDisk::build(vec![file], HostOptions::default(), None, |_| false);
+    assert!(disk.expect("a disk").can_retire());
+}
+
 /// All that changes a file, or makes it stable, and a read.
 fn everything() -> Vec<Op> {
     let (offset, len) = (BLOCK as u64, BLOCK as u64);
