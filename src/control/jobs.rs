@@ -79,7 +79,7 @@ pub enum Verb {
     /// Is forgotten.
     Dismiss,
     /// Bytes a second at most; 0 is no limit.
-    SetSpeed(u64),
+    SetSpeed(i64),
 }
 
 impl Verb {
@@ -276,6 +276,10 @@ impl Jobs {
         let at = self.0.iter().position(|job| job.id == id);
         let at = at.ok_or("Job not found")?;
         let job = &mut self.0[at];
+        // In this order, as in QEMU.
+        if verb == Verb::Resume && !job.reins.held().wants_pause {
+            return Err("Can't resume a job that was not paused".to_owned());
+        }
         if !job.status.accepts(verb) {
             return Err(format!(
                 "Job '{id}' in state '{}' cannot accept command verb '{}'",
@@ -290,17 +294,13 @@ impl Jobs {
                 return Ok((false, vec![event]));
             }
             Verb::Cancel => job.reins.cancel(),
-            Verb::SetSpeed(speed) => job.reins.lock().speed = speed,
+            Verb::SetSpeed(speed) => job.reins.lock().speed = speed_of(speed)?,
             Verb::Pause => {
                 if std::mem::replace(&mut job.reins.lock().wants_pause, true) {
                     return Err("Job is already paused".to_owned());
                 }
             }
-            Verb::Resume => {
-                if !std::mem::replace(&mut job.reins.lock().wants_pause, false) {
-                    return Err("Can't resume a job that was not paused".to_owned());
-                }
-            }
+            Verb::Resume => job.reins.lock().wants_pause = false,
             // Never accepted.
             Verb::Complete | Verb::Finalize => {}
         }
@@ -393,6 +393,14 @@ impl Record {
         }
         info
     }
+}
+
+/// Bytes a second that are asked for.
+///
+/// # Errors
+/// As QEMU says it.
+pub(super) fn speed_of(asked: i64) -> Result<u64, String> {
+    u64::try_from(asked).map_err(|_| "Parameter 'speed' expects a non-negative value".to_owned())
 }
 
 /// As QEMU wants it: a letter, then letters, digits, `-`, `.` and `_`.

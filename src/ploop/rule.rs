@@ -92,8 +92,6 @@ pub(crate) enum Rule {
     MappingBeforeLeaving,
     /// I2, I8: the end of the file is cut off when nobody can have been given a cluster there.
     OldIoBeforeCut,
-    /// I8: a sync that began before the end was cut off vouches for no length behind that.
-    CutIsNoLength,
     /// I15: requests are held while the top is closed and a new one takes its place.
     HeldForNewTop,
     /// I3, I15: everything that completed is in the top, and stable, before it is closed.
@@ -175,8 +173,8 @@ mod broken {
     }
 
     impl Rule {
-        /// Every one, but for the two about the end of the file: the moment in which they matter is
-        /// so short that tests of the allocator and the metadata thread show it.
+        /// Every one but [`Self::OldIoBeforeCut`]: the moment in which that matters is so short that
+        /// it has a test of its own (`tests/compact.rs`).
         #[cfg_attr(ploop_loom, allow(dead_code, reason = "the simulator breaks them all"))]
         pub(crate) const ALL: [Self; 55] = [
             Self::RemovalBeforeReuse,

@@ -16,6 +16,7 @@ use crate::sim::disk::{Medium, SimDisk};
 use crate::storage::{Disk, FileId, Segments};
 
 mod close;
+mod compact;
 mod copies;
 mod failed_pages;
 mod grow;

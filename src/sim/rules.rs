@@ -63,11 +63,7 @@ fn mix_for(which: Rule) -> Mix {
     );
     let compacts = matches!(
         which,
-        Rule::OldIoBeforeZeroCheck
-            | Rule::ZerosHideBelow
-            | Rule::MappingBeforeLeaving
-            | Rule::OldIoBeforeCut
-            | Rule::CutIsNoLength
+        Rule::OldIoBeforeZeroCheck | Rule::ZerosHideBelow | Rule::MappingBeforeLeaving
     );
     let chains = chains || which == Rule::ZerosHideBelow;
     Mix {

@@ -3,6 +3,7 @@
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
 use std::thread;
 
@@ -11,11 +12,13 @@ use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT,
 };
 
+use crate::common::img::{Ran, ploop_img_command};
 use crate::common::qmp::Qmp;
 use crate::common::{require_tool, tool};
 use crate::control::{control, serve};
 use crate::front_end::*;
-use crate::grow::{create, rig_of};
+use crate::grow::{Halt, create, rig_of};
+use crate::stat::{Host, VARIABLE};
 use crate::upgrade::upgrades;
 use crate::{OK, Rig, start_front_end, wait_for};
 
@@ -361,4 +364,75 @@ fn only_what_is_written_to_can_be_compacted() {
     let answer = qmp.answer("compact", json!({}));
     assert_eq!(desc(&answer), "the disk is read-only");
     backend.stop();
+}
+
+fn host() -> Host {
+    let mut host = Host::new();
+    let small = ["--cluster-size", "64K"];
+    host.rig.image = create(host.rig.folder.path(), "bundle", &small);
+    host
+}
+
+fn compact_by_name(host: &Host) -> Command {
+    let mut command = ploop_img_command();
+    command.env(VARIABLE, &host.runtime).arg("compact");
+    command.arg(&host.rig.image).stdin(Stdio::null());
+    command
+}
+
+fn socket_of(host: &Host) -> PathBuf {
+    let folders = fs::read_dir(&host.runtime).unwrap();
+    let mut sockets = folders.map(|folder| folder.unwrap().path().join("control"));
+    sockets
+        .find(|socket| socket.exists())
+        .expect("there is one")
+}
+
+#[test]
+fn ploop_img_compacts_whether_the_disk_is_served_or_not() {
+    let host = host();
+    let backend = host.serve(&[]);
+    let mut front_end = start_front_end(backend.socket());
+    prepare(&mut front_end);
+    let said = Ran::from(compact_by_name(&host).output().unwrap()).ok();
+    // Two thirds of 64 MiB, of which a third was discarded before.
+    assert!(said.contains("given back"), "{said}");
+    let after = fs::metadata(top(&host.rig)).unwrap();
+    assert!(after.len() <= CLUSTERS / 3 * CLUSTER + 2 * CLUSTER);
+    expect_prepared(&mut front_end);
+    drop(front_end);
+    backend.stop();
+    let said = Ran::from(compact_by_name(&host).output().unwrap()).ok();
+    assert!(said.contains("given back"), "{said}");
+    expect_sound(&host.rig.image);
+}
+
+#[test]
+fn who_interrupts_ploop_img_cancels_the_job() {
+    let host = host();
+    let backend = host.serve(&[]);
+    let mut front_end = start_front_end(backend.socket());
+    prepare(&mut front_end);
+    let mut qmp = Qmp::connect(&socket_of(&host));
+    let halt = Halt::of(&backend);
+    let child = compact_by_name(&host)
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    wait_for("the job", || !jobs(&mut qmp).is_empty());
+    let name = jobs(&mut qmp)[0]["id"].as_str().unwrap().to_owned();
+    qmp.ask("block-job-set-speed", json!({ "device": name, "speed": 1 }));
+    drop(halt);
+    let pid = rustix::process::Pid::from_child(&child);
+    rustix::process::kill_process(pid, rustix::process::Signal::INT).unwrap();
+    let output = child.wait_with_output().unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(!output.status.success(), "{said}");
+    assert!(said.contains("what was gained so far stays"), "{said}");
+    assert_eq!(jobs(&mut qmp), [] as [Value; 0]);
+    expect_prepared(&mut front_end);
+    drop(front_end);
+    backend.stop();
+    expect_sound(&host.rig.image);
 }

@@ -96,6 +96,11 @@ fn mistakes() -> Vec<Value> {
             threshold,
             json!({ "node-name": "disk", "write-threshold": "1" }),
         ),
+        run("job-cancel", json!({ "id": "x" })),
+        run("job-pause", json!({ "id": "x" })),
+        run("job-dismiss", json!({})),
+        run("block-job-set-speed", json!({ "device": "x", "speed": 1 })),
+        run("block-job-set-speed", json!({ "device": "x" })),
         json!({ "execute": "query-jobs", "z": 1 }),
         json!({ "execute": 5 }),
         json!({ "arguments": {} }),
@@ -250,6 +255,54 @@ fn disk_of(nodes: &Value) -> Value {
         .clone()
 }
 
+/// Each has a job, of another kind: it is asked about when it is over, and dismissed.
+fn compare_jobs(them: &mut Qmp, us: &mut Qmp) {
+    let null = json!({ "driver": "null-co", "node-name": "null", "size": 64 << 20 });
+    them.ask("blockdev-add", null);
+    let backup = json!({
+        "job-id": "j", "device": "disk", "target": "null", "sync": "full", "auto-dismiss": false,
+    });
+    them.ask("blockdev-backup", backup);
+    us.ask("compact", json!({ "job-id": "j", "auto-dismiss": false }));
+    for qmp in [&mut *them, &mut *us] {
+        wait_for("the end", || {
+            qmp.ask("query-jobs", json!({}))[0]["status"] == "concluded"
+        });
+    }
+    for command in ["query-jobs", "query-block-jobs"] {
+        let [theirs, ours] = [&mut *them, &mut *us].map(|qmp| qmp.ask(command, json!({})));
+        compare(command, &theirs, &ours);
+    }
+    let speed = |speed: i64| json!({ "device": "j", "speed": speed });
+    let id = json!({ "id": "j" });
+    for (command, arguments) in [
+        ("job-pause", id.clone()),
+        ("job-resume", id.clone()),
+        ("job-cancel", id.clone()),
+        ("job-complete", id.clone()),
+        ("job-finalize", id.clone()),
+        ("block-job-set-speed", speed(-1)),
+        ("block-job-set-speed", speed(1)),
+        ("job-dismiss", id.clone()),
+        ("job-dismiss", id),
+    ] {
+        let [theirs, ours] =
+            [&mut *them, &mut *us].map(|qmp| qmp.answer(command, arguments.clone()));
+        assert_eq!(theirs, ours, "{command}");
+    }
+    let turns = [&mut *them, &mut *us].map(|qmp| {
+        let mut turns = Vec::new();
+        while turns.last() != Some(&json!("null")) {
+            turns.push(qmp.event("JOB_STATUS_CHANGE")["status"].clone());
+        }
+        // QEMU pauses its jobs for a moment now and then, for reasons of its own.
+        turns.retain(|turn| turn != "paused");
+        turns.dedup();
+        turns
+    });
+    assert_eq!(turns[0], turns[1]);
+}
+
 #[test]
 fn answers_are_those_of_qemu_storage_daemon_but_for_what_is_listed() {
     if !require_tool("qemu-storage-daemon") || !require_tool("qemu-io") {
@@ -307,6 +360,7 @@ fn answers_are_those_of_qemu_storage_daemon_but_for_what_is_listed() {
     assert_eq!(front_end.rings[0].run(VIRTIO_BLK_T_OUT, 0, &data).0, OK);
     let event = "BLOCK_WRITE_THRESHOLD";
     compare(event, &them.event(event), &us.event(event));
+    compare_jobs(&mut them, &mut us);
     drop(front_end);
     assert_eq!(them.ask("quit", json!({})), us.ask("quit", json!({})));
     backend.ends();

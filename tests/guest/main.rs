@@ -5,6 +5,7 @@
 
 #[path = "../common/mod.rs"]
 mod common;
+mod compact;
 mod deaths;
 mod growth;
 mod limits;

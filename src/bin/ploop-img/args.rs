@@ -411,9 +411,16 @@ Examples:
         format: OutputFormat,
     },
     /// Give back the space of zeros and of gaps
+    ///
+    /// Of a disk that is being served the process that serves it does it for the top level,
+    /// while the guest runs; snapshots stay what they are. Ctrl-C ends it there, too: what was
+    /// gained so far stays.
     Compact {
         /// A bundle's folder, its DiskDescriptor.xml, or a bare image
         path: PathBuf,
+        /// The control socket of the process that serves the disk, if it cannot be found
+        #[arg(long, value_name = "PATH")]
+        control: Option<PathBuf>,
         #[command(flatten)]
         verbosity: Verbosity,
     },

@@ -288,8 +288,22 @@ fn run(command: Command) -> Result<ExitCode, ImageError> {
             let changed = throttle::run(&path, control, none, &limits.0, format.output);
             return Ok(end(changed));
         }
-        Command::Compact { path, verbosity } => {
-            let gained = image::compact(&path, &Bar::of(&verbosity))?;
+        Command::Compact {
+            path,
+            control,
+            verbosity,
+        } => {
+            let bar = Bar::of(&verbosity);
+            let gained = match image::compact(&path, &bar) {
+                Err(locked @ ImageError::Locked { .. }) => {
+                    match served::compact(&path, control.as_deref(), &bar) {
+                        Ok(gained) => gained,
+                        Err(refusal) => return refused(refusal, locked),
+                    }
+                }
+                compacted => compacted?,
+            };
+            drop(bar);
             if !verbosity.quiet {
                 show::compacted(gained);
             }

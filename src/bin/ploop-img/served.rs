@@ -2,12 +2,15 @@
 
 use std::fmt::Display;
 use std::fs::File;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::Duration;
 
 use serde_json::{Value, json};
 use vhost_user_ploop::control::{AskError, Asker, file_id, find_control_socket};
 use vhost_user_ploop::format::{Guid, SECTOR_SIZE, Sector};
-use vhost_user_ploop::image::{self, Access, ImageError, NewSize, OpenMode, Shrink};
+use vhost_user_ploop::image::{self, Access, ImageError, NewSize, OpenMode, Progress, Shrink};
 
 use crate::notes;
 
@@ -210,6 +213,87 @@ pub fn resize(
         ))),
         Err(error) => Err(said(&error)),
     }
+}
+
+/// How often it is asked how far a job is.
+const LOOK: Duration = Duration::from_millis(100);
+
+/// What [`image::compact`] does, for the top of a disk that is being served: by who listens at
+/// `control`, or is found by the image. Gives back how many bytes less it takes on the host.
+pub fn compact(
+    path: &Path,
+    control: Option<&Path>,
+    progress: &dyn Progress,
+) -> Result<u64, Refusal> {
+    let said = |error: &dyn Display| say(path, error);
+    let mut server = server_to_change(path, control)?;
+    let before = space_of(path)?;
+    let id = format!("ploop-img-{}", std::process::id());
+    let terms = json!({ "job-id": id, "auto-dismiss": false });
+    server
+        .ask_with("compact", terms)
+        .map_err(|error| said(&error))?;
+    match wait_for_job(&mut server, &id, progress) {
+        Ok(None) => {}
+        Ok(Some(why)) if !progress.is_cancelled() => return Err(said(&why)),
+        Ok(Some(_)) => {
+            return Err(Refusal::Image(ImageError::Interrupted {
+                path: path.to_owned(),
+                state: "what was gained so far stays",
+            }));
+        }
+        Err(error) => {
+            return Err(said(&format_args!("{error}; what was gained so far stays")));
+        }
+    }
+    Ok(before.saturating_sub(space_of(path)?))
+}
+
+/// Waits for the end of a job, and has it cancelled if the user wants that. Why it has failed,
+/// if it has.
+fn wait_for_job(
+    server: &mut Asker,
+    id: &str,
+    progress: &dyn Progress,
+) -> Result<Option<String>, AskError> {
+    let mut known_total = 0;
+    let mut is_cancelled = false;
+    loop {
+        let jobs = server.ask("query-jobs")?;
+        let mut jobs = jobs.as_array().into_iter().flatten();
+        let Some(job) = jobs.find(|job| job["id"] == id) else {
+            return Err(AskError::Odd);
+        };
+        let number = |name: &str| job[name].as_u64().unwrap_or_default();
+        let (done, total) = (number("current-progress"), number("total-progress"));
+        if std::mem::replace(&mut known_total, total) != total {
+            progress.begin(total);
+        }
+        progress.done(done);
+        if job["status"] == "concluded" {
+            server.ask_with("job-dismiss", json!({ "id": id }))?;
+            return Ok(job["error"].as_str().map(str::to_owned));
+        }
+        if progress.is_cancelled() && !is_cancelled {
+            is_cancelled = true;
+            match server.ask_with("job-cancel", json!({ "id": id })) {
+                // It has just ended.
+                Ok(_) | Err(AskError::Refused(_)) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        thread::sleep(LOOK);
+    }
+}
+
+/// What the files of a disk take on the host, in bytes.
+fn space_of(path: &Path) -> Result<u64, ImageError> {
+    let image = image::open(path, OpenMode::new(Access::Read).force_share(true))?;
+    let blocks = image.files.iter().filter_map(|file| {
+        let metadata = file.file.metadata().ok()?;
+        Some(metadata.blocks() * SECTOR_SIZE)
+    });
+    Ok(blocks.sum())
 }
 
 /// Says that a process serves another disk than it is asked about. A path would not do to

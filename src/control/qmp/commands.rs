@@ -9,7 +9,7 @@ use super::arguments::{Arguments, missing};
 use super::message::{Answer, Class, Failure, Request};
 use super::names::{DISK, lower_level};
 use super::shapes;
-use crate::control::jobs::{GUEST_SHARE, Terms, Verb};
+use crate::control::jobs::{GUEST_SHARE, Terms, Verb, speed_of};
 use crate::control::subject::Subject;
 use crate::device::ThrottleLimits;
 use crate::format::{Guid, SECTOR_SIZE, Sector, SnapshotNotes};
@@ -455,22 +455,17 @@ fn job_terms(mut arguments: Arguments) -> Result<Terms, Failure> {
         .ok_or_else(|| Failure::generic("Parameter 'guest-share' expects percent, from 0 to 99"))?;
     Ok(Terms {
         id,
-        speed: job_speed(speed)?,
+        speed: speed_of(speed).map_err(Failure::generic)?,
         guest_share,
         auto_dismiss,
     })
-}
-
-fn job_speed(speed: i64) -> Result<u64, Failure> {
-    u64::try_from(speed)
-        .map_err(|_| Failure::generic("Parameter 'speed' expects a non-negative value"))
 }
 
 fn set_job_speed(mut arguments: Arguments, context: &mut Context<'_>) -> Answer {
     let id = arguments.required_text("device")?;
     let speed = arguments.required_integer("speed")?;
     arguments.end()?;
-    let verb = Verb::SetSpeed(job_speed(speed)?);
+    let verb = Verb::SetSpeed(speed);
     context.wish = Wish::ToJob { id, verb };
     Ok(json!({}))
 }

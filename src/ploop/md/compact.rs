@@ -158,9 +158,8 @@ impl<D: Disk> MdWriter<D> {
         let engine = self.engine.clone();
         let end = engine.alloc().cut_free();
         let end = end.max(self.geometry.first_host_cluster());
-        if rule::kept(Rule::CutIsNoLength) {
-            self.covered.file_end = self.covered.file_end.min(end.0);
-        }
+        // A sync under way vouches for no length behind the cut.
+        self.covered.file_end = self.covered.file_end.min(end.0);
         if end.0 >= old_end {
             return Ok(());
         }
