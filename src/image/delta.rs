@@ -195,9 +195,11 @@ impl<F: ImageFile> Delta<F> {
     /// `mark`, then that stable too.
     ///
     /// # Errors
-    /// Any of `pwrite(2)` and `fdatasync(2)`.
+    /// Any of `pwrite(2)` and `fdatasync(2)`; and when a server has taken the lock away.
     pub fn finish(&mut self, mark: InUse) -> Result<()> {
         self.sync()?;
+        let locked = self.file.require_lock();
+        locked.context(self.file.path(), "say that the image is closed")?;
         if mark == InUse::Closed {
             // The mark says that it is not valid; nothing may find it later.
             self.header.extension.0 = 0;

@@ -82,6 +82,15 @@ pub trait ImageFile {
         Ok(())
     }
 
+    /// Makes sure that nobody else has got the lock on the file meanwhile, where a server can
+    /// take it away and says so.
+    ///
+    /// # Errors
+    /// When it is gone, or that cannot be found out. Nothing can be written any more then.
+    fn require_lock(&self) -> io::Result<()> {
+        Ok(())
+    }
+
     /// Whether the file system says where holes are. If not, all of the file may
     /// look like data to [`Self::next_data`].
     fn tells_holes(&self) -> bool {
@@ -168,6 +177,11 @@ impl HostImage {
 }
 
 impl ImageFile for HostImage {
+    fn require_lock(&self) -> io::Result<()> {
+        let direct = self.direct.as_ref();
+        direct.map_or(Ok(()), HostDisk::require_locks)
+    }
+
     fn path(&self) -> &Path {
         &self.path
     }

@@ -30,7 +30,7 @@ use std::sync::{Arc, OnceLock};
 
 use rustix::io::Errno;
 
-use self::file::{Description, SharedFile};
+use self::file::{Description, SharedFile, Shown};
 use self::lease::Lease;
 use self::pieces::{Pieces, Pool};
 use self::psync::Psync;
@@ -184,6 +184,29 @@ impl HostDisk {
         lease.map_or(Ok(None), |lease| {
             LockWatch::new(lease, &self.files, sees_mark)
         })
+    }
+
+    /// Makes sure that the locks are there, where nobody watches them and the file system shows
+    /// them. If one is not, nothing is written any more.
+    ///
+    /// # Errors
+    /// When one is gone, or cannot be asked for.
+    pub fn require_locks(&self) -> io::Result<()> {
+        let Some(lease) = &self.lease else {
+            return Ok(());
+        };
+        for file in self.files.iter().filter(|file| file.shown() != Shown::No) {
+            let Some(other) = file.open_to_ask()? else {
+                continue;
+            };
+            if !lease.is_seen_by(&other)? {
+                lease.begin_watch();
+                lease.lose();
+                let message = "a server has taken the lock away, and another host may use the file";
+                return Err(io::Error::other(message));
+            }
+        }
+        Ok(())
     }
 
     /// By which is found out, said in the log and told to `notices` that a file was

@@ -20,10 +20,14 @@ use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::sync::OnceLock;
+use std::thread;
+use std::time::Duration;
 
 use thiserror::Error;
 
 pub use holder::Holder;
+
+use super::filesystem;
 
 /// First of the bytes that say which permissions the holder uses.
 const USED_BASE: i64 = 100;
@@ -33,6 +37,12 @@ const DENIED_BASE: i64 = 200;
 /// Behind all that a file can be as long as, and in front of the last byte that can be locked.
 const OWN_FROM: i64 = 1 << 62;
 const OWN_BYTES: u64 = 1 << 61;
+
+/// Whoever changes a file that lies on a server has a lock on this byte, beside the others. Who
+/// comes tries to lock it exclusively, for a moment: of a server that consists of several each
+/// is asked then, where only one answers a question. One that has not given up a host yet may
+/// still take what that had under way (GlusterFS).
+const CHANGED: i64 = OWN_FROM - 1;
 
 /// The byte that this process locks in each file that it has locked, and nobody else. It is
 /// drawn by lot: who finds a lock on it has found one that this process has had all the time
@@ -158,7 +168,7 @@ impl ImageLock {
     /// somebody uses the image in a way that does not go with `mode`.
     pub fn acquire(file: &File, mode: LockMode) -> Result<Self, LockError> {
         let lock = Self::share(file, mode)?;
-        test(&lock.file, mode)?;
+        test_everywhere(&lock.file, mode)?;
         Ok(lock)
     }
 
@@ -177,6 +187,9 @@ impl ImageLock {
         };
         // First: as long as it is there, the others have been. Without it that is not known.
         let _ = share_byte(&lock.file, own_byte());
+        if mode != LockMode::ReadOnly {
+            say_changed(&lock.file);
+        }
         take(&lock.file, used, denied)?;
         Ok(lock)
     }
@@ -189,6 +202,9 @@ impl ImageLock {
     pub fn renew(file: &File, mode: LockMode) -> io::Result<()> {
         let (used, denied) = mode.used_and_denied();
         share_byte(file, own_byte())?;
+        if mode != LockMode::ReadOnly {
+            say_changed(file);
+        }
         take(file, used, denied)
     }
 
@@ -253,6 +269,46 @@ pub fn test(file: &File, mode: LockMode) -> Result<(), LockError> {
     Ok(())
 }
 
+/// Takes the lock on [`CHANGED`] beside others who have it. Where that cannot be, the others
+/// have to do.
+fn say_changed(file: &File) {
+    for _ in 0..TRIES {
+        match share_byte(file, CHANGED) {
+            // Somebody looks whether we are there.
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => thread::sleep(TRY_PAUSE),
+            _ => return,
+        }
+    }
+}
+
+const TRIES: u32 = 20;
+const TRY_PAUSE: Duration = Duration::from_millis(5);
+
+/// As [`test`], and of every server that the file is kept by.
+///
+/// # Errors
+/// As [`ImageLock::acquire`].
+pub fn test_everywhere(file: &File, mode: LockMode) -> Result<(), LockError> {
+    test(file, mode)?;
+    match mode != LockMode::ReadOnly && filesystem::may_be_shared(file) {
+        true => ask_every_server(file),
+        false => Ok(()),
+    }
+}
+
+/// Whether nobody else has a lock on [`CHANGED`], on any server.
+fn ask_every_server(file: &File) -> Result<(), LockError> {
+    match set(file, CHANGED, 1, libc::F_WRLCK) {
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock => Err(LockError::Writer(Holder {
+            pid: None,
+            byte: CHANGED,
+        })),
+        // Where it cannot be locked like that, nobody has.
+        Err(_) => Ok(()),
+        Ok(()) => Ok(set(file, CHANGED, 1, libc::F_RDLCK)?),
+    }
+}
+
 /// The image that this description has locked for writing is only read from now on: others
 /// may read it too, and write no more than before.
 ///
@@ -264,6 +320,7 @@ pub fn stop_writing(file: &File) -> io::Result<()> {
     for n in used.iter().filter(|n| reads.iter().all(|read| read != *n)) {
         set(file, USED_BASE + i64::from(n), 1, libc::F_UNLCK)?;
     }
+    let _ = set(file, CHANGED, 1, libc::F_UNLCK);
     Ok(())
 }
 
@@ -281,7 +338,9 @@ impl Drop for ImageLock {
                 log::warn!("cannot unlock an image: {error}");
             }
         }
-        let _ = set(&self.file, own_byte(), 1, libc::F_UNLCK);
+        for byte in [own_byte(), CHANGED] {
+            let _ = set(&self.file, byte, 1, libc::F_UNLCK);
+        }
     }
 }
 

@@ -10,11 +10,10 @@ use std::path::{Path, PathBuf};
 
 use super::filesystem;
 
-/// Types of mounts whose servers refuse such I/O, or shut such a host out: NFS, as every
-/// description has a lock; CephFS and Lustre, which evict the client; file systems on shared
+/// Types of mounts whose servers refuse such I/O, or shut such a host out: NFS from version 4
+/// on, as every description has a lock, and I/O is by that; CephFS and Lustre, which evict the client; file systems on shared
 /// block devices, which fence the host.
-const REFUSE: [&str; 9] = [
-    "nfs",
+const REFUSE: [&str; 8] = [
     "nfs4",
     "ceph",
     "fuse.ceph",
@@ -26,6 +25,10 @@ const REFUSE: [&str; 9] = [
 ];
 
 const GLUSTER: &str = "fuse.glusterfs";
+
+/// NFS of version 2 or 3, whose I/O knows nothing of locks. They are no leases either: they
+/// go when the server is started anew and this host does not reclaim them in time.
+const OLD_NFS: &str = "nfs";
 
 /// Says in the log, if it is so, that the file system of an image may let a host write for a
 /// moment that has lost its lock. Needs `/proc` and the root of the mount.
@@ -43,6 +46,11 @@ pub fn warn_of_late_refusal(file: &File, path: &Path) {
     let path = path.display();
     match strict {
         Some(true) => {}
+        None if kind == OLD_NFS => log::warn!(
+            "{path}: NFS before version 4 lets a host write that has lost its lock, as when the \
+             server was started anew while the host was cut off, until it notices that, a \
+             second later. Mount it with 'vers=4'"
+        ),
         Some(false) => log::warn!(
             "{path}: this GlusterFS volume lets a host write that has lost its lock, until it \
              notices that, a second later. 'gluster volume set VOLUME client.strict-locks on' \

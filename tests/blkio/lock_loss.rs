@@ -10,6 +10,7 @@ use tempfile::TempDir;
 
 use crate::client::{Client, Lane};
 use crate::common::backend::Backend;
+use crate::common::img::ploop_img;
 use crate::common::qmp::Qmp;
 use crate::frail_fs::Loss;
 use crate::stable::{Disk, EIO, IMAGE, WAYS, flush, write};
@@ -218,6 +219,32 @@ fn an_image_whose_lock_goes_while_it_is_opened_is_not_served() {
             "{log}"
         );
     });
+}
+
+/// It watches no locks, and looks for its own before it says that all is well.
+#[test]
+fn a_command_whose_lock_goes_does_not_mark_the_image_as_closed() {
+    let Some(disk) = Disk::new() else {
+        return;
+    };
+    disk.fs.hold_syncs();
+    thread::scope(|scope| {
+        let image = disk.fs.path(IMAGE);
+        let failed = scope.spawn(move || {
+            let image = image.to_str().unwrap();
+            ploop_img(["resize", image, "32M"]).fails()
+        });
+        let start = Instant::now();
+        while disk.fs.held_syncs() == 0 {
+            assert!(start.elapsed() < PATIENCE, "no sync");
+            thread::sleep(Duration::from_millis(10));
+        }
+        disk.fs.take_locks(Loss::Silent);
+        disk.fs.let_syncs_go();
+        let why = failed.join().unwrap();
+        assert!(why.contains("has taken the lock away"), "{why}");
+    });
+    assert!(disk.is_marked());
 }
 
 /// One answer that is an error is no proof that the lock has gone; many are.

@@ -336,7 +336,7 @@ impl Looked {
     fn take_again(&self, lease: &Lease) -> Result<(), Odd> {
         // First: whoever comes now finds it, and goes.
         self.renew(lease)?;
-        lock::test(self.file.given(), self.mode).map_err(|error| match error {
+        lock::test_everywhere(self.file.given(), self.mode).map_err(|error| match error {
             LockError::Io(error) => Odd::of(error),
             error => Odd::Taken(error.to_string()),
         })?;

@@ -95,6 +95,9 @@ impl Locks {
             return Err(Errno::EAGAIN);
         }
         if !self.held.iter().any(|it| is_of(it) && it.kind == lock.kind) {
+            // It becomes of another kind.
+            self.held
+                .retain(|it| !(is_of(it) && it.range == lock.range));
             self.held.push(lock);
         }
         Ok(())
