@@ -284,7 +284,7 @@ fn say_changed(file: &File) {
 const TRIES: u32 = 20;
 const TRY_PAUSE: Duration = Duration::from_millis(5);
 
-/// As [`test`], and of every server that the file is kept by.
+/// As [`test()`], and of every server that the file is kept by.
 ///
 /// # Errors
 /// As [`ImageLock::acquire`].
