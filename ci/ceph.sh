@@ -31,13 +31,29 @@ packages=(ceph-mon ceph-mds ceph-osd ceph-fuse ceph-common)
 say() { echo "ci/ceph.sh: $*"; }
 die() { say "$*" >&2; exit 1; }
 
-# The tests that the file system has to pass; to be run beside it.
-run_tests() {
-    # Cargo's place for the files of tests.
+# The test of locks, each part on a file system of its own: a host that was fenced stays so.
+fenced_tests=(
+    a_host_that_comes_back_writes_nothing
+    a_host_that_comes_back_with_plain_calls
+    a_host_that_comes_back_with_the_page_cache
+)
+
+# Cargo's place for the files of tests is the first mount.
+take_place() {
     mkdir -p "$target/tmp"
     mount --bind "$BED/m1" "$target/tmp"
     export PLOOP_REQUIRE_PEERS=1 PLOOP_OTHER_MOUNT=$BED/m2
-    cargo test --locked --offline --test blkio -- --ignored gluster::a_host_that_comes_back
+}
+
+# One of those; to be run beside the file system.
+run_fenced() {
+    take_place
+    cargo test --locked --offline --test blkio -- --ignored --nocapture "gluster::$1"
+}
+
+# The other tests that it has to pass; likewise.
+run_tests() {
+    take_place
     PLOOP_TEST_FOLDERS=$BED/m1 cargo test --locked --offline --lib storage::host
     # Those left out start the program hundreds of times each.
     cargo test --locked --offline --test ploop_img -- --skip cuts:: --skip kill::
@@ -234,9 +250,11 @@ inside() {
 case ${1:-} in
     '')
         cargo test --locked --no-run --lib --test ploop_img --test blkio
+        for name in "${fenced_tests[@]}"; do enter "$PWD/ci/ceph.sh" run-fenced "$name"; done
         enter "$PWD/ci/ceph.sh" run-tests
         ;;
     inside) inside "${@:2}" ;;
+    run-fenced) run_fenced "$2" ;;
     run-tests) run_tests ;;
     *) enter "$@" ;;
 esac
