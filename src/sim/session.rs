@@ -1261,6 +1261,10 @@ impl Session {
         };
         self.judge(world, "close", &close.flush, result)?;
         self.check_quiet(world, "closed")?;
+        if result.is_err() && how.can_go_on() {
+            // Those that wait for space are not given up then.
+            world.disk.change_medium(|medium| medium.capacity = None);
+        }
         // Those that were held back end with their queue.
         let is_over = |session: &Self| session.requests.len() == session.held();
         self.turn_until(world, "a request", is_over)?;
@@ -1270,10 +1274,10 @@ impl Session {
         if result.is_ok() && self.actors.md.borrow().awaits_pages() {
             return Err("I2: freed clusters wait for a page that was written already".to_owned());
         }
-        Ok(if result.is_ok() {
-            Closed::Well
-        } else {
-            Closed::Badly
+        Ok(match result {
+            Ok(()) if how == (Control::HandOver { trims: false }) => Closed::InHaste,
+            Ok(()) => Closed::Well,
+            Err(_) => Closed::Badly,
         })
     }
 
@@ -1296,6 +1300,8 @@ pub enum Closed {
     Cut,
     /// The image is closed.
     Well,
+    /// The image is closed, and unused space may be behind its last cluster.
+    InHaste,
     /// The engine said that it could not.
     Badly,
 }

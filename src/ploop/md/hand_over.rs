@@ -12,9 +12,9 @@
 //! 4. the mark, and a sync.
 //!
 //! While a guest stands still and another host waits for the image, the cut comes first, so that
-//! the sync of the flush is its sync, too, and takes away what is quickly taken away: a file
-//! system that gives hundreds of MiB back while others write has been seen to take 9 s. What is
-//! left, the next opening finds as space that nothing uses.
+//! the sync of the flush is its sync, too, and takes away only the space that the file had grown
+//! ahead: a file system that gives hundreds of MiB back while others write has been seen to take
+//! 9 s. What is left, the next opening finds as space that nothing uses.
 
 use super::{ControlStage, MdWriter, Waiter, cannot_mark, errno_of, mark_closed, used_end};
 use crate::format::HostCluster;
@@ -23,9 +23,6 @@ use crate::ploop::preempt;
 use crate::ploop::rule::{self, Rule};
 use crate::storage::Disk;
 
-/// How much of what was used before, in bytes, is given back while a guest waits.
-const QUICK_CUT: u64 = 64 << 20;
-
 impl<D: Disk> MdWriter<D> {
     /// The quick cut, and step 1. A sync that began before is over, as it would vouch for a
     /// length that the file has no more.
@@ -33,14 +30,10 @@ impl<D: Disk> MdWriter<D> {
         let engine = &self.engine;
         let changes = !engine.is_read_only() && !engine.awaits_take_over();
         if changes && self.metadata.is_some() {
+            // Not behind what is used now: what the mapping on disk still says is used reaches
+            // further, until the flush.
             let given = engine.alloc().cut().max(self.geometry.first_host_cluster());
-            let used = used_end(engine, &self.geometry);
-            let [used_len, given_len] = [used, given].map(|end| self.geometry.host_offset(end));
-            let end = match given_len.saturating_sub(used_len) > QUICK_CUT {
-                true => given,
-                false => used,
-            };
-            if let Err(error) = self.cut(end) {
+            if let Err(error) = self.cut(given) {
                 return self.go_on(Err(error));
             }
         }
