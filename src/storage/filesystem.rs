@@ -47,6 +47,18 @@ pub fn is_fuse(file: impl AsFd) -> bool {
     magic_of(file) == magic::FUSE
 }
 
+/// Whether Ceph is the file system, in the kernel or by its client in user space. That one
+/// tells by an attribute that each of its files has.
+pub fn is_ceph(file: impl AsFd) -> bool {
+    let mut layout = [0; 256];
+    let mut has_layout = || rustix::fs::fgetxattr(&file, "ceph.file.layout", &mut layout).is_ok();
+    match magic_of(&file) {
+        magic::CEPH => true,
+        magic::FUSE => has_layout(),
+        _ => false,
+    }
+}
+
 /// Whether a write-back that failed may be told to one description alone: the one that the
 /// write was made by, or the first that asks. So it is where a program has each description
 /// as a handle of its own (FUSE, 9P), and with Lustre, which keeps the error with the inode
