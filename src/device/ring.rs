@@ -508,8 +508,10 @@ impl Ring {
                  that were under way may never be answered",
                 self.index
             );
-        } else if recovery.is_old {
-            // Whatever the front-end believes, see `InFlightQueue`.
+        } else {
+            // Whatever the front-end believes, see `InFlightQueue`. In a region that is new, too:
+            // cloud-hypervisor says the available index of a guest that has come from
+            // elsewhere, and what is not answered by then nobody else has.
             queue.set_next_avail(used.wrapping_add(recovery.heads.len() as u16));
         }
         Ok((Some(in_flight), recovery))

@@ -43,7 +43,8 @@ const RING_STRIDE: u64 = 0x4000;
 const AVAIL_OFFSET: u64 = 0x1000;
 const USED_OFFSET: u64 = 0x2000;
 const HEADERS: u64 = 0x4_0000;
-const STATUSES: u64 = 0x5_0000;
+/// A page for each ring.
+pub const STATUSES: u64 = 0x5_0000;
 
 /// Start of memory for data in the first region.
 pub const DATA: u64 = 0x8_0000;

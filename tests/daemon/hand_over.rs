@@ -17,25 +17,25 @@ use crate::common::qmp::Qmp;
 use crate::death::{CLUSTER, Region, begin, expect, reconnect, write};
 use crate::front_end::*;
 use crate::grow::{create, rig_of, with_snapshots};
-use crate::{OK, Rig, wait_for};
+use crate::{OK, Rig, jobs, wait_for};
 
 const RUNNING: &[&str] = &["--lock=running", "--writeback-delay=60000"];
 
 /// Two daemons of two hosts, as it were.
-struct Hosts {
-    rig: Rig,
-    one: Backend,
-    other: Backend,
+pub struct Hosts {
+    pub rig: Rig,
+    pub one: Backend,
+    pub other: Backend,
 }
 
 impl Hosts {
-    fn of(rig: Rig) -> Self {
+    pub fn of(rig: Rig) -> Self {
         let one = serve(&rig, "one", &[]);
         let other = serve(&rig, "other", &[]);
         Self { rig, one, other }
     }
 
-    fn end(self) {
+    pub fn end(self) {
         self.one.stop();
         self.other.stop();
         check(&self.rig.image);
@@ -59,12 +59,12 @@ fn check(disk: &Path) {
 }
 
 /// Whether the image was closed, and nobody has it open.
-fn is_free(disk: &Path) -> bool {
+pub fn is_free(disk: &Path) -> bool {
     ploop_img(["check".as_ref(), disk.as_os_str()]).code == Some(0)
 }
 
 /// The front-end stops all rings, and keeps the connection.
-fn stop_rings(front_end: &mut FrontEnd) {
+pub fn stop_rings(front_end: &mut FrontEnd) {
     for index in 0..front_end.rings.len() {
         let base = front_end.vhost.get_vring_base(index).unwrap();
         let ring = &front_end.rings[index];
@@ -87,11 +87,20 @@ fn migrate(from: &FrontEnd, to: &Backend) -> FrontEnd {
     front_end
 }
 
-fn bare() -> Rig {
+/// A guest is refused for that. What a process has begun that was killed may have to end
+/// first: until then the image is locked.
+fn expect_refusal(backend: &Backend, why: &str, connect: impl Fn() -> FrontEnd) {
+    wait_for(why, || {
+        try_start(&mut connect()).unwrap_err();
+        backend.log().contains(why)
+    });
+}
+
+pub fn bare() -> Rig {
     Rig::new()
 }
 
-fn bundle() -> Rig {
+pub fn bundle() -> Rig {
     rig_of(|folder| Some(with_snapshots(folder))).unwrap()
 }
 
@@ -226,10 +235,9 @@ fn what_a_killed_process_knew_comes_back_to_its_own_guest_alone() {
     write(&mut source, 7 * CLUSTER, 7);
     hosts.one.kill();
     // Nobody else goes on with that guest: only its region has the mapping.
-    let mut target = migrate(&source, &hosts.other);
-    try_start(&mut target).unwrap_err();
-    hosts.other.expect_to_say("has kept no in-flight region");
-    drop(target);
+    expect_refusal(&hosts.other, "has kept no in-flight region", || {
+        migrate(&source, &hosts.other)
+    });
     let one = serve(&hosts.rig, "one", &[]);
     reconnect(&mut source, &one, Some(&region));
     source.start_rings();
@@ -239,16 +247,13 @@ fn what_a_killed_process_knew_comes_back_to_its_own_guest_alone() {
     target.start_rings();
     expect(&mut target, 7 * CLUSTER, 7);
     write(&mut target, 8 * CLUSTER, 8);
-    let moved = target.driver();
     // The other one dies, too, and its guest comes back without what that one knew.
     hosts.other.kill();
     drop(source);
     one.expect_to_say("has disconnected");
-    let mut back = FrontEnd::connect(one.socket());
-    back.go_on_as(moved);
-    back.negotiate(u64::MAX);
-    try_start(&mut back).unwrap_err();
-    one.expect_to_say("has kept no in-flight region");
+    expect_refusal(&one, "has kept no in-flight region", || {
+        migrate(&target, &one)
+    });
     one.stop();
     // Until somebody decides that this guest does not go on.
     let disk = hosts.rig.image.as_os_str();
@@ -475,6 +480,57 @@ fn snapshots_of_a_running_disk_are_closed_with_it() {
         assert_eq!(nodes.as_array().unwrap().len(), made + 1, "{nodes}");
     }
     drop(front_end);
+    hosts.end();
+}
+
+/// A job that is under way when the last ring stops, at its beginning or later.
+#[test]
+fn a_job_is_called_off_and_the_next_host_can_do_it() {
+    let hosts = Hosts::of(jobs::rig());
+    let (mut source, _region) = begin(&hosts.one);
+    jobs::prepare(&mut source);
+    let mut qmp = Qmp::connect(&control(&hosts.rig, "one"));
+    for delay_ms in [None, Some(5), Some(15)] {
+        match delay_ms {
+            None => {
+                jobs::begin_slowly(&mut qmp, json!({}));
+                jobs::statuses(&mut qmp, "running");
+            }
+            Some(ms) => {
+                qmp.ask(
+                    "compact",
+                    json!({ "job-id": "slow", "auto-dismiss": false }),
+                );
+                std::thread::sleep(std::time::Duration::from_millis(ms));
+            }
+        }
+        stop_rings(&mut source);
+        check(&hosts.rig.image);
+        jobs::statuses(&mut qmp, "concluded");
+        let job = &jobs::jobs(&mut qmp)[0];
+        assert_eq!(job["status"], "concluded", "{job}");
+        if delay_ms.is_none() {
+            assert_eq!(job["error"], "Operation canceled");
+        }
+        qmp.ask("job-dismiss", json!({ "id": "slow" }));
+
+        let mut target = migrate(&source, &hosts.other);
+        target.start_rings();
+        jobs::expect_prepared(&mut target);
+        let moved = target.driver();
+        drop(target);
+        wait_for("the end of the front-end", || is_free(&hosts.rig.image));
+        source.go_on_as(moved);
+        source.start_rings();
+    }
+    stop_rings(&mut source);
+    let mut target = migrate(&source, &hosts.other);
+    target.start_rings();
+    let mut qmp = Qmp::connect(&control(&hosts.rig, "other"));
+    qmp.ask("compact", json!({}));
+    jobs::statuses(&mut qmp, "null");
+    jobs::expect_prepared(&mut target);
+    drop((source, target));
     hosts.end();
 }
 

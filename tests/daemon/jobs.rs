@@ -26,7 +26,7 @@ const CLUSTER: u64 = 64 << 10;
 const SECTORS: u64 = CLUSTER / 512;
 const CLUSTERS: u64 = (64 << 20) / CLUSTER;
 
-fn rig() -> Rig {
+pub fn rig() -> Rig {
     let small = ["--cluster-size", "64K"];
     rig_of(|folder| Some(create(folder, "bundle", &small))).unwrap()
 }
@@ -54,7 +54,7 @@ fn discard(ring: &mut Ring, cluster: u64) {
 }
 
 /// Of the clusters every third is zeros, every third discarded.
-fn prepare(front_end: &mut FrontEnd) {
+pub fn prepare(front_end: &mut FrontEnd) {
     let ring = &mut front_end.rings[0];
     for cluster in 0..CLUSTERS {
         fill(ring, cluster, 1 + (cluster % 200) as u8);
@@ -69,7 +69,7 @@ fn prepare(front_end: &mut FrontEnd) {
     assert_eq!(ring.run(VIRTIO_BLK_T_FLUSH, 0, &[]).0, OK);
 }
 
-fn expect_prepared(front_end: &mut FrontEnd) {
+pub fn expect_prepared(front_end: &mut FrontEnd) {
     let ring = &mut front_end.rings[0];
     for cluster in 0..CLUSTERS {
         let data = [writable(DATA, CLUSTER as u32)];
@@ -87,13 +87,13 @@ fn desc(answer: &Value) -> &str {
     answer["error"]["desc"].as_str().expect("it is an error")
 }
 
-fn jobs(qmp: &mut Qmp) -> Vec<Value> {
+pub fn jobs(qmp: &mut Qmp) -> Vec<Value> {
     let jobs = qmp.ask("query-jobs", json!({}));
     jobs.as_array().unwrap().clone()
 }
 
 /// The statuses that it comes to, up to this one.
-fn statuses(qmp: &mut Qmp, last: &str) -> Vec<String> {
+pub fn statuses(qmp: &mut Qmp, last: &str) -> Vec<String> {
     let mut all = Vec::new();
     loop {
         let event = qmp.event("JOB_STATUS_CHANGE");
@@ -231,7 +231,7 @@ fn a_compaction_leaves_what_queues_write_meanwhile() {
 }
 
 /// Begins one that takes its time.
-fn begin_slowly(qmp: &mut Qmp, arguments: Value) {
+pub fn begin_slowly(qmp: &mut Qmp, arguments: Value) {
     let mut slow = json!({ "job-id": "slow", "speed": 1, "auto-dismiss": false });
     for (name, value) in arguments.as_object().unwrap() {
         slow[name] = value.clone();
