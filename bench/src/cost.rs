@@ -213,13 +213,25 @@ fn wrapped(command: Command, watch: &Watch<'_>) -> Command {
     let Watch::Callgrind(log) = watch else {
         return command;
     };
+    let can_be_restricted = knows_seccomp(&command);
     let mut valgrind = Command::new("valgrind");
     valgrind
         .args(["--tool=callgrind", "--callgrind-out-file=/dev/null"])
         .arg(format!("--log-file={}", log.display()))
         .arg(command.get_program())
         .args(command.get_args());
+    if can_be_restricted {
+        // valgrind does not know that call, and refuses it.
+        valgrind.args(["--seccomp", "none"]);
+    }
     valgrind
+}
+
+/// Whether the program can be told to leave its system calls unrestricted; a build from before
+/// it restricted them cannot.
+fn knows_seccomp(command: &Command) -> bool {
+    let help = Command::new(command.get_program()).arg("--help").output();
+    help.is_ok_and(|help| String::from_utf8_lossy(&help.stdout).contains("--seccomp"))
 }
 
 /// perf, counting the system calls of a process.
