@@ -8,9 +8,6 @@ use std::time::Duration;
 use serde_json::{Value, json};
 use thiserror::Error;
 
-/// How long an answer may take.
-const PATIENCE: Duration = Duration::from_secs(10);
-
 /// Longest line that is read, in bytes.
 const MAX_LINE: u64 = 16 << 20;
 
@@ -44,23 +41,40 @@ pub enum AskError {
 pub struct Asker {
     socket: UnixStream,
     lines: BufReader<UnixStream>,
+    /// See [`Self::PATIENCE`].
+    patience: Duration,
 }
 
 impl Asker {
+    /// How long an answer may take.
+    pub const PATIENCE: Duration = Duration::from_secs(10);
+
     /// Connects and introduces itself.
     ///
     /// # Errors
     /// See [`AskError`].
     pub fn connect(path: &Path) -> Result<Self, AskError> {
+        Self::connect_within(path, Self::PATIENCE)
+    }
+
+    /// The same for who waits no longer than that for any answer.
+    ///
+    /// # Errors
+    /// See [`AskError`].
+    pub fn connect_within(path: &Path, patience: Duration) -> Result<Self, AskError> {
         let failed = |source| AskError::Connect {
             path: path.to_owned(),
             source,
         };
         let socket = UnixStream::connect(path).map_err(failed)?;
-        socket.set_read_timeout(Some(PATIENCE))?;
-        socket.set_write_timeout(Some(PATIENCE))?;
+        socket.set_read_timeout(Some(patience))?;
+        socket.set_write_timeout(Some(patience))?;
         let lines = BufReader::new(socket.try_clone()?);
-        let mut asker = Self { socket, lines };
+        let mut asker = Self {
+            socket,
+            lines,
+            patience,
+        };
         if asker.hear()?["QMP"].is_null() {
             return Err(AskError::Odd);
         }
@@ -109,7 +123,7 @@ impl Asker {
     pub fn ask_patiently(&mut self, command: &str, arguments: Value) -> Result<Value, AskError> {
         self.socket.set_read_timeout(None)?;
         let answer = self.ask_with(command, arguments);
-        self.socket.set_read_timeout(Some(PATIENCE))?;
+        self.socket.set_read_timeout(Some(self.patience))?;
         answer
     }
 

@@ -13,210 +13,35 @@
 //! Knows threads and [`served`]; what the disk is, and who asks, it is told.
 
 mod course;
+mod task;
 #[cfg(test)]
 mod tests;
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, SyncSender, channel, sync_channel};
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, poll};
 use serde_json::Value;
-use thiserror::Error;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 pub(super) use self::course::Activity;
 use self::course::{Course, Pace};
+pub(super) use self::task::{Change, Done, NewChain, Plan, Task, TaskError};
 use super::jobs::Reins;
 use super::question::{Answerer, Ending, Question};
 use super::sandbox::KeepTo;
 use super::{Error as StartError, with_causes};
-use crate::format::{Guid, Sector};
+use crate::format::Sector;
 use crate::image::{self, Bundle, ImageError, NewSnapshot};
 use crate::ploop::{Engine, EngineError, Outcome};
-use crate::served::compact::Compaction;
-use crate::served::job::{Job, JobError};
+use crate::served::job::JobError;
 use crate::served::snapshot::{self, SnapshotError};
 use crate::served::{self, CallOff, GrowError};
 use crate::storage::{FileWatch, HostDisk};
 use crate::threads::{self, Role};
-
-/// What can be done to a disk that is being served. One at a time.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum Task {
-    /// It becomes as large as this.
-    Grow(Sector),
-    /// A snapshot of it is made.
-    Snapshot {
-        /// How that is to be called.
-        new: NewSnapshot,
-        /// No other may have the same description.
-        is_unique: bool,
-    },
-    /// Long work, step by step.
-    Job(Plan),
-}
-
-impl Task {
-    /// Why nothing else can be done meanwhile.
-    pub fn is_under_way(&self) -> &'static str {
-        match self {
-            Self::Grow(_) => "The disk is being resized already",
-            Self::Snapshot { .. } => "A snapshot of the disk is being made already",
-            Self::Job(plan) => plan.is_under_way(),
-        }
-    }
-
-    /// By which it is done to an image that nobody serves.
-    pub fn off_line(&self) -> &'static str {
-        match self {
-            Self::Grow(_) => "resize",
-            Self::Snapshot { .. } => "snapshot create",
-            Self::Job(plan) => plan.off_line(),
-        }
-    }
-
-    /// What has come of it if it was called off before it began.
-    fn called_off(&self) -> TaskError {
-        match self {
-            Self::Grow(_) => GrowError::CalledOff.into(),
-            Self::Snapshot { .. } => SnapshotError::CalledOff.into(),
-            Self::Job(_) => TaskError::Cancelled,
-        }
-    }
-}
-
-/// What a job is about.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum Plan {
-    /// The space of zeros and gaps is given back.
-    Compact,
-}
-
-impl Plan {
-    /// As QMP calls jobs of this kind.
-    pub const fn kind(&self) -> &'static str {
-        match self {
-            Self::Compact => "compact",
-        }
-    }
-
-    const fn is_under_way(&self) -> &'static str {
-        match self {
-            Self::Compact => "The disk is being compacted already",
-        }
-    }
-
-    /// By which it is done to an image that nobody serves.
-    pub const fn off_line(&self) -> &'static str {
-        match self {
-            Self::Compact => "compact",
-        }
-    }
-
-    fn job(&self) -> Box<dyn Job<HostDisk>> {
-        match self {
-            Self::Compact => Box::new(Compaction::new()),
-        }
-    }
-}
-
-/// What has come of a task.
-#[derive(Debug)]
-pub(super) enum Done {
-    /// The disk has this size.
-    Grown(Sector),
-    /// It has another top.
-    Snapshot {
-        /// Its name.
-        guid: Guid,
-        /// What whoever has the image open takes.
-        new_top: NewTop,
-        /// Why it may not be there after a power cut, in words.
-        doubt: Option<String>,
-    },
-    /// All of it.
-    Job,
-}
-
-/// The top that a snapshot has made, until it is taken by whoever has the image open: the main
-/// thread, when it hears of the snapshot, or who closes the image before.
-#[derive(Clone, Debug, Default)]
-pub(super) struct NewTop(Arc<Mutex<Option<Box<snapshot::Created>>>>);
-
-impl NewTop {
-    fn put(&self, created: Box<snapshot::Created>) {
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(created);
-    }
-
-    /// `None` if there is none, or it was taken.
-    pub fn take(&self) -> Option<Box<snapshot::Created>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).take()
-    }
-}
-
-/// Why nothing has come of it.
-#[derive(Debug, Error)]
-pub(super) enum TaskError {
-    /// The disk cannot become larger.
-    #[error(transparent)]
-    Grow(#[from] GrowError),
-    /// Something is hidden below it; see
-    /// [`require_nothing_hidden`](crate::image::require_nothing_hidden).
-    #[error("the disk keeps its size")]
-    Hidden(#[source] Arc<ImageError>),
-    /// No snapshot of it can be made.
-    #[error(transparent)]
-    Snapshot(#[from] SnapshotError),
-    /// There is nowhere to note one.
-    #[error("no snapshot was made: the disk is a bare image, and only a bundle has snapshots")]
-    NoBundle,
-    /// As QEMU says it.
-    #[error("Snapshot with name '{0}' already exists on device 'disk'")]
-    NameTaken(String),
-    /// Which there are cannot be read.
-    #[error("no snapshot was made")]
-    Names(#[source] ImageError),
-    /// It is only read.
-    #[error("no snapshot was made: the disk is only read")]
-    ReadOnly,
-    /// A job came to nothing.
-    #[error(transparent)]
-    Job(#[from] JobError),
-    /// Somebody has cancelled it.
-    #[error("Operation canceled")]
-    Cancelled,
-    /// There are no more descriptors, most likely.
-    #[error("it cannot be begun")]
-    Setup(#[from] io::Error),
-    /// No ring runs, and so nobody here has the image open.
-    #[error(
-        "no guest uses the disk, so its image is not open (--lock=running): 'ploop-img {0}' does \
-         it now"
-    )]
-    NotOpen(&'static str),
-    /// A ring is about to run, or the last one has stopped.
-    #[error("the image is being opened or closed (--lock=running); try again")]
-    Turning,
-    /// The thread has ended in a panic.
-    #[error("the thread that changes the disk has failed; see the log")]
-    Gone,
-}
-
-impl TaskError {
-    /// For the client, with what can be done.
-    pub fn words(&self) -> String {
-        let words = with_causes(self);
-        match self {
-            Self::Grow(GrowError::Engine(EngineError::Smaller { .. })) => {
-                format!("{words}; when nobody serves it, 'ploop-img resize --shrink' does it")
-            }
-            _ => words,
-        }
-    }
-}
 
 /// See the module's text. Dropped, the thread ends when it has done what it is at.
 pub(super) struct Caretaker {
@@ -247,7 +72,7 @@ struct Errand {
     engine: Weak<Engine<HostDisk>>,
     task: Task,
     call_off: Arc<CallOff>,
-    new_top: NewTop,
+    new_chain: NewChain,
     tell: SyncSender<Result<Done, TaskError>>,
 }
 
@@ -343,14 +168,14 @@ impl Caretaker {
             call_off: Arc::default(),
             tether: None,
             is_over: Arc::clone(&is_over),
-            new_top: NewTop::default(),
+            new_chain: NewChain::default(),
         };
         let errand = Errand {
             ending: Ending(is_over),
             engine: Arc::downgrade(engine),
             task: task.clone(),
             call_off: Arc::clone(&stop.call_off),
-            new_top: stop.new_top.clone(),
+            new_chain: stop.new_chain.clone(),
             tell,
         };
         let operation = Operation { stop, task, result };
@@ -376,12 +201,14 @@ impl Caretaker {
         let event = || EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK).map(Arc::new);
         let (is_over, changed) = (event()?, event()?);
         let (tell, result) = sync_channel(1);
+        let new_chain = NewChain::default();
         let course = Course {
             ending: Ending(Arc::clone(&is_over)),
             engine: Arc::downgrade(engine),
             job: plan.job(),
             reins: Arc::clone(&reins),
             changed: Arc::clone(&changed),
+            new_chain: new_chain.clone(),
             tell,
             pace: Pace::new(activity),
         };
@@ -396,7 +223,7 @@ impl Caretaker {
                 orders: self.orders.clone(),
             }),
             is_over,
-            new_top: NewTop::default(),
+            new_chain,
         };
         Ok(Operation {
             stop,
@@ -452,7 +279,7 @@ impl Kept {
         engine: &Engine<HostDisk>,
         (new, is_unique): (&NewSnapshot, bool),
         call_off: &CallOff,
-        new_top: &NewTop,
+        new_chain: &NewChain,
     ) -> Result<Done, TaskError> {
         let bundle = self.bundle.as_mut().ok_or(TaskError::NoBundle)?;
         if is_unique && let Some(name) = &new.description {
@@ -474,10 +301,10 @@ impl Kept {
             }
         };
         let guid = created.guid;
-        new_top.put(created);
+        new_chain.put(Change::Top(created));
         Ok(Done::Snapshot {
             guid,
-            new_top: new_top.clone(),
+            new_chain: new_chain.clone(),
             doubt,
         })
     }
@@ -523,7 +350,7 @@ fn work(orders: &Receiver<Order>, mut disk: Kept) {
             Ok(Order::Look) | Err(RecvTimeoutError::Timeout) => {}
             Err(RecvTimeoutError::Disconnected) => return,
         }
-        course = course.and_then(|course| course.go_on(disk.bundle.as_mut()));
+        course = course.and_then(|course| course.go_on(&mut disk));
     }
 }
 
@@ -584,7 +411,7 @@ impl Errand {
             engine,
             task,
             call_off,
-            new_top,
+            new_chain,
             tell,
         } = self;
         let engine = engine.upgrade();
@@ -596,7 +423,7 @@ impl Errand {
                 grown.map(Done::Grown)
             }
             (Task::Snapshot { new, is_unique }, Some(engine)) => {
-                disk.make_snapshot(engine, (new, *is_unique), &call_off, &new_top)
+                disk.make_snapshot(engine, (new, *is_unique), &call_off, &new_chain)
             }
             // That is begun in another way.
             (Task::Job(_), _) => Err(TaskError::Gone),
@@ -694,7 +521,7 @@ pub(super) struct Stop {
     /// Of a job.
     tether: Option<Tether>,
     is_over: Arc<EventFd>,
-    new_top: NewTop,
+    new_chain: NewChain,
 }
 
 impl Stop {
@@ -713,8 +540,8 @@ impl Stop {
     }
 
     /// Calls it off, and waits for its end if it is too late for that. Then the image can be
-    /// closed. Gives back the top that it has got by this, unless that was taken already.
-    pub fn end(self) -> Option<Box<snapshot::Created>> {
+    /// closed. Gives back what has become of its levels, unless that was taken already.
+    pub fn end(self) -> Option<Change> {
         if !self.call_off() {
             // SAFETY: the descriptor is open as long as `self` is there.
             let is_over = unsafe { BorrowedFd::borrow_raw(self.is_over.as_raw_fd()) };
@@ -722,6 +549,6 @@ impl Stop {
             // Nobody reads it, so it stays readable.
             while poll(&mut fds, None).is_err() {}
         }
-        self.new_top.take()
+        self.new_chain.take()
     }
 }

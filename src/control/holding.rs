@@ -6,7 +6,7 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::time::Instant;
 
-use super::caretaker::{Activity, Caretaker, NewTop, Operation, Plan, Stop, Task, TaskError};
+use super::caretaker::{Activity, Caretaker, NewChain, Operation, Plan, Stop, Task, TaskError};
 use super::jobs::Reins;
 use super::lock_keeper::LockKeeper;
 use super::served::{Image, Standing, level_list};
@@ -137,13 +137,13 @@ impl Holding {
         Ok(operation)
     }
 
-    /// A snapshot was made. Returns at once: whoever closes the image takes the new top, too.
-    pub fn adopt(&self, new_top: &NewTop) {
+    /// The disk has other levels. Returns at once: whoever closes the image takes that, too.
+    pub fn follow(&self, new_chain: &NewChain) {
         if let Some(mut held) = self.try_lock_held()
             && let Some(held) = &mut *held
-            && let Some(created) = new_top.take()
+            && let Some(change) = new_chain.take()
         {
-            held.image.add_top(*created, held.running.engine());
+            held.image.follow(change, held.running.engine());
             self.take_note(held.image.top(), held.running.engine());
         }
     }
@@ -241,9 +241,9 @@ impl Holder<HostDisk> for Holding {
         let start = Instant::now();
         let engine = Arc::clone(opened.running.engine());
         if let Some(operation) = opened.operation.take()
-            && let Some(created) = operation.end()
+            && let Some(change) = operation.end()
         {
-            opened.image.add_top(*created, &engine);
+            opened.image.follow(change, &engine);
         }
         self.take_note(opened.image.top(), &engine);
         if engine.has_lost_lock() {

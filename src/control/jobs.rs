@@ -109,6 +109,18 @@ pub struct Terms {
     pub auto_dismiss: bool,
 }
 
+impl Terms {
+    /// Of one that its client does not know as a job.
+    pub(super) fn nameless() -> Self {
+        Self {
+            id: String::new(),
+            speed: 0,
+            guest_share: GUEST_SHARE,
+            auto_dismiss: true,
+        }
+    }
+}
+
 /// By which a job is held: shared by who runs it and who is asked about it.
 #[derive(Debug)]
 pub(super) struct Reins(Mutex<Held>);

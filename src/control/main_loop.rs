@@ -11,6 +11,7 @@
 //! a descriptor for a while.
 
 mod jobs;
+mod tasks;
 
 use std::collections::VecDeque;
 use std::io;
@@ -24,11 +25,10 @@ use std::time::{Duration, Instant};
 
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
 use rustix::io::Errno;
-use serde_json::{Value, json};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::Doors;
-use super::caretaker::{Done, Operation, Plan, Task, TaskError};
+use super::caretaker::{Operation, Plan, Task};
 use super::deadline;
 use super::jobs::Jobs;
 use super::metrics::{Names, Server};
@@ -39,12 +39,13 @@ use super::signals::Signals;
 use super::socket::ServerSocket;
 use super::upgrade::{Step, Successor};
 use crate::device::{BlockDevice, Connection, Parked, has_spoken};
-use crate::format::{Guid, Sector};
+use crate::format::Sector;
 use crate::notices::{IoError, Notice, Notices};
 use crate::peer::Peer;
 use crate::ploop::{Engine, EngineError};
 use crate::storage::{Disk, HostDisk};
 use crate::threads::{self, Role};
+use tasks::{Underway, Wants};
 
 /// How long to wait after a front-end could not be accepted: what was missing,
 /// descriptors or threads, is not there again at once.
@@ -243,38 +244,6 @@ impl ImageSync {
     }
 }
 
-/// What is being done to the disk, and who waits for it.
-struct Underway {
-    operation: Operation,
-    /// Of a job nobody waits for the end.
-    asker: Option<Asker>,
-}
-
-struct Asker {
-    client: ClientId,
-    wants: Wants,
-}
-
-/// What has come of it.
-struct Concluded {
-    /// What its client is told.
-    answer: Result<Value, Failure>,
-    /// One that was made.
-    snapshot: Option<Guid>,
-    /// What there is to tell of a job that is over.
-    events: Vec<Event>,
-}
-
-/// What a client is told besides that it went well.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Wants {
-    Nothing,
-    /// The size, as it has only asked for more.
-    Size,
-    /// The name of the snapshot, as it has given none, perhaps.
-    Guid,
-}
-
 struct MainLoop<'a> {
     served: &'a mut Served,
     image: &'a mut Image,
@@ -442,6 +411,13 @@ impl MainLoop<'_> {
             }
             Wish::ListJobs { are_of_block } => self.list_jobs(are_of_block, client, ops),
             Wish::Compact(terms) => self.begin_job((Plan::Compact, &terms), client, ops),
+            Wish::DeleteSnapshot { which, terms } => {
+                self.begin_job((Plan::Delete(which), &terms), client, ops)
+            }
+            Wish::DeleteInternalSnapshot(which) => {
+                let task = Task::Job(Plan::Delete(which));
+                self.begin(task, Wants::Snapshot, client, ops)
+            }
             Wish::ToJob { id, verb } => self.apply_to_job((&id, verb), client, ops),
         }
     }
@@ -486,135 +462,6 @@ impl MainLoop<'_> {
         for (client, _) in self.questions.drain(..) {
             let refusal = Err(Failure::generic(why));
             self.desk.monitor.answer_last(client, refusal);
-        }
-    }
-
-    /// Begins what is to be done to the disk, or says why not.
-    fn begin(
-        &mut self,
-        task: Task,
-        wants: Wants,
-        client: ClientId,
-        ops: &mut EventOps,
-    ) -> Result<(), event_manager::Error> {
-        let begun = match self.refusal() {
-            Some(why) => Err(why.to_owned()),
-            None => self.served.begin(task).map_err(|error| error.words()),
-        };
-        match begun {
-            Ok(operation) => {
-                ops.add(done_events(&operation))?;
-                let asker = Some(Asker { client, wants });
-                self.underway = Some(Underway { operation, asker });
-                Ok(())
-            }
-            Err(why) => {
-                let refusal = Err(Failure::generic(why));
-                self.desk.monitor.answer(client, refusal, ops)
-            }
-        }
-    }
-
-    /// Why nothing can be done to the disk now.
-    fn refusal(&self) -> Option<&'static str> {
-        if let Some(underway) = &self.underway {
-            return Some(underway.operation.task().is_under_way());
-        }
-        if self.outcome.is_some() {
-            return Some("The program is about to end");
-        }
-        // It has looked at the image.
-        let waits = self.successor.as_ref().is_some_and(Successor::is_ready);
-        waits.then_some("Another process is about to take over; ask that one")
-    }
-
-    fn hear_of_end(&mut self, ops: &mut EventOps) -> Result<(), event_manager::Error> {
-        let Some(Underway { operation, asker }) = self.underway.take() else {
-            return Ok(());
-        };
-        ops.remove(done_events(&operation))?;
-        if let Some(changed) = operation.changed() {
-            ops.remove(jobs::changed_events(changed))?;
-        }
-        self.go_on_after(operation.result(), asker, ops)
-    }
-
-    fn go_on_after(
-        &mut self,
-        result: Result<Done, TaskError>,
-        asker: Option<Asker>,
-        ops: &mut EventOps,
-    ) -> Result<(), event_manager::Error> {
-        let wants = asker.as_ref().map(|asker| asker.wants);
-        let concluded = self.conclude(result, wants);
-        self.tell_all(&concluded.events, ops)?;
-        if let Some(guid) = concluded.snapshot {
-            // It knows the disk as it was.
-            if let Some(successor) = self.successor.take() {
-                successor.refuse("a snapshot of the disk was made meanwhile; start it again");
-                ops.remove(successor_events(&successor))?;
-            }
-            let event = Event::SnapshotCreated { guid };
-            self.desk.monitor.tell(&event, ops)?;
-        }
-        self.begin_take_over(ops)?;
-        let Some(asker) = asker else {
-            return Ok(());
-        };
-        let answer = concluded.answer;
-        self.desk.monitor.answer(asker.client, answer, ops)
-    }
-
-    /// Whoever has to know of it learns what has become of the disk. Of a job nobody `wants`
-    /// anything.
-    fn conclude(&mut self, result: Result<Done, TaskError>, wants: Option<Wants>) -> Concluded {
-        let Some(wants) = wants else {
-            return Concluded {
-                answer: Ok(json!({})),
-                snapshot: None,
-                events: self.end_job(result.as_ref().err()),
-            };
-        };
-        let (answer, snapshot) = match result {
-            Ok(Done::Job) => (Ok(json!({})), None),
-            Ok(Done::Grown(size)) => {
-                if let Some(connection) = &self.connection {
-                    connection.config_changed();
-                }
-                let answer = match wants {
-                    Wants::Size => json!({ "size": size.bytes() }),
-                    _ => json!({}),
-                };
-                (Ok(answer), None)
-            }
-            Ok(Done::Snapshot {
-                guid,
-                new_top,
-                doubt,
-            }) => {
-                self.served.add_top(self.image, &new_top);
-                if let (Some(terms), Some(top)) = (&mut self.doors.terms, self.image.files().last())
-                {
-                    terms.add_top(top);
-                }
-                let answer = match (doubt, wants) {
-                    (Some(doubt), _) => Err(doubt),
-                    (None, Wants::Guid) => Ok(json!({ "guid": guid.to_string() })),
-                    (None, _) => Ok(json!({})),
-                };
-                (answer, Some(guid))
-            }
-            Err(error) => (Err(error.words()), None),
-        };
-        let answer = answer.map_err(|why| {
-            // Who has asked may have gone.
-            log::warn!("{why}");
-            Failure::generic(why)
-        });
-        Concluded {
-            answer,
-            snapshot,
-            events: Vec::new(),
         }
     }
 

@@ -1,7 +1,7 @@
 //! Where a running disk is asked by whoever knows its image.
 //!
 //! In a run-time folder of the host each process has a folder of its own, named by the
-//! file that it serves, with its control socket in it: `DEVICE-INODE/control`. A folder
+//! file that it serves when it begins, with its control socket in it: `DEVICE-INODE/control`. A folder
 //! for each, since a process may remove what is in the folder of its socket. Nobody makes
 //! the run-time folder but whoever sets up the host: without it there are no such sockets.
 
@@ -10,6 +10,7 @@ use std::fs::{self, Metadata};
 use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use rustix::fs::{AtFlags, CWD, Gid, Mode, Uid, chownat, mkdirat};
 use rustix::io::Errno;
@@ -27,6 +28,9 @@ const VARIABLE: &str = "PLOOP_RUNTIME_DIR";
 
 /// In which a user's programs have theirs.
 const OF_USER: &str = "XDG_RUNTIME_DIR";
+
+/// How long a process may take to answer that most likely serves another disk.
+const STRANGER_PATIENCE: Duration = Duration::from_secs(1);
 
 /// Where sockets may be, the place where they are made first.
 fn folders() -> Vec<PathBuf> {
@@ -117,9 +121,16 @@ pub fn find(path: &Path) -> Result<Option<PathBuf>, ImageError> {
     }
     // A process that has made snapshots since it began is where the top was then.
     let top = file_id(top);
-    let serves = |socket: &PathBuf| {
-        let engine = Asker::connect(socket).and_then(|mut asker| asker.ask("query-engine"));
+    let serves = |socket: &PathBuf, patience: Duration| {
+        let asker = Asker::connect_within(socket, patience);
+        let engine = asker.and_then(|mut asker| asker.ask("query-engine"));
         engine.is_ok_and(|engine| engine["file-id"] == top)
     };
-    Ok(lower.iter().flat_map(of).find(serves))
+    let mut lower = lower.iter().flat_map(of);
+    if let Some(socket) = lower.find(|socket| serves(socket, Asker::PATIENCE)) {
+        return Ok(Some(socket));
+    }
+    // If that file has been deleted since, its name leads nowhere, and all have to be asked.
+    let mut sockets = all().into_iter().map(|place| place.socket);
+    Ok(sockets.find(|socket| serves(socket, STRANGER_PATIENCE)))
 }

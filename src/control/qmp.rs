@@ -34,5 +34,7 @@ pub(super) use client::ClientId;
 pub use commands::Wish;
 pub(super) use event::Event;
 pub use message::Failure;
+pub(super) use message::no_such_snapshot;
 pub(super) use monitor::Monitor;
 pub use session::Session;
+pub(super) use shapes::snapshot_info;

@@ -7,6 +7,7 @@
 
 use std::fs::File;
 use std::io;
+use std::path::Path;
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -14,7 +15,7 @@ use std::time::{Duration, Instant};
 use serde_json::json;
 
 use super::args::LockLossPolicy;
-use super::caretaker::{Activity, Caretaker, NewTop, Operation, Plan, Task, TaskError};
+use super::caretaker::{Activity, Caretaker, Change, NewChain, Operation, Plan, Task, TaskError};
 use super::holding::{Holding, Known};
 use super::jobs::Reins;
 use super::lock_keeper::LockKeeper;
@@ -26,15 +27,15 @@ use crate::device::{
     BlockDevice, Holder, Latencies, LatencyBins, LimitsError, QueueReport, Queues, Statistics,
     Throttle, ThrottleLimits, Totals,
 };
-use crate::format::{Geometry, Sector};
+use crate::format::Sector;
 use crate::image::{self, Bundle, OpenImage};
 use crate::notices::Notices;
 use crate::ploop::{
-    self, Chain, Engine, EngineError, EngineReport, Running, Shape, WriteThreshold,
+    self, Chain, Engine, EngineError, EngineReport, LevelShape, Running, Shape, WriteThreshold,
 };
 use crate::served::snapshot::Created;
 use crate::storage::lock::{ImageLock, LockError};
-use crate::storage::{HostDisk, HostFile, KnownFile, WatchError, lock_promise};
+use crate::storage::{HostDisk, HostFile, WatchError, lock_promise};
 use crate::threads::{self, Role};
 
 /// How long one that has ended may still have I/O under way.
@@ -178,9 +179,28 @@ impl Image {
         Ok(())
     }
 
-    /// What was made the top of the disk of this engine, by a snapshot, belongs to the image as
-    /// if it had been opened with it.
-    pub fn add_top(&mut self, created: Created, engine: &Engine<HostDisk>) {
+    /// What has become of the levels of this engine's disk has become of the image's, as if it
+    /// had been opened so.
+    pub fn follow(&mut self, change: Change, engine: &Engine<HostDisk>) {
+        match change {
+            Change::Top(created) => self.add_top(*created, engine),
+            Change::Without(file) => self.remove_below_top(&file),
+        }
+    }
+
+    fn remove_below_top(&mut self, file: &Path) {
+        let Some(below) = self.chain.levels.len().checked_sub(2) else {
+            return;
+        };
+        if self.locks.len() == self.chain.levels.len() {
+            self.locks.remove(below);
+        }
+        self.chain.levels.remove(below);
+        // Who cannot be upgraded has only those that came since.
+        self.files.retain(|level| level.path != file);
+    }
+
+    fn add_top(&mut self, created: Created, engine: &Engine<HostDisk>) {
         let Created { top, lock, .. } = created;
         match top.file.metadata() {
             Ok(metadata) => self.top = file_id(&metadata),
@@ -470,17 +490,17 @@ impl Served {
         }
     }
 
-    /// The engine has another top since a snapshot was made. `image` is that of this engine,
-    /// if it is open all the time.
-    pub fn add_top(&mut self, image: &mut Image, new_top: &NewTop) {
+    /// The engine's disk has other levels since something was done to it. `image` is that of
+    /// this engine, if it is open all the time.
+    pub fn follow(&mut self, image: &mut Image, new_chain: &NewChain) {
         match &mut self.way {
             Way::Always { top, running, .. } => {
-                if let Some(created) = new_top.take() {
-                    image.add_top(*created, running.engine());
+                if let Some(change) = new_chain.take() {
+                    image.follow(change, running.engine());
                     top.clone_from(&image.top);
                 }
             }
-            Way::ForRings(holding) => holding.adopt(new_top),
+            Way::ForRings(holding) => holding.follow(new_chain),
         }
     }
 
@@ -587,17 +607,19 @@ impl Served {
 
 /// The levels of a disk, base first.
 pub(super) fn level_list(disk: &HostDisk, shape: &Shape) -> Vec<Level> {
-    let levels = disk.known_files().zip(shape.level_geometries());
-    let level = |(file, (geometry, is_ploop)): (KnownFile<'_>, (&Geometry, bool))| Level {
-        file: file.path.to_owned(),
-        is_ploop,
-        is_writable: false,
-        is_direct: file.is_direct,
-        virtual_size: geometry.disk_size.bytes(),
-        actual_size: file.allocation,
-        cluster_size: geometry.cluster.bytes(),
+    let level = |level: &LevelShape| {
+        let file = disk.known_file(level.file)?;
+        Some(Level {
+            file: file.path.to_owned(),
+            is_ploop: level.is_ploop,
+            is_writable: false,
+            is_direct: file.is_direct,
+            virtual_size: level.geometry.disk_size.bytes(),
+            actual_size: file.allocation,
+            cluster_size: level.geometry.cluster.bytes(),
+        })
     };
-    let mut levels: Vec<_> = levels.map(level).collect();
+    let mut levels: Vec<_> = shape.levels().iter().filter_map(level).collect();
     if let Some(top) = levels.last_mut() {
         top.is_writable = !shape.is_read_only();
         // It may have grown since it was opened.

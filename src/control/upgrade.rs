@@ -138,12 +138,8 @@ pub(super) struct Terms {
 
 impl Terms {
     pub fn of(args: &Args, files: &[HostFile]) -> io::Result<Self> {
-        let identity = |file: &HostFile| {
-            let meta = file.file.metadata()?;
-            Ok((meta.dev(), meta.ino(), file.writable))
-        };
         Ok(Self {
-            files: files.iter().map(identity).collect::<io::Result<_>>()?,
+            files: identities(files)?,
             num_queues: args.num_queues,
             queue_size: args.queue_size,
             logical_block: args.logical_block_size.bytes(),
@@ -151,15 +147,12 @@ impl Terms {
         })
     }
 
-    /// The disk has another top, and what was the top is only read.
-    pub fn add_top(&mut self, top: &HostFile) {
-        if let Some((_, _, is_writable)) = self.files.last_mut() {
-            *is_writable = false;
-        }
-        match top.file.metadata() {
-            Ok(meta) => self.files.push((meta.dev(), meta.ino(), true)),
+    /// The disk consists of other files by now.
+    pub fn follow(&mut self, files: &[HostFile]) {
+        match identities(files) {
+            Ok(files) => self.files = files,
             // Then nobody agrees to these.
-            Err(error) => log::error!("{}: cannot be looked at: {error}", top.path.display()),
+            Err(error) => log::error!("the files of the disk cannot be looked at: {error}"),
         }
     }
 
@@ -207,6 +200,15 @@ impl Terms {
         .into_iter()
         .find_map(|(differs, what)| differs.then_some(what))
     }
+}
+
+/// See [`Terms::files`].
+fn identities(files: &[HostFile]) -> io::Result<Vec<(u64, u64, bool)>> {
+    let identity = |file: &HostFile| {
+        let meta = file.file.metadata()?;
+        Ok((meta.dev(), meta.ino(), file.writable))
+    };
+    files.iter().map(identity).collect()
 }
 
 /// All that goes from one process to the other.

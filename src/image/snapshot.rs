@@ -17,8 +17,9 @@ use std::path::{Path, PathBuf};
 
 pub use create::create_snapshot;
 pub use delete::delete_snapshot;
+pub(crate) use delete::{Removal, remove_leaf_beside};
 pub use list::{SnapshotInfo, find_snapshot, list_snapshots};
-pub(crate) use list::{is_described, list_of};
+pub(crate) use list::{described, is_described, list_of, note_of};
 pub use merge::merge_snapshots;
 pub(crate) use new_delta::NewDelta;
 pub use new_delta::NewSnapshot;

@@ -101,6 +101,14 @@ impl CopyUp {
         self.level
     }
 
+    /// The raw image on which it lies, if it lies on one, and where the disk ends for which the
+    /// level is: behind that nothing of the file is part of the chain, in bytes.
+    pub fn raw_below<D: Disk>(&self, engine: &Engine<D>) -> Option<(FileId, u64)> {
+        let below = engine.levels.below(self.level)?;
+        let end = engine.levels.get(self.level).disk_bytes();
+        engine.levels.get(below).is_plain().then_some((below, end))
+    }
+
     /// How many clusters there are to be copied, and how many of them were, by whomever.
     pub fn progress(&self) -> (u64, u64) {
         (self.done.min(self.total), self.total)

@@ -26,6 +26,7 @@ use super::queue::Queue;
 use super::remembered::Remembered;
 use super::report::{EngineReport, Gauges};
 use super::rule::{self, Rule};
+use super::shape::LevelShape;
 use super::stable_writes::{Generation, StableWrites};
 use super::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, AtomicUsize, Ordering, fence};
 use super::take_over::Beginning;
@@ -316,20 +317,17 @@ impl<D: Disk> Engine<D> {
         &self.disk
     }
 
-    /// Of each level, base first, and whether it is a ploop image. Of the top it is as the
-    /// file was opened.
-    pub fn level_geometries(&self) -> impl Iterator<Item = (Geometry, bool)> {
-        let levels = self.levels.iter().filter(|level| !level.is_dropped());
-        levels.map(|level| {
-            let disk_size = level.disk_size();
-            let geometry = *level.geometry();
-            (
-                Geometry {
-                    disk_size,
-                    ..geometry
-                },
-                !level.is_plain(),
-            )
+    /// The levels of the chain, base first. Of the top the geometry is as the file was opened.
+    pub fn level_shapes(&self) -> impl Iterator<Item = LevelShape> {
+        let levels = self.levels.iter().enumerate();
+        let levels = levels.filter(|(_, level)| !level.is_dropped());
+        levels.map(|(index, level)| LevelShape {
+            file: FileId(index as u8),
+            geometry: Geometry {
+                disk_size: level.disk_size(),
+                ..*level.geometry()
+            },
+            is_ploop: !level.is_plain(),
         })
     }
 

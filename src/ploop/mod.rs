@@ -54,7 +54,7 @@ pub use report::EngineReport;
 pub use request::{Command, Done, Request, SectorRange};
 pub use runner::Runner;
 pub use running::Running;
-pub use shape::Shape;
+pub use shape::{LevelShape, Shape};
 pub use take_over::{LeftMemory, TakeOverError};
 pub use write_threshold::WriteThreshold;
 

@@ -6,13 +6,24 @@ use super::error::OpenError;
 use super::open::{Chain, read_levels};
 use super::remembered::Identity;
 use crate::format::{ClusterSize, Geometry, Sector};
-use crate::storage::Disk;
+use crate::storage::{Disk, FileId};
+
+/// One level of the chain.
+#[derive(Clone, Copy, Debug)]
+pub struct LevelShape {
+    /// Its file.
+    pub file: FileId,
+    /// What its header says.
+    pub geometry: Geometry,
+    /// Whether it is a ploop image; else a raw one.
+    pub is_ploop: bool,
+}
 
 /// See the module's text.
 #[derive(Clone, Debug)]
 pub struct Shape {
-    /// Of each level, base first, and whether it is a ploop image. There is one at least.
-    levels: Vec<(Geometry, bool)>,
+    /// Base first. There is one at least.
+    levels: Vec<LevelShape>,
     /// Of the guest's disk. The top was opened when it may have been smaller.
     disk_size: Sector,
     zero_granularity: u32,
@@ -28,10 +39,15 @@ impl Shape {
         let levels = read_levels(disk, chain)?;
         let levels: Vec<_> = levels
             .into_iter()
-            .map(|level| (level.geometry, !level.plain))
+            .enumerate()
+            .map(|(index, level)| LevelShape {
+                file: FileId(index as u8),
+                geometry: level.geometry,
+                is_ploop: !level.plain,
+            })
             .collect();
         Ok(Self {
-            disk_size: levels[levels.len() - 1].0.disk_size,
+            disk_size: levels[levels.len() - 1].geometry.disk_size,
             levels,
             zero_granularity: disk.zero_granularity(),
             is_read_only,
@@ -58,11 +74,9 @@ impl Shape {
         self.is_read_only
     }
 
-    /// Of each level, base first, and whether it is a ploop image.
-    pub fn level_geometries(&self) -> impl Iterator<Item = (&Geometry, bool)> {
-        self.levels
-            .iter()
-            .map(|(geometry, is_ploop)| (geometry, *is_ploop))
+    /// The levels, base first.
+    pub fn levels(&self) -> &[LevelShape] {
+        &self.levels
     }
 
     /// As [`Engine::remembered_len`].
@@ -70,23 +84,22 @@ impl Shape {
         let identity = Identity {
             geometry: *self.top(),
             levels: self.levels.len(),
-            has_bat: self.levels.last().is_some_and(|(_, is_ploop)| *is_ploop),
+            has_bat: self.levels.last().is_some_and(|top| top.is_ploop),
         };
         identity.bytes()
     }
 
     fn top(&self) -> &Geometry {
-        &self.levels[self.levels.len() - 1].0
+        &self.levels[self.levels.len() - 1].geometry
     }
 }
 
 impl<D: Disk> Engine<D> {
     /// What of it shows, as of now.
     pub fn shape(&self) -> Shape {
-        let geometries = self.level_geometries();
-        let mut levels: Vec<_> = geometries.collect();
-        if let Some((top, _)) = levels.last_mut() {
-            *top = self.geometry();
+        let mut levels: Vec<_> = self.level_shapes().collect();
+        if let Some(top) = levels.last_mut() {
+            top.geometry = self.geometry();
         }
         Shape {
             disk_size: self.disk_size(),

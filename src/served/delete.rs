@@ -1,6 +1,7 @@
-//! Deleting the snapshot on which the top of a disk lies, while that is served.
+//! Deleting a snapshot of a disk while that is served: one that no other lies on, which just
+//! goes, or the one on which the top lies.
 //!
-//! What the snapshot has and the top lacks is copied into the top beside the guest, which
+//! What the latter has and the top lacks is copied into the top beside the guest, which
 //! changes nothing of the snapshot ([`CopyUp`]). Then the disk needs it no more, and that is
 //! stable: the descriptor is put in place that tells of a chain without it, the folder is
 //! synced, and the file is removed. Until then the snapshot is what it was, so it can be given
@@ -9,14 +10,15 @@
 //!
 //! As much is copied as the snapshot has, where host files cannot share data. So a base that
 //! is nearly all of the disk is deleted better with nobody using the disk: then its child is
-//! merged into it instead.
+//! merged into it instead. So is any other snapshot, for what lies on it is read by many.
 
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use super::job::{Job, JobError, Progress, Site, Step};
-use crate::format::{Descriptor, Guid};
-use crate::image::{Bundle, ImageError};
-use crate::ploop::{CopyUp, CopyUpStep, Engine};
+use crate::format::{Descriptor, Guid, SnapshotNote};
+use crate::image::{self, Bundle, ImageError, Removal};
+use crate::ploop::{CopyUp, CopyUpStep, Engine, EngineError};
 use crate::storage::{Disk, FileId, HostDisk};
 
 /// Copies under way, at most: the guest shall notice little of them.
@@ -28,26 +30,87 @@ const STEP: Duration = Duration::from_millis(20);
 /// How long it waits at once for copies.
 const PAUSE: Duration = Duration::from_millis(5);
 
+/// Which snapshot is meant.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Which {
+    /// The one of this name.
+    Guid(Guid),
+    /// The one that has all of these.
+    Having {
+        /// Its name.
+        guid: Option<Guid>,
+        /// What it is for.
+        description: Option<String>,
+    },
+}
+
+impl Which {
+    fn find(&self, bundle: &Bundle) -> Result<Guid, JobError> {
+        let (guid, description) = match self {
+            Self::Guid(guid) => return Ok(*guid),
+            Self::Having { guid, description } => (*guid, description.as_deref()),
+        };
+        let found = match (guid, description) {
+            (_, Some(description)) => image::described(bundle, description)?,
+            (Some(guid), None) => vec![guid],
+            (None, None) => Vec::new(),
+        };
+        let top = bundle.descriptor().top();
+        let is_it = |found: &Guid| {
+            guid.is_none_or(|guid| guid == *found)
+                && *found != top
+                && bundle.descriptor().shot(*found).is_some()
+        };
+        let found: Vec<_> = found.into_iter().filter(is_it).collect();
+        match found[..] {
+            [guid] => Ok(guid),
+            [] => Err(JobError::NoSuchSnapshot {
+                guid,
+                description: description.map(str::to_owned),
+            }),
+            _ => Err(JobError::Impossible(
+                "several snapshots have this description: name one by its GUID",
+            )),
+        }
+    }
+}
+
+/// A snapshot that is no more.
+#[derive(Debug)]
+pub struct Deleted {
+    /// Its name.
+    pub guid: Guid,
+    /// What was noted of it.
+    pub note: Option<SnapshotNote>,
+    /// Its file, if the disk that is served lay on it: it does not any more.
+    pub level: Option<PathBuf>,
+    /// The descriptor does not name it any more. If there is something here, its file is still
+    /// there, or a power cut may bring the old descriptor back, with which the disk is the same.
+    pub doubt: Option<ImageError>,
+}
+
 /// See the module's text.
 pub struct Deletion {
-    guid: Guid,
+    which: Which,
     stage: Stage,
     progress: Progress,
+    deleted: Option<Deleted>,
 }
 
 enum Stage {
     Begin,
-    Copying(CopyUp),
+    Copying { guid: Guid, copies: CopyUp },
     Done,
 }
 
 impl Deletion {
     /// Of this snapshot. Nothing is looked at before the first step.
-    pub fn new(guid: Guid) -> Self {
+    pub fn new(which: Which) -> Self {
         Self {
-            guid,
+            which,
             stage: Stage::Begin,
             progress: Progress::default(),
+            deleted: None,
         }
     }
 
@@ -55,7 +118,23 @@ impl Deletion {
         let engine = site.engine;
         let bundle = bundle_of(site.bundle.as_deref_mut())?;
         bundle.refresh()?;
-        bundle.without_parent_of_top(self.guid)?;
+        let guid = self.which.find(bundle)?;
+        if Removal::of(bundle, guid)? == Removal::Leaf {
+            if engine.has_lost_lock() {
+                return Err(EngineError::LockLost.into());
+            }
+            let note = image::note_of(bundle, guid);
+            image::remove_leaf_beside(bundle, guid)?;
+            log::info!("deleted the snapshot {guid}");
+            self.deleted = Some(Deleted {
+                guid,
+                note,
+                level: None,
+                doubt: None,
+            });
+            return Ok(Step::Done);
+        }
+        bundle.without_parent_of_top(guid)?;
         engine.open_for_growth()?;
         if !engine.disk().can_retire() {
             return Err(JobError::Impossible(
@@ -64,7 +143,8 @@ impl Deletion {
             ));
         }
         let copies = CopyUp::new(engine)?;
-        require_same(engine, bundle, copies.level(), self.guid)?;
+        require_same(engine, bundle, copies.level(), guid)?;
+        require_nothing_hidden(engine, &copies)?;
         let (_, clusters) = copies.progress();
         self.progress.total = clusters * cluster_of(engine);
         let is_shared = engine.disk().clone_unit().is_some();
@@ -78,54 +158,47 @@ impl Deletion {
                 "the host has not enough space for what the snapshot has and the disk has not",
             ));
         }
-        self.stage = Stage::Copying(copies);
+        self.stage = Stage::Copying { guid, copies };
         Ok(Step::More { bytes: 0 })
     }
 
     fn copy(
         &mut self,
         site: &mut Site<'_, HostDisk>,
+        guid: Guid,
         mut copies: CopyUp,
     ) -> Result<Step, JobError> {
         let engine = site.engine;
         let (before, _) = copies.progress();
         let end = Instant::now() + STEP;
-        let mut is_full = false;
-        loop {
-            match copies.step(engine, AT_ONCE)? {
-                CopyUpStep::On => {}
-                CopyUpStep::Waits => copies.wait(PAUSE),
-                CopyUpStep::Full => {
-                    is_full = true;
-                    break;
-                }
-                CopyUpStep::Held => {
-                    std::thread::sleep(PAUSE);
-                    break;
-                }
-                CopyUpStep::Ready => {
+        let refusal = loop {
+            match copies.step(engine, AT_ONCE) {
+                Ok(CopyUpStep::On) => {}
+                Ok(CopyUpStep::Waits) => copies.wait(PAUSE),
+                Ok(CopyUpStep::Full) => break Some(Step::HostFull),
+                // Requests are held: what was begun for it begins anew.
+                Ok(CopyUpStep::Held) | Err(EngineError::Suspended) => break Some(Step::Later),
+                Ok(CopyUpStep::Ready) => {
                     self.progress.done = self.progress.total;
-                    commit(site, copies, self.guid)?;
+                    self.deleted = Some(commit(site, copies, guid)?);
                     return Ok(Step::Done);
                 }
+                Err(error) => return Err(error.into()),
             }
             if Instant::now() >= end {
-                break;
+                break None;
             }
-        }
+        };
         let (now, total) = copies.progress();
         let cluster = cluster_of(engine);
         self.progress = Progress {
             done: now * cluster,
             total: total * cluster,
         };
-        self.stage = Stage::Copying(copies);
-        Ok(match is_full {
-            true => Step::HostFull,
-            false => Step::More {
-                bytes: (now - before) * cluster,
-            },
-        })
+        self.stage = Stage::Copying { guid, copies };
+        Ok(refusal.unwrap_or(Step::More {
+            bytes: (now - before) * cluster,
+        }))
     }
 }
 
@@ -133,7 +206,7 @@ impl Job<HostDisk> for Deletion {
     fn step(&mut self, site: &mut Site<'_, HostDisk>) -> Result<Step, JobError> {
         match std::mem::replace(&mut self.stage, Stage::Done) {
             Stage::Begin => self.begin(site),
-            Stage::Copying(copies) => self.copy(site, copies),
+            Stage::Copying { guid, copies } => self.copy(site, guid, copies),
             Stage::Done => Ok(Step::Done),
         }
     }
@@ -145,9 +218,13 @@ impl Job<HostDisk> for Deletion {
     /// The snapshot stays. What was copied is found in both files, which takes space until the
     /// snapshot is deleted.
     fn cancel(&mut self, _: &mut Site<'_, HostDisk>) {
-        if let Stage::Copying(copies) = std::mem::replace(&mut self.stage, Stage::Done) {
+        if let Stage::Copying { copies, .. } = std::mem::replace(&mut self.stage, Stage::Done) {
             copies.give_up();
         }
+    }
+
+    fn take_deleted(&mut self) -> Option<Deleted> {
+        self.deleted.take()
     }
 }
 
@@ -176,8 +253,24 @@ fn require_same(
     }
 }
 
+/// That the level hides nothing that is behind the end of a raw image below it: how much of such
+/// an image is of the disk, only what lies on it says, and that would be the top.
+fn require_nothing_hidden(engine: &Engine<HostDisk>, copies: &CopyUp) -> Result<(), JobError> {
+    let Some((raw, end)) = copies.raw_below(engine) else {
+        return Ok(());
+    };
+    match engine.disk().next_data(raw, end) {
+        Ok(None) => Ok(()),
+        _ => Err(JobError::Impossible(
+            "the raw image below the snapshot holds data behind the end of its disk, which the \
+             disk would show without the snapshot; 'ploop-img snapshot delete' deletes it when \
+             nobody uses the disk",
+        )),
+    }
+}
+
 /// Nothing needs the snapshot any more.
-fn commit(site: &mut Site<'_, HostDisk>, copies: CopyUp, guid: Guid) -> Result<(), JobError> {
+fn commit(site: &mut Site<'_, HostDisk>, copies: CopyUp, guid: Guid) -> Result<Deleted, JobError> {
     let engine = site.engine;
     let bundle = bundle_of(site.bundle.as_deref_mut())?;
     bundle.refresh()?;
@@ -187,27 +280,42 @@ fn commit(site: &mut Site<'_, HostDisk>, copies: CopyUp, guid: Guid) -> Result<(
         .descriptor()
         .image(guid)
         .map(|image| image.file.clone());
+    let note = image::note_of(bundle, guid);
     let without = bundle.without_parent_of_top(guid)?;
-    let is_stable = put(bundle, without)?;
-    // Nobody finds the snapshot any more, and everybody a chain without it.
-    copies.end(engine);
-    engine.disk().retire(level);
-    is_stable?;
-    if let Some(file) = file {
-        // Before its name goes.
-        let opened = bundle.folder().open_image(&file, true);
-        bundle.folder().remove(&file)?;
-        let is_used = engine.disk().is_used_by_others(level);
-        if let Ok(opened) = opened
-            && matches!(is_used, Ok(false))
-            && let Err(error) = crate::storage::empty_nameless(&opened)
-        {
-            log::warn!(
-                "the space of a deleted snapshot comes back when the disk is closed: {error}"
-            );
-        }
+    // If that is not stable, a power cut may bring the old chain back, file and all: then it
+    // stays part of the one in memory, too.
+    let mut doubt = put(bundle, without)?.err();
+    if doubt.is_none() {
+        copies.end(engine);
+        engine.disk().retire(level);
+        doubt = file.and_then(|file| remove(engine, bundle, level, &file).err());
     }
     log::info!("deleted the snapshot {guid}");
+    Ok(Deleted {
+        guid,
+        note,
+        level: engine.disk().path(level).map(Path::to_owned),
+        doubt,
+    })
+}
+
+/// Nobody finds the file any more by the descriptor.
+fn remove(
+    engine: &Engine<HostDisk>,
+    bundle: &Bundle,
+    level: FileId,
+    file: &Path,
+) -> Result<(), ImageError> {
+    // Before its name goes.
+    let opened = bundle.folder().open_image(file, true);
+    bundle.folder().remove(file)?;
+    let is_used = engine.disk().is_used_by_others(level);
+    if let Ok(opened) = opened
+        && matches!(is_used, Ok(false))
+        && let Err(error) = crate::storage::empty_nameless(&opened)
+    {
+        log::warn!("the space of a deleted snapshot comes back when the disk is closed: {error}");
+    }
     Ok(())
 }
 

@@ -14,6 +14,8 @@ use std::sync::Arc;
 
 use thiserror::Error;
 
+use super::delete::Deleted;
+use crate::format::Guid;
 use crate::image::{Bundle, ImageError};
 use crate::ploop::{Engine, EngineError};
 use crate::storage::Disk;
@@ -42,6 +44,12 @@ pub trait Job<D: Disk>: Send {
     /// It is not to go on: takes back what is not committed, and waits for what it has under
     /// way. What was gained so far may stay. The job is dropped then. Never called in a step.
     fn cancel(&mut self, site: &mut Site<'_, D>);
+
+    /// The snapshot that it has deleted, once, when it is done: whoever has the image open has
+    /// to know.
+    fn take_deleted(&mut self) -> Option<Deleted> {
+        None
+    }
 }
 
 /// What a step has led to.
@@ -83,4 +91,20 @@ pub enum JobError {
     /// There is nothing of the kind that it needs, in words.
     #[error("{0}")]
     Impossible(&'static str),
+    /// No snapshot has all of these.
+    #[error("there is no snapshot with {}", said_of(.guid, .description))]
+    NoSuchSnapshot {
+        /// Its name.
+        guid: Option<Guid>,
+        /// What it is for.
+        description: Option<String>,
+    },
+}
+
+fn said_of(guid: &Option<Guid>, description: &Option<String>) -> String {
+    let guid = guid.map(|guid| format!("the GUID {guid}"));
+    let description = description.as_ref();
+    let description = description.map(|text| format!("the description {text:?}"));
+    let said: Vec<_> = guid.into_iter().chain(description).collect();
+    said.join(" and ")
 }

@@ -145,7 +145,7 @@ impl Session {
             }
             Shot::Ending(_) => {
                 world.is_snapshotting = false;
-                let levels = self.engine.level_geometries().count();
+                let levels = self.engine.level_shapes().count();
                 world.cases.count_if(Case::Snapshot, levels > self.levels);
                 self.levels = levels;
                 match result {

@@ -63,8 +63,6 @@ pub struct HostFile {
 pub struct KnownFile<'a> {
     /// As it was opened.
     pub path: &'a Path,
-    /// Whether it is written to.
-    pub is_writable: bool,
     /// Whether it is used around the host's page cache.
     pub is_direct: bool,
     /// What it takes on the host's disk, in bytes. Of a disk whose files are
@@ -216,20 +214,14 @@ impl HostDisk {
         FileWatch::new(self.files.iter(), notices)
     }
 
-    /// What is known of the files, base first. Asks nobody: a file of a server that has
-    /// gone cannot be asked.
-    pub fn known_files(&self) -> impl Iterator<Item = KnownFile<'_>> {
-        let top = self.files.len() - 1;
-        self.files
-            .iter()
-            .enumerate()
-            .filter(|(_, file)| !file.is_retired())
-            .map(move |(index, file)| KnownFile {
-                path: file.path(),
-                is_writable: file.is_writable() && index == top,
-                is_direct: file.is_direct(),
-                allocation: file.known_allocation(),
-            })
+    /// What is known of a file. Asks nobody: a file of a server that has gone cannot be asked.
+    pub fn known_file(&self, file: FileId) -> Option<KnownFile<'_>> {
+        let file = self.files.get(file)?;
+        Some(KnownFile {
+            path: file.path(),
+            is_direct: file.is_direct(),
+            allocation: file.known_allocation(),
+        })
     }
 
     /// Opens a file that is to become the top, as [`Self::add`] does it. What is written to it
@@ -285,8 +277,8 @@ impl HostDisk {
         self.lease.is_none()
     }
 
-    /// The file belongs to the disk no more, and nobody reads it: it is not watched any more,
-    /// nor is it among the [known](Self::known_files). Its descriptors stay open.
+    /// The file belongs to the disk no more, and nobody reads it: it is not watched any more.
+    /// Its descriptors stay open.
     pub fn retire(&self, file: FileId) {
         if let Some(file) = self.files.get(file) {
             file.retire();

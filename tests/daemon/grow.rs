@@ -342,6 +342,10 @@ impl Halt {
         waitpid(thread, Some(WaitPidFlag::__WALL)).unwrap();
         Self(thread)
     }
+
+    pub fn thread(&self) -> Pid {
+        self.0
+    }
 }
 
 /// Where the kernel tells of a thread.

@@ -5,6 +5,7 @@ mod cloud_hypervisor;
 mod common;
 mod control;
 mod death;
+mod deletions;
 mod footprint;
 #[path = "../common/front_end.rs"]
 mod front_end;

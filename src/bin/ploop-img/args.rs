@@ -710,11 +710,17 @@ pub enum Snapshot {
     ///
     /// What lies on it gets its content. One that several others lie on is
     /// refused. Cut off in the middle, 'check --repair leaks' finishes it.
+    /// Of a disk that is being served the process that serves it deletes one that no other
+    /// lies on, or the one right below the top, while the guest runs. Ctrl-C ends it there, too,
+    /// and the snapshot stays.
     Delete {
         /// A bundle's folder, or its DiskDescriptor.xml
         path: PathBuf,
         /// The snapshot to delete
         guid: Guid,
+        /// The control socket of the process that serves the disk, if it cannot be found
+        #[arg(long, value_name = "PATH")]
+        control: Option<PathBuf>,
         #[command(flatten)]
         verbosity: Verbosity,
     },

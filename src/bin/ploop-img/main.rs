@@ -398,6 +398,25 @@ fn create_snapshot(
     Ok(ExitCode::SUCCESS)
 }
 
+/// The same when one goes.
+fn delete_snapshot(
+    path: &Path,
+    guid: Guid,
+    control: Option<&Path>,
+    bar: &Bar,
+) -> Result<ExitCode, ImageError> {
+    match image::delete_snapshot(path, guid, bar) {
+        Err(locked @ ImageError::Locked { .. }) => {
+            match served::delete_snapshot(path, guid, control, bar) {
+                Ok(()) => {}
+                Err(refusal) => return refused(refusal, locked),
+            }
+        }
+        deleted => deleted?,
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
 fn snapshot(what: Snapshot) -> Result<ExitCode, ImageError> {
     match what {
         Snapshot::Create {
@@ -415,8 +434,9 @@ fn snapshot(what: Snapshot) -> Result<ExitCode, ImageError> {
         Snapshot::Delete {
             path,
             guid,
+            control,
             verbosity,
-        } => image::delete_snapshot(&path, guid, &Bar::of(&verbosity))?,
+        } => return delete_snapshot(&path, guid, control.as_deref(), &Bar::of(&verbosity)),
         Snapshot::Switch { path, guid } => image::switch_snapshot(&path, guid)?,
         Snapshot::Merge {
             path,
@@ -442,7 +462,7 @@ fn snapshot_by_letter(letters: Letters) -> Result<ExitCode, ImageError> {
         (_, Some(name), _) => image::switch_snapshot(&path, image::find_snapshot(&path, &name)?)?,
         (_, _, Some(name)) => {
             let guid = image::find_snapshot(&path, &name)?;
-            image::delete_snapshot(&path, guid, &Bar::new(false, letters.quiet))?;
+            return delete_snapshot(&path, guid, None, &Bar::new(false, letters.quiet));
         }
         (None, None, None) => {
             let list = image::list_snapshots(&path)?;

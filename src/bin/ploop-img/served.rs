@@ -225,28 +225,85 @@ pub fn compact(
     control: Option<&Path>,
     progress: &dyn Progress,
 ) -> Result<u64, Refusal> {
-    let said = |error: &dyn Display| say(path, error);
     let mut server = server_to_change(path, control)?;
     let before = space_of(path)?;
-    let id = format!("ploop-img-{}", std::process::id());
-    let terms = json!({ "job-id": id, "auto-dismiss": false });
-    server
-        .ask_with("compact", terms)
-        .map_err(|error| said(&error))?;
-    match wait_for_job(&mut server, &id, progress) {
-        Ok(None) => {}
-        Ok(Some(why)) if !progress.is_cancelled() => return Err(said(&why)),
-        Ok(Some(_)) => {
-            return Err(Refusal::Image(ImageError::Interrupted {
-                path: path.to_owned(),
-                state: "what was gained so far stays",
-            }));
-        }
-        Err(error) => {
-            return Err(said(&format_args!("{error}; what was gained so far stays")));
-        }
+    let state = "what was gained so far stays";
+    match run_job(&mut server, "compact", json!({}), progress) {
+        Ok(job) => job.map_err(|why| why.refusal(path, state))?,
+        Err(error) => return Err(say(path, &format_args!("{error}; {state}"))),
     }
     Ok(before.saturating_sub(space_of(path)?))
+}
+
+/// What [`image::delete_snapshot`] does, for a disk that is being served: by who listens at
+/// `control`, or is found by the image.
+pub fn delete_snapshot(
+    path: &Path,
+    guid: Guid,
+    control: Option<&Path>,
+    progress: &dyn Progress,
+) -> Result<(), Refusal> {
+    let mut server = server_to_change(path, control)?;
+    let arguments = json!({ "guid": guid.to_string() });
+    match run_job(&mut server, "snapshot-delete", arguments, progress) {
+        Ok(job) => job.map_err(|why| why.refusal(path, "the snapshot stays")),
+        Err(error) => Err(say(
+            path,
+            &format_args!(
+                "{error}; the snapshot may have been deleted all the same, which 'ploop-img \
+                 snapshot list' shows"
+            ),
+        )),
+    }
+}
+
+/// Why a job has come to nothing.
+enum NoJob {
+    /// The process says why.
+    Refused(String),
+    /// The user has wanted that.
+    Interrupted,
+}
+
+impl NoJob {
+    /// Of the disk at `path`; `state` says what is left then.
+    fn refusal(self, path: &Path, state: &'static str) -> Refusal {
+        match self {
+            Self::Refused(why) => say(path, &why),
+            Self::Interrupted => {
+                let path = path.to_owned();
+                Refusal::Image(ImageError::Interrupted { path, state })
+            }
+        }
+    }
+}
+
+/// What is said of a job that was cancelled.
+const CANCELLED: &str = "Operation canceled";
+
+/// Has a job done by the process that serves a disk, and waits for its end. `Err` if it is not
+/// known what has become of it.
+fn run_job(
+    server: &mut Asker,
+    command: &str,
+    mut arguments: Value,
+    progress: &dyn Progress,
+) -> Result<Result<(), NoJob>, AskError> {
+    let id = format!("ploop-img-{}", std::process::id());
+    arguments["job-id"] = id.as_str().into();
+    arguments["auto-dismiss"] = false.into();
+    match server.ask_with(command, arguments) {
+        Ok(_) => {}
+        Err(AskError::Refused(why) | AskError::Unknown(why)) => {
+            return Ok(Err(NoJob::Refused(why)));
+        }
+        Err(error) => return Err(error),
+    }
+    Ok(match wait_for_job(server, &id, progress)? {
+        None => Ok(()),
+        Some(why) if why == CANCELLED && progress.is_cancelled() => Err(NoJob::Interrupted),
+        Some(why) => Err(NoJob::Refused(why)),
+    })
 }
 
 /// Waits for the end of a job, and has it cancelled if the user wants that. Why it has failed,

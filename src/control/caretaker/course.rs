@@ -10,11 +10,11 @@ use std::time::{Duration, Instant};
 
 use vmm_sys_util::eventfd::EventFd;
 
-use super::{Done, TaskError};
+use super::{Done, Kept, NewChain, TaskError};
 use crate::control::jobs::{Held, Reins};
 use crate::control::question::Ending;
-use crate::image::Bundle;
 use crate::ploop::Engine;
+use crate::served::delete::Deleted;
 use crate::served::job::{Job, Progress, Site, Step};
 use crate::storage::HostDisk;
 
@@ -38,6 +38,8 @@ pub(super) struct Course {
     pub reins: Arc<Reins>,
     /// Written to when its status has changed.
     pub changed: Arc<EventFd>,
+    /// For who has the image open.
+    pub new_chain: NewChain,
     pub tell: SyncSender<Result<Done, TaskError>>,
     pub pace: Pace,
 }
@@ -54,7 +56,7 @@ impl Course {
     }
 
     /// Does what there is to do now. Gives itself back unless it is over.
-    pub fn go_on(mut self, bundle: Option<&mut Bundle>) -> Option<Self> {
+    pub fn go_on(mut self, disk: &mut Kept) -> Option<Self> {
         if self.time_left().is_none_or(|time| !time.is_zero()) {
             return Some(self);
         }
@@ -65,7 +67,7 @@ impl Course {
         };
         let mut site = Site {
             engine: &engine,
-            bundle,
+            bundle: disk.bundle.as_mut(),
         };
         if held.is_cancelled {
             self.job.cancel(&mut site);
@@ -99,7 +101,15 @@ impl Course {
             }
             Ok(Step::Done) => {
                 self.show(false, false);
-                self.end(Ok(Done::Job));
+                let deleted = self.job.take_deleted();
+                let has_gone = |it: &Deleted| it.level.is_some() && it.doubt.is_none();
+                if deleted.as_ref().is_some_and(has_gone) {
+                    // A level that hides something is not deleted, and what was hidden below
+                    // the top was in the one that has gone.
+                    disk.hidden = None;
+                }
+                let done = Done::of(deleted, &self.new_chain);
+                self.end(Ok(done));
                 return None;
             }
             Err(error) => {

@@ -78,11 +78,12 @@ fn guid_of(done: Result<Done, TaskError>) -> Guid {
     match done {
         Ok(Done::Snapshot {
             guid,
-            new_top,
+            new_chain,
             doubt: None,
         }) => {
-            assert_eq!(new_top.take().unwrap().guid, guid);
-            assert!(new_top.take().is_none(), "it is one's own");
+            let is_it = |created: &snapshot::Created| created.guid == guid;
+            assert!(matches!(new_chain.take(), Some(Change::Top(created)) if is_it(&created)));
+            assert!(new_chain.take().is_none(), "it is one's own");
             guid
         }
         other => panic!("{other:?}"),
@@ -162,7 +163,7 @@ fn what_is_called_off_before_it_begins_never_does() {
             engine: Arc::downgrade(&engine),
             task,
             call_off,
-            new_top: NewTop::default(),
+            new_chain: NewChain::default(),
             tell,
         };
         let orders = &rig.caretaker.as_ref().unwrap().orders;

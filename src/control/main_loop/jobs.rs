@@ -6,10 +6,11 @@ use event_manager::{Error, EventOps, EventSet, Events};
 use serde_json::{Value, json};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::super::caretaker::{Plan, TaskError};
-use super::super::jobs::{Ended, Reins, Terms, Verb};
+use super::super::caretaker::Plan;
+use super::super::jobs::{Reins, Terms, Verb};
 use super::super::qmp::{ClientId, Event, Failure};
-use super::{MainLoop, Underway, done_events, event};
+use super::tasks::Underway;
+use super::{MainLoop, done_events, event};
 
 /// What a client is to hear, and all of them.
 type Answer = (Result<Value, Failure>, Vec<Event>);
@@ -109,19 +110,6 @@ impl MainLoop<'_> {
         }
         let events = self.desk.jobs.look();
         self.tell_all(&events, ops)
-    }
-
-    /// What there is to tell when a job is over.
-    pub(super) fn end_job(&mut self, error: Option<&TaskError>) -> Vec<Event> {
-        self.desk.jobs.end(match error {
-            None => Ended::Well,
-            Some(TaskError::Cancelled) => Ended::Cancelled,
-            Some(error) => {
-                let words = error.words();
-                log::warn!("{words}");
-                Ended::Failed(words)
-            }
-        })
     }
 
     pub(super) fn tell_all(&mut self, events: &[Event], ops: &mut EventOps) -> Result<(), Error> {

@@ -6,7 +6,7 @@
 use serde_json::{Value, json};
 
 use super::arguments::{Arguments, missing};
-use super::message::{Answer, Class, Failure, Request};
+use super::message::{Answer, Class, Failure, Request, no_such_snapshot};
 use super::names::{DISK, lower_level};
 use super::shapes;
 use crate::control::jobs::{GUEST_SHARE, Terms, Verb, speed_of};
@@ -14,6 +14,7 @@ use crate::control::subject::Subject;
 use crate::device::ThrottleLimits;
 use crate::format::{Guid, SECTOR_SIZE, Sector, SnapshotNotes};
 use crate::image::NewSnapshot;
+use crate::served::delete::Which;
 use crate::storage::LockStanding;
 
 /// What a command wants of the program besides its answer.
@@ -50,6 +51,16 @@ pub enum Wish {
     /// The space of zeros and gaps is to be given back, by a job. The answer does not wait for
     /// its end.
     Compact(Terms),
+    /// A snapshot is to be deleted, by a job. Likewise.
+    DeleteSnapshot {
+        /// Which.
+        which: Which,
+        /// How.
+        terms: Terms,
+    },
+    /// The same, and the answer, what the snapshot was, is not there before that has happened or
+    /// has failed.
+    DeleteInternalSnapshot(Which),
     /// Something is to be done with a job.
     ToJob {
         /// Its name.
@@ -81,6 +92,10 @@ const COMMANDS: &[(&str, Run)] = &[
     ("block-set-write-threshold", set_write_threshold),
     ("block_resize", resize),
     ("block_set_io_throttle", set_io_throttle),
+    (
+        "blockdev-snapshot-delete-internal-sync",
+        delete_internal_snapshot,
+    ),
     ("blockdev-snapshot-internal-sync", create_internal_snapshot),
     ("compact", compact),
     ("flush", flush),
@@ -103,6 +118,7 @@ const COMMANDS: &[(&str, Run)] = &[
     ("query-version", query_version),
     ("quit", quit),
     ("snapshot-create", create_snapshot),
+    ("snapshot-delete", delete_snapshot),
     ("snapshot-list", list_snapshots),
     ("throttle", throttle),
 ];
@@ -367,11 +383,7 @@ fn list_snapshots(arguments: Arguments, context: &mut Context<'_>) -> Answer {
 fn create_snapshot(mut arguments: Arguments, context: &mut Context<'_>) -> Answer {
     let (guid, description) = (arguments.text("guid")?, arguments.text("description")?);
     arguments.end()?;
-    let parse = |guid: String| {
-        let parsed: Result<Guid, _> = guid.parse();
-        parsed.map_err(|_| Failure::generic(format!("Parameter 'guid' expects a GUID: {guid}")))
-    };
-    let guid = guid.map(parse).transpose()?;
+    let guid = guid.as_deref().map(parse_guid).transpose()?;
     require_description(description.as_deref())?;
     context.wish = Wish::CreateSnapshot {
         new: NewSnapshot { guid, description },
@@ -380,15 +392,50 @@ fn create_snapshot(mut arguments: Arguments, context: &mut Context<'_>) -> Answe
     Ok(json!({}))
 }
 
+fn parse_guid(guid: &str) -> Result<Guid, Failure> {
+    let parsed: Result<Guid, _> = guid.parse();
+    parsed.map_err(|_| Failure::generic(format!("Parameter 'guid' expects a GUID: {guid}")))
+}
+
+/// Begins it.
+fn delete_snapshot(mut arguments: Arguments, context: &mut Context<'_>) -> Answer {
+    let guid = arguments.required_text("guid")?;
+    let terms = job_terms(arguments)?;
+    let which = Which::Guid(parse_guid(&guid)?);
+    context.wish = Wish::DeleteSnapshot { which, terms };
+    Ok(json!({}))
+}
+
+/// QEMU's IDs are numbers, which it gives out; here they are GUIDs.
+fn delete_internal_snapshot(mut arguments: Arguments, context: &mut Context<'_>) -> Answer {
+    let device = arguments.required_text("device")?;
+    let (id, name) = (arguments.text("id")?, arguments.text("name")?);
+    arguments.end()?;
+    require_root(&device)?;
+    if id.is_none() && name.is_none() {
+        return Err(Failure::generic("Name or id must be provided"));
+    }
+    let guid = match id.as_deref().map(str::parse) {
+        None => None,
+        Some(Ok(guid)) => Some(guid),
+        Some(Err(_)) => {
+            let why = no_such_snapshot(id.as_deref(), name.as_deref());
+            return Err(Failure::generic(why));
+        }
+    };
+    context.wish = Wish::DeleteInternalSnapshot(Which::Having {
+        guid,
+        description: name,
+    });
+    Ok(json!({}))
+}
+
 /// QEMU has names and no GUIDs, so the name is the description.
 fn create_internal_snapshot(mut arguments: Arguments, context: &mut Context<'_>) -> Answer {
     let device = arguments.required_text("device")?;
     let name = arguments.required_text("name")?;
     arguments.end()?;
-    if device != DISK {
-        let desc = format!("Cannot find device='{device}' nor node-name='{device}'");
-        return Err(Failure::generic(desc));
-    }
+    require_root(&device)?;
     if name.is_empty() {
         return Err(Failure::generic("Name is empty"));
     }
@@ -401,6 +448,16 @@ fn create_internal_snapshot(mut arguments: Arguments, context: &mut Context<'_>)
         is_unique: true,
     };
     Ok(json!({}))
+}
+
+/// Takes the name of the device or of its top node.
+fn require_root(name: &str) -> Result<(), Failure> {
+    match name == DISK {
+        true => Ok(()),
+        false => Err(Failure::generic(format!(
+            "Cannot find device='{name}' nor node-name='{name}'"
+        ))),
+    }
 }
 
 fn require_description(text: Option<&str>) -> Result<(), Failure> {

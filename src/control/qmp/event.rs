@@ -55,6 +55,11 @@ pub(in crate::control) enum Event {
         /// Its name.
         guid: Guid,
     },
+    /// One was deleted.
+    SnapshotDeleted {
+        /// The name that it had.
+        guid: Guid,
+    },
     /// A job has come to another status.
     JobStatusChange {
         /// Its name.
@@ -98,6 +103,7 @@ impl Event {
             Self::WriteThreshold { .. } => "BLOCK_WRITE_THRESHOLD",
             Self::LockLost { .. } => "LOCK_LOST",
             Self::SnapshotCreated { .. } => "SNAPSHOT_CREATED",
+            Self::SnapshotDeleted { .. } => "SNAPSHOT_DELETED",
             Self::JobStatusChange { .. } => "JOB_STATUS_CHANGE",
             Self::BlockJobEnded {
                 is_cancelled: true, ..
@@ -138,7 +144,9 @@ impl Event {
                 "reason": reason,
                 "action": if *waits { "stop" } else { "report" },
             }),
-            Self::SnapshotCreated { guid } => json!({ "guid": guid.to_string() }),
+            Self::SnapshotCreated { guid } | Self::SnapshotDeleted { guid } => {
+                json!({ "guid": guid.to_string() })
+            }
             Self::JobStatusChange { id, status } => json!({ "id": id, "status": status }),
             Self::BlockJobEnded {
                 id,

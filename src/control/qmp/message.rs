@@ -5,6 +5,8 @@
 use serde::Serialize;
 use serde_json::{Map, Value, json};
 
+use super::names::DISK;
+
 /// Of an error, for programs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub(super) enum Class {
@@ -49,6 +51,12 @@ impl Failure {
     pub fn desc(&self) -> &str {
         &self.desc
     }
+}
+
+/// What QEMU says if there is no snapshot of this ID and name.
+pub(in crate::control) fn no_such_snapshot(id: Option<&str>, name: Option<&str>) -> String {
+    let [id, name] = [id, name].map(|it| it.unwrap_or("null"));
+    format!("Snapshot with id '{id}' and name '{name}' does not exist on device '{DISK}'")
 }
 
 /// What a command comes to.

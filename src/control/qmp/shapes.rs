@@ -7,6 +7,7 @@ use crate::control::subject::{Level, Subject};
 use crate::device::{
     Bins, Histogram, KindCounts, Latencies, LatencyBins, QueueReport, ThrottleLimits, Totals,
 };
+use crate::format::{Guid, SnapshotNote};
 use crate::ploop::EngineReport;
 use crate::storage::LockStanding;
 
@@ -88,6 +89,20 @@ fn node(subject: &dyn Subject, levels: &[Level], index: usize) -> Option<Value> 
         node["backing_file"] = below.file.to_string_lossy().into();
     }
     Some(node)
+}
+
+/// `SnapshotInfo`: here it has no state of a machine, and no clock of one.
+pub(in crate::control) fn snapshot_info(guid: Guid, note: Option<&SnapshotNote>) -> Value {
+    let description = note.and_then(|note| note.description.as_deref());
+    json!({
+        "id": guid.to_string(),
+        "name": description.unwrap_or_default(),
+        "vm-state-size": 0,
+        "date-sec": note.map_or(0, |note| note.date.as_second()),
+        "date-nsec": note.map_or(0, |note| note.date.subsec_nanosecond()),
+        "vm-clock-sec": 0,
+        "vm-clock-nsec": 0,
+    })
 }
 
 fn add_limits(node: &mut Value, limits: &ThrottleLimits) {

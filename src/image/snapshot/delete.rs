@@ -3,18 +3,50 @@
 //! A snapshot that nothing lies on just goes. One with a single child gets the
 //! child's clusters, and then takes the child's place; meanwhile it has no name,
 //! so that nobody takes it for what it was. One with several children stays.
+//!
+//! While the disk is served, one that nothing lies on goes in the same way; of the others only
+//! the one below the top can, in the other direction (`served/delete.rs`).
 
 use std::path::Path;
 
 use super::Held;
 use super::merge::{Level, check_mergeable, merge_into};
+use super::open_for_change;
 use crate::format::{Guid, ImageKind};
+use crate::image::bundle::Bundle;
 use crate::image::check::{Repair, check_delta};
 use crate::image::delta::Delta;
 use crate::image::error::Result;
 use crate::image::file::HostImage;
-use crate::image::open::image_of;
+use crate::image::open::{Access, OpenMode, image_of, lock};
 use crate::image::progress::Progress;
+
+/// What it takes to delete a snapshot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Removal {
+    /// Nothing lies on it, so it just goes.
+    Leaf,
+    /// Of this one alone, which lies on it, it is a part.
+    PartOf(Guid),
+}
+
+impl Removal {
+    /// Of the snapshot `guid` of a bundle, as its descriptor was last read.
+    ///
+    /// # Errors
+    /// There is no such snapshot, it is the top, or several others lie on it.
+    pub fn of(bundle: &Bundle, guid: Guid) -> Result<Self> {
+        let descriptor = bundle.descriptor();
+        let is_snapshot = descriptor.shot(guid).is_some() && guid != descriptor.top();
+        if is_snapshot && descriptor.children(guid).next().is_none() {
+            return Ok(Self::Leaf);
+        }
+        let child = descriptor.only_child(guid);
+        child
+            .map(Self::PartOf)
+            .map_err(|error| bundle.edit_error(error))
+    }
+}
 
 /// Deletes the snapshot `guid` of the bundle at `path`; the disk, and all other
 /// snapshots, stay what they are.
@@ -35,19 +67,35 @@ pub fn delete_snapshot(path: &Path, guid: Guid, progress: &dyn Progress) -> Resu
 
 /// Deletes a node; it and its children are held.
 fn delete(held: &mut Held, guid: Guid, progress: &dyn Progress) -> Result<()> {
-    if held.bundle.descriptor().children(guid).next().is_none() {
-        return delete_leaf(held, guid);
+    match Removal::of(&held.bundle, guid)? {
+        Removal::Leaf => remove_leaf(&mut held.bundle, guid),
+        Removal::PartOf(_) => collapse(held, guid, progress),
     }
-    collapse(held, guid, progress)
 }
 
-fn delete_leaf(held: &mut Held, guid: Guid) -> Result<()> {
-    let mut descriptor = held.bundle.descriptor().clone();
+/// Removes a snapshot that nothing lies on. Its image is held, or else nobody uses it.
+fn remove_leaf(bundle: &mut Bundle, guid: Guid) -> Result<()> {
+    let mut descriptor = bundle.descriptor().clone();
     let image = descriptor
         .remove_leaf(guid)
-        .map_err(|error| held.bundle.edit_error(error))?;
-    held.bundle.save(descriptor)?;
-    held.bundle.folder().remove(&image.file)
+        .map_err(|error| bundle.edit_error(error))?;
+    let new = bundle.prepare(descriptor)?;
+    new.require_unchanged()?;
+    // Until that is stable a power cut may bring back the one that names the file.
+    new.put()??;
+    bundle.folder().remove(&image.file)
+}
+
+/// The same of a disk that the caller serves, so that nobody else changes its bundle.
+///
+/// # Errors
+/// There is no such snapshot, others lie on it, somebody uses it, or any I/O error.
+pub(crate) fn remove_leaf_beside(bundle: &mut Bundle, guid: Guid) -> Result<()> {
+    let file = open_for_change(bundle, guid)?;
+    // To look for who has it would take rights that are given up.
+    let mode = OpenMode::new(Access::Change).names_no_holder();
+    let _lock = lock(&file, mode)?;
+    remove_leaf(bundle, guid)
 }
 
 /// Merges the only child of `guid` into it. Both must be held.

@@ -7,7 +7,7 @@ use jiff::Timestamp;
 use serde::Serialize;
 
 use super::notes;
-use crate::format::{Guid, SECTOR_SIZE, Shot, SnapshotNotes};
+use crate::format::{Guid, SECTOR_SIZE, Shot, SnapshotNote, SnapshotNotes};
 use crate::image::bundle::{Bundle, Location};
 use crate::image::error::{ImageError, IoContext, Result};
 use crate::image::open::{not_a_bundle, open_level};
@@ -102,9 +102,20 @@ fn describe(
 
 /// Whether a snapshot of the bundle, as its descriptor was last read, has this description.
 pub(crate) fn is_described(bundle: &Bundle, description: &str) -> Result<bool> {
+    Ok(!described(bundle, description)?.is_empty())
+}
+
+/// Which snapshots of the bundle, as its descriptor was last read, have this description.
+pub(crate) fn described(bundle: &Bundle, description: &str) -> Result<Vec<Guid>> {
     let notes = notes::load(bundle)?;
-    let mut found = notes.described(description);
-    Ok(found.any(|guid| bundle.descriptor().shot(guid).is_some()))
+    let found = notes.described(description);
+    let is_there = |guid: &Guid| bundle.descriptor().shot(*guid).is_some();
+    Ok(found.filter(is_there).collect())
+}
+
+/// What is noted of a snapshot, if anything is that can be read.
+pub(crate) fn note_of(bundle: &Bundle, guid: Guid) -> Option<SnapshotNote> {
+    notes::load(bundle).ok()?.get(guid).cloned()
 }
 
 /// The snapshot of the bundle at `path` that is meant by `name`: its GUID, or the
@@ -120,9 +131,7 @@ pub fn find_snapshot(path: &Path, name: &str) -> Result<Guid> {
     let Location::Bundle(bundle) = Location::of(path)? else {
         return Err(not_a_bundle(path));
     };
-    let notes = notes::load(&bundle)?;
-    let is_there = |guid: &Guid| bundle.descriptor().shot(*guid).is_some();
-    let found: Vec<Guid> = notes.described(name).filter(is_there).collect();
+    let found = described(&bundle, name)?;
     let how_many = match found[..] {
         [guid] => return Ok(guid),
         [] => "no snapshot has",

@@ -1011,7 +1011,7 @@ fn what_was_written_survives_the_process_when_a_level_has_gone_from_below() {
     assert_eq!(copies.progress(), (1, 1));
     assert_eq!(copies.level(), FileId(1));
     copies.end(&engine);
-    assert_eq!(engine.level_geometries().count(), 2);
+    assert_eq!(engine.level_shapes().count(), 2);
     mortal.rig.write(3 * CLUSTER, &[9; SECTOR]).unwrap();
     let Mortal { rig, memory, .. } = mortal;
     drop(engine);

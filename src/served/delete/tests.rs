@@ -23,7 +23,7 @@ impl Rig {
     }
 
     fn delete(&mut self, guid: Guid) -> Result<Progress, JobError> {
-        let mut job = Deletion::new(guid);
+        let mut job = Deletion::new(Which::Guid(guid));
         while self.step(&mut job)? != Step::Done {}
         let progress = job.progress();
         assert_eq!(progress.done, progress.total);
@@ -60,8 +60,8 @@ fn check_deletions_of(mut rig: Rig) {
     );
     let gone = file.metadata().unwrap();
     assert_eq!((gone.nlink(), gone.blocks()), (0, 0), "its space is back");
-    assert_eq!(engine.level_geometries().count(), 2);
-    assert_eq!(engine.disk().known_files().count(), 2);
+    let files: Vec<_> = engine.level_shapes().map(|level| level.file.0).collect();
+    assert_eq!(files, [0, 2]);
 
     // Then that is the one below the top.
     rig.delete(first).unwrap();
@@ -87,7 +87,7 @@ fn check_deletions_of(mut rig: Rig) {
     drop(engine);
     let mut rig = rig.serve_again();
     assert_eq!(read_all(&rig.engine()), now);
-    assert_eq!(rig.engine().level_geometries().count(), 1);
+    assert_eq!(rig.engine().level_shapes().count(), 1);
     rig.close();
 }
 
@@ -111,7 +111,7 @@ fn a_deletion_that_is_given_up_leaves_the_snapshot() {
     let guid = rig.create().unwrap();
     fill(&engine, 2, 2);
     let now = read_all(&engine);
-    let mut job = Deletion::new(guid);
+    let mut job = Deletion::new(Which::Guid(guid));
     rig.step(&mut job).unwrap();
     assert_eq!(job.progress().total, CLUSTERS / 2 * CLUSTER.bytes());
     job.cancel(&mut Site {
@@ -135,7 +135,7 @@ fn a_snapshot_that_is_made_meanwhile_ends_a_deletion() {
     let engine = rig.engine();
     fill(&engine, 1, 1);
     let first = rig.create().unwrap();
-    let mut job = Deletion::new(first);
+    let mut job = Deletion::new(Which::Guid(first));
     rig.step(&mut job).unwrap();
     let second = rig.create().unwrap();
     let ended = loop {
@@ -176,11 +176,25 @@ fn one_that_others_lie_on_stays() {
     rig.close();
     image::switch_snapshot(&rig.path(), first).unwrap();
     let mut rig = rig.serve_again();
-    for guid in [first, second] {
+    let top = rig.bundle.descriptor().top();
+    for guid in [first, top] {
         let refused = rig.delete(guid);
         assert!(matches!(refused, Err(JobError::Image(_))), "{refused:?}");
     }
     assert_eq!(rig.files().len(), 5);
+    // On the other branch's end none lies; then the top alone lies on the first.
+    let now = read_all(&rig.engine());
+    let mode = OpenMode::new(Access::Read).snapshot(Some(second));
+    let reader = image::open(&rig.path(), mode).unwrap();
+    let refused = rig.delete(second);
+    assert!(matches!(refused, Err(JobError::Image(_))), "{refused:?}");
+    drop(reader);
+    rig.delete(second).unwrap();
+    assert_eq!(rig.engine().level_shapes().count(), 2);
+    assert_eq!(rig.files().len(), 4);
+    rig.delete(first).unwrap();
+    assert_eq!(rig.files().len(), 3);
+    assert_eq!(read_all(&rig.engine()), now);
     rig.close();
 }
 

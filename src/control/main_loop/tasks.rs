@@ -1,0 +1,218 @@
+//! What is done to the disk because a client wants it, one thing at a time, and who hears what
+//! has come of it.
+
+use std::sync::Arc;
+
+use event_manager::{Error, EventOps};
+use serde_json::{Value, json};
+
+use super::super::caretaker::{Done, NewChain, Operation, Task, TaskError};
+use super::super::jobs::{Ended, Reins, Terms};
+use super::super::qmp::{ClientId, Event, Failure, snapshot_info};
+use super::super::upgrade::Successor;
+use super::{MainLoop, done_events, jobs, successor_events};
+
+/// What is being done to the disk, and who waits for it.
+pub(super) struct Underway {
+    pub operation: Operation,
+    /// Of a job nobody waits for the end, unless its client has not asked for one.
+    pub asker: Option<Asker>,
+}
+
+pub(super) struct Asker {
+    pub client: ClientId,
+    pub wants: Wants,
+}
+
+/// What a client is told besides that it went well.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Wants {
+    Nothing,
+    /// The size, as it has only asked for more.
+    Size,
+    /// The name of the snapshot, as it has given none, perhaps.
+    Guid,
+    /// What the snapshot was that is no more.
+    Snapshot,
+}
+
+/// What has come of it.
+pub(super) struct Concluded {
+    /// What its client is told.
+    pub answer: Result<Value, Failure>,
+    /// There is one snapshot more or less.
+    snapshots: Option<Event>,
+    /// What there is to tell of a job that is over.
+    events: Vec<Event>,
+}
+
+impl MainLoop<'_> {
+    /// Begins what is to be done to the disk, or says why not.
+    pub(super) fn begin(
+        &mut self,
+        task: Task,
+        wants: Wants,
+        client: ClientId,
+        ops: &mut EventOps,
+    ) -> Result<(), Error> {
+        let begun = match self.refusal() {
+            Some(why) => Err(why.to_owned()),
+            None => self.try_begin(task).map_err(|error| error.words()),
+        };
+        match begun {
+            Ok(operation) => {
+                ops.add(done_events(&operation))?;
+                let asker = Some(Asker { client, wants });
+                self.underway = Some(Underway { operation, asker });
+                Ok(())
+            }
+            Err(why) => {
+                let refusal = Err(Failure::generic(why));
+                self.desk.monitor.answer(client, refusal, ops)
+            }
+        }
+    }
+
+    fn try_begin(&mut self, task: Task) -> Result<Operation, TaskError> {
+        match task {
+            // Whose client knows of no jobs: nobody can do anything with this one.
+            Task::Job(plan) => {
+                let reins = Arc::new(Reins::new(&Terms::nameless()));
+                self.served.begin_job(plan, reins)
+            }
+            task => self.served.begin(task),
+        }
+    }
+
+    /// Why nothing can be done to the disk now.
+    pub(super) fn refusal(&self) -> Option<&'static str> {
+        if let Some(underway) = &self.underway {
+            return Some(underway.operation.task().is_under_way());
+        }
+        if self.outcome.is_some() {
+            return Some("The program is about to end");
+        }
+        // It has looked at the image.
+        let waits = self.successor.as_ref().is_some_and(Successor::is_ready);
+        waits.then_some("Another process is about to take over; ask that one")
+    }
+
+    pub(super) fn hear_of_end(&mut self, ops: &mut EventOps) -> Result<(), Error> {
+        let Some(Underway { operation, asker }) = self.underway.take() else {
+            return Ok(());
+        };
+        ops.remove(done_events(&operation))?;
+        if let Some(changed) = operation.changed().filter(|_| asker.is_none()) {
+            ops.remove(jobs::changed_events(changed))?;
+        }
+        self.go_on_after(operation.result(), asker, ops)
+    }
+
+    pub(super) fn go_on_after(
+        &mut self,
+        result: Result<Done, TaskError>,
+        asker: Option<Asker>,
+        ops: &mut EventOps,
+    ) -> Result<(), Error> {
+        let wants = asker.as_ref().map(|asker| asker.wants);
+        let concluded = self.conclude(result, wants);
+        self.tell_all(&concluded.events, ops)?;
+        if let Some(event) = concluded.snapshots {
+            // It knows the disk as it was.
+            if let Some(successor) = self.successor.take() {
+                successor.refuse("the snapshots of the disk are others meanwhile; start it again");
+                ops.remove(successor_events(&successor))?;
+            }
+            self.desk.monitor.tell(&event, ops)?;
+        }
+        self.begin_take_over(ops)?;
+        let Some(asker) = asker else {
+            return Ok(());
+        };
+        let answer = concluded.answer;
+        self.desk.monitor.answer(asker.client, answer, ops)
+    }
+
+    /// Whoever has to know of it learns what has become of the disk. Of a job nobody `wants`
+    /// anything.
+    pub(super) fn conclude(
+        &mut self,
+        result: Result<Done, TaskError>,
+        wants: Option<Wants>,
+    ) -> Concluded {
+        let snapshots = match &result {
+            Ok(Done::Grown(_)) => {
+                if let Some(connection) = &self.connection {
+                    connection.config_changed();
+                }
+                None
+            }
+            Ok(Done::Snapshot {
+                guid, new_chain, ..
+            }) => {
+                self.follow(new_chain);
+                Some(Event::SnapshotCreated { guid: *guid })
+            }
+            Ok(Done::Deleted {
+                guid, new_chain, ..
+            }) => {
+                self.follow(new_chain);
+                Some(Event::SnapshotDeleted { guid: *guid })
+            }
+            Ok(Done::Job) | Err(_) => None,
+        };
+        let is_cancelled = matches!(result, Err(TaskError::Cancelled));
+        let answer = answer_to(result, wants);
+        let ended = match &answer {
+            Ok(_) => Ended::Well,
+            Err(_) if is_cancelled => Ended::Cancelled,
+            Err(why) => {
+                // Who has asked may have gone.
+                log::warn!("{why}");
+                Ended::Failed(why.clone())
+            }
+        };
+        Concluded {
+            answer: answer.map_err(Failure::generic),
+            snapshots,
+            events: match wants {
+                None => self.desk.jobs.end(ended),
+                Some(_) => Vec::new(),
+            },
+        }
+    }
+
+    /// The disk has other levels.
+    fn follow(&mut self, new_chain: &NewChain) {
+        self.served.follow(self.image, new_chain);
+        if let Some(terms) = &mut self.doors.terms {
+            terms.follow(self.image.files());
+        }
+    }
+}
+
+/// What its client is told, or why nothing has come of it, in words.
+fn answer_to(result: Result<Done, TaskError>, wants: Option<Wants>) -> Result<Value, String> {
+    match (result, wants) {
+        (Err(error), _) => Err(error.words()),
+        (
+            Ok(
+                Done::Snapshot {
+                    doubt: Some(doubt), ..
+                }
+                | Done::Deleted {
+                    doubt: Some(doubt), ..
+                },
+            ),
+            _,
+        ) => Err(doubt),
+        (Ok(Done::Grown(size)), Some(Wants::Size)) => Ok(json!({ "size": size.bytes() })),
+        (Ok(Done::Snapshot { guid, .. }), Some(Wants::Guid)) => {
+            Ok(json!({ "guid": guid.to_string() }))
+        }
+        (Ok(Done::Deleted { guid, note, .. }), Some(Wants::Snapshot)) => {
+            Ok(snapshot_info(guid, note.as_ref()))
+        }
+        (Ok(_), _) => Ok(json!({})),
+    }
+}
