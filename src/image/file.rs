@@ -13,6 +13,7 @@ use rustix::io::Errno;
 
 use super::error::{IoContext, Result};
 use super::fault;
+use crate::storage::zeros::first_data;
 use crate::storage::{
     Aio, Cache, Disk, FileId, HostDisk, HostFile, HostOptions, filesystem, opening,
 };
@@ -54,7 +55,7 @@ pub trait ImageFile {
     }
 
     /// Makes a range inside the file read as zeros and gives its space back
-    /// where the file system can.
+    /// where the file system can; where it cannot, none is taken.
     ///
     /// # Errors
     /// Any of `fallocate(2)` and `pwrite(2)`.
@@ -265,13 +266,21 @@ impl ImageFile for HostImage {
     }
 }
 
+/// Over what is anything else, so that no space is taken that was not taken before.
 fn write_zeros(image: &HostImage, range: Range<u64>) -> io::Result<()> {
     static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
+    let mut bytes = vec![0; ZEROS.len()];
+    let end = range.end.min(image.file_len()?);
     let mut offset = range.start;
-    while offset < range.end {
-        let len = (range.end - offset).min(ZEROS.len() as u64);
-        image.write_all_at(&ZEROS[..len as usize], offset)?;
-        offset += len;
+    while offset < end {
+        let len = (end - offset).min(ZEROS.len() as u64) as usize;
+        image.read_exact_at(&mut bytes[..len], offset)?;
+        let mut from = 0;
+        while let Some(data) = first_data(&bytes[from..len], offset + from as u64) {
+            image.write_all_at(&ZEROS[..data.len()], offset + (from + data.start) as u64)?;
+            from += data.end;
+        }
+        offset += len as u64;
     }
     Ok(())
 }

@@ -17,6 +17,7 @@ pub(crate) mod one_file_fs;
 pub mod opening;
 mod segments;
 mod shared;
+pub(crate) mod zeros;
 
 use std::io;
 use std::ops::Range;
@@ -55,7 +56,8 @@ pub enum LockStanding {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ZeroMode {
     /// Give the space back (`FALLOC_FL_PUNCH_HOLE`); parts of host blocks are
-    /// zeroed in place.
+    /// zeroed in place. Where the file system cannot, zeros are written over what is anything
+    /// else: no space is taken that was not taken before.
     Punch,
     /// Keep the space (`FALLOC_FL_ZERO_RANGE`, else zeros are written).
     KeepAllocated,

@@ -58,6 +58,33 @@ fn zeros_are_written_where_no_hole_can_be_made() {
 }
 
 #[test]
+fn zeros_that_are_written_take_no_space() {
+    use std::os::unix::fs::MetadataExt;
+
+    let folder = folder();
+    let path = folder.path().join("image");
+    let image = image(&path_of_new(&path));
+    image.set_len(1 << 20).expect("set the length");
+    image.write_all_at(&[1; 8192], 300_000).expect("write");
+    image.sync().expect("sync");
+    let before = fs::metadata(&path).expect("look");
+    write_zeros(&image, 100..(2 << 20)).expect("write");
+    image.sync().expect("sync");
+    let after = fs::metadata(&path).expect("look");
+    assert_eq!(
+        (after.len(), after.blocks()),
+        (before.len(), before.blocks())
+    );
+    let content = fs::read(&path).expect("read");
+    assert!(content.iter().all(|byte| *byte == 0));
+}
+
+fn path_of_new(path: &Path) -> PathBuf {
+    fs::write(path, []).expect("write");
+    path.to_owned()
+}
+
+#[test]
 fn the_file_is_as_long_as_it_was_made_and_its_data_is_found() {
     let folder = folder();
     let path = folder.path().join("image");

@@ -8,6 +8,7 @@
 
 #[cfg(test)]
 mod tests;
+mod zero_fill;
 
 use std::os::fd::RawFd;
 
@@ -18,6 +19,7 @@ use super::file::{Alignment, Description, Fallocation, SharedFile, refuses_direc
 use super::lease;
 use super::pieces::{PIECE_LEN, Piece, Pieces};
 use crate::storage::{Buffer, FileId, Op, Segment, ZeroMode};
+use zero_fill::ZeroFill;
 
 /// How many segments the kernel takes at once (`IOV_MAX`).
 const MAX_SEGMENTS: usize = 1024;
@@ -118,7 +120,8 @@ enum Route {
     /// Through memory of our own, because direct I/O cannot use that of the
     /// operation, or not from where it starts to where it ends.
     Bounce(Box<Bounce>),
-    /// Zeros are written, because the file system cannot make them.
+    /// Zeros are written, because the file system cannot make them: all of them, or where
+    /// there is anything else, as the mode wants it.
     ZeroFill(Box<ZeroFill>),
 }
 
@@ -132,22 +135,6 @@ struct Bounce {
     len: usize,
     /// Of the last part.
     end: u64,
-}
-
-/// Zeros from `at` to `end`, one chunk at a time. Where only whole blocks can be
-/// written, a file that ends inside a block is made to end with it.
-#[derive(Debug)]
-struct ZeroFill {
-    at: u64,
-    end: u64,
-    /// All zero, but for a chunk whose block is kept in part. Absent until there is
-    /// one.
-    piece: Option<Piece>,
-    /// The current chunk, in bytes.
-    chunk_start: u64,
-    chunk_len: usize,
-    /// The chunk is a block that is zeroed in part: it is being read first.
-    reading: bool,
 }
 
 /// Why no step can be taken.
@@ -199,7 +186,7 @@ impl Job {
     pub(super) fn take_piece(&mut self) -> Option<Piece> {
         match &mut self.route {
             Route::Bounce(bounce) => bounce.piece.take(),
-            Route::ZeroFill(fill) => fill.piece.take(),
+            Route::ZeroFill(fill) => fill.take_piece(),
             Route::Straight | Route::Rest(_) => None,
         }
     }
@@ -476,7 +463,7 @@ impl Job {
         let is_read = matches!(self.op, Op::Read { .. });
         match (&self.op, &self.route) {
             (_, Route::Bounce(bounce)) => (bounce.start, bounce.len, is_read),
-            (_, Route::ZeroFill(fill)) => (fill.chunk_start, fill.chunk_len, fill.reading),
+            (_, Route::ZeroFill(fill)) => fill.extent(),
             (Op::Read { offset, buffer, .. } | Op::Write { offset, buffer, .. }, _) => {
                 (*offset, buffer.len(), is_read)
             }
@@ -537,6 +524,12 @@ impl Job {
         let through = self.through;
         let (start, ..) = self.extent();
         let position = start + through as u64;
+        if file.shared().reaches_beyond(position)
+            && let Route::ZeroFill(fill) = &mut self.route
+            && fill.takes_for_data(through)
+        {
+            return self.transfer_is_whole(file);
+        }
         if file.shared().misses_data_at(position) {
             return Verdict::Done(Err(Errno::IO));
         }
@@ -550,10 +543,7 @@ impl Job {
                 let len = bounce.len;
                 zero(&mut bounce.piece, through, len);
             }
-            (_, Route::ZeroFill(fill)) => {
-                let len = fill.chunk_len;
-                zero(&mut fill.piece, through, len);
-            }
+            (_, Route::ZeroFill(fill)) => fill.zero_from(through),
             (Op::Read { buffer, .. }, _) => fill_zero_from(buffer, through),
             _ => {}
         }
@@ -575,7 +565,7 @@ impl Job {
             }
             (_, Route::ZeroFill(fill)) => {
                 self.through = 0;
-                if fill.chunk_is_through(file.direct()) {
+                if fill.part_is_through(file.direct()) {
                     Verdict::Again
                 } else {
                     Verdict::Done(Ok(()))
@@ -629,100 +619,6 @@ impl Bounce {
             let bytes = &piece.memory[(from - self.start) as usize..(to - self.start) as usize];
             copy_to_buffer(buffer, (from - *offset) as usize, bytes);
         }
-    }
-}
-
-/// Zeros by writing.
-impl Job {
-    fn start_zero_fill(&mut self, file: &mut Description) -> Verdict {
-        let Op::Zero { offset, len, .. } = self.op else {
-            return Verdict::Done(Err(Errno::INVAL));
-        };
-        // Writes beyond the end would make the file longer.
-        let file_len = match file.shared().len_at_least() {
-            Ok(len) => len,
-            Err(error) => return Verdict::Done(Err(errno(error))),
-        };
-        let end = file_len.min(offset + len);
-        if offset >= end {
-            return Verdict::Done(Ok(()));
-        }
-        let mut fill = ZeroFill {
-            at: offset,
-            end,
-            piece: None,
-            chunk_start: 0,
-            chunk_len: 0,
-            reading: false,
-        };
-        fill.plan_chunk(file.direct());
-        self.route = Route::ZeroFill(Box::new(fill));
-        Verdict::Again
-    }
-
-    fn zero_fill(&mut self, file: &mut Description, pieces: &mut Pieces) -> Result<Step, Obstacle> {
-        let through = self.through;
-        let Route::ZeroFill(fill) = &mut self.route else {
-            return Err(Errno::INVAL.into());
-        };
-        self.direct = file.direct();
-        let offset = fill.chunk_start + through as u64;
-        let memory = fill.memory(through, pieces)?;
-        Ok(if fill.reading {
-            Step::Read { offset, memory }
-        } else {
-            Step::Write {
-                offset,
-                memory,
-                dsync: false,
-            }
-        })
-    }
-}
-
-impl ZeroFill {
-    /// The memory of the current chunk without its first `through` bytes.
-    fn memory(&mut self, through: usize, pieces: &mut Pieces) -> Result<Memory, Obstacle> {
-        if self.piece.is_none() {
-            self.piece = Some(pieces.take()?.ok_or(Obstacle::NoPiece)?);
-            zero(&mut self.piece, 0, PIECE_LEN);
-        }
-        let piece = self.piece.as_mut().ok_or(Obstacle::NoPiece)?;
-        Ok(memory_from(&mut piece.memory[..self.chunk_len], through))
-    }
-
-    /// Chooses the chunk at `at`: a block that is zeroed in part, or as many
-    /// whole ones as there is memory for.
-    fn plan_chunk(&mut self, alignment: Option<Alignment>) {
-        let block = alignment.map_or(1, |alignment| u64::from(alignment.offset));
-        let start = self.at - self.at % block;
-        let len = self.end - self.at;
-        self.chunk_start = start;
-        self.reading = start < self.at || len < block;
-        self.chunk_len = if self.reading {
-            block as usize
-        } else {
-            let whole = (PIECE_LEN as u64).min(len);
-            (whole - whole % block) as usize
-        };
-    }
-
-    /// Whether there is anything left to do.
-    fn chunk_is_through(&mut self, alignment: Option<Alignment>) -> bool {
-        if self.reading {
-            let from = (self.at - self.chunk_start) as usize;
-            let to = (self.end - self.chunk_start).min(self.chunk_len as u64) as usize;
-            zero(&mut self.piece, from, to);
-            self.reading = false;
-            return true;
-        }
-        zero(&mut self.piece, 0, self.chunk_len);
-        self.at = self.chunk_start + self.chunk_len as u64;
-        if self.at >= self.end {
-            return false;
-        }
-        self.plan_chunk(alignment);
-        true
     }
 }
 

@@ -723,6 +723,45 @@ fn a_range_that_no_file_has_is_refused() {
 }
 
 #[test]
+fn where_no_hole_can_be_made_zeros_take_no_space() {
+    const LEN: u64 = 1 << 20;
+    for direct in [false, true] {
+        let file = tempfile::tempfile().expect("temporary file");
+        file.set_len(LEN).expect("set_len");
+        // Two neighbours, one that begins in the midst of a block, and the last.
+        for (offset, len) in [(64 << 10, 8192), (512 << 10, 512), (LEN - 4096, 4096)] {
+            file.write_all_at(&vec![1; len], offset).expect("write");
+        }
+        let (mut description, look) = pretended(file, direct);
+        let space = || {
+            look.sync_all().expect("sync");
+            std::os::unix::fs::MetadataExt::blocks(&look.metadata().expect("stat"))
+        };
+        let before = space();
+        let mut kernel = Kernel::new(1);
+        kernel.refuses_fallocate = Some(Errno::OPNOTSUPP);
+        let punch = |offset, len| Op::Zero {
+            file: FileId(0),
+            offset,
+            len,
+            mode: ZeroMode::Punch,
+        };
+        let (offset, end) = (100, LEN - 100);
+        assert_eq!(
+            kernel.run(punch(offset, end - offset), &mut description).0,
+            Ok(())
+        );
+        assert_eq!(space(), before);
+        let places = kernel.writes.len();
+        assert!((3..=5).contains(&places), "{places} writes");
+        let mut content = vec![0; LEN as usize];
+        look.read_exact_at(&mut content, 0).expect("read");
+        let data: Vec<usize> = (0..LEN as usize).filter(|at| content[*at] != 0).collect();
+        assert_eq!(data, Vec::from_iter(end as usize..LEN as usize));
+    }
+}
+
+#[test]
 fn what_the_file_system_lacks_is_asked_for_once() {
     let (mut description, look) = eight_blocks();
     let mut kernel = Kernel::new(1);
