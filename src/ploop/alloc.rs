@@ -27,6 +27,16 @@ impl Extent {
         self.end - self.start
     }
 
+    /// The same in pieces of so many clusters at most.
+    pub fn pieces(self, at_most: u32) -> impl Iterator<Item = Self> {
+        let step = at_most.max(1);
+        let starts = (self.start..self.end).step_by(step as usize);
+        starts.map(move |start| Self {
+            start,
+            end: self.end.min(start.saturating_add(step)),
+        })
+    }
+
     /// What of it does not lie in front of this cluster, if anything.
     pub fn from(self, first: u32) -> Option<Self> {
         let start = self.start.max(first);

@@ -59,14 +59,17 @@ impl<D: Disk> Engine<D> {
         Packing::new(&self.geometry(), self.mapped_in_top())
     }
 
-    /// Clusters that lie behind that end, at most so many.
-    pub(crate) fn behind(&self, packing: Packing, at_most: usize) -> Vec<GuestCluster> {
+    /// Clusters that lie behind that end, at most so many, and how many there are in all.
+    pub(crate) fn behind(&self, packing: Packing, at_most: usize) -> (Vec<GuestCluster>, usize) {
         let entries = (0..).map(GuestCluster).zip(self.bat.iter());
         let behind = entries.filter(|(_, entry)| match entry.place() {
             Place::In(file, host) => file == self.top() && packing.is_behind(host),
             Place::Hole => false,
         });
-        behind.map(|(cluster, _)| cluster).take(at_most).collect()
+        let mut behind = behind.map(|(cluster, _)| cluster);
+        let first: Vec<_> = behind.by_ref().take(at_most).collect();
+        let count = first.len() + behind.count();
+        (first, count)
     }
 
     /// Moves these clusters in front of that end, as far as clusters are free there. What is

@@ -177,8 +177,9 @@ pub(super) enum MdMessage {
         top: FileId,
         outcome: Outcome,
     },
-    /// For a growth a cluster has moved from here. The disk does not know of it yet.
-    Moved { host: HostCluster },
+    /// For a growth a cluster has moved from here. The disk does not know of it before this
+    /// md page is written.
+    Moved { host: HostCluster, page: u32 },
     /// The zeros of a cluster are to be given back.
     Squeeze {
         cluster: GuestCluster,

@@ -195,6 +195,14 @@ impl OpenError {
 }
 
 impl EngineError {
+    /// What the host answered to I/O that takes space.
+    pub(super) const fn of_host(errno: Errno) -> Self {
+        match errno {
+            Errno::NOSPC | Errno::DQUOT => Self::NoSpace,
+            errno => Self::Io(errno),
+        }
+    }
+
     pub(super) fn past_end(start: Sector, count: Sector) -> Self {
         Self::PastEnd {
             start: start.0,

@@ -72,6 +72,10 @@ const RETRY: Duration = Duration::from_millis(500);
 /// the kernel, and pages and syncs for them.
 const PUNCHES: usize = 2;
 
+/// Bytes of one, at most, unless a cluster has more: who waits for one that is under way,
+/// to close the image for instance, shall not wait for long.
+const HOLE_BYTES: u64 = 32 << 20;
+
 /// Pages that are written at once, at most: 1 MiB.
 const PAGES_PER_WRITE: usize = 256;
 
@@ -407,7 +411,7 @@ impl<D: Disk> MdWriter<D> {
             // It is looked at when the messages were heard.
             MdMessage::StableWritesEnded => {}
             MdMessage::ErrandDone(result) => self.errand_done(result),
-            MdMessage::Moved { host } => self.cluster_moved(host),
+            MdMessage::Moved { host, page } => self.cluster_moved(host, page),
             MdMessage::CopyUp {
                 cluster,
                 level,
@@ -480,7 +484,8 @@ impl<D: Disk> MdWriter<D> {
         let pages = moved.iter().map(|(cluster, _)| grid.md_page(*cluster));
         let pages = pages.map(|page| (page, round)).collect();
         let hosts = moved.iter().map(|(_, host)| host.0).collect();
-        self.reclaim.add_moved(hosts, pages);
+        // Of I/O none is left: the process has ended.
+        self.reclaim.add_moved(hosts, pages, 0);
         // Then these are never punched, nor given out.
         if self.engine.has_sync_failed() {
             self.still_mapped.extend(moved);
@@ -889,9 +894,11 @@ impl<D: Disk> MdWriter<D> {
             true => engine.alloc().first(),
             false => 0,
         };
+        let at_most = HOLE_BYTES >> engine.grid().cluster().shift();
+        let at_most = u32::try_from(at_most).unwrap_or(u32::MAX);
         let holes = self
             .reclaim
-            .begin_punching(first, |epoch| engine.epochs.all_reached(epoch));
+            .begin_punching(first, at_most, |epoch| engine.epochs.all_reached(epoch));
         self.holes.extend(holes);
         while self.punching < PUNCHES
             && let Some((batch, extent)) = self.holes.pop_front()
@@ -1073,6 +1080,11 @@ impl<D: Disk> MdWriter<D> {
             || self.control.front().is_some_and(|job| {
                 job.what.is_end() && matches!(job.stage, ControlStage::Flushed(_))
             })
+    }
+
+    /// Whether it is to be closed, or has been.
+    fn is_ending(&self) -> bool {
+        self.is_closing() || (self.control.front()).is_some_and(|job| job.what.is_end())
     }
 
     /// Whether the file is to be changed by rounds alone: it is about to be somebody else's,

@@ -32,17 +32,24 @@ const MOVED_BYTES: u64 = 4 << 20;
 /// Bytes that are read at once, at most.
 const CHUNK: u64 = 1 << 20;
 
-/// Clusters that are found at once.
+/// Clusters behind the end without gaps that are found, and then moved, in one round.
 const FOUND_AT_ONCE: usize = 1 << 16;
 
-/// How often it is looked what lies behind gaps: while the guest writes there are always
-/// others.
+/// How often it is looked what lies behind gaps once all of that has moved: while the guest
+/// writes there are always others.
 const PASSES: u32 = 4;
+
+/// How long a step waits at most for what the engine does meanwhile: between two steps the job
+/// can be called off.
+const WAIT: Duration = Duration::from_millis(50);
 
 /// See the module's text.
 pub struct Compaction {
     stage: Stage,
+    /// What the engine has under way for it.
+    under_way: Option<Outcome>,
     progress: Progress,
+    found_at_once: usize,
 }
 
 enum Stage {
@@ -51,18 +58,23 @@ enum Stage {
         next: u32,
     },
     Cut {
-        passes: u32,
+        is_last: bool,
     },
-    Find {
-        passes: u32,
-        found: usize,
-    },
+    Find(Search),
     Move {
-        passes: u32,
+        search: Search,
         packing: Packing,
-        found: usize,
         todo: VecDeque<GuestCluster>,
     },
+}
+
+/// For clusters that lie behind the end without gaps.
+#[derive(Clone, Copy)]
+struct Search {
+    /// How often all of them were found.
+    passes: u32,
+    /// If more are found, the last round was not worth it.
+    at_most: usize,
 }
 
 impl Compaction {
@@ -70,17 +82,20 @@ impl Compaction {
     pub fn new() -> Self {
         Self {
             stage: Stage::Begin,
+            under_way: None,
             progress: Progress::default(),
+            found_at_once: FOUND_AT_ONCE,
         }
     }
 
     fn try_step<D: Disk>(&mut self, engine: &Engine<D>) -> Result<Step, JobError> {
+        let cluster = engine.geometry().cluster.bytes();
         match &mut self.stage {
             Stage::Begin => {
                 // Clusters of a disk that is not known yet may be a guest's all the same.
                 engine.open_for_growth()?;
                 let mapped = u64::from(engine.mapped_in_top());
-                self.progress.total = mapped * engine.geometry().cluster.bytes();
+                self.progress.total = mapped * cluster;
                 self.stage = Stage::Zeros { next: 0 };
                 Ok(Step::More { bytes: 0 })
             }
@@ -92,67 +107,104 @@ impl Compaction {
                     if engine.is_raw() {
                         return Ok(Step::Done);
                     }
-                    self.stage = Stage::Cut { passes: 0 };
+                    self.stage = Stage::Cut { is_last: false };
                 }
                 Ok(Step::More { bytes: read })
             }
-            Stage::Cut { passes } => {
-                engine.wait_unless_held(&engine.cut_tail())?;
-                let passes = *passes;
-                self.stage = Stage::Find {
-                    passes,
-                    found: usize::MAX,
-                };
-                match passes > 0 {
-                    true => Ok(Step::Done),
-                    false => Ok(Step::More { bytes: 0 }),
+            Stage::Cut { is_last } => {
+                if !is_over(engine, &mut self.under_way, || engine.cut_tail())? {
+                    return Ok(Step::More { bytes: 0 });
                 }
+                if *is_last {
+                    return Ok(Step::Done);
+                }
+                self.stage = Stage::Find(Search {
+                    passes: 0,
+                    at_most: usize::MAX,
+                });
+                Ok(Step::More { bytes: 0 })
             }
-            Stage::Find { passes, found } => {
+            Stage::Find(search) => {
                 let packing = engine.packing();
-                let todo = engine.behind(packing, FOUND_AT_ONCE);
-                let has_got_on = todo.len() < *found;
-                let passes = *passes + 1;
-                self.stage = match todo.is_empty() || !has_got_on || passes > PASSES {
-                    true => Stage::Cut { passes },
-                    false => Stage::Move {
-                        passes,
-                        packing,
-                        found: todo.len(),
-                        todo: todo.into(),
-                    },
+                let (todo, count) = engine.behind(packing, self.found_at_once);
+                self.stage = match search.next(todo.len(), count) {
+                    None => Stage::Cut { is_last: true },
+                    Some(search) => {
+                        self.progress.total = self.progress.done + count as u64 * cluster;
+                        Stage::Move {
+                            search,
+                            packing,
+                            todo: todo.into(),
+                        }
+                    }
                 };
-                if let Stage::Move { found, .. } = &self.stage {
-                    let bytes = *found as u64 * engine.geometry().cluster.bytes();
-                    self.progress.total = self.progress.done + bytes;
-                }
                 Ok(Step::More { bytes: 0 })
             }
             Stage::Move {
-                passes,
+                search,
                 packing,
-                found,
                 todo,
             } => {
-                let cluster = engine.geometry().cluster.bytes();
                 let count = (MOVED_BYTES / cluster).max(1) as usize;
-                let batch: Vec<_> = todo.iter().copied().take(count).collect();
-                let bytes = batch.len() as u64 * cluster;
-                if !batch.is_empty() {
-                    engine.wait_unless_held(&engine.move_down(batch, *packing))?;
+                let batch = || todo.iter().copied().take(count).collect();
+                let begin = || engine.move_down(batch(), *packing);
+                if !is_over(engine, &mut self.under_way, begin)? {
+                    return Ok(Step::More { bytes: 0 });
                 }
-                todo.drain(..count.min(todo.len()));
+                let count = todo.drain(..count.min(todo.len())).len();
+                let bytes = count as u64 * cluster;
                 self.progress.done += bytes;
                 if todo.is_empty() {
-                    self.stage = Stage::Find {
-                        passes: *passes,
-                        found: *found,
-                    };
+                    self.stage = Stage::Find(*search);
                 }
                 Ok(Step::More { bytes })
             }
         }
     }
+
+    /// What is under way ends soon, well or not.
+    fn give_up<D: Disk>(&mut self, engine: &Engine<D>) {
+        let Some(outcome) = self.under_way.take() else {
+            return;
+        };
+        engine.abandon_growth();
+        // Where the lock is lost, a server that is gone may keep it waiting for ever. Nothing
+        // else is asked of such an engine.
+        while outcome.wait_for(WAIT).is_none() && !engine.has_lost_lock() {}
+    }
+}
+
+impl Search {
+    /// When so many were found, of so many that there are: the search after these have moved,
+    /// unless they are not worth it.
+    fn next(self, found: usize, count: usize) -> Option<Self> {
+        let is_all = found == count;
+        let passes = self.passes + u32::from(is_all);
+        // A full round has to move half of what it wants to: the guest may map as many behind.
+        let gain = if is_all { 1 } else { (found / 2).max(1) };
+        let is_worth_it = found > 0 && count <= self.at_most && passes <= PASSES;
+        is_worth_it.then(|| Self {
+            passes,
+            at_most: count - gain,
+        })
+    }
+}
+
+/// Begins it, unless it is under way. Whether it has ended after a while; how, if not well.
+fn is_over<D: Disk>(
+    engine: &Engine<D>,
+    under_way: &mut Option<Outcome>,
+    begin: impl FnOnce() -> Outcome,
+) -> Result<bool, EngineError> {
+    let Some(result) = under_way.get_or_insert_with(begin).wait_for(WAIT) else {
+        if engine.is_suspended() {
+            // Somebody else wants all to be quiet.
+            engine.abandon_growth();
+        }
+        return Ok(false);
+    };
+    *under_way = None;
+    result.map(|()| true)
 }
 
 impl Default for Compaction {
@@ -163,15 +215,21 @@ impl Default for Compaction {
 
 impl<D: Disk> Job<D> for Compaction {
     fn step(&mut self, site: &mut Site<'_, D>) -> Result<Step, JobError> {
-        if site.engine.is_suspended() {
+        let engine = site.engine;
+        if engine.has_lost_lock() {
+            self.give_up(engine);
+            return Err(EngineError::LockLost.into());
+        }
+        if engine.is_suspended() && self.under_way.is_none() {
             return Ok(Step::Later);
         }
-        match self.try_step(site.engine) {
+        match self.try_step(engine) {
+            Err(_) if engine.has_lost_lock() => Err(EngineError::LockLost.into()),
             Err(JobError::Engine(EngineError::NoSpace)) => Ok(Step::HostFull),
             // Somebody else is at it, or has had to end it.
             Err(JobError::Engine(
                 EngineError::Suspended | EngineError::Growing | EngineError::Stopped,
-            )) if !site.engine.has_lost_lock() => Ok(Step::Later),
+            )) => Ok(Step::Later),
             step => step,
         }
     }
@@ -180,8 +238,9 @@ impl<D: Disk> Job<D> for Compaction {
         self.progress
     }
 
-    // Whatever a step has under way it waits for.
-    fn cancel(&mut self, _: &mut Site<'_, D>) {}
+    fn cancel(&mut self, site: &mut Site<'_, D>) {
+        self.give_up(site.engine);
+    }
 }
 
 /// Looks for zeros for a while, from cluster `next` on, and gives them back. How many bytes
@@ -195,7 +254,7 @@ fn squeeze_some<D: Disk>(
     let cluster = geometry.cluster.bytes();
     let until = Instant::now() + STEP;
     let mut bytes = 0;
-    let mut locked: Vec<Outcome> = Vec::new();
+    let mut locked: Vec<(GuestCluster, u64, Outcome)> = Vec::new();
     let mut begun = 0_u32;
     while *next < geometry.entries && locked.len() < LOCKED {
         // A look at an entry costs next to nothing, at the clock more.
@@ -208,18 +267,24 @@ fn squeeze_some<D: Disk>(
         let Some((file, start)) = engine.place_in_top(guest) else {
             continue;
         };
+        let done = progress.done;
         progress.done += cluster;
         let look = look_for_zeros(engine, file, start..start + cluster)?;
         bytes += look.bytes;
         if look.is_worth_it || (!look.has_data && engine.can_unmap_zeros()) {
-            locked.push(engine.squeeze(guest));
+            locked.push((guest, done, engine.squeeze(guest)));
         }
         if Instant::now() >= until {
             break;
         }
     }
-    for outcome in locked {
-        engine.wait_unless_held(&outcome)?;
+    for (guest, done, outcome) in locked {
+        if let Err(error) = engine.wait_unless_held(&outcome) {
+            // From here on once more.
+            progress.done = done;
+            *next = guest.0;
+            return Err(error.into());
+        }
     }
     Ok(bytes)
 }
@@ -271,3 +336,6 @@ fn look_for_zeros<D: Disk>(
     }
     Ok(looked)
 }
+
+#[cfg(all(test, not(ploop_loom)))]
+mod tests;

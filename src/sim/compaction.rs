@@ -58,7 +58,7 @@ impl Session {
             }
             4 if !self.engine.is_raw() => {
                 let packing = self.engine.packing();
-                let clusters = self.engine.behind(packing, 4);
+                let (clusters, _) = self.engine.behind(packing, 4);
                 world.disk.note(|| format!("{clusters:?} move down"));
                 Compacting::Moving(self.engine.move_down(clusters, packing))
             }

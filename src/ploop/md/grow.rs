@@ -17,9 +17,9 @@
 //!
 //! Clusters in the way are kept out of the allocator by their number alone. If it comes to
 //! nothing, those that are known to be free are given out again, so that the guest has the
-//! space. Nothing else is undone: where clusters were that have moved, or that were to be
-//! punched, is not used until the image is opened again, when it is found like what a crash
-//! has leaked.
+//! space. What has moved stays where it is, and where it was goes the way of every cluster
+//! that was unmapped. Clusters in the way that were to be punched are not used until the image
+//! is opened again, when they are found like what a crash has leaked.
 //!
 //! A raw image has no BAT: its file is made longer.
 
@@ -74,8 +74,8 @@ pub(super) struct Growing {
     error: Option<EngineError>,
     /// To be moved to: nobody else is given them.
     pub(super) free: VecDeque<HostCluster>,
-    /// Where clusters were that the disk may still have there.
-    left: Vec<HostCluster>,
+    /// Where clusters were that the disk may still have there, with the md pages that say so.
+    left: Vec<(u32, HostCluster)>,
     /// It shall come to nothing, for this reason if there is one.
     stop: bool,
     failed: Option<EngineError>,
@@ -296,7 +296,7 @@ impl<D: Disk> MdWriter<D> {
         let made = disk
             .set_len(top, old.bytes())
             .and_then(|()| disk.set_len(top, size.bytes()));
-        made.map_err(|error| host_error(Errno::from_io_error(&error).unwrap_or(Errno::IO)))
+        made.map_err(|error| EngineError::of_host(super::errno_of(&error)))
     }
 
     pub(super) fn commit_growth(&mut self, outcome: Outcome) {
@@ -374,9 +374,9 @@ impl<D: Disk> MdWriter<D> {
 
     /// Its data is there as well until the disk has the new mapping: what comes to nothing
     /// before leaves it so.
-    pub(super) fn cluster_moved(&mut self, host: HostCluster) {
+    pub(super) fn cluster_moved(&mut self, host: HostCluster, page: u32) {
         if let Some(growing) = &mut self.growing {
-            growing.left.push(host);
+            growing.left.push((page, host));
         }
     }
 
@@ -403,7 +403,7 @@ impl<D: Disk> MdWriter<D> {
                 growing.stage = Stage::Moving(Moving::new(moves));
             }
         }
-        self.growth_went_on(result.map_err(host_error));
+        self.growth_went_on(result.map_err(EngineError::of_host));
     }
 
     /// The next round answers when all that is in memory now is stable.
@@ -438,20 +438,37 @@ impl<D: Disk> MdWriter<D> {
 
     /// The same, when nothing of it is under way any more. What the header already says,
     /// or may say on disk, keeps its place.
-    fn give_up_growth(&self, mut growing: Growing, error: EngineError) {
+    fn give_up_growth(&mut self, mut growing: Growing, error: EngineError) {
         for host in growing.free.drain(..) {
             self.engine.put_back(host);
         }
+        self.give_back_left(&growing.left);
         let first = self.geometry.first_host_cluster();
         self.engine.alloc().keep_no_more_from(first);
         growing.tell(Err(error));
     }
 
+    /// These are free when the disk knows where their data is now. Who opens the image next
+    /// finds them by himself.
+    fn give_back_left(&mut self, left: &[(u32, HostCluster)]) {
+        if left.is_empty() || self.is_ending() || self.engine.has_sync_failed() {
+            return;
+        }
+        let round = self.next_write();
+        for (page, _) in left {
+            // It may have been written since, and nobody has taken note of that.
+            self.engine.bat.mark_dirty(*page);
+        }
+        let pages = left.iter().map(|(page, _)| (*page, round)).collect();
+        let hosts = left.iter().map(|(_, host)| host.0).collect();
+        // Reads of what was there may be under way.
+        let epoch = self.engine.epochs.advance();
+        self.reclaim.add_moved(hosts, pages, epoch);
+    }
+
     pub(super) fn step_growth(&mut self) {
         while let Some(mut growing) = self.growing.take() {
-            let is_closing =
-                self.is_closing() || (self.control.front()).is_some_and(|job| job.what.is_end());
-            growing.stop |= is_closing;
+            growing.stop |= self.is_ending();
             // These change nothing of the image any more, and who waits for them may be
             // the one who would resume it.
             let is_ending = matches!(
@@ -535,7 +552,7 @@ impl<D: Disk> MdWriter<D> {
             }
             Stage::Mapping => {
                 // Those where the BAT goes are kept out.
-                for host in std::mem::take(&mut growing.left) {
+                for (_, host) in std::mem::take(&mut growing.left) {
                     self.reclaim.add_dropped(host);
                 }
                 if growing.purpose != Purpose::Growth {
@@ -764,12 +781,5 @@ fn refusal(error: HeaderError) -> EngineError {
         HeaderError::TooLarge(error) => EngineError::TooLarge(error),
         // The first block offset could not say where its data begins.
         _ => EngineError::ImageFull,
-    }
-}
-
-fn host_error(errno: Errno) -> EngineError {
-    match errno {
-        Errno::NOSPC | Errno::DQUOT => EngineError::NoSpace,
-        errno => EngineError::Io(errno),
     }
 }

@@ -27,10 +27,10 @@ const LEAKED_BATCHES: usize = 2;
 #[derive(Debug, PartialEq, Eq)]
 enum Stage {
     /// The writes of its md pages, and then the start of a sync: the disk may have the
-    /// data of guest clusters here.
-    Moved,
+    /// data of guest clusters here. Then I/O of older epochs.
+    Moved { epoch: u64 },
     /// The end of that sync.
-    MovedSyncing,
+    MovedSyncing { epoch: u64 },
     /// I/O of older epochs.
     Grace { epoch: u64 },
     /// Its holes; `left` are being punched.
@@ -113,11 +113,11 @@ impl Reclaim {
         self.add_batch(Stage::Grace { epoch }, extents_of(clusters), pages);
     }
 
-    /// Clusters that the disk maps for guest clusters which have moved, and no I/O uses;
-    /// writes of `pages` in these rounds will contain where to.
-    pub fn add_moved(&mut self, clusters: Vec<u32>, pages: HashMap<u32, RoundNumber>) {
+    /// Clusters that the disk maps for guest clusters which have moved, and no I/O uses that
+    /// began with `epoch` or later; writes of `pages` in these rounds will contain where to.
+    pub fn add_moved(&mut self, clusters: Vec<u32>, pages: HashMap<u32, RoundNumber>, epoch: u64) {
         if !clusters.is_empty() {
-            self.add_batch(Stage::Moved, extents_of(clusters), pages);
+            self.add_batch(Stage::Moved { epoch }, extents_of(clusters), pages);
         }
     }
 
@@ -160,11 +160,13 @@ impl Reclaim {
         self.batches.iter().any(awaits)
     }
 
-    /// The holes to punch now, with the batch that each belongs to. What lies in front of
-    /// cluster `first` is given up: the BAT of a larger disk goes there.
+    /// The holes to punch now, of so many clusters at most, with the batch that each belongs
+    /// to. What lies in front of cluster `first` is given up: the BAT of a larger disk goes
+    /// there.
     pub fn begin_punching(
         &mut self,
         first: u32,
+        at_most: u32,
         is_reached: impl Fn(u64) -> bool,
     ) -> Vec<(u64, Extent)> {
         self.batch_leaked();
@@ -175,6 +177,7 @@ impl Reclaim {
                 batch.extents = std::mem::take(&mut batch.extents)
                     .into_iter()
                     .filter_map(|extent| extent.from(first))
+                    .flat_map(|extent| extent.pieces(at_most))
                     .collect();
                 batch.stage = match batch.extents.len() {
                     0 => Stage::Punched,
@@ -229,7 +232,7 @@ impl Reclaim {
     pub fn begin_sync(&mut self) {
         for batch in self.batches.iter_mut().filter(|batch| batch.is_ready()) {
             batch.stage = match batch.stage {
-                Stage::Moved => Stage::MovedSyncing,
+                Stage::Moved { epoch } => Stage::MovedSyncing { epoch },
                 _ => Stage::Syncing,
             };
         }
@@ -242,8 +245,8 @@ impl Reclaim {
             .partition(Batch::is_synced);
         self.batches = rest;
         for batch in &mut self.batches {
-            if batch.stage == Stage::MovedSyncing {
-                batch.stage = Stage::Grace { epoch: 0 };
+            if let Stage::MovedSyncing { epoch } = batch.stage {
+                batch.stage = Stage::Grace { epoch };
             }
         }
         let synced: Vec<Batch> = synced;
@@ -260,7 +263,7 @@ impl Batch {
 
     fn is_ready(&self) -> bool {
         let removed = self.pages.is_empty() || !rule::kept(Rule::RemovalBeforeReuse);
-        matches!(self.stage, Stage::Moved | Stage::Punched) && removed
+        matches!(self.stage, Stage::Moved { .. } | Stage::Punched) && removed
     }
 }
 
@@ -294,8 +297,12 @@ mod tests {
             reclaim.add_freed(HostCluster(host), 5, 2);
         }
         reclaim.close_batch(10);
-        assert!(reclaim.begin_punching(0, |epoch| epoch < 10).is_empty());
-        let holes = reclaim.begin_punching(0, |epoch| epoch <= 10);
+        assert!(
+            reclaim
+                .begin_punching(0, u32::MAX, |epoch| epoch < 10)
+                .is_empty()
+        );
+        let holes = reclaim.begin_punching(0, u32::MAX, |epoch| epoch <= 10);
         assert_eq!(holes, [(0, extent(3, 4)), (0, extent(7, 10))]);
         for (id, hole) in holes {
             reclaim.punched(id, hole, true);
@@ -316,18 +323,21 @@ mod tests {
     #[test]
     fn where_a_cluster_was_before_it_moved_is_punched_after_a_sync_of_where_it_is() {
         let mut reclaim = Reclaim::default();
-        reclaim.add_moved(vec![4, 3], HashMap::from([(5, 2)]));
+        reclaim.add_moved(vec![4, 3], HashMap::from([(5, 2)]), 10);
         for round in [1, 2] {
-            assert!(reclaim.begin_punching(0, |_| true).is_empty());
+            assert!(reclaim.begin_punching(0, u32::MAX, |_| true).is_empty());
             assert!(!reclaim.wants_sync() && reclaim.is_under_way());
             reclaim.page_written(5, round);
         }
         assert!(reclaim.wants_sync());
-        assert!(reclaim.begin_punching(0, |_| true).is_empty());
+        assert!(reclaim.begin_punching(0, u32::MAX, |_| true).is_empty());
         reclaim.begin_sync();
-        assert!(reclaim.begin_punching(0, |_| true).is_empty());
+        assert!(reclaim.begin_punching(0, u32::MAX, |_| true).is_empty());
         assert!(reclaim.end_sync().is_empty());
-        assert_eq!(reclaim.begin_punching(0, |_| true), [(0, extent(3, 5))]);
+        let is_reached = |epoch| epoch < 10;
+        assert!(reclaim.begin_punching(0, u32::MAX, is_reached).is_empty() && reclaim.awaits_io());
+        let holes = reclaim.begin_punching(0, u32::MAX, |epoch| epoch <= 10);
+        assert_eq!(holes, [(0, extent(3, 5))]);
         reclaim.punched(0, extent(3, 5), true);
         reclaim.begin_sync();
         assert_eq!(reclaim.end_sync(), [extent(3, 5)]);
@@ -343,7 +353,7 @@ mod tests {
         reclaim.close_batch(10);
         assert!(reclaim.is_under_way() && reclaim.awaits_io());
         assert!(!reclaim.has_open() && !reclaim.has_leaked());
-        for (id, hole) in reclaim.begin_punching(0, |_| true) {
+        for (id, hole) in reclaim.begin_punching(0, u32::MAX, |_| true) {
             assert!(reclaim.is_under_way() && !reclaim.awaits_io());
             reclaim.punched(id, hole, true);
         }
@@ -360,7 +370,7 @@ mod tests {
         assert!(reclaim.is_under_way() && reclaim.has_leaked());
         let mut given_back = Vec::new();
         for at_once in [LEAKED_AT_ONCE * LEAKED_BATCHES, 1] {
-            let holes = reclaim.begin_punching(0, |_| true);
+            let holes = reclaim.begin_punching(0, u32::MAX, |_| true);
             assert_eq!(holes.len(), at_once);
             for (id, hole) in holes {
                 assert!(reclaim.is_under_way() && reclaim.has_leaked());
@@ -377,21 +387,39 @@ mod tests {
     fn what_lies_where_the_bat_goes_is_not_punched() {
         let mut reclaim = Reclaim::default();
         reclaim.add_leaked(&[extent(1, 2), extent(3, 6)]);
-        assert_eq!(reclaim.begin_punching(4, |_| true), [(0, extent(4, 6))]);
+        assert_eq!(
+            reclaim.begin_punching(4, u32::MAX, |_| true),
+            [(0, extent(4, 6))]
+        );
         reclaim.punched(0, extent(4, 6), true);
         reclaim.begin_sync();
         assert_eq!(reclaim.end_sync(), [extent(4, 6)]);
         reclaim.add_leaked(&[extent(2, 3)]);
-        assert!(reclaim.begin_punching(4, |_| true).is_empty());
+        assert!(reclaim.begin_punching(4, u32::MAX, |_| true).is_empty());
         reclaim.begin_sync();
         assert!(reclaim.end_sync().is_empty() && !reclaim.is_under_way());
+    }
+
+    #[test]
+    fn a_long_hole_is_punched_in_pieces() {
+        let mut reclaim = Reclaim::default();
+        reclaim.add_leaked(&[extent(1, 8), extent(9, 10)]);
+        let holes = reclaim.begin_punching(2, 3, |_| true);
+        let pieces = [extent(2, 5), extent(5, 8), extent(9, 10)];
+        assert_eq!(holes, pieces.map(|piece| (0, piece)));
+        for (id, hole) in holes {
+            assert!(!reclaim.wants_sync());
+            reclaim.punched(id, hole, hole.start != 5);
+        }
+        reclaim.begin_sync();
+        assert_eq!(reclaim.end_sync(), [extent(2, 5), extent(9, 10)]);
     }
 
     #[test]
     fn what_could_not_be_punched_does_not_come_back() {
         let mut reclaim = Reclaim::default();
         reclaim.add_leaked(&[extent(1, 2), extent(4, 6)]);
-        for (id, hole) in reclaim.begin_punching(0, |_| true) {
+        for (id, hole) in reclaim.begin_punching(0, u32::MAX, |_| true) {
             reclaim.punched(id, hole, hole.start != 4);
         }
         reclaim.begin_sync();
@@ -402,7 +430,7 @@ mod tests {
     fn what_is_punched_after_the_start_of_a_sync_waits_for_the_next() {
         let mut reclaim = Reclaim::default();
         reclaim.add_leaked(&[extent(1, 2)]);
-        let holes = reclaim.begin_punching(0, |_| true);
+        let holes = reclaim.begin_punching(0, u32::MAX, |_| true);
         reclaim.begin_sync();
         reclaim.punched(holes[0].0, holes[0].1, true);
         assert!(reclaim.end_sync().is_empty());

@@ -8,8 +8,7 @@
 //! was; what would change the cluster waits with its runner, and nothing else does.
 
 use std::collections::VecDeque;
-
-use rustix::io::Errno;
+use std::ops::Range;
 
 use super::super::EngineError;
 use super::super::engine::{Engine, MdMessage};
@@ -19,7 +18,8 @@ use super::super::rule::{self, Rule};
 use super::cow::CopyBuffers;
 use super::{Busy, Job, Runner, Then};
 use crate::format::{GuestCluster, HostCluster};
-use crate::storage::{Buffer, Completion, Disk, Op};
+use crate::storage::zeros::{BLOCK, first_data};
+use crate::storage::{AlignedBuf, Buffer, Completion, Disk, Op};
 
 /// A cluster on its way.
 pub(super) struct Relocation {
@@ -27,6 +27,10 @@ pub(super) struct Relocation {
     to: HostCluster,
     /// As many bytes of it as belong to the disk.
     keep: u64,
+    /// What is there, while parts of it are to be written.
+    bytes: Option<AlignedBuf>,
+    /// Those parts: all but zeros, which the new cluster has already.
+    parts: VecDeque<Range<usize>>,
     /// The new cluster may not read as zeros any more.
     touched: bool,
     /// Who wants it copied; `None` when it is.
@@ -76,6 +80,8 @@ impl<D: Disk> Runner<D> {
             old,
             to,
             keep,
+            bytes: None,
+            parts: VecDeque::new(),
             touched: false,
             pio: Some(pio),
         };
@@ -105,7 +111,6 @@ impl<D: Disk> Runner<D> {
             (
                 Ok(()),
                 Op::Read {
-                    file,
                     buffer: Buffer::Owned(mut bytes),
                     ..
                 },
@@ -113,36 +118,69 @@ impl<D: Disk> Runner<D> {
                 if rule::kept(Rule::EndIsCut) {
                     bytes[relocation.keep as usize..].fill(0);
                 }
-                relocation.touched = true;
-                let op = Op::Write {
-                    file,
-                    offset: self.engine.grid().host_offset(relocation.to),
-                    buffer: Buffer::Owned(bytes),
-                    dsync: false,
+                let to = self.engine.grid().host_offset(relocation.to);
+                relocation.parts = match self.engine.write_alignment() as usize <= BLOCK {
+                    true => data_of(&bytes, to),
+                    false => std::iter::once(0..bytes.len()).collect(),
                 };
-                self.queue_job(cluster, Job::Relocation(relocation), waiting, op);
+                relocation.bytes = Some(bytes);
+                self.write_next_part(cluster, relocation, waiting);
             }
             (Ok(()), op) => {
                 self.buffers.give_back(op);
-                let pio = relocation.pio.take();
-                let job = Job::Relocation(relocation);
-                self.busy.insert(cluster, Busy { job, waiting });
-                if let Some(pio) = pio {
-                    self.complete(pio, Ok(()));
-                }
+                self.write_next_part(cluster, relocation, waiting);
             }
             (Err(errno), op) => {
                 self.buffers.give_back(op);
-                let error = match errno {
-                    Errno::NOSPC | Errno::DQUOT => EngineError::NoSpace,
-                    errno => EngineError::Io(errno),
-                };
+                if let Some(bytes) = relocation.bytes.take() {
+                    self.buffers.keep(bytes);
+                }
+                let error = EngineError::of_host(errno);
                 let pio = relocation.pio.take();
                 self.drop_relocation(cluster, &relocation, waiting);
                 if let Some(pio) = pio {
                     self.complete(pio, Err(error));
                 }
             }
+        }
+    }
+
+    /// Writes what is left of the copy; when that is nothing, whoever wants it hears so.
+    fn write_next_part(
+        &mut self,
+        cluster: GuestCluster,
+        mut relocation: Relocation,
+        waiting: VecDeque<Pio>,
+    ) {
+        if let Some(part) = relocation.parts.pop_front()
+            && let Some(bytes) = relocation.bytes.take()
+        {
+            let offset = self.engine.grid().host_offset(relocation.to) + part.start as u64;
+            let buffer = match part.len() == bytes.len() {
+                true => bytes,
+                false => {
+                    let copy = AlignedBuf::from_iter(BLOCK, bytes[part].iter().copied());
+                    relocation.bytes = Some(bytes);
+                    copy
+                }
+            };
+            relocation.touched = true;
+            let op = Op::Write {
+                file: self.engine.top(),
+                offset,
+                buffer: Buffer::Owned(buffer),
+                dsync: false,
+            };
+            return self.queue_job(cluster, Job::Relocation(relocation), waiting, op);
+        }
+        if let Some(bytes) = relocation.bytes.take() {
+            self.buffers.keep(bytes);
+        }
+        let pio = relocation.pio.take();
+        let job = Job::Relocation(relocation);
+        self.busy.insert(cluster, Busy { job, waiting });
+        if let Some(pio) = pio {
+            self.complete(pio, Ok(()));
         }
     }
 
@@ -174,7 +212,8 @@ impl<D: Disk> Runner<D> {
             if is_stable {
                 self.engine.relocate(cluster, relocation.to);
                 let host = relocation.old;
-                self.engine.md.post(MdMessage::Moved { host });
+                let page = self.engine.grid().md_page(cluster);
+                self.engine.md.post(MdMessage::Moved { host, page });
                 self.run_waiting(waiting);
             } else {
                 self.drop_relocation(cluster, &relocation, waiting);
@@ -203,4 +242,16 @@ impl<D: Disk> Runner<D> {
             self.complete(pio, Ok(()));
         }
     }
+}
+
+/// Where in bytes that go to `offset` of a file there is anything but zeros.
+fn data_of(bytes: &[u8], offset: u64) -> VecDeque<Range<usize>> {
+    let mut parts = VecDeque::new();
+    let mut from = 0;
+    while let Some(part) = first_data(&bytes[from..], offset + from as u64) {
+        let end = from + part.end;
+        parts.push_back(from + part.start..end);
+        from = end;
+    }
+    parts
 }

@@ -72,7 +72,7 @@ impl<D: Disk> Runner<D> {
         waiting: VecDeque<Pio>,
         completion: Completion,
     ) {
-        let result = completion.result.map_err(EngineError::Io);
+        let result = completion.result.map_err(EngineError::of_host);
         if let (
             Ok(()),
             Op::Read {

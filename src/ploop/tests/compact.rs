@@ -43,10 +43,11 @@ fn zeros_and_gaps_are_given_back_and_the_file_gets_as_short_as_it_can() {
     assert_eq!(rig.wait(&rig.engine.cut_tail()), Ok(()));
     let before = rig.clusters_in_file();
     let packing = rig.engine.packing();
-    let behind = rig.engine.behind(packing, 100);
-    assert_eq!(behind.len(), 2);
+    let (behind, count) = rig.engine.behind(packing, 100);
+    assert_eq!((behind.len(), count), (2, 2));
+    assert_eq!(rig.engine.behind(packing, 1), (vec![behind[0]], 2));
     assert_eq!(rig.wait(&rig.engine.move_down(behind, packing)), Ok(()));
-    assert!(rig.engine.behind(packing, 100).is_empty());
+    assert_eq!(rig.engine.behind(packing, 100), (Vec::new(), 0));
     assert_eq!(rig.wait(&rig.engine.cut_tail()), Ok(()));
     assert_eq!(rig.clusters_in_file(), before - 2);
     assert_eq!(rig.clusters_in_file(), u64::from(packing.end()));
@@ -59,6 +60,48 @@ fn zeros_and_gaps_are_given_back_and_the_file_gets_as_short_as_it_can() {
         };
         let second = if cluster == 4 { 0 } else { byte };
         assert!(read == [[byte; 4096], [second; 4096]].concat(), "{cluster}");
+    }
+}
+
+#[test]
+fn what_holes_cannot_be_made_for_is_said() {
+    let rig = Rig::new(CLUSTERS * CLUSTER);
+    rig.write(0, &[[1; 4096], [0; 4096]].concat()).unwrap();
+    rig.disk
+        .change_medium(|medium| medium.next_zero_is_full = true);
+    let squeeze = || rig.wait(&rig.engine.squeeze(GuestCluster(0)));
+    assert_eq!(squeeze(), Err(EngineError::NoSpace));
+    assert_eq!(squeeze(), Ok(()));
+}
+
+#[test]
+fn where_clusters_were_is_given_back_when_moving_is_given_up() {
+    let rig = Rig::new(CLUSTERS * CLUSTER);
+    for cluster in 0..CLUSTERS {
+        let content = vec![cluster as u8 + 1; CLUSTER as usize];
+        rig.write(cluster * CLUSTER, &content).unwrap();
+    }
+    rig.discard(0, 4 * CLUSTER).unwrap();
+    assert_eq!(rig.wait(&rig.engine.cut_tail()), Ok(()));
+    let packing = rig.engine.packing();
+    let (behind, _) = rig.engine.behind(packing, 100);
+    assert_eq!(behind.len(), 4);
+    let moved = rig.engine.move_down(behind, packing);
+    while rig.engine.behind(packing, 100).1 > 0 {
+        rig.turn();
+    }
+    // The disk does not know it yet.
+    rig.engine.abandon_growth();
+    assert_eq!(rig.wait(&moved), Err(EngineError::Stopped));
+    assert_eq!(rig.wait(&rig.engine.cut_tail()), Ok(()));
+    assert_eq!(rig.clusters_in_file(), u64::from(packing.end()));
+    let rig = rig.cut();
+    for cluster in 4..CLUSTERS {
+        let read = rig.read(cluster * CLUSTER, CLUSTER as usize);
+        assert!(
+            read.iter().all(|byte| *byte == cluster as u8 + 1),
+            "{cluster}"
+        );
     }
 }
 
