@@ -2,14 +2,14 @@
 //! cancelled.
 //!
 //! One runs at a time; those that are over stay until they are dismissed, if their client
-//! wanted that. Who runs one and who is asked about it meet in its [`Reins`]. Knows what QMP
+//! wanted that. When there are many, the oldest of clients that are gone make room. Who runs one and who is asked about it meet in its [`Reins`]. Knows what QMP
 //! says of jobs (`qapi/job.json`); must not know what one is about, nor how it is run.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use serde_json::{Value, json};
 
-use super::qmp::Event;
+use super::qmp::{ClientId, Event};
 use crate::served::job::Progress;
 
 /// Jobs that are over and not dismissed, at most: no client can fill the memory with them.
@@ -189,6 +189,8 @@ pub(super) enum Ended {
 #[derive(Debug)]
 struct Record {
     id: String,
+    /// Who has begun it.
+    client: ClientId,
     /// As QMP calls it.
     kind: &'static str,
     status: Status,
@@ -202,15 +204,16 @@ struct Record {
 pub(super) struct Jobs(Vec<Record>);
 
 impl Jobs {
-    /// Whether one can be made; else why not, as QEMU says it.
-    pub fn check(&self, terms: &Terms) -> Result<(), String> {
+    /// Whether one can be made; else why not, as QEMU says it. Of clients that are not there
+    /// any more none is in its way.
+    pub fn check(&self, terms: &Terms, is_there: impl Fn(ClientId) -> bool) -> Result<(), String> {
         if !is_well_formed(&terms.id) {
             return Err(format!("Invalid job ID '{}'", terms.id));
         }
         if self.0.iter().any(|job| job.id == terms.id) {
             return Err(format!("Job ID '{}' already in use", terms.id));
         }
-        if self.0.len() >= MAX_CONCLUDED {
+        if self.0.len() >= MAX_CONCLUDED && self.forsaken(is_there).is_none() {
             return Err(format!(
                 "There are {MAX_CONCLUDED} jobs that nobody has dismissed"
             ));
@@ -218,10 +221,32 @@ impl Jobs {
         Ok(())
     }
 
+    /// The oldest that is over and that nobody will dismiss, most likely: the next client can
+    /// do so, but has not begun it.
+    fn forsaken(&self, is_there: impl Fn(ClientId) -> bool) -> Option<usize> {
+        let is_it = |job: &Record| job.status == Status::Concluded && !is_there(job.client);
+        self.0.iter().position(is_it)
+    }
+
+    /// Forgets one where there is no room for another.
+    pub fn make_room(&mut self, is_there: impl Fn(ClientId) -> bool) -> Option<Event> {
+        if self.0.len() < MAX_CONCLUDED {
+            return None;
+        }
+        let at = self.forsaken(is_there)?;
+        Some(self.0.remove(at).turn(Status::Null))
+    }
+
     /// There is one more, held by these reins, which runs from now on.
-    pub fn begin(&mut self, terms: &Terms, kind: &'static str, reins: Arc<Reins>) -> Vec<Event> {
+    pub fn begin(
+        &mut self,
+        (terms, client): (&Terms, ClientId),
+        kind: &'static str,
+        reins: Arc<Reins>,
+    ) -> Vec<Event> {
         self.0.push(Record {
             id: terms.id.clone(),
+            client,
             kind,
             status: Status::Created,
             reins,
@@ -454,10 +479,23 @@ mod tests {
     }
 
     fn begin(jobs: &mut Jobs, id: &str, auto_dismiss: bool) -> (Arc<Reins>, Vec<Event>) {
+        begin_as(jobs, ClientId::of(1), id, auto_dismiss)
+    }
+
+    fn begin_as(
+        jobs: &mut Jobs,
+        client: ClientId,
+        id: &str,
+        auto_dismiss: bool,
+    ) -> (Arc<Reins>, Vec<Event>) {
         let terms = terms(id, auto_dismiss);
         let reins = Arc::new(Reins::new(&terms));
-        let events = jobs.begin(&terms, "compact", Arc::clone(&reins));
+        let events = jobs.begin((&terms, client), "compact", Arc::clone(&reins));
         (reins, events)
+    }
+
+    fn check(jobs: &Jobs, terms: &Terms) -> Result<(), String> {
+        jobs.check(terms, |_| true)
     }
 
     #[test]
@@ -509,7 +547,7 @@ mod tests {
             assert_eq!(told(&events), ["aborting", how, "concluded"]);
             assert_eq!(jobs.list()[0]["error"], error);
             assert_eq!(
-                jobs.check(&terms("one", true)),
+                check(&jobs, &terms("one", true)),
                 Err("Job ID 'one' already in use".to_owned())
             );
             let (_, events) = jobs.apply("one", Verb::Dismiss).unwrap();
@@ -527,9 +565,9 @@ mod tests {
         );
         for id in ["", "1a", "a b", "-a", "ä", &"a".repeat(128)] {
             let invalid = format!("Invalid job ID '{id}'");
-            assert_eq!(jobs.check(&terms(id, true)), Err(invalid));
+            assert_eq!(check(&jobs, &terms(id, true)), Err(invalid));
         }
-        assert_eq!(jobs.check(&terms("a-1._", true)), Ok(()));
+        assert_eq!(check(&jobs, &terms("a-1._", true)), Ok(()));
         begin(&mut jobs, "one", false);
         assert!(jobs.apply("one", Verb::Resume).is_err());
         jobs.apply("one", Verb::Pause).unwrap();
@@ -547,10 +585,41 @@ mod tests {
         // Nobody dismisses them.
         for index in 1..MAX_CONCLUDED {
             let terms = terms(&format!("j{index}"), false);
-            assert_eq!(jobs.check(&terms), Ok(()));
+            assert_eq!(check(&jobs, &terms), Ok(()));
             begin(&mut jobs, &terms.id, false);
             jobs.end(Ended::Well);
         }
-        assert!(jobs.check(&terms("more", false)).is_err());
+        assert!(check(&jobs, &terms("more", false)).is_err());
+    }
+
+    #[test]
+    fn those_of_clients_that_are_gone_make_room() {
+        let mut jobs = Jobs::default();
+        let (gone, there) = (ClientId::of(1), ClientId::of(2));
+        let is_there = |client| client == there;
+        for index in 0..MAX_CONCLUDED {
+            let client = if index % 4 == 2 { gone } else { there };
+            assert_eq!(jobs.make_room(is_there), None, "there is room");
+            begin_as(&mut jobs, client, &format!("j{index}"), false);
+            jobs.end(Ended::Well);
+        }
+        for index in (2..MAX_CONCLUDED).step_by(4) {
+            let more = terms(&format!("more{index}"), false);
+            assert_eq!(jobs.check(&more, is_there), Ok(()));
+            let told = jobs.make_room(is_there).unwrap();
+            let id = format!("j{index}");
+            assert!(!jobs.has(&id));
+            let status = "null";
+            assert_eq!(told, Event::JobStatusChange { id, status });
+            begin_as(&mut jobs, there, &more.id, false);
+            jobs.end(Ended::Well);
+        }
+        assert!(jobs.check(&terms("more", false), is_there).is_err());
+        assert_eq!(jobs.make_room(is_there), None);
+        // One that runs is nobody's to forget.
+        let (_, _) = jobs.apply("j0", Verb::Dismiss).unwrap();
+        begin_as(&mut jobs, gone, "runs", false);
+        assert!(jobs.check(&terms("more", false), is_there).is_err());
+        assert_eq!(jobs.make_room(is_there), None);
     }
 }

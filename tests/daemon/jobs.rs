@@ -320,6 +320,41 @@ fn a_job_that_is_cancelled_says_so_and_leaves_the_disk_complete() {
     expect_sound(&rig.image);
 }
 
+/// Has one done whose client is to dismiss it.
+fn compact_and_keep(qmp: &mut Qmp, id: &str) {
+    qmp.ask("compact", json!({ "job-id": id, "auto-dismiss": false }));
+    // It hears of those of others, too.
+    let concluded = json!({ "id": id, "status": "concluded" });
+    while qmp.event("JOB_STATUS_CHANGE") != concluded {}
+}
+
+#[test]
+fn jobs_of_clients_that_have_hung_up_make_room_for_others() {
+    let rig = rig();
+    let backend = serve(&rig, &[]);
+    let mut gone = Qmp::connect(&control(&rig));
+    let mut qmp = Qmp::connect(&control(&rig));
+    compact_and_keep(&mut qmp, "mine");
+    for index in 1..16 {
+        compact_and_keep(&mut gone, &format!("j{index}"));
+    }
+    let more = || json!({ "job-id": "more", "auto-dismiss": false });
+    let refused = qmp.answer("compact", more());
+    let expected = "There are 16 jobs that nobody has dismissed";
+    assert_eq!(desc(&refused), expected);
+    drop(gone);
+    wait_for("the client to be gone", || {
+        qmp.answer("compact", more())["error"].is_null()
+    });
+    let all = jobs(&mut qmp);
+    assert_eq!(all.len(), 16);
+    assert_eq!(
+        (&all[0]["id"], &all[1]["id"]),
+        (&json!("mine"), &json!("j2"))
+    );
+    backend.stop();
+}
+
 #[test]
 fn the_end_of_the_program_calls_a_job_off() {
     let rig = rig();

@@ -36,7 +36,7 @@ impl MainLoop<'_> {
         client: ClientId,
         ops: &mut EventOps,
     ) -> Result<(), Error> {
-        let (answer, events) = match self.try_begin_job(plan, terms, ops)? {
+        let (answer, events) = match self.try_begin_job((plan, terms), client, ops)? {
             Ok(events) => (Ok(json!({})), events),
             Err(why) => (Err(Failure::generic(why)), Vec::new()),
         };
@@ -46,14 +46,15 @@ impl MainLoop<'_> {
 
     fn try_begin_job(
         &mut self,
-        plan: Plan,
-        terms: &Terms,
+        (plan, terms): (Plan, &Terms),
+        client: ClientId,
         ops: &mut EventOps,
     ) -> Result<Result<Vec<Event>, String>, Error> {
         if let Some(why) = self.refusal() {
             return Ok(Err(why.to_owned()));
         }
-        if let Err(why) = self.desk.jobs.check(terms) {
+        let is_there = |client| self.desk.monitor.has(client);
+        if let Err(why) = self.desk.jobs.check(terms, is_there) {
             return Ok(Err(why));
         }
         let kind = plan.kind();
@@ -66,7 +67,9 @@ impl MainLoop<'_> {
         if let Some(changed) = operation.changed() {
             ops.add(changed_events(changed))?;
         }
-        let events = self.desk.jobs.begin(terms, kind, reins);
+        let is_there = |client| self.desk.monitor.has(client);
+        let mut events = Vec::from_iter(self.desk.jobs.make_room(is_there));
+        events.extend(self.desk.jobs.begin((terms, client), kind, reins));
         self.underway = Some(Underway {
             operation,
             asker: None,

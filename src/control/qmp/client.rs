@@ -48,6 +48,14 @@ pub(in crate::control) enum Stay {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(in crate::control) struct ClientId(pub(super) u64);
 
+impl ClientId {
+    /// One that there might be.
+    #[cfg(test)]
+    pub(in crate::control) const fn of(number: u64) -> Self {
+        Self(number)
+    }
+}
+
 /// See the module's text.
 pub(in crate::control) struct Client {
     socket: UnixStream,

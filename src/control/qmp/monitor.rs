@@ -87,6 +87,11 @@ impl Monitor {
         Ok(())
     }
 
+    /// Whether this client is still connected.
+    pub fn has(&self, id: ClientId) -> bool {
+        self.clients.iter().any(|client| client.id() == id)
+    }
+
     /// Something is to be done for the client with that descriptor. Returns what it wishes
     /// for.
     ///
