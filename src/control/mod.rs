@@ -162,7 +162,8 @@ pub fn run(args: &Args, sandbox: &Sandbox) -> Result<(), Error> {
         .snapshot(args.snapshot)
         .force_share(locks_for_rings)
         .share_locks(args.take_over.is_some());
-    let image = Image::new(image::open(&args.blk_file, mode)?).map_err(Error::Setup)?;
+    let image = image::open(&args.blk_file, mode)?;
+    let image = Image::new(image, !args.is_read_only()).map_err(Error::Setup)?;
     if let Some(limits) = args.throttle {
         image.throttle().begin_with(limits)?;
     }

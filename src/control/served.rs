@@ -67,9 +67,15 @@ pub(super) struct Standing {
 }
 
 impl Image {
+    /// One that is written to, now or when it is opened again, if `is_to_be_written`.
+    ///
     /// # Errors
     /// When there are no more descriptors; any of `fstat(2)`.
-    pub fn new(image: OpenImage) -> io::Result<Self> {
+    pub fn new(image: OpenImage, is_to_be_written: bool) -> io::Result<Self> {
+        // Later the program sees no mounts.
+        if let Some(top) = image.files.last().filter(|_| is_to_be_written) {
+            lock_promise::warn_of_late_refusal(&top.file, &top.path);
+        }
         let notices = Arc::new(Notices::new()?);
         let standing = Standing {
             caretaker: None,
@@ -87,9 +93,6 @@ impl Image {
     /// Any of `fstat(2)`.
     pub fn of(image: OpenImage, standing: Standing) -> io::Result<Self> {
         let top = image.files.last();
-        if let Some(top) = top.filter(|top| top.writable) {
-            lock_promise::warn_of_late_refusal(&top.file, &top.path);
-        }
         let top = top.map(|top| top.file.metadata()).transpose()?;
         Ok(Self {
             top: top.as_ref().map(file_id).unwrap_or_default(),

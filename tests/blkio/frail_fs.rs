@@ -20,9 +20,9 @@ use std::{
 
 use fuser::{
     BackgroundSession, Config, Errno, FileAttr, FileHandle, FileType, Filesystem, FopenFlags,
-    Generation, INodeNo, InitFlags, KernelConfig, LockOwner, MountOption, OpenFlags, ReplyAttr,
-    ReplyCreate, ReplyData, ReplyDirectory, ReplyEmpty, ReplyEntry, ReplyLock, ReplyLseek,
-    ReplyOpen, ReplyWrite, Request, TimeOrNow, WriteFlags,
+    Generation, INodeNo, InitFlags, KernelConfig, LockOwner, MountOption, OpenFlags, RenameFlags,
+    ReplyAttr, ReplyCreate, ReplyData, ReplyDirectory, ReplyEmpty, ReplyEntry, ReplyLock,
+    ReplyLseek, ReplyOpen, ReplyWrite, Request, TimeOrNow, WriteFlags,
 };
 use rand::SeedableRng;
 use rand::rngs::SmallRng;
@@ -772,6 +772,33 @@ impl Filesystem for Mounted {
             let inode = state.inode_of(name).ok_or(Errno::ENOENT)?;
             state.nodes[(inode.0 - FIRST) as usize].removed = true;
             state.files.remove(name);
+            Ok(())
+        }, () => reply.ok());
+    }
+
+    fn rename(
+        &self,
+        _: &Request,
+        _: INodeNo,
+        from: &OsStr,
+        _: INodeNo,
+        to: &OsStr,
+        flags: RenameFlags,
+        reply: ReplyEmpty,
+    ) {
+        answer!(reply, {
+            let mut state = self.0.enter()?;
+            let (from, to) = (name_of(from)?, name_of(to)?);
+            let inode = state.inode_of(from).ok_or(Errno::ENOENT)?;
+            if let Some(replaced) = state.inode_of(to) {
+                if flags.contains(RenameFlags::RENAME_NOREPLACE) {
+                    return Err(Errno::EEXIST);
+                }
+                state.nodes[(replaced.0 - FIRST) as usize].removed = true;
+            }
+            to.clone_into(&mut state.nodes[(inode.0 - FIRST) as usize].name);
+            let file = state.files.remove(from).ok_or(Errno::ENOENT)?;
+            state.files.insert(to.to_owned(), file);
             Ok(())
         }, () => reply.ok());
     }

@@ -5,6 +5,7 @@
 #[path = "../common/mod.rs"]
 mod common;
 
+mod changes;
 mod client;
 mod clones;
 mod dead_disk;

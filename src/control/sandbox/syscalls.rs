@@ -117,11 +117,13 @@ const MAIN: &[i64] = &[
     libc::SYS_unlinkat,
 ];
 
-/// To make a file, or put one in the place of another, with the same owner; and to give up,
-/// with the first steps, what of files and privileges the start has left.
+/// To make a file, or put one in the place of another, with the same owner, and a lock that a
+/// server may take away; and to give up, with the first steps, what of files and privileges the
+/// start has left.
 const CARETAKER: &[i64] = &[
     libc::SYS_capget,
     libc::SYS_capset,
+    libc::SYS_eventfd2,
     libc::SYS_fchown,
     libc::SYS_fdatasync,
     libc::SYS_fsync,
