@@ -7,7 +7,8 @@
 #                                                          kind or on one of each
 #        ci/gluster.sh default|shards|strict COMMAND...    a command of yours beside a volume
 #
-# strict is default with client.strict-locks, and has the test of locks alone.
+# strict is default with client.strict-locks, and has the test of locks alone and that of a
+# guest that goes from one mount to the other: five times, or PLOOP_MIGRATIONS=N.
 #
 # COMMAND finds the two mounts in $BED/m1, whose client sits behind a network link of
 # its own, and $BED/m2, and these on its PATH:
@@ -37,7 +38,8 @@ die() { say "$*" >&2; exit 1; }
 # Runs the tests on volumes of these kinds.
 test_on() {
     local kind
-    cargo test --locked --no-run --lib --test ploop_img --test blkio
+    cargo test --locked --no-run --lib --test ploop_img --test blkio --test guest
+    [[ " $* " != *" strict "* ]] || qemu/guest/build.sh "$target/guest"
     for kind in "$@"; do
         say "the tests on a volume of this kind: $kind"
         enter "$kind" "$PWD/ci/gluster.sh" run-tests
@@ -52,7 +54,11 @@ run_tests() {
     export PLOOP_REQUIRE_PEERS=1
     PLOOP_OTHER_MOUNT=$BED/m2 cargo test --locked --offline --test blkio -- \
         --ignored --test-threads 1 gluster::a_host_that_comes_back gluster::another_host
-    [ "$BED_KIND" != strict ] || return 0
+    if [ "$BED_KIND" = strict ]; then
+        PLOOP_OTHER_MOUNT=$BED/m2 cargo test --locked --offline --test guest -- \
+            --ignored --nocapture migration::mounts
+        return 0
+    fi
     PLOOP_TEST_FOLDERS=$BED/m1 cargo test --locked --offline --lib storage::host
     # Those left out start the program hundreds of times each.
     cargo test --locked --offline --test ploop_img -- --skip cuts:: --skip kill::

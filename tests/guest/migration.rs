@@ -1,12 +1,17 @@
 //! A guest is migrated to another QEMU, with another back-end and the same image, while fio
 //! works on the disk and compares what it reads.
 
+mod downtime;
+mod mounts;
+mod stages;
+
 use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use serde_json::json;
 
+use self::stages::{End, Stage};
 use crate::common::backend::Backend;
 use crate::common::img::ploop_img;
 use crate::common::qmp::Qmp;
@@ -24,26 +29,55 @@ const PATIENCE: Duration = Duration::from_secs(120);
 const CLOSED: &str = "the image was closed and unlocked in ";
 const OPENED: &str = "the image was locked, read and opened in ";
 
+/// What it says of a front-end.
+const CONNECTED: &str = "has connected";
+
 const OPTIONS: &[&str] = &["--lock=running", "--writeback-delay=5000"];
 
-/// A back-end, and where its QEMU keeps its files.
+/// A back-end with the disk as it has it, and where its QEMU keeps its files.
 struct Host {
     backend: Backend,
+    disk: PathBuf,
     folder: PathBuf,
 }
 
 impl Host {
     fn new(rig: &Rig, name: &str) -> Self {
-        let folder = rig.path(name);
-        std::fs::create_dir(&folder).expect("a folder can be made");
-        let backend = Self::serve(rig, &folder);
-        Self { backend, folder }
+        Self::with_disk(rig, name, rig.disk.clone())
     }
 
-    fn serve(rig: &Rig, folder: &Path) -> Backend {
+    /// On which the disk has another path.
+    fn with_disk(rig: &Rig, name: &str, disk: PathBuf) -> Self {
+        let folder = rig.path(name);
+        std::fs::create_dir(&folder).expect("a folder can be made");
+        let backend = Self::serve(&disk, &folder);
+        Self {
+            backend,
+            disk,
+            folder,
+        }
+    }
+
+    fn serve(disk: &Path, folder: &Path) -> Backend {
         let control = format!("--control={}", folder.join("control").display());
         let options = [OPTIONS, &[&control]].concat();
-        Backend::start(&rig.disk, &folder.join("vhost.sock"), &options)
+        Backend::start(disk, &folder.join("vhost.sock"), &options)
+    }
+
+    /// Kills the back-end, and starts another one in its place.
+    fn replace_backend(self) -> Self {
+        let Self {
+            backend,
+            disk,
+            folder,
+        } = self;
+        backend.kill();
+        let backend = Self::serve(&disk, &folder);
+        Self {
+            backend,
+            disk,
+            folder,
+        }
     }
 
     fn incoming(&self) -> PathBuf {
@@ -61,27 +95,48 @@ impl Host {
         self.folder.join("control")
     }
 
-    /// How long it took last to close the image, or to open it, as the log says.
-    fn last(&self, what: &str) -> String {
+    /// How long it took last to close the image, or to open it, as the log says, in
+    /// milliseconds.
+    fn last(&self, what: &str) -> f64 {
         let log = self.backend.log();
         let mut lines = log.lines().rev();
         let line = lines.find_map(|line| line.split_once(what));
-        line.map_or_else(|| "?".to_owned(), |(_, time)| time.trim().to_owned())
+        let (_, time) = line.unwrap_or_else(|| panic!("{what}?\n{log}"));
+        time.trim_end_matches(" ms").parse().expect("it is a time")
+    }
+
+    /// How often its log, which all of its back-ends have in common, says something.
+    fn has_said(&self, what: &str) -> usize {
+        self.backend.log().matches(what).count()
+    }
+
+    /// Waits until it has said it that often.
+    fn wait_to_say(&self, what: &str, times: usize) {
+        let start = Instant::now();
+        while self.has_said(what) < times {
+            let log = self.backend.log();
+            assert!(start.elapsed() < PATIENCE, "{what}?\n{log}");
+            thread::sleep(Duration::from_millis(10));
+        }
     }
 
     /// Starts a QEMU that waits for the guest.
     fn waits_for_guest(&self, rig: &Rig, load: &Load) -> Running {
-        let incoming = self.incoming();
-        // A former one's.
-        let _ = std::fs::remove_file(&incoming);
-        let waits = self.guest(rig, load).incoming(&incoming).start();
-        let start = Instant::now();
-        while !incoming.exists() {
-            assert!(start.elapsed() < PATIENCE, "QEMU does not listen");
-            thread::sleep(Duration::from_millis(20));
-        }
-        waits
+        wait_for_guest(self.guest(rig, load), &self.incoming())
     }
+}
+
+/// Starts a QEMU that waits for a guest at this socket.
+fn wait_for_guest(guest: Guest<'_>, incoming: &Path) -> Running {
+    // A former one's.
+    let _ = std::fs::remove_file(incoming);
+    let waits = guest.incoming(incoming).start();
+    let start = Instant::now();
+    while !incoming.exists() {
+        assert!(start.elapsed() < PATIENCE, "QEMU does not listen");
+        thread::sleep(Duration::from_millis(20));
+    }
+    waits
 }
 
 /// Waits until a migration has ended. Returns what QEMU says of it.
@@ -100,18 +155,19 @@ fn end_of(source: &Running) -> String {
     }
 }
 
-/// The time that the guest stood still, as QEMU says it.
-fn downtime(said: &str) -> &str {
-    let line = said
-        .lines()
-        .find(|line| line.contains("downtime:") && !line.contains("expected"));
-    line.map_or("downtime: not said", str::trim)
+/// How long a guest stood still, in milliseconds.
+#[derive(Clone, Copy, Debug)]
+struct Stall {
+    /// As QEMU says it on the source: the image is closed within it, and opened after it.
+    downtime: f64,
+    closed: f64,
+    opened: f64,
 }
 
-/// Moves the guest, which works.
-fn migrate(rig: &Rig, load: &Load, source: Running, from: &Host, to: &Host) -> Running {
-    let target = to.waits_for_guest(rig, load);
-    source.migrate(&to.incoming());
+/// Moves a guest to a QEMU that waits for it. Returns the time that it stood still, as the
+/// source says it, in milliseconds.
+fn switch_over(source: Running, target: &Running, incoming: &Path) -> f64 {
+    source.migrate(incoming);
     let said = end_of(&source);
     assert!(said.contains("completed"), "{said}");
     let start = Instant::now();
@@ -119,13 +175,24 @@ fn migrate(rig: &Rig, load: &Load, source: Running, from: &Host, to: &Host) -> R
         assert!(start.elapsed() < PATIENCE, "the guest does not go on");
         thread::sleep(Duration::from_millis(20));
     }
-    let (closed, opened) = (from.last(CLOSED), to.last(OPENED));
-    eprintln!(
-        "{}; closed in {closed}, opened in {opened}",
-        downtime(&said)
-    );
     source.quit();
-    target
+    let mut lines = said.lines().map(str::trim);
+    let time = lines.find_map(|line| line.strip_prefix("downtime: ")?.split(' ').next());
+    let time = time.unwrap_or_else(|| panic!("no downtime: {said}"));
+    time.parse().expect("it is a number")
+}
+
+/// Moves the guest, which works.
+fn migrate(rig: &Rig, load: &Load, source: Running, from: &Host, to: &Host) -> (Running, Stall) {
+    let target = to.waits_for_guest(rig, load);
+    let downtime = switch_over(source, &target, &to.incoming());
+    let stall = Stall {
+        downtime,
+        closed: from.last(CLOSED),
+        opened: to.last(OPENED),
+    };
+    eprintln!("{stall:?}");
+    (target, stall)
 }
 
 fn works_over_migrations(rig: &Rig, load: &Load) {
@@ -139,7 +206,7 @@ fn works_over_migrations(rig: &Rig, load: &Load) {
         if rig.disk.is_dir() {
             change(&hosts[from], migration);
         }
-        guest = migrate(rig, load, guest, &hosts[from], &hosts[to]);
+        (guest, _) = migrate(rig, load, guest, &hosts[from], &hosts[to]);
     }
     thread::sleep(Duration::from_secs(1));
     guest.go_on();
@@ -228,11 +295,10 @@ fn destinations_die_and_wait_and_a_source_loses_its_back_end() {
     guest.command("migrate_set_parameter max-bandwidth 4M");
     guest.migrate(&hosts[0].incoming());
     thread::sleep(Duration::from_secs(1));
-    let [one, Host { backend, folder }] = hosts;
-    backend.kill();
-    let backend = Host::serve(&rig, &folder);
-    let hosts = [one, Host { backend, folder }];
-    hosts[1].backend.expect_to_say(OPENED);
+    let [one, other] = hosts;
+    let opened = other.has_said(OPENED);
+    let hosts = [one, other.replace_backend()];
+    hosts[1].wait_to_say(OPENED, opened + 1);
     guest.command("migrate_set_parameter max-bandwidth 10G");
     let said = end_of(&guest);
     assert!(said.contains("completed"), "{said}");
@@ -240,16 +306,33 @@ fn destinations_die_and_wait_and_a_source_loses_its_back_end() {
     guest = target;
     thread::sleep(Duration::from_secs(2));
 
-    // A source that is killed takes the guest along, and leaves the image as at its end.
+    // The destination's is, which has nothing open, and QEMU meets the next one there, too.
     let target = hosts[1].waits_for_guest(&rig, load);
     guest.command("migrate_set_parameter max-bandwidth 4M");
     guest.migrate(&hosts[1].incoming());
     thread::sleep(Duration::from_secs(1));
+    let [one, other] = hosts;
+    let connected = other.has_said(CONNECTED);
+    let hosts = [one, other.replace_backend()];
+    hosts[1].wait_to_say(CONNECTED, connected + 1);
+    guest.command("migrate_set_parameter max-bandwidth 10G");
+    let said = end_of(&guest);
+    assert!(said.contains("completed"), "{said}");
+    guest.quit();
+    guest = target;
+    thread::sleep(Duration::from_secs(1));
+
+    // A source that is killed takes the guest along, and leaves the image as at its end.
+    let target = hosts[0].waits_for_guest(&rig, load);
+    guest.command("migrate_set_parameter max-bandwidth 4M");
+    guest.migrate(&hosts[0].incoming());
+    thread::sleep(Duration::from_secs(1));
+    let closed = hosts[1].has_said(CLOSED);
     guest.kill();
-    hosts[0].backend.expect_to_say("has disconnected");
+    hosts[1].wait_to_say(CLOSED, closed + 1);
     target.kill();
     crate::rig::check(&rig.disk);
-    let mut guest = hosts[1].guest(&rig, load).boot();
+    let mut guest = hosts[0].guest(&rig, load).boot();
     guest.wait_at("busy");
     guest.go_on();
     guest.go_on();
@@ -262,7 +345,7 @@ fn destinations_die_and_wait_and_a_source_loses_its_back_end() {
 }
 
 #[test]
-fn a_migration_is_cancelled_and_another_one_meets_a_killed_back_end() {
+fn a_migration_comes_to_nothing_at_each_stage_and_another_meets_a_killed_back_end() {
     let Some(rig) = Rig::with_bundle() else {
         return;
     };
@@ -275,23 +358,24 @@ fn a_migration_is_cancelled_and_another_one_meets_a_killed_back_end() {
     thread::sleep(Duration::from_secs(1));
 
     // It goes on where it is.
-    let target = hosts[1].waits_for_guest(&rig, load);
-    guest.command("migrate_set_parameter max-bandwidth 1M");
-    guest.migrate(&hosts[1].incoming());
+    for stage in Stage::ALL {
+        for end in [End::Cancelled, End::Failed] {
+            stages::comes_to_nothing(&rig, &guest, &hosts[0], stage, end);
+        }
+    }
+    (guest, _) = migrate(&rig, load, guest, &hosts[0], &hosts[1]);
     thread::sleep(Duration::from_secs(1));
-    guest.command("migrate_cancel");
-    let said = end_of(&guest);
-    assert!(said.contains("cancelled"), "{said}");
-    target.kill();
-    guest.command("migrate_set_parameter max-bandwidth 10G");
 
     // A destination whose back-end has gone: the guest waits there until it is back.
-    let target = hosts[1].waits_for_guest(&rig, load);
-    let [one, Host { backend, folder }] = hosts;
+    let target = hosts[0].waits_for_guest(&rig, load);
+    let [one, other] = hosts;
+    let Host {
+        backend, folder, ..
+    } = one;
     backend.kill();
     guest.migrate(&folder.join("incoming"));
     let said = end_of(&guest);
-    let other = Backend::start(&rig.disk, &folder.join("vhost.sock"), OPTIONS);
+    let backend = Host::serve(&rig.disk, &folder);
     if said.contains("completed") {
         guest.quit();
         guest = target;
@@ -304,7 +388,7 @@ fn a_migration_is_cancelled_and_another_one_meets_a_killed_back_end() {
     guest.go_on();
     let outcome = guest.finish();
     assert_eq!(outcome.value("verified"), "yes");
-    one.backend.stop();
-    other.stop();
+    backend.stop();
+    other.backend.stop();
     crate::rig::check(&rig.disk);
 }

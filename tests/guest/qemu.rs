@@ -482,6 +482,18 @@ impl Running {
         self.tail += self.console.len() - before;
     }
 
+    /// Tells QEMU's monitor to do one thing after the other, and waits for none of it.
+    pub fn tell(&self, commands: &[&str]) {
+        let mut monitor = UnixStream::connect(&self.monitor).expect("QEMU's monitor answers");
+        read_prompt(&mut monitor);
+        let commands: String = commands.iter().flat_map(|text| [text, "\n"]).collect();
+        monitor
+            .write_all(commands.as_bytes())
+            .expect("QEMU's monitor listens");
+        // It would drop what it has not read yet.
+        thread::sleep(Duration::from_millis(50));
+    }
+
     /// Has QEMU's monitor do something. Returns what it said, the command and what a
     /// terminal needs among it.
     pub fn command(&self, command: &str) -> String {

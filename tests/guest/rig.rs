@@ -56,6 +56,15 @@ impl Rig {
         })
     }
 
+    /// That of [`Rig::with_bundle`] there.
+    pub fn bundle_on(folder: &Path) -> Option<Self> {
+        Self::with(|_| {
+            let disk = folder.join("disk");
+            create(&disk, "1G");
+            disk
+        })
+    }
+
     fn with_disk(name: &str) -> Option<Self> {
         Self::with(|folder| {
             let disk = folder.join(name);
