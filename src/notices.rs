@@ -42,6 +42,11 @@ pub enum Notice {
         /// Whether requests wait. Else they fail.
         waits: bool,
     },
+    /// After such a loss: the image can be opened anew, by its path.
+    StorageBack {
+        /// Of the file whose lock is lost, or of the image.
+        path: PathBuf,
+    },
     /// A request has failed.
     IoError(IoError),
     /// The file of the top is used behind a place that was named for that.

@@ -35,7 +35,7 @@ fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             logging.say_failure(&chain_of_causes(&error));
-            ExitCode::FAILURE
+            ExitCode::from(error.exit_status())
         }
     };
     logging.finish();

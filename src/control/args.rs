@@ -212,7 +212,8 @@ pub struct Args {
     pub on_enospc: EnospcPolicy,
 
     /// What happens to requests when the lock on the image is lost, as a server can take it
-    /// away. Nothing is read or written any more in either case.
+    /// away. Nothing is read or written any more in either case. Where they wait, the process
+    /// ends with status 75 when one that is started anew can go on with them.
     #[arg(long, value_name = "WHAT", value_enum, default_value_t = LockLossPolicy::Stop)]
     pub on_lock_loss: LockLossPolicy,
 

@@ -26,21 +26,22 @@ const TIME_TO_END: Duration = Duration::from_secs(5);
 const TIME_FOR_LAST_LINES: Duration = Duration::from_millis(1200);
 
 /// Exit status when the image could not be closed.
-const NOT_CLOSED: i32 = 1;
+pub const NOT_CLOSED: u8 = 1;
 
-/// From now on the program has [`TIME_TO_END`]. If that passes it ends as by a power cut.
-pub fn set() {
-    warn(threads::start(Role::Deadline, "deadline", count_down).map(drop));
+/// From now on the program has [`TIME_TO_END`]. If that passes it ends as by a power cut, with
+/// this status.
+pub fn set(status: u8) {
+    warn(threads::start(Role::Deadline, "deadline", move || count_down(status)).map(drop));
 }
 
-fn count_down() {
+fn count_down(status: u8) {
     thread::sleep(TIME_TO_END - TIME_FOR_LAST_LINES);
     log::error!(
         "the disk does not answer: the program ends and leaves the image as it is; it \
          will be checked when it is next opened"
     );
     log::logger().flush();
-    low_level::exit(NOT_CLOSED);
+    low_level::exit(status.into());
 }
 
 fn warn(set: io::Result<()>) {
@@ -74,7 +75,7 @@ fn start_watch(signals: i32) -> io::Result<Arc<EventFd>> {
             let mut fds = [watched(signals), watched(ended)];
             while poll(&mut fds, None).is_err() {}
             if fds[1].revents().is_empty() {
-                count_down();
+                count_down(NOT_CLOSED);
             }
         }
     })?;
@@ -106,7 +107,7 @@ impl Limit {
         Self::start_with(time, move || {
             log::error!("the image cannot be served within {} s", time.as_secs());
             log::logger().flush();
-            low_level::exit(NOT_CLOSED);
+            low_level::exit(NOT_CLOSED.into());
         })
     }
 

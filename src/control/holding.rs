@@ -3,6 +3,9 @@
 //! The thread of a connection's messages opens and closes it, in the place of the front-end
 //! that waits for the answer. Control clients are answered from what was known last.
 
+use std::error::Error as _;
+use std::io;
+use std::iter::successors;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::time::Instant;
 
@@ -14,6 +17,7 @@ use super::subject::Level;
 use super::{Args, Error};
 use crate::device::{Haste, HoldError, Holder};
 use crate::image::{self, Access, OpenMode};
+use crate::notices::Notice;
 use crate::ploop::{Engine, EngineError, EngineReport, Running, WriteThreshold};
 use crate::storage::{HostDisk, LockStanding};
 
@@ -190,6 +194,20 @@ impl Holding {
         })
     }
 
+    /// The rights that this process has kept are those to the files that there were at its start.
+    /// Those of another mount, or that were put into their place, another one may open.
+    fn look_for_other_files(&self, error: &Error) {
+        let mut causes = successors(error.source(), |&cause| cause.source());
+        let is_denied = causes.any(|cause| {
+            let cause = cause.downcast_ref::<io::Error>();
+            cause.is_some_and(|error| error.kind() == io::ErrorKind::PermissionDenied)
+        });
+        if is_denied {
+            let path = self.args.blk_file.clone();
+            self.standing.notices().post(Notice::StorageBack { path });
+        }
+    }
+
     fn take_note(&self, top: &str, engine: &Engine<HostDisk>) {
         let mut known = self.lock_known();
         top.clone_into(&mut known.top);
@@ -223,6 +241,7 @@ impl Holder<HostDisk> for Holding {
         let start = Instant::now();
         let opened = self
             .open()
+            .inspect_err(|error| self.look_for_other_files(error))
             .map_err(|error| HoldError::from(Box::from(error)))?;
         let engine = Arc::clone(opened.running.engine());
         *held = Some(opened);

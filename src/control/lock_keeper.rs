@@ -5,7 +5,9 @@
 //! is begun until another one has found it. So does one that finds anything odd, and it is
 //! looked more closely then, again and again for a while. If it is gone, that is the end:
 //! nothing is read or written any more, by any thread, and the engine, the log and control
-//! clients are told. On file systems of this host there is nothing to look after, and no thread.
+//! clients are told. Where requests wait, it is looked from then on whether the image could be
+//! opened anew, for them to go on. On file systems of this host there is nothing to look after,
+//! and no thread.
 //!
 //! Knows threads, and whom to tell. How a lock is looked at, and what keeps others from
 //! writing, is [`storage`](crate::storage)'s.
@@ -246,8 +248,8 @@ impl Timekeeper {
         }
         let guest = match self.waits {
             true => {
-                "Its requests wait; a process that is started anew can go on with them if \
-                     nobody else has opened the image"
+                "Its requests wait; when the storage is there, and nobody else uses the image, \
+                     this process ends, and one that is started anew can go on with them"
             }
             false => "Its requests fail",
         };
@@ -264,6 +266,28 @@ impl Timekeeper {
         thread::sleep(AFTERMATH);
         if let Some(engine) = self.engine.upgrade() {
             engine.lose_lock();
+        }
+        if self.waits {
+            self.wait_until_openable(path);
+        }
+    }
+
+    /// Says when the image can be opened anew, until somebody has heard it. Here it cannot be:
+    /// see [`Error::StorageBack`](super::Error::StorageBack).
+    fn wait_until_openable(&self, path: &Path) {
+        let mut said = String::new();
+        while let LookFor::Doubts(_) = self.watch.wait_for_look() {
+            let Err(why) = self.watch.require_openable() else {
+                self.notices.post(Notice::StorageBack {
+                    path: path.to_owned(),
+                });
+                continue;
+            };
+            let why = why.to_string();
+            if why != said {
+                log::info!("the image cannot be opened anew yet: {why}");
+                said = why;
+            }
         }
     }
 }

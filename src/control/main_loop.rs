@@ -131,6 +131,8 @@ impl Room {
 pub(super) enum Left {
     /// A signal has come, and nothing is in flight.
     Signalled,
+    /// The same, but it was no signal: see [`Error::StorageBack`](super::Error::StorageBack).
+    StorageBack,
     /// Another process takes over.
     For(Successor, Carried),
 }
@@ -198,14 +200,17 @@ pub(super) fn run(
     }
     main_loop.end();
     waited?;
-    main_loop.outcome.transpose()?;
-    Ok(Left::Signalled)
+    Ok(match main_loop.outcome.transpose()? {
+        Some(Outcome::StorageBack) => Left::StorageBack,
+        _ => Left::Signalled,
+    })
 }
 
 /// What ends the loop.
 #[derive(Debug)]
 enum Outcome {
     Signal,
+    StorageBack,
     TakeOver,
 }
 
@@ -294,15 +299,19 @@ impl MainLoop<'_> {
 
     /// The program is to end.
     fn begin_end(&mut self) {
-        if matches!(self.outcome, Some(Ok(Outcome::Signal))) {
+        self.begin_end_with(Outcome::Signal, deadline::NOT_CLOSED);
+    }
+
+    fn begin_end_with(&mut self, outcome: Outcome, status: u8) {
+        if let Some(Ok(Outcome::Signal | Outcome::StorageBack)) = self.outcome {
             return;
         }
         log::info!("shutting down");
-        deadline::set();
+        deadline::set(status);
         if let Some(underway) = &self.underway {
             underway.operation.call_off();
         }
-        self.outcome = Some(Ok(Outcome::Signal));
+        self.outcome = Some(Ok(outcome));
     }
 
     /// Nobody is served any more. The guest goes first: what it went on to write would be in
@@ -466,10 +475,14 @@ impl MainLoop<'_> {
     }
 
     fn pass_on_notices(&mut self, ops: &mut EventOps) -> Result<(), event_manager::Error> {
-        let notices = self.desk.notices.take().into_iter();
-        notices
-            .map(event_of)
-            .try_for_each(|event| self.desk.monitor.tell(&event, ops))
+        for notice in self.desk.notices.take() {
+            let is_back = matches!(notice, Notice::StorageBack { .. });
+            self.desk.monitor.tell(&event_of(notice), ops)?;
+            if is_back {
+                self.begin_end_with(Outcome::StorageBack, super::STORAGE_BACK);
+            }
+        }
+        Ok(())
     }
 
     fn accept(&mut self, ops: &mut EventOps) -> Result<(), event_manager::Error> {
@@ -823,6 +836,9 @@ fn event_of(notice: Notice) -> Event {
             file: path.to_string_lossy().into_owned(),
             reason: why,
             waits,
+        },
+        Notice::StorageBack { path } => Event::StorageBack {
+            file: path.to_string_lossy().into_owned(),
         },
         Notice::ImageVanished { path, how } => Event::ImageVanished {
             file: path.to_string_lossy().into_owned(),

@@ -132,9 +132,34 @@ pub enum Error {
         .0.display()
     )]
     LockGone(PathBuf),
+    /// The lock on the image was lost, and now it can be opened anew; or it is to be opened since
+    /// a ring is to run, and is not what it was at the start. Not by this process: it
+    /// may open no more than the files that it had from the start, which may have been those of
+    /// another mount (Landlock knows files, not paths). And what one that starts does is what
+    /// has to be done: it locks the image or does not, reads all anew, and goes on with a guest
+    /// whose memory fits.
+    #[error(
+        "the storage of the image is there again, or another one is: a new process has to open it"
+    )]
+    StorageBack,
     /// Not everything could be made stable at the end.
     #[error("the image was not closed cleanly; it will be checked when it is next opened")]
     Close(#[source] EngineError),
+}
+
+/// Exit status with [`Error::StorageBack`]: that of who may be tried again (`EX_TEMPFAIL` of
+/// sysexits.h).
+const STORAGE_BACK: u8 = 75;
+
+impl Error {
+    /// What the program is to end with.
+    #[must_use]
+    pub fn exit_status(&self) -> u8 {
+        match self {
+            Self::StorageBack => STORAGE_BACK,
+            _ => deadline::NOT_CLOSED,
+        }
+    }
 }
 
 /// Serves what the command line names until SIGTERM or SIGINT, and closes it; or until
@@ -275,7 +300,8 @@ fn serve(
                 }
             }
             Ok(Left::Signalled) => break Ok(()),
-            Err(error) => break Err(error),
+            Ok(Left::StorageBack) => break Err(Error::StorageBack),
+            Err(error) => break Err(Error::from(error)),
         }
     };
     // Whatever happened: the image is closed, and only then its locks go.

@@ -66,6 +66,13 @@ pub(super) struct Standing {
     pub write_threshold: Arc<WriteThreshold>,
 }
 
+impl Standing {
+    /// What is to be told of the disk.
+    pub fn notices(&self) -> &Arc<Notices> {
+        &self.notices
+    }
+}
+
 impl Image {
     /// One that is written to, now or when it is opened again, if `is_to_be_written`.
     ///
@@ -121,7 +128,7 @@ impl Image {
 
     /// What is to be told of the disk.
     pub fn notices(&self) -> &Arc<Notices> {
-        &self.standing.notices
+        self.standing.notices()
     }
 
     /// The folder in which all is that belongs to the disk, if there is one.

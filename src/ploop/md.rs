@@ -835,8 +835,11 @@ impl<D: Disk> MdWriter<D> {
             self.round.error = Some(error);
         }
         self.unreported = Some(error);
-        // The next flush has something to tell.
-        self.engine.uncover();
+        // The next flush has something to tell. Without the lock there is none here, and a guest
+        // that goes on with the next process knows what the page was to say.
+        if !self.engine.has_lost_lock() {
+            self.engine.uncover();
+        }
     }
 
     fn pages_done(&mut self) {

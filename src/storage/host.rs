@@ -42,7 +42,7 @@ use super::{
 use crate::notices::Notices;
 
 pub use self::lease::LookFor;
-pub use self::lock_watch::{LockWatch, Look, SeesMark, WatchError};
+pub use self::lock_watch::{LockWatch, Look, NotOpenable, SeesMark, WatchError};
 pub use self::rings::start_maker;
 pub use self::watch::FileWatch;
 

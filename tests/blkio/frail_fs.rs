@@ -10,7 +10,8 @@ mod locks;
 mod medium;
 
 use std::{
-    ffi::OsStr,
+    collections::HashMap,
+    ffi::{OsStr, OsString},
     fs,
     path::{Path, PathBuf},
     sync::{Arc, Condvar, Mutex, MutexGuard},
@@ -22,7 +23,7 @@ use fuser::{
     BackgroundSession, Config, Errno, FileAttr, FileHandle, FileType, Filesystem, FopenFlags,
     Generation, INodeNo, InitFlags, KernelConfig, LockOwner, MountOption, OpenFlags, RenameFlags,
     ReplyAttr, ReplyCreate, ReplyData, ReplyDirectory, ReplyEmpty, ReplyEntry, ReplyLock,
-    ReplyLseek, ReplyOpen, ReplyWrite, Request, TimeOrNow, WriteFlags,
+    ReplyLseek, ReplyOpen, ReplyWrite, ReplyXattr, Request, TimeOrNow, WriteFlags,
 };
 use rand::SeedableRng;
 use rand::rngs::SmallRng;
@@ -72,6 +73,8 @@ struct State {
     /// Questions for locks that wait for [`FrailFs::let_looks_go`], while they are to.
     held_looks: Option<Vec<(Lock, ReplyLock)>>,
     looks_to_fail: usize,
+    /// See [`FrailFs::keep_attributes`].
+    attributes: Option<HashMap<(INodeNo, OsString), Vec<u8>>>,
 }
 
 /// Who hears of a write that was said to be well and got lost: once, from a sync or from
@@ -297,16 +300,15 @@ impl FrailFs {
             locks: Locks::default(),
             held_looks: None,
             looks_to_fail: 0,
+            attributes: None,
         };
         let shared = Arc::new(Shared {
             state: state.into(),
             answers: Condvar::new(),
         });
         let folder = TempDir::new_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
-        let mut config = Config::default();
-        config.mount_options = vec![MountOption::FSName("frail".to_owned())];
         let mounted = Mounted(Arc::clone(&shared));
-        match fuser::spawn_mount(mounted, folder.path(), &config) {
+        match fuser::spawn_mount(mounted, folder.path(), &config()) {
             Ok(session) => Some(Self {
                 shared,
                 session: Some(session),
@@ -463,16 +465,58 @@ impl FrailFs {
         self.shared.lock().files[name].live.clone()
     }
 
+    /// Files have extended attributes. To be called before anybody has asked for one.
+    pub fn keep_attributes(&self) {
+        self.shared.lock().attributes = Some(HashMap::new());
+    }
+
+    /// From now on nothing that is asked for gets an answer.
+    pub fn stall(&self) {
+        self.shared.lock().power = Power::Cut;
+    }
+
+    /// The program dies that is the file system: what is under way or asked for fails, and all
+    /// locks are gone, until it is [mounted again](Self::mount_again).
+    pub fn kill(&mut self) {
+        // Cuts the connection, even where it says that the mount is busy.
+        let _ = unmount(self.folder.path(), UnmountFlags::FORCE);
+        let mut state = self.shared.lock();
+        // Who waits here for an answer would keep the program alive.
+        state.power = Power::Off;
+        state.locks = Locks::default();
+        drop(state);
+        self.shared.answers.notify_all();
+        self.join();
+        self.shared.lock().power = Power::On;
+    }
+
+    /// Another program is the file system, in the same place.
+    pub fn mount_again(&mut self) {
+        // That of the dead one, if it is still there.
+        let _ = unmount(self.folder.path(), UnmountFlags::DETACH);
+        let mounted = Mounted(Arc::clone(&self.shared));
+        let session = fuser::spawn_mount(mounted, self.folder.path(), &config());
+        self.session = Some(session.expect("it could be mounted before"));
+    }
+
     /// Ends it whoever still has it: the rings of a dead process have it for a moment
     /// longer than that lives, and every mount namespace made meanwhile has a copy.
     fn unmount(&mut self) {
-        let Some(session) = self.session.take() else {
+        if self.session.is_none() {
             return;
-        };
+        }
         // Even where it says that the mount is busy, it has cut the connection.
         if unmount(self.folder.path(), UnmountFlags::FORCE).is_err() {
             let _ = unmount(self.folder.path(), UnmountFlags::DETACH);
         }
+        self.join();
+    }
+
+    /// Waits for the end of the program whose connection was cut.
+    fn join(&mut self) {
+        let Some(session) = self.session.take() else {
+            return;
+        };
         // A request that its reader was taking when the connection was cut ends with
         // ECONNABORTED (fs/fuse/dev.c, `fuse_dev_do_read`), not with the end of the mount.
         let ended = session.join().or_else(|error| match error.raw_os_error() {
@@ -492,6 +536,12 @@ impl Drop for FrailFs {
         self.shared.answers.notify_all();
         self.unmount();
     }
+}
+
+fn config() -> Config {
+    let mut config = Config::default();
+    config.mount_options = vec![MountOption::FSName("frail".to_owned())];
+    config
 }
 
 /// What the kernel asks.
@@ -586,6 +636,36 @@ impl Filesystem for Mounted {
     ) {
         self.0.lock().locks.close(handle);
         reply.ok();
+    }
+
+    fn setxattr(
+        &self,
+        _: &Request,
+        inode: INodeNo,
+        name: &OsStr,
+        value: &[u8],
+        _flags: i32,
+        _position: u32,
+        reply: ReplyEmpty,
+    ) {
+        answer!(reply, {
+            let mut state = self.0.enter()?;
+            let attributes = state.attributes.as_mut().ok_or(Errno::ENOSYS)?;
+            attributes.insert((inode, name.to_owned()), value.to_owned());
+            Ok(())
+        }, () => reply.ok());
+    }
+
+    fn getxattr(&self, _: &Request, inode: INodeNo, name: &OsStr, size: u32, reply: ReplyXattr) {
+        answer!(reply, {
+            let state = self.0.enter()?;
+            let attributes = state.attributes.as_ref().ok_or(Errno::ENOSYS)?;
+            let value = attributes.get(&(inode, name.to_owned()));
+            value.cloned().ok_or(Errno::NO_XATTR)
+        }, value => match size {
+            0 => reply.size(value.len() as u32),
+            _ => reply.data(&value),
+        });
     }
 
     fn lookup(&self, _: &Request, _: INodeNo, name: &OsStr, reply: ReplyEntry) {

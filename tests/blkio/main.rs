@@ -10,6 +10,8 @@ mod client;
 mod clones;
 mod dead_disk;
 mod frail_fs;
+#[path = "../common/front_end.rs"]
+mod front_end;
 mod full_disk;
 mod gluster;
 mod gone;
@@ -21,9 +23,12 @@ mod lost_write;
 mod model;
 mod plain;
 mod power_cut;
+mod returns;
 mod shards;
 mod stable;
 mod strict;
+#[path = "../common/survivor.rs"]
+mod survivor;
 mod survivors;
 mod take_over;
 mod write_through;

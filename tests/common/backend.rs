@@ -234,6 +234,38 @@ impl Backend {
         assert!(!self.socket.exists(), "the socket was left behind:\n{log}");
     }
 
+    /// Waits until the daemon ends by itself, for another one to be started. Gives its log.
+    ///
+    /// # Panics
+    ///
+    /// If it does not end in time, ends with another status, or leaves its socket behind.
+    pub fn ends_to_be_started_anew(mut self) -> String {
+        let status = self.wait();
+        let log = self.log();
+        assert_eq!(status.code(), Some(75), "the daemon's {status}:\n{log}");
+        assert!(!log.contains("panicked at"), "the daemon panicked:\n{log}");
+        assert!(!self.socket.exists(), "the socket was left behind:\n{log}");
+        log
+    }
+
+    /// Asks a daemon to end that has lost its lock, unless it ends by itself to be started anew,
+    /// and waits for it. Gives its log.
+    ///
+    /// # Panics
+    ///
+    /// If it does not end in time, or in another way.
+    pub fn stop_after_loss(mut self) -> String {
+        self.signal(Signal::TERM);
+        let status = self.wait();
+        let log = self.log();
+        assert!(
+            matches!(status.code(), Some(1 | 75)),
+            "the daemon's {status}:\n{log}"
+        );
+        assert!(!log.contains("panicked at"), "the daemon panicked:\n{log}");
+        log
+    }
+
     /// Waits for the end of a process that is to fail.
     ///
     /// # Panics

@@ -24,6 +24,8 @@ mod prometheus;
 mod sandbox;
 mod snapshots;
 mod stat;
+#[path = "../common/survivor.rs"]
+mod survivor;
 mod top;
 mod upgrade;
 mod vanishing;

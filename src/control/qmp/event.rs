@@ -50,6 +50,11 @@ pub(in crate::control) enum Event {
         /// Whether requests wait.
         waits: bool,
     },
+    /// After that: the image can be opened anew, and this process ends for it.
+    StorageBack {
+        /// The path of that file.
+        file: String,
+    },
     /// A snapshot was made.
     SnapshotCreated {
         /// Its name.
@@ -102,6 +107,7 @@ impl Event {
             Self::HostHasSpace => "HOST_HAS_SPACE",
             Self::WriteThreshold { .. } => "BLOCK_WRITE_THRESHOLD",
             Self::LockLost { .. } => "LOCK_LOST",
+            Self::StorageBack { .. } => "STORAGE_BACK",
             Self::SnapshotCreated { .. } => "SNAPSHOT_CREATED",
             Self::SnapshotDeleted { .. } => "SNAPSHOT_DELETED",
             Self::JobStatusChange { .. } => "JOB_STATUS_CHANGE",
@@ -144,6 +150,7 @@ impl Event {
                 "reason": reason,
                 "action": if *waits { "stop" } else { "report" },
             }),
+            Self::StorageBack { file } => json!({ "file": file }),
             Self::SnapshotCreated { guid } | Self::SnapshotDeleted { guid } => {
                 json!({ "guid": guid.to_string() })
             }

@@ -542,10 +542,14 @@ impl SharedFile {
         Ok(again)
     }
 
-    /// One without any lock, to ask by; `None` if the file cannot be opened again, as with
-    /// rights that were given up.
+    /// One without any lock, to ask by, and to read around the page cache if that is possible;
+    /// `None` if the file cannot be opened again, as with rights that were given up.
     pub(super) fn open_to_ask(&self) -> io::Result<Option<File>> {
-        match reopen(&self.file, false, false) {
+        let opened = match reopen(&self.file, false, true) {
+            Err(error) if is_refusal_of_direct(&error) => reopen(&self.file, false, false),
+            result => result,
+        };
+        match opened {
             Err(error) if is_without_rights(&error) => Ok(None),
             result => result.map(Some),
         }

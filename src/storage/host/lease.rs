@@ -255,10 +255,17 @@ pub(super) const LOST: Errno = Errno::NOLCK;
 /// Whether I/O by a description with a lock fails like this when the server has taken the
 /// lock away, or the way to the server is lost: see [`Lease`].
 pub(super) fn tells_of_loss(error: Errno) -> bool {
-    matches!(
-        error,
-        Errno::NOTCONN | Errno::BADFD | Errno::SHUTDOWN | Errno::STALE | Errno::IO | LOST
-    )
+    tells_of_absence(error)
+        || matches!(
+            error,
+            Errno::BADFD | Errno::SHUTDOWN | Errno::STALE | Errno::IO | LOST
+        )
+}
+
+/// Of these errors, those that say that the way to the server is lost. The second one is what
+/// was under way fails with when a program dies that is the file system (FUSE).
+pub(super) fn tells_of_absence(error: Errno) -> bool {
+    matches!(error, Errno::NOTCONN | Errno::CONNABORTED)
 }
 
 #[cfg(test)]

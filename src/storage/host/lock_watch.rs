@@ -15,6 +15,10 @@
 //!
 //! A look can take for ever, so it needs a thread that nobody waits for, and another one that
 //! keeps the time: see [`LockWatch::standing_is_unclear`].
+//!
+//! After a loss it is looked whether the files could be opened anew
+//! ([`LockWatch::require_openable`]), and by their paths: the mount that they were opened on
+//! may be dead, and another one in its place.
 
 use std::fs::File;
 use std::io;
@@ -24,12 +28,13 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
+use rustix::fs::Statx;
 use rustix::io::Errno;
 use thiserror::Error;
 
 use super::FileList;
 use super::file::{SharedFile, Shown};
-use super::lease::{Lease, LookFor, tells_of_loss};
+use super::lease::{Lease, LookFor, tells_of_absence, tells_of_loss};
 use crate::storage::lock::{self, ImageLock, LockError, LockMode};
 use crate::storage::{AlignedBuf, filesystem};
 
@@ -101,6 +106,48 @@ struct Looked {
     is_late: AtomicBool,
     sees_mark: SeesMark,
     proof: Proof,
+    /// Where it is, if its path leads there.
+    place: Option<Place>,
+}
+
+/// A file system and a file on it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Place {
+    device: (u32, u32),
+    inode: u64,
+}
+
+impl From<Statx> for Place {
+    fn from(stat: Statx) -> Self {
+        Self {
+            device: (stat.stx_dev_major, stat.stx_dev_minor),
+            inode: stat.stx_ino,
+        }
+    }
+}
+
+/// Why files cannot be opened anew.
+#[derive(Debug, Error)]
+pub enum NotOpenable {
+    /// Their storage does not answer, or not as it should.
+    #[error("{}: {source}", path.display())]
+    Away {
+        /// Of one of them.
+        path: PathBuf,
+        /// What it answers.
+        source: io::Error,
+    },
+    /// Somebody else uses one.
+    #[error("{}: {source}", path.display())]
+    Taken {
+        /// Of that one.
+        path: PathBuf,
+        /// Who.
+        source: LockError,
+    },
+    /// A path leads to another file, or has never led to this one.
+    #[error("{}: it is not known whether this is the file", .0.display())]
+    Other(PathBuf),
 }
 
 /// By what it can be told that nobody else has had a file open for writing.
@@ -142,6 +189,8 @@ enum Odd {
     Unclear(io::Error),
     /// Somebody else is there, or was.
     Taken(String),
+    /// The mount that it was opened on is dead, and there is another one in its place.
+    Anew,
 }
 
 impl Odd {
@@ -236,6 +285,16 @@ impl LockWatch {
         Look::Held
     }
 
+    /// After a loss: whether who opens the files anew, by their paths, would find them, and
+    /// nobody else there, as far as can be told by descriptions that have lost their locks. May
+    /// take for ever.
+    ///
+    /// # Errors
+    /// Why not.
+    pub fn require_openable(&self) -> Result<(), NotOpenable> {
+        self.files.iter().try_for_each(Looked::require_openable)
+    }
+
     /// Ends the wait of [`Self::wait_for_look`], for good.
     pub fn end(&self) {
         self.lease.end_watch();
@@ -266,6 +325,8 @@ impl Looked {
         // descriptions share is taken again: from then on it answers questions with what
         // the kernel takes for EIO (seen with 16.2.15).
         let is_renewed = filesystem::is_fuse(&locked) && !filesystem::is_ceph(&locked);
+        let place = Place::from(filesystem::stat_now(&locked)?);
+        let by_path = filesystem::stat_path_now(file.path());
         let mut looked = Self {
             mode: match file.is_writable() {
                 true => LockMode::ReadWrite,
@@ -278,6 +339,7 @@ impl Looked {
             is_late: AtomicBool::new(false),
             sees_mark,
             proof: Proof::None,
+            place: Some(place).filter(|place| by_path.is_ok_and(|it| *place == it.into())),
         };
         if is_renewed && !file.is_writable() {
             looked.proof = Proof::Stamp(Stamp::of(&looked.locked)?);
@@ -311,6 +373,13 @@ impl Looked {
 
     /// Whether the lock is there, or can be taken again as if it had been.
     fn confirm(&self, lease: &Lease) -> Result<(), Odd> {
+        self.confirm_where_it_was(lease).map_err(|odd| match odd {
+            Odd::Fails(_) if self.is_mounted_anew() => Odd::Anew,
+            odd => odd,
+        })
+    }
+
+    fn confirm_where_it_was(&self, lease: &Lease) -> Result<(), Odd> {
         self.read().map_err(Odd::of)?;
         let is_seen = self.is_seen(lease)?;
         if is_seen && !self.is_late.load(Relaxed) {
@@ -363,6 +432,49 @@ impl Looked {
         }
     }
 
+    /// Whether its path leads to another file system than the one that it was opened on.
+    fn is_mounted_anew(&self) -> bool {
+        let is_elsewhere = |place: Place, stat: Statx| place.device != Place::from(stat).device;
+        self.place.is_some_and(|place| {
+            filesystem::stat_path_now(self.file.path()).is_ok_and(|it| is_elsewhere(place, it))
+        })
+    }
+
+    fn require_openable(&self) -> Result<(), NotOpenable> {
+        let path = || self.file.path().to_owned();
+        let away = |source: io::Error| NotOpenable::Away {
+            path: path(),
+            source,
+        };
+        let found = filesystem::stat_path_now(self.file.path()).map_err(away)?;
+        let (place, found) = (self.place, Place::from(found));
+        let place = place.ok_or_else(|| NotOpenable::Other(path()))?;
+        if found.device != place.device {
+            // Whoever opens it there finds who else has it. Nothing is left where it was.
+            return Ok(());
+        }
+        if found != place {
+            return Err(NotOpenable::Other(path()));
+        }
+        if let Some(other) = &self.other {
+            // That names can be looked up does not say that there are enough servers for data.
+            read_by(other).map_err(away)?;
+        }
+        // By the one that had the locks, which may still show here. Or, where nothing can be
+        // done by that any more, by one that has never had any.
+        let tested = match (lock::test(self.file.given(), self.mode), &self.other) {
+            (Err(LockError::Io(_)), Some(other)) => lock::test(other, self.mode),
+            (tested, _) => tested,
+        };
+        tested.map_err(|error| match error {
+            LockError::Io(source) => away(source),
+            source => NotOpenable::Taken {
+                path: path(),
+                source,
+            },
+        })
+    }
+
     fn is_seen(&self, lease: &Lease) -> Result<bool, Odd> {
         let asked = self.other.as_ref().map(|other| lease.is_seen_by(other));
         asked
@@ -373,9 +485,7 @@ impl Looked {
 
     /// By the description with the lock, where the file begins.
     fn read(&self) -> io::Result<AlignedBuf> {
-        let mut bytes = AlignedBuf::from_slice(READ_LEN, &[0; READ_LEN]);
-        self.locked.read_at(&mut bytes, 0)?;
-        Ok(bytes)
+        read_by(&self.locked)
     }
 
     fn renew(&self, lease: &Lease) -> Result<(), Odd> {
@@ -408,11 +518,22 @@ impl Looked {
             },
             Odd::Unseen => suspect(path, "the file system knows no such lock".to_owned(), false),
             Odd::Late => suspect(path, "it was renewed late".to_owned(), false),
+            Odd::Anew => Look::Lost {
+                path,
+                why: "its file system was mounted anew".to_owned(),
+            },
             Odd::Fails(error) => {
-                let is_away = Errno::from_io_error(&error) == Some(Errno::NOTCONN);
+                let is_away = Errno::from_io_error(&error).is_some_and(tells_of_absence);
                 suspect(path, error.to_string(), is_away)
             }
             Odd::Taken(why) => suspect(path, why, false),
         }
     }
+}
+
+/// The beginning of a file.
+fn read_by(file: &File) -> io::Result<AlignedBuf> {
+    let mut bytes = AlignedBuf::from_slice(READ_LEN, &[0; READ_LEN]);
+    file.read_at(&mut bytes, 0)?;
+    Ok(bytes)
 }
