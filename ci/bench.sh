@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # Measures vhost-user-ploop against qemu-storage-daemon and the plain file.
 #
-# usage: ci/bench.sh [--short | --targets | --all | --cost | --stalls | --siege | --fleet] [OPTION...]   (default: --targets)
+# usage: ci/bench.sh [--short | --targets | --all | --shared | --cost | --stalls | --siege | --fleet] [OPTION...]   (default: --targets)
 #
 #   --short    two minutes: shows that everything runs, judges nothing
 #   --targets  twenty minutes: what has a target, with PASS or BELOW
 #   --all      two hours: everything
+#   --shared   four minutes: the rate on storage that hosts share, in --disk-dir DIR
 #   --cost     five minutes: instructions and system calls per I/O
 #   --stalls   five minutes: how long a guest waits when another process serves
 #   --siege    five minutes: the rate beside control clients that misbehave
@@ -26,7 +27,7 @@ cd "$repo"
 . qemu/tools.sh
 
 case " $* " in
-    *" --short "* | *" --targets "* | *" --all "* | *" --cost "* | *" --stalls "* | *" --siege "* | *" --fleet "* | *" --help "* | *" -h "*) ;;
+    *" --short "* | *" --targets "* | *" --all "* | *" --shared "* | *" --cost "* | *" --stalls "* | *" --siege "* | *" --fleet "* | *" --help "* | *" -h "*) ;;
     *) set -- --targets "$@" ;;
 esac
 

@@ -62,6 +62,10 @@ struct Arguments {
     /// Measure everything, in about two hours.
     #[arg(long, group = "mode")]
     all: bool,
+    /// Measure what has a target on storage that hosts share, in --disk-dir, in about four
+    /// minutes, and judge it.
+    #[arg(long, group = "mode")]
+    shared: bool,
     /// Count instructions, system calls and context switches of each path through
     /// the servers, in about five minutes.
     #[arg(long, group = "mode")]
@@ -144,6 +148,7 @@ enum Mode {
     Short,
     Targets,
     All,
+    Shared,
     Cost,
     Stalls,
     Siege,
@@ -156,6 +161,7 @@ impl Mode {
             Self::Short => "short",
             Self::Targets => "targets",
             Self::All => "all",
+            Self::Shared => "shared",
             Self::Cost => "cost",
             Self::Stalls => "stalls",
             Self::Siege => "siege",
@@ -172,6 +178,7 @@ impl Mode {
             Self::Short => scenario::targets(with(TINY)),
             Self::Targets => scenario::targets(with(FULL)),
             Self::All => scenario::all(with(FULL)),
+            Self::Shared => scenario::shared(with(FULL)),
             Self::Cost => scenario::paths(),
             Self::Stalls | Self::Siege | Self::Fleet => Vec::new(),
         }
@@ -216,6 +223,8 @@ fn main() -> ExitCode {
 fn bench(arguments: &Arguments) -> Result<()> {
     let mode = if arguments.all {
         Mode::All
+    } else if arguments.shared {
+        Mode::Shared
     } else if arguments.cost {
         Mode::Cost
     } else if arguments.targets {
@@ -298,7 +307,7 @@ fn todo(arguments: &Arguments, mode: Mode) -> Todo {
             scenario.contestants.insert(1, Contestant::OtherBuild);
         }
     }
-    let times = mode != Mode::Cost;
+    let times = !matches!(mode, Mode::Cost | Mode::Shared);
     let rounds = arguments.rounds.unwrap_or(mode.opening_rounds());
     Todo {
         mode: mode.label(),

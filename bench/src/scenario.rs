@@ -407,6 +407,20 @@ fn tmpfs_targets(scale: Scale) -> Vec<Scenario> {
     ]
 }
 
+/// The scenarios that have targets on storage that hosts share: against who serves from the same
+/// mount.
+pub fn shared(scale: Scale) -> Vec<Scenario> {
+    let workloads = [random_read(32), random_overwrite(32)];
+    let scenario = |workload| {
+        let goals = vec![at_least(&[QSD_RAW], 1.0), at_least(&[QSD_PARALLELS], 1.5)];
+        Scenario {
+            disk_bytes: GIB / 2 / scale.shrink,
+            ..scale.scenario(Bed::Disk, workload, &[QSD_RAW, QSD_PARALLELS], goals)
+        }
+    };
+    workloads.map(scenario).into()
+}
+
 /// Everything: each workload on each bed against all peers. Those with targets
 /// keep their rounds.
 pub fn all(scale: Scale) -> Vec<Scenario> {

@@ -31,6 +31,7 @@ mod strict;
 mod survivor;
 mod survivors;
 mod take_over;
+mod volume;
 mod write_through;
 
 use std::{
