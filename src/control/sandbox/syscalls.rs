@@ -246,7 +246,8 @@ impl Allowed {
 
     fn lock_watch() -> Self {
         Self::always()
-            .calls(&[libc::SYS_pread64, libc::SYS_fgetxattr, libc::SYS_statx])
+            .calls(LOOK)
+            .calls(&[libc::SYS_pread64, libc::SYS_fgetxattr])
             .locks()
             .equal(libc::SYS_fcntl, 1, libc::F_OFD_GETLK as u64)
     }
