@@ -9,9 +9,11 @@ use std::thread;
 
 use nix::sys::ptrace;
 use nix::sys::wait::{WaitPidFlag, waitpid};
+use nix::unistd::Pid;
 use rustix::io::Errno;
 use serde_json::{Value, json};
 use vhost::VhostBackend;
+use vhost_user_ploop::image::{self, Access, OpenMode};
 use virtio_bindings::virtio_blk::{VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT};
 
 use crate::common::backend::Backend;
@@ -23,7 +25,7 @@ use crate::death::{NEVER, begin, expect, reconnect, write};
 use crate::front_end::*;
 use crate::grow::{Halt, create, rig_of};
 use crate::stat::{Host, VARIABLE};
-use crate::upgrade::upgrades;
+use crate::upgrade::{Fake, GO, REFUSED, upgrades};
 use crate::{OK, Rig, expect_service, start_front_end, wait_for};
 
 const CREATE: &str = "snapshot-create";
@@ -600,17 +602,30 @@ fn another_process_takes_over_what_is_left_of_the_chain() {
     expect_disk(&mut front_end, &byte);
     let mut qmp = Qmp::connect(&control(&rig));
     delete(&mut qmp, &guid);
-    // One that fails when it has the image: this one opens it again.
-    let failing = backend.spawn_successor(&rig.image, &upgrades(&rig), &["--serial=other"]);
-    let (kept, has_taken_over) = backend.settle_with(failing);
-    assert!(!has_taken_over);
-    expect_disk(&mut front_end, &byte);
+    // One that fails when it has the image: this one opens again what it has by now.
+    let upper = take(&mut qmp);
+    let next = take(&mut qmp);
+    fill(&mut front_end.rings[0], 4..5, 8);
+    let byte = |cluster: u64| if cluster == 4 { 8 } else { byte(cluster) };
+    delete(&mut qmp, &next);
+    let chain = list(&rig.image);
+    let files: Vec<PathBuf> = chain
+        .iter()
+        .map(|level| level["filename"].as_str().unwrap().into())
+        .collect();
+    assert_eq!(files.len(), 2);
+    let mut failing = Fake::connect(&rig);
+    failing.come_to_with(&files, "bundle", GO);
+    drop(failing);
+    expect_disk(&mut front_end, byte);
+    delete(&mut qmp, &upper);
+    expect_disk(&mut front_end, byte);
     // A deletion that is under way is called off.
     let guid = take(&mut qmp);
     fill(&mut front_end.rings[0], 3..4, 9);
     let byte = |cluster: u64| if cluster == 3 { 9 } else { byte(cluster) };
     qmp.ask(DELETE, json!({ "guid": guid, "speed": 1 }));
-    let backend = kept.taken_over(&rig.image, &upgrades(&rig), &[]);
+    let backend = backend.taken_over(&rig.image, &upgrades(&rig), &[]);
     expect_disk(&mut front_end, byte);
     let mut qmp = Qmp::connect(&control(&rig));
     assert_eq!(qmp.ask("query-jobs", json!({})), json!([]));
@@ -631,12 +646,24 @@ fn a_process_that_came_before_a_deletion_does_not_take_over_after_it() {
     let mut front_end = start_front_end(backend.socket());
     let mut qmp = Qmp::connect(&control(&rig));
     let (guid, byte) = prepare(&mut front_end, &mut qmp);
+    // One that has opened the image, perhaps, and says so later.
+    let upper = take(&mut qmp);
+    let mut early = Fake::connect(&rig);
+    wait_for("its coming", || {
+        backend.log().contains("is about to take over")
+    });
+    delete(&mut qmp, &upper);
+    let (kind, why) = early.hear().expect("it is told");
+    let why = String::from_utf8_lossy(&why);
+    assert_eq!(kind, REFUSED, "{why}");
+    assert!(why.contains("start it again"), "{why}");
+    drop(early);
     let halt = Halt::of(&backend);
     qmp.ask(DELETE, of(&guid));
     // Let the deletion begin before the other one is ready, which looks at the old chain.
     let successor = backend.spawn_successor(&rig.image, &upgrades(&rig), &[]);
     wait_for("its coming", || {
-        backend.log().contains("is about to take over")
+        backend.log().matches("is about to take over").count() == 2
     });
     drop(halt);
     let (backend, _) = backend.settle_with(successor);
@@ -786,12 +813,8 @@ const STEPS: [(&str, i64); 4] = [
     ("cut", libc::SYS_ftruncate),
 ];
 
-/// Lets the thread run up to the given one of the calls above, and kills the process there: it is
-/// made, or not.
-fn kill_at(backend: Backend, begin: impl FnOnce(), step: usize, is_made: bool) {
-    let halt = Halt::of(&backend);
-    let thread = halt.thread();
-    begin();
+/// Lets the thread run up to the given one of the calls above: it is about to be made.
+fn run_up_to(thread: Pid, step: usize) {
     let mut at = 0;
     // What it sees first is the end or the beginning of the call in which it was stopped.
     loop {
@@ -802,15 +825,22 @@ fn kill_at(backend: Backend, begin: impl FnOnce(), step: usize, is_made: bool) {
         if registers.orig_rax as i64 != STEPS[at].1 || !is_entry {
             continue;
         }
-        if at < step {
-            at += 1;
-            continue;
+        if at == step {
+            return;
         }
-        if is_made {
-            ptrace::syscall(thread, None).unwrap();
-            waitpid(thread, Some(WaitPidFlag::__WALL)).unwrap();
-        }
-        break;
+        at += 1;
+    }
+}
+
+/// Kills the process there: the call is made, or not.
+fn kill_at(backend: Backend, begin: impl FnOnce(), step: usize, is_made: bool) {
+    let halt = Halt::of(&backend);
+    let thread = halt.thread();
+    begin();
+    run_up_to(thread, step);
+    if is_made {
+        ptrace::syscall(thread, None).unwrap();
+        waitpid(thread, Some(WaitPidFlag::__WALL)).unwrap();
     }
     backend.signal(rustix::process::Signal::KILL);
     drop(halt);
@@ -830,6 +860,9 @@ fn a_guest_lives_on_when_the_process_is_killed_at_any_step_of_a_deletion() {
             // What only the memory knows.
             write(&mut front_end, 5 * SECTORS, 8);
             kill_at(backend, || drop(qmp.ask(DELETE, of(&guid))), step, is_made);
+            // Its last I/O keeps the locks.
+            let mode = OpenMode::new(Access::Read);
+            wait_for("its end", || image::open(&rig.image, mode).is_ok());
             let backend = serve(&rig, NEVER);
             reconnect(&mut front_end, &backend, Some(&region));
             front_end.start_rings();
@@ -861,7 +894,43 @@ fn a_guest_lives_on_when_the_process_is_killed_at_any_step_of_a_deletion() {
 }
 
 #[test]
-fn a_deletion_that_cannot_be_made_stable_says_so_and_keeps_the_file() {
+fn a_level_stays_if_it_cannot_be_known_that_nobody_finds_it_after_a_power_cut() {
+    const SYNC: usize = 1;
+    let rig = bundle();
+    let backend = serve(&rig, &[]);
+    let mut front_end = start_front_end(backend.socket());
+    let mut qmp = Qmp::connect(&control(&rig));
+    let (guid, byte) = prepare(&mut front_end, &mut qmp);
+    let halt = Halt::of(&backend);
+    qmp.ask(DELETE, json!({ "guid": guid, "auto-dismiss": false }));
+    run_up_to(halt.thread(), SYNC);
+    // No such descriptor.
+    let mut registers = ptrace::getregs(halt.thread()).unwrap();
+    registers.rdi = u64::MAX;
+    ptrace::setregs(halt.thread(), registers).unwrap();
+    drop(halt);
+    statuses(&mut qmp, "concluded");
+    let error = qmp.ask("query-jobs", json!({}))[0]["error"].clone();
+    let error = error.as_str().unwrap();
+    assert!(error.contains("cannot sync the folder"), "{error}");
+    assert_eq!(qmp.event("SNAPSHOT_DELETED"), of(&guid));
+    // The descriptor that there may be then needs it.
+    assert_eq!(list(&rig.image).len(), 1);
+    assert_eq!(images(&rig.image).len(), 2);
+    let nodes = qmp.ask("query-named-block-nodes", json!({}));
+    assert_eq!(nodes.as_array().unwrap().len(), 2, "{nodes}");
+    expect_disk(&mut front_end, &byte);
+    drop(front_end);
+    backend.stop();
+    remove_left_over(&rig.image);
+    expect_sound(&rig.image, 0);
+    let backend = serve(&rig, &[]);
+    expect_disk(&mut start_front_end(backend.socket()), byte);
+    backend.stop();
+}
+
+#[test]
+fn a_file_that_cannot_be_removed_is_told_of() {
     let rig = bundle();
     let socket = format!("--control={}", control(&rig).display());
     let backend = rig.serve(&[&socket]);

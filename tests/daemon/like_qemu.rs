@@ -13,6 +13,7 @@ use crate::common::qmp::Qmp;
 use crate::common::{require_tool, tool};
 use crate::control::{control, serve};
 use crate::front_end::*;
+use crate::grow::{create, rig_of};
 use crate::{OK, Rig, start_front_end, wait_for};
 
 /// Who has something that the other one lacks.
@@ -184,7 +185,7 @@ fn compare(question: &str, theirs: &Value, ours: &Value) {
     }
 }
 
-/// It serves an image of the format `parallels`, which is ours, as the node `disk`.
+/// It serves an image as the node `disk`.
 struct Peer {
     child: Child,
     monitor: PathBuf,
@@ -192,9 +193,30 @@ struct Peer {
 }
 
 impl Peer {
+    /// Of the format `parallels`, which is ours.
     fn start(folder: &Path) -> Self {
         let image = folder.join("theirs.hds");
         crate::ploop_img(["create", image.to_str().unwrap(), "64M"]).ok();
+        Self::serve(folder, &image, "parallels")
+    }
+
+    /// Of its own, which has snapshots.
+    fn with_snapshots(folder: &Path) -> Self {
+        let image = folder.join("theirs.qcow2");
+        let args = [
+            "create",
+            "-q",
+            "-f",
+            "qcow2",
+            image.to_str().unwrap(),
+            "64M",
+        ];
+        let created = tool("qemu-img").args(args).output().unwrap();
+        assert!(created.status.success(), "{created:?}");
+        Self::serve(folder, &image, "qcow2")
+    }
+
+    fn serve(folder: &Path, image: &Path, driver: &str) -> Self {
         let monitor = folder.join("monitor");
         let child = tool("qemu-storage-daemon")
             .arg("--blockdev")
@@ -202,11 +224,9 @@ impl Peer {
                 "driver=file,filename={},node-name=file",
                 image.display()
             ))
-            .args([
-                "--blockdev",
-                "driver=parallels,file=file,node-name=disk",
-                "--chardev",
-            ])
+            .arg("--blockdev")
+            .arg(format!("driver={driver},file=file,node-name=disk"))
+            .arg("--chardev")
             .arg(format!(
                 "socket,path={},server=on,wait=off,id=m",
                 monitor.display()
@@ -362,6 +382,62 @@ fn answers_are_those_of_qemu_storage_daemon_but_for_what_is_listed() {
     compare(event, &them.event(event), &us.event(event));
     compare_jobs(&mut them, &mut us);
     drop(front_end);
+    assert_eq!(them.ask("quit", json!({})), us.ask("quit", json!({})));
+    backend.ends();
+}
+
+#[test]
+fn snapshots_are_made_and_deleted_as_by_qemu_storage_daemon() {
+    if !require_tool("qemu-storage-daemon") || !require_tool("qemu-img") {
+        return;
+    }
+    let rig = rig_of(|folder| Some(create(folder, "bundle", &[]))).unwrap();
+    let peer = Peer::with_snapshots(rig.folder.path());
+    let backend = serve(&rig, &[]);
+    let (mut them, mut us) = (Qmp::connect(&peer.monitor), Qmp::connect(&control(&rig)));
+    let (make, delete) = (
+        "blockdev-snapshot-internal-sync",
+        "blockdev-snapshot-delete-internal-sync",
+    );
+    let named = |name: &str| json!({ "device": "disk", "name": name });
+    for name in ["one", "two"] {
+        let made = them.ask(make, named(name));
+        assert_eq!(made, us.ask(make, named(name)));
+    }
+    for (command, arguments) in [
+        (make, named("one")),
+        (make, named("")),
+        (make, json!({ "device": "x", "name": "one" })),
+        (make, json!({ "device": "disk" })),
+        (delete, json!({ "device": "x", "name": "one" })),
+        (delete, json!({ "device": "x" })),
+        (delete, json!({ "device": "disk" })),
+        (delete, named("three")),
+        (delete, named("")),
+        (delete, json!({ "device": "disk", "id": "9" })),
+        (
+            delete,
+            json!({ "device": "disk", "id": "9", "name": "two" }),
+        ),
+        (delete, json!({ "name": "two" })),
+        (delete, json!({ "device": "disk", "name": "two", "z": 1 })),
+        (delete, json!({ "device": "disk", "name": 2 })),
+    ] {
+        let theirs = them.answer(command, arguments.clone());
+        assert!(theirs["error"].is_object(), "{theirs}");
+        assert_eq!(theirs, us.answer(command, arguments));
+    }
+    let gone = them.ask(delete, named("two"));
+    compare(delete, &gone, &us.ask(delete, named("two")));
+    assert_eq!(gone["name"], "two");
+    // It is gone.
+    let theirs = them.answer(delete, named("two"));
+    assert_eq!(theirs, us.answer(delete, named("two")));
+    let id = us.ask("snapshot-list", json!({}))[0]["guid"].clone();
+    let ours = us.ask(delete, json!({ "device": "disk", "id": id }));
+    let theirs = them.ask(delete, json!({ "device": "disk", "id": "1" }));
+    compare(delete, &theirs, &ours);
+    assert_eq!((&ours["name"], &ours["id"]), (&json!("one"), &id));
     assert_eq!(them.ask("quit", json!({})), us.ask("quit", json!({})));
     backend.ends();
 }

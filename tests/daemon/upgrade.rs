@@ -31,7 +31,7 @@ use crate::{OK, Rig, daemon, descriptors, expect_service, ploop_img, start_front
 /// What messages are: see docs/upgrade.md.
 const HELLO: u32 = 1;
 const WELCOME: u32 = 2;
-const REFUSED: u32 = 3;
+pub const REFUSED: u32 = 3;
 const READY: u32 = 4;
 pub const STATE: u32 = 5;
 const PREPARED: u32 = 6;
@@ -68,7 +68,7 @@ impl Fake {
     }
 
     /// The next message, without its descriptors; `None` at the end.
-    fn hear(&mut self) -> Option<(u32, Vec<u8>)> {
+    pub fn hear(&mut self) -> Option<(u32, Vec<u8>)> {
         let mut header = [0; 12];
         self.0.read_exact(&mut header).ok()?;
         let number = |at: usize| u32::from_le_bytes(header[at..at + 4].try_into().unwrap());
@@ -90,15 +90,23 @@ impl Fake {
 
     /// As a process that would serve the same in the same way.
     fn hello(&mut self, rig: &Rig) {
-        let meta = fs::metadata(&rig.image).unwrap();
-        let mut hello = [2_u32.to_le_bytes(), 1_u32.to_le_bytes()].concat();
-        hello.extend([meta.dev(), meta.ino()].map(u64::to_le_bytes).concat());
-        hello.push(1);
+        self.hello_for(std::slice::from_ref(&rig.image), "disk");
+    }
+
+    /// The same of a disk in these files, base first, called so.
+    fn hello_for(&mut self, files: &[PathBuf], name: &str) {
+        let count = files.len() as u32;
+        let mut hello = [2_u32.to_le_bytes(), count.to_le_bytes()].concat();
+        for (index, file) in (1..).zip(files) {
+            let meta = fs::metadata(file).unwrap();
+            hello.extend([meta.dev(), meta.ino()].map(u64::to_le_bytes).concat());
+            hello.push(u8::from(index == count));
+        }
         hello.extend(64_u16.to_le_bytes());
         hello.extend(1024_u16.to_le_bytes());
         hello.extend(512_u32.to_le_bytes());
         hello.extend(20_u32.to_le_bytes());
-        let mut serial = b"disk".to_vec();
+        let mut serial = name.as_bytes().to_vec();
         serial.resize(20, 0);
         hello.extend(serial);
         self.say(HELLO, &hello);
@@ -107,6 +115,16 @@ impl Fake {
     /// Says and hears everything until then, `until` included.
     pub fn come_to(&mut self, rig: &Rig, until: u32) {
         self.hello(rig);
+        self.go_on_to(until);
+    }
+
+    /// The same for a disk in these files, base first, called so.
+    pub fn come_to_with(&mut self, files: &[PathBuf], name: &str, until: u32) {
+        self.hello_for(files, name);
+        self.go_on_to(until);
+    }
+
+    fn go_on_to(&mut self, until: u32) {
         self.expect(WELCOME);
         for kind in [READY, STATE, PREPARED, GO] {
             if kind > until {

@@ -7,6 +7,7 @@
 mod common;
 mod compact;
 mod deaths;
+mod deletions;
 mod growth;
 mod limits;
 mod load;
