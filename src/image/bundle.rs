@@ -167,9 +167,9 @@ impl Bundle {
         let child = descriptor.only_child(guid);
         let child = child.map_err(|error| self.edit_error(error))?;
         if child != descriptor.top() {
-            let why = "is in use, and until that is over only the snapshot right below the top \
-                       can be deleted, or one that no other lies on; then 'ploop-img snapshot \
-                       delete' deletes any";
+            let why = "is in use, so only the snapshot right below the top can be deleted, or one \
+                       that no other lies on; 'ploop-img snapshot delete' deletes any when nobody \
+                       uses the disk";
             return Err(refuse(why));
         }
         if descriptor.shot(guid).is_some_and(|shot| shot.merging) {

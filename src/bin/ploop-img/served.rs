@@ -141,7 +141,11 @@ fn server_to_change(path: &Path, control: Option<&Path>) -> Result<Asker, Refusa
 }
 
 fn say(path: &Path, error: &dyn Display) -> Refusal {
-    notes::say(format_args!("{}: {error}", path.display()));
+    let error = error.to_string();
+    let path = format!("{}: ", path.display());
+    // The process may have named it itself.
+    let error = error.strip_prefix(&path).unwrap_or(&error);
+    notes::say(format_args!("{path}{error}"));
     Refusal::Said
 }
 
