@@ -225,6 +225,15 @@ goes_on() {
     wait_for "$1" has_counted "$1" "$2" $((counted + 2))
 }
 
+# Nobody has the disk open, and it was closed as it should be.
+is_sound() {
+    local image
+    "$target/release/ploop-img" check "$BED/disk" || return 1
+    for image in "$BED"/disk/*.hds*; do
+        qemu-img check -f parallels "$image" || return 1
+    done
+}
+
 # Writes, and compares; each round $1 writes something else.
 # shellcheck disable=SC2016 # It is expanded in the guest, like those that follow.
 round='
@@ -258,7 +267,7 @@ second_script="$round"'
     while [ -e /dev/vda ]; do sleep 1; done'
 
 tests() {
-    local reconnect="<reconnect enabled='yes' timeout='1'/>" tag
+    local reconnect="<reconnect enabled='yes' timeout='1'/>" tag way counted
     local -a rights=(--socket-mode=660 --socket-group="$qemu_user")
     "$target/release/ploop-img" create "$BED/disk" 1G
     define owner "$(device "$reconnect")" <<<"$owner_script"
@@ -312,7 +321,35 @@ tests() {
     wait_for second has_ended second
     wait_for second is_off second
     stop_backend
-    "$target/release/ploop-img" check "$BED/disk"
+    is_sound
+
+    say "a domain that is saved and restored"
+    # libvirt does not start the back-end: it goes on, without the image.
+    start_backend "${rights[@]}" --lock=running
+    define saved "$(device "$reconnect")" <<<"$owner_script"
+    ask start saved
+    wait_for saved has_counted saved rounds 2
+    for way in save managedsave; do
+        counted=$(told saved rounds)
+        case $way in
+            save) ask save saved "$BED/domains/saved/memory" ;;
+            managedsave) ask managedsave saved ;;
+        esac
+        is_off saved || die "a domain that was saved is there"
+        # It is complete, and anybody's.
+        is_sound
+        "$target/release/ploop-img" snapshot create "$BED/disk"
+        # The console begins anew.
+        case $way in
+            save) ask restore "$BED/domains/saved/memory" ;;
+            managedsave) ask start saved ;;
+        esac
+        wait_for saved has_counted saved rounds $((counted + 2))
+        ! "$target/release/ploop-img" check "$BED/disk" 2>/dev/null || die "a domain that was restored has no disk"
+    done
+    ask destroy saved
+    stop_backend
+    is_sound
     ! grep -a 'I/O error' "$BED"/domains/*/console || die "a guest has seen an error"
 }
 
