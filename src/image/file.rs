@@ -170,7 +170,7 @@ impl HostImage {
     }
 
     /// Syncs by way of what was written directly: a server may tell of a lost write only
-    /// there ([`filesystem::tells_lost_writes_once`]).
+    /// there ([`filesystem::Kind::tells_lost_writes_once`]).
     fn sync_direct(&self) -> io::Result<()> {
         let direct = self.direct.as_ref();
         direct.map_or(Ok(()), |disk| disk.sync(ONLY))

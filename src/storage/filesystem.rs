@@ -29,22 +29,82 @@ mod magic {
     pub const GPFS: u32 = 0x4750_4653;
 }
 
-/// A file system that does not say is taken for [`magic::FUSE`]: it is somebody else's
-/// program or server that fails to answer, and what is done there is safe everywhere.
-fn magic_of(file: impl AsFd) -> u32 {
-    // The numbers have 32 bits; the field has more, and a sign, on most machines.
-    rustix::fs::fstatfs(file).map_or(magic::FUSE, |stat| stat.f_type as u32)
+/// The kind of file system that a file lies in. Where a server is behind it, to find that out
+/// takes a question to the server: who wants to know more than one thing asks once.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Kind(u32);
+
+impl Kind {
+    /// A file system that does not say is taken for [`magic::FUSE`]: it is somebody else's
+    /// program or server that fails to answer, and what is done there is safe everywhere.
+    pub fn of(file: impl AsFd) -> Self {
+        // The numbers have 32 bits; the field has more, and a sign, on most machines.
+        Self(rustix::fs::fstatfs(file).map_or(magic::FUSE, |stat| stat.f_type as u32))
+    }
+
+    /// Whether the file lies in memory and not on any device.
+    pub fn is_in_memory(self) -> bool {
+        matches!(self.0, magic::RAMFS | magic::TMPFS)
+    }
+
+    /// Whether a program in user space, as GlusterFS's or Ceph's client, is the file
+    /// system, or may be.
+    pub fn is_fuse(self) -> bool {
+        self.0 == magic::FUSE
+    }
+
+    /// Whether a write-back that failed may be told to one description alone: the one that the
+    /// write was made by, or the first that asks. So it is where a program has each description
+    /// as a handle of its own (FUSE, 9P), and with Lustre, which keeps the error with the inode
+    /// and forgets it when any description is closed (`ll_flush`, `ll_file_release`). The file
+    /// systems that are part of Linux tell each description that was open at the time
+    /// (`errseq_t`); GPFS counts as one of them, though nobody outside can see what it does.
+    pub fn tells_lost_writes_once(self) -> bool {
+        matches!(self.0, magic::FUSE | magic::V9FS | magic::LUSTRE)
+    }
+
+    /// Whether `fdatasync(2)` makes the length of a file stable, as POSIX has it. Ceph's client
+    /// keeps the length to itself until `fsync(2)` (`Client::_fsync`; `ceph_fsync` of the
+    /// kernel's). If it is cut off or dies before, the server looks where the data ends: a new
+    /// cluster whose rest was never written is cut there. Any program in user space may do the
+    /// same.
+    pub fn keeps_length_with_data(self) -> bool {
+        !matches!(self.0, magic::FUSE | magic::CEPH)
+    }
+
+    /// Whether others than this host may change the file, so that this host's page
+    /// cache can be out of date. A program in user space counts as that, too: what it
+    /// tells the kernel to keep is its own affair.
+    pub fn may_be_shared(self) -> bool {
+        matches!(
+            self.0,
+            magic::FUSE
+                | magic::NFS
+                | magic::CEPH
+                | magic::SMB2
+                | magic::CIFS
+                | magic::GFS2
+                | magic::OCFS2
+                | magic::V9FS
+                | magic::LUSTRE
+                | magic::GPFS
+        )
+    }
 }
 
-/// Whether the file lies in memory and not on any device.
-pub fn is_in_memory(file: impl AsFd) -> bool {
-    matches!(magic_of(file), magic::RAMFS | magic::TMPFS)
-}
-
-/// Whether a program in user space, as GlusterFS's or Ceph's client, is the file
-/// system, or may be.
+/// See [`Kind::is_fuse`].
 pub fn is_fuse(file: impl AsFd) -> bool {
-    magic_of(file) == magic::FUSE
+    Kind::of(file).is_fuse()
+}
+
+/// See [`Kind::keeps_length_with_data`].
+pub fn keeps_length_with_data(file: impl AsFd) -> bool {
+    Kind::of(file).keeps_length_with_data()
+}
+
+/// See [`Kind::may_be_shared`].
+pub fn may_be_shared(file: impl AsFd) -> bool {
+    Kind::of(file).may_be_shared()
 }
 
 /// Whether Ceph is the file system, in the kernel or by its client in user space. That one
@@ -52,52 +112,11 @@ pub fn is_fuse(file: impl AsFd) -> bool {
 pub fn is_ceph(file: impl AsFd) -> bool {
     let mut layout = [0; 256];
     let mut has_layout = || rustix::fs::fgetxattr(&file, "ceph.file.layout", &mut layout).is_ok();
-    match magic_of(&file) {
+    match Kind::of(&file).0 {
         magic::CEPH => true,
         magic::FUSE => has_layout(),
         _ => false,
     }
-}
-
-/// Whether a write-back that failed may be told to one description alone: the one that the
-/// write was made by, or the first that asks. So it is where a program has each description
-/// as a handle of its own (FUSE, 9P), and with Lustre, which keeps the error with the inode
-/// and forgets it when any description is closed (`ll_flush`, `ll_file_release`). The file
-/// systems that are part of Linux tell each description that was open at the time
-/// (`errseq_t`); GPFS counts as one of them, though nobody outside can see what it does.
-pub fn tells_lost_writes_once(file: impl AsFd) -> bool {
-    is_told_once(magic_of(file))
-}
-
-fn is_told_once(magic: u32) -> bool {
-    matches!(magic, magic::FUSE | magic::V9FS | magic::LUSTRE)
-}
-
-/// Whether `fdatasync(2)` makes the length of a file stable, as POSIX has it. Ceph's client
-/// keeps the length to itself until `fsync(2)` (`Client::_fsync`; `ceph_fsync` of the kernel's).
-/// If it is cut off or dies before, the server looks where the data ends: a new cluster whose
-/// rest was never written is cut there. Any program in user space may do the same.
-pub fn keeps_length_with_data(file: impl AsFd) -> bool {
-    !matches!(magic_of(file), magic::FUSE | magic::CEPH)
-}
-
-/// Whether others than this host may change the file, so that this host's page
-/// cache can be out of date. A program in user space counts as that, too: what it
-/// tells the kernel to keep is its own affair.
-pub fn may_be_shared(file: impl AsFd) -> bool {
-    matches!(
-        magic_of(file),
-        magic::FUSE
-            | magic::NFS
-            | magic::CEPH
-            | magic::SMB2
-            | magic::CIFS
-            | magic::GFS2
-            | magic::OCFS2
-            | magic::V9FS
-            | magic::LUSTRE
-            | magic::GPFS
-    )
 }
 
 /// Bit of `statx(2)`'s flags: ask the server, where there is one.
@@ -231,8 +250,9 @@ mod tests {
             return;
         };
         let file = File::open(served.path()).unwrap();
-        assert!(is_fuse(&file) && may_be_shared(&file) && !is_in_memory(&file));
-        assert!(tells_lost_writes_once(&file));
+        let kind = Kind::of(&file);
+        assert!(kind.is_fuse() && kind.may_be_shared() && !kind.is_in_memory());
+        assert!(kind.tells_lost_writes_once());
     }
 
     #[test]
@@ -247,27 +267,30 @@ mod tests {
             ..Answers::default()
         });
         assert!(rustix::fs::fstatfs(&file).is_err());
-        assert!(is_fuse(&file) && may_be_shared(&file) && !is_in_memory(&file));
-        assert!(tells_lost_writes_once(&file));
+        let kind = Kind::of(&file);
+        assert!(kind.is_fuse() && kind.may_be_shared() && !kind.is_in_memory());
+        assert!(kind.tells_lost_writes_once());
     }
 
     #[test]
     fn what_tells_lost_writes_once_is_known_by_its_number() {
         for magic in [magic::FUSE, magic::V9FS, magic::LUSTRE] {
-            assert!(is_told_once(magic), "{magic:#x}");
+            assert!(Kind(magic).tells_lost_writes_once(), "{magic:#x}");
         }
         for magic in [magic::TMPFS, magic::NFS, magic::CEPH, magic::SMB2] {
-            assert!(!is_told_once(magic), "{magic:#x}");
+            assert!(!Kind(magic).tells_lost_writes_once(), "{magic:#x}");
         }
     }
 
     #[test]
     fn file_systems_are_told_from_each_other() {
         let memory = rustix::fs::memfd_create("test", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
-        assert_eq!(magic_of(&memory), magic::TMPFS);
-        assert!(is_in_memory(&memory) && !is_fuse(&memory) && !may_be_shared(&memory));
+        let memory = Kind::of(&memory);
+        assert_eq!(memory, Kind(magic::TMPFS));
+        assert!(memory.is_in_memory() && !memory.is_fuse() && !memory.may_be_shared());
         let kernels_own = File::open("/proc/version").unwrap();
-        assert!(!is_in_memory(&kernels_own) && !is_fuse(&kernels_own));
-        assert!(!tells_lost_writes_once(&memory) && !tells_lost_writes_once(&kernels_own));
+        let kernels_own = Kind::of(&kernels_own);
+        assert!(!kernels_own.is_in_memory() && !kernels_own.is_fuse());
+        assert!(!memory.tells_lost_writes_once() && !kernels_own.tells_lost_writes_once());
     }
 }

@@ -17,6 +17,7 @@ use rustix::io::Errno;
 
 use super::lease::{LOST, Lease};
 use super::{Cache, HostFile};
+use crate::storage::filesystem::Kind;
 use crate::storage::{AlignedBuf, LockStanding, filesystem, opening};
 
 /// Every [`AlignedBuf`] starts at a multiple of this, in bytes. A file that
@@ -106,10 +107,11 @@ pub(super) struct SharedFile {
     buffered: OnceLock<File>,
     /// Held to open that.
     opening_buffered: Mutex<()>,
+    kind: Kind,
     /// No thread may have a description of its own: see
-    /// [`filesystem::tells_lost_writes_once`]. Nor may any be closed before the end.
+    /// [`Kind::tells_lost_writes_once`]. Nor may any be closed before the end.
     must_share: bool,
-    /// Not `fdatasync(2)` but `fsync(2)`: see [`filesystem::keeps_length_with_data`].
+    /// Not `fdatasync(2)` but `fsync(2)`: see [`Kind::keeps_length_with_data`].
     syncs_whole: bool,
     /// The caller's description, to which locks belong.
     given: File,
@@ -179,9 +181,10 @@ impl SharedFile {
             path,
             writable,
         } = given;
+        let kind = Kind::of(&given);
         let mut opened = None;
         if cache == Cache::None {
-            match open_direct(&given, writable) {
+            match open_direct(&given, writable, kind) {
                 Ok(direct) => opened = Some(direct),
                 Err(error) if is_refusal_of_direct(&error) => warn_buffered(&path, &error),
                 Err(error) => return Err(error),
@@ -197,11 +200,11 @@ impl SharedFile {
         let shown = lease.and_then(|lease| lock_first(lease, &file, &given, &path));
         let lease = lease.filter(|_| shown.is_some()).cloned();
         let refused: [AtomicBool; 3] = Default::default();
-        if filesystem::is_in_memory(&file) {
+        if kind.is_in_memory() {
             // Allocating is zeroing there, which would only be done too early.
             refused[Fallocation::Allocate as usize].store(true, Relaxed);
         }
-        if filesystem::is_fuse(&file) {
+        if kind.is_fuse() {
             // GlusterFS says that it has zeroed, and has not.
             refused[Fallocation::ZeroRange as usize].store(true, Relaxed);
         }
@@ -216,8 +219,9 @@ impl SharedFile {
             lease,
             shown: shown.unwrap_or(Shown::No),
             name: Mutex::new(None),
-            must_share: filesystem::tells_lost_writes_once(&file),
-            syncs_whole: !filesystem::keeps_length_with_data(&file),
+            kind,
+            must_share: kind.tells_lost_writes_once(),
+            syncs_whole: !kind.keeps_length_with_data(),
             file,
             buffered: OnceLock::new(),
             opening_buffered: Mutex::new(()),
@@ -258,8 +262,9 @@ impl SharedFile {
             shown: Shown::No,
             name: Mutex::new(None),
             given: file.try_clone().expect("a descriptor can be copied"),
-            must_share: filesystem::tells_lost_writes_once(&file),
-            syncs_whole: !filesystem::keeps_length_with_data(&file),
+            kind: Kind::of(&file),
+            must_share: Kind::of(&file).tells_lost_writes_once(),
+            syncs_whole: !Kind::of(&file).keeps_length_with_data(),
             file,
             buffered: OnceLock::new(),
             opening_buffered: Mutex::new(()),
@@ -633,7 +638,7 @@ impl SharedFile {
     /// Whether io_uring would send each transfer to a kernel worker thread,
     /// although the file lies in memory and a plain system call would not block.
     pub(super) fn is_served_best_by_plain_calls(&self) -> bool {
-        filesystem::is_in_memory(&self.file) && self.refuses_nowait()
+        self.kind.is_in_memory() && self.refuses_nowait()
     }
 
     /// Whether reads cannot be asked not to block.
@@ -839,9 +844,9 @@ fn is_without_rights(error: &io::Error) -> bool {
 
 /// A direct description and its alignment, or the error that says that there is
 /// no direct I/O.
-fn open_direct(given: &File, writable: bool) -> io::Result<(File, Alignment)> {
+fn open_direct(given: &File, writable: bool, kind: Kind) -> io::Result<(File, Alignment)> {
     let file = reopen_or_share(given.try_clone()?, writable, true)?;
-    let found = alignment_of(&file).and_then(|alignment| {
+    let found = alignment_of(&file, kind).and_then(|alignment| {
         try_read(&file, alignment)?;
         Ok(alignment)
     });
@@ -906,7 +911,7 @@ fn believable_block(reported: u64) -> u32 {
 
 /// What the file system says that direct I/O demands; where it does not say,
 /// what is found by trying.
-fn alignment_of(file: &File) -> io::Result<Alignment> {
+fn alignment_of(file: &File, kind: Kind) -> io::Result<Alignment> {
     // Not in rustix's set of names; since Linux 6.1.
     let wanted = StatxFlags::from_bits_retain(libc::STATX_DIOALIGN);
     let refused = || io::Error::from(Errno::OPNOTSUPP);
@@ -916,7 +921,7 @@ fn alignment_of(file: &File) -> io::Result<Alignment> {
         let (memory, offset) = (stat.stx_dio_mem_align, stat.stx_dio_offset_align);
         return Alignment::usable(memory, offset).ok_or_else(refused);
     }
-    if filesystem::is_in_memory(file) {
+    if kind.is_in_memory() {
         return Ok(Alignment::NONE);
     }
     find_alignment(file)
@@ -1026,7 +1031,10 @@ mod tests {
                 .custom_flags(libc::O_DIRECT)
                 .open(&path);
             let file = open.expect("direct I/O");
-            (find_alignment(&file).expect("tried"), alignment_of(&file))
+            (
+                find_alignment(&file).expect("tried"),
+                alignment_of(&file, Kind::of(&file)),
+            )
         };
         // What the file system says has nothing to do with what is in the file.
         let said_of_long = found(1 << 20).1.expect("this file system says it");
