@@ -183,7 +183,16 @@ impl SharedFile {
         } = given;
         let kind = Kind::of(&given);
         let mut opened = None;
-        if cache == Cache::None {
+        // Its client goes on showing through its cache what was there before a direct write, which
+        // the process before may have made, or another host: data and mapping would be old.
+        let has_old_cache = kind.is_fuse() && filesystem::is_ceph(&given);
+        if has_old_cache && cache != Cache::None {
+            log::warn!(
+                "{}: ceph-fuse shows what is out of date through the page cache: it is not used",
+                path.display()
+            );
+        }
+        if cache == Cache::None || has_old_cache {
             match open_direct(&given, writable, kind) {
                 Ok(direct) => opened = Some(direct),
                 Err(error) if is_refusal_of_direct(&error) => warn_buffered(&path, &error),
