@@ -37,6 +37,7 @@ use super::{Error as StartError, with_causes};
 use crate::format::Sector;
 use crate::image::{self, Bundle, ImageError, NewSnapshot};
 use crate::ploop::{Engine, EngineError, Outcome};
+use crate::served::delete::Leftover;
 use crate::served::job::JobError;
 use crate::served::snapshot::{self, SnapshotError};
 use crate::served::{self, CallOff, GrowError};
@@ -88,7 +89,11 @@ impl Caretaker {
         keeps: KeepTo,
     ) -> Result<Self, StartError> {
         let hidden = hidden.map(Arc::new);
-        let disk = Kept { bundle, hidden };
+        let disk = Kept {
+            bundle,
+            hidden,
+            leftovers: Vec::new(),
+        };
         Ok(Self {
             orders: start(Role::Caretaker, disk, keeps)?,
             can_change: true,
@@ -233,14 +238,37 @@ impl Caretaker {
     }
 }
 
+/// Between two times that some space of a deleted snapshot is given back.
+const REST: Duration = Duration::from_millis(5);
+
 /// What the thread knows of the disk.
 #[derive(Default)]
 struct Kept {
     bundle: Option<Bundle>,
     hidden: Option<Arc<ImageError>>,
+    /// Of snapshots that were deleted. When the process ends, their space comes back in any case.
+    leftovers: Vec<Leftover>,
 }
 
 impl Kept {
+    /// When more space of deleted snapshots can be given back.
+    fn time_to_give_back(&self) -> Option<Duration> {
+        (!self.leftovers.is_empty()).then_some(REST)
+    }
+
+    fn give_back_some(&mut self) {
+        let Some(leftover) = self.leftovers.last() else {
+            return;
+        };
+        let has_more = leftover.give_back_some().unwrap_or_else(|error| {
+            log::warn!("a deleted snapshot keeps its space until the disk is closed: {error}");
+            false
+        });
+        if !has_more {
+            self.leftovers.pop();
+        }
+    }
+
     fn read_bundle(&mut self) {
         let read = self.bundle.as_mut().map_or(Ok(()), Bundle::read_anew);
         if let Err(error) = read {
@@ -335,7 +363,8 @@ fn work(orders: &Receiver<Order>, mut disk: Kept) {
     let mut course: Option<Course> = None;
     loop {
         let until_step = course.as_ref().and_then(Course::time_left);
-        let times = [rounds.time_left(), until_step];
+        let until_space = disk.time_to_give_back();
+        let times = [rounds.time_left(), until_step, until_space];
         let order = match times.into_iter().flatten().min() {
             Some(time) => orders.recv_timeout(time),
             None => orders.recv().map_err(|_| RecvTimeoutError::Disconnected),
@@ -351,6 +380,7 @@ fn work(orders: &Receiver<Order>, mut disk: Kept) {
             Err(RecvTimeoutError::Disconnected) => return,
         }
         course = course.and_then(|course| course.go_on(&mut disk));
+        disk.give_back_some();
     }
 }
 

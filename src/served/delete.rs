@@ -12,6 +12,8 @@
 //! is nearly all of the disk is deleted better with nobody using the disk: then its child is
 //! merged into it instead. So is any other snapshot, for what lies on it is read by many.
 
+use std::fs::File;
+use std::io;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -29,6 +31,9 @@ const STEP: Duration = Duration::from_millis(20);
 
 /// How long it waits at once for copies.
 const PAUSE: Duration = Duration::from_millis(5);
+
+/// How much a file is cut at once, in bytes: some file systems take seconds for much more.
+const CUT_AT_ONCE: u64 = 32 << 20;
 
 /// Which snapshot is meant.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -87,6 +92,26 @@ pub struct Deleted {
     /// The descriptor does not name it any more. If there is something here, its file is still
     /// there, or a power cut may bring the old descriptor back, with which the disk is the same.
     pub doubt: Option<ImageError>,
+    /// The file, whose space is to be given back: it has no name any more, and nobody else is
+    /// known to use it.
+    pub space: Option<Leftover>,
+}
+
+/// A file without a name that keeps its space, since this process has it open elsewhere.
+#[derive(Debug)]
+pub struct Leftover(File);
+
+impl Leftover {
+    /// Gives back some of the space, in a time that whoever waits does not notice. `true` if
+    /// there is more.
+    ///
+    /// # Errors
+    /// Any of `fstat(2)` and `ftruncate(2)`.
+    pub fn give_back_some(&self) -> io::Result<bool> {
+        let left = self.0.metadata()?.len().saturating_sub(CUT_AT_ONCE);
+        self.0.set_len(left)?;
+        Ok(left > 0)
+    }
 }
 
 /// See the module's text.
@@ -119,10 +144,14 @@ impl Deletion {
         let bundle = bundle_of(site.bundle.as_deref_mut())?;
         bundle.refresh()?;
         let guid = self.which.find(bundle)?;
+        // Nor may the descriptor be replaced by who may have lost the disk since the last look.
+        if !engine.disk().can_retire() {
+            return Err(JobError::Impossible(
+                "a server may take the lock of the disk away, and a file that is deleted would \
+                 look like that; 'ploop-img snapshot delete' deletes it when nobody uses the disk",
+            ));
+        }
         if Removal::of(bundle, guid)? == Removal::Leaf {
-            if engine.has_lost_lock() {
-                return Err(EngineError::LockLost.into());
-            }
             let note = image::note_of(bundle, guid);
             image::remove_leaf_beside(bundle, guid)?;
             log::info!("deleted the snapshot {guid}");
@@ -131,29 +160,18 @@ impl Deletion {
                 note,
                 level: None,
                 doubt: None,
+                space: None,
             });
             return Ok(Step::Done);
         }
         bundle.without_parent_of_top(guid)?;
         engine.open_for_growth()?;
-        if !engine.disk().can_retire() {
-            return Err(JobError::Impossible(
-                "a server may take the lock of the disk away, and a file that is deleted would \
-                 look like that",
-            ));
-        }
         let copies = CopyUp::new(engine)?;
         require_same(engine, bundle, copies.level(), guid)?;
         require_nothing_hidden(engine, &copies)?;
         let (_, clusters) = copies.progress();
         self.progress.total = clusters * cluster_of(engine);
-        let is_shared = engine.disk().clone_unit().is_some();
-        if !is_shared
-            && engine
-                .disk()
-                .free_space()
-                .is_ok_and(|free| free < self.progress.total)
-        {
+        if !has_space(engine, self.progress.total) {
             return Err(JobError::Impossible(
                 "the host has not enough space for what the snapshot has and the disk has not",
             ));
@@ -169,7 +187,12 @@ impl Deletion {
         mut copies: CopyUp,
     ) -> Result<Step, JobError> {
         let engine = site.engine;
-        let (before, _) = copies.progress();
+        let (before, total) = copies.progress();
+        if !has_space(engine, (total - before) * cluster_of(engine)) {
+            // What is left is the guest's.
+            self.stage = Stage::Copying { guid, copies };
+            return Ok(Step::HostFull);
+        }
         let end = Instant::now() + STEP;
         let refusal = loop {
             match copies.step(engine, AT_ONCE) {
@@ -236,6 +259,12 @@ fn cluster_of(engine: &Engine<HostDisk>) -> u64 {
     engine.geometry().cluster.bytes()
 }
 
+/// Whether the host has so much space, in bytes, if that is what copies take.
+fn has_space(engine: &Engine<HostDisk>, needed: u64) -> bool {
+    let disk = engine.disk();
+    disk.clone_unit().is_some() || disk.free_space().is_ok_and(|free| free >= needed)
+}
+
 /// That the level which the engine has below the top is this snapshot.
 fn require_same(
     engine: &Engine<HostDisk>,
@@ -285,10 +314,15 @@ fn commit(site: &mut Site<'_, HostDisk>, copies: CopyUp, guid: Guid) -> Result<D
     // If that is not stable, a power cut may bring the old chain back, file and all: then it
     // stays part of the one in memory, too.
     let mut doubt = put(bundle, without)?.err();
+    let mut space = None;
     if doubt.is_none() {
         copies.end(engine);
         engine.disk().retire(level);
-        doubt = file.and_then(|file| remove(engine, bundle, level, &file).err());
+        match file.map(|file| remove(engine, bundle, level, &file)) {
+            Some(Ok(leftover)) => space = leftover,
+            Some(Err(error)) => doubt = Some(error),
+            None => {}
+        }
     }
     log::info!("deleted the snapshot {guid}");
     Ok(Deleted {
@@ -296,27 +330,48 @@ fn commit(site: &mut Site<'_, HostDisk>, copies: CopyUp, guid: Guid) -> Result<D
         note,
         level: engine.disk().path(level).map(Path::to_owned),
         doubt,
+        space,
     })
 }
 
-/// Nobody finds the file any more by the descriptor.
+/// Nobody finds the file any more by the descriptor. Another one that has its name stays.
 fn remove(
     engine: &Engine<HostDisk>,
     bundle: &Bundle,
     level: FileId,
     file: &Path,
-) -> Result<(), ImageError> {
+) -> Result<Option<Leftover>, ImageError> {
     // Before its name goes.
-    let opened = bundle.folder().open_image(file, true);
+    let opened = match bundle.folder().open_image(file, true) {
+        Ok(opened) if !engine.disk().is_file(level, &opened).unwrap_or(true) => {
+            log::warn!(
+                "{}: another file has the name of the snapshot's, and stays",
+                file.display()
+            );
+            return Ok(None);
+        }
+        opened => opened.ok(),
+    };
     bundle.folder().remove(file)?;
-    let is_used = engine.disk().is_used_by_others(level);
-    if let Ok(opened) = opened
-        && matches!(is_used, Ok(false))
-        && let Err(error) = crate::storage::empty_nameless(&opened)
-    {
-        log::warn!("the space of a deleted snapshot comes back when the disk is closed: {error}");
-    }
-    Ok(())
+    let keeps_space = match opened {
+        Some(opened) => match engine.disk().is_used_by_others(level) {
+            Ok(false) if is_nameless(&opened) => return Ok(Some(Leftover(opened))),
+            Ok(false) => "it has another name",
+            Ok(true) => "another process uses it",
+            Err(_) => "it cannot be found out who uses it",
+        },
+        None => "it cannot be opened for writing",
+    };
+    log::info!(
+        "{}: the deleted file keeps its space until the disk is closed: {keeps_space}",
+        file.display()
+    );
+    Ok(None)
+}
+
+fn is_nameless(file: &File) -> bool {
+    use std::os::unix::fs::MetadataExt;
+    file.metadata().is_ok_and(|metadata| metadata.nlink() == 0)
 }
 
 /// Puts the descriptor in place; what comes back says whether that is stable.

@@ -298,6 +298,16 @@ impl HostDisk {
         super::lock::is_used_by_others(self.file(file)?.given())
     }
 
+    /// Whether that is the file, by whatever name it was opened.
+    ///
+    /// # Errors
+    /// Any of `fstat(2)`; there is no such file.
+    pub fn is_file(&self, file: FileId, other: &File) -> io::Result<bool> {
+        use std::os::unix::fs::MetadataExt;
+        let (own, other) = (self.file(file)?.given().metadata()?, other.metadata()?);
+        Ok((own.dev(), own.ino()) == (other.dev(), other.ino()))
+    }
+
     /// Bytes that the file system of the top has for whoever is not privileged.
     ///
     /// # Errors
@@ -352,19 +362,6 @@ impl NewTop {
     /// Any of `fallocate(2)` but that the file system cannot.
     pub fn allocate(&self, offset: u64, len: u64) -> io::Result<()> {
         self.0.reserve(offset, len)
-    }
-}
-
-/// Gives back the space of a file that has no name any more, and that only this process has
-/// open. One that has another name keeps it.
-///
-/// # Errors
-/// Any of `fstat(2)` and `ftruncate(2)`.
-pub fn empty_nameless(file: &File) -> io::Result<()> {
-    use std::os::unix::fs::MetadataExt;
-    match file.metadata()?.nlink() {
-        0 => file.set_len(0),
-        _ => Ok(()),
     }
 }
 

@@ -101,7 +101,9 @@ impl Course {
             }
             Ok(Step::Done) => {
                 self.show(false, false);
-                let deleted = self.job.take_deleted();
+                let mut deleted = self.job.take_deleted();
+                let space = deleted.as_mut().and_then(|deleted| deleted.space.take());
+                disk.leftovers.extend(space);
                 let has_gone = |it: &Deleted| it.level.is_some() && it.doubt.is_none();
                 if deleted.as_ref().is_some_and(has_gone) {
                     // A level that hides something is not deleted, and what was hidden below

@@ -25,6 +25,9 @@ impl Rig {
     fn delete(&mut self, guid: Guid) -> Result<Progress, JobError> {
         let mut job = Deletion::new(Which::Guid(guid));
         while self.step(&mut job)? != Step::Done {}
+        if let Some(leftover) = job.take_deleted().and_then(|deleted| deleted.space) {
+            while leftover.give_back_some().unwrap() {}
+        }
         let progress = job.progress();
         assert_eq!(progress.done, progress.total);
         Ok(progress)
@@ -148,6 +151,32 @@ fn a_snapshot_that_is_made_meanwhile_ends_a_deletion() {
     assert!(is_changed, "{ended:?}");
     assert_eq!(rig.read_snapshot(first), rig.read_snapshot(second));
     rig.close();
+}
+
+/// A file that is put where the snapshot's was is somebody's, and stays.
+#[test]
+fn another_file_by_the_name_of_the_snapshots_stays() {
+    let mut rig = Rig::new(Version::V2);
+    fill(&rig.engine(), 1, 1);
+    let guid = rig.create().unwrap();
+    let path = rig.old_top(guid);
+    let aside = path.with_extension("aside");
+    fs::rename(&path, &aside).unwrap();
+    fs::write(&path, "somebody's").unwrap();
+    rig.delete(guid).unwrap();
+    assert_eq!(fs::read(&path).unwrap(), b"somebody's");
+    assert!(fs::metadata(&aside).unwrap().len() > 0);
+    rig.close();
+}
+
+#[test]
+fn space_is_given_back_a_little_at_a_time() {
+    let file = tempfile::tempfile().unwrap();
+    file.set_len(2 * CUT_AT_ONCE + 1).unwrap();
+    let leftover = Leftover(file.try_clone().unwrap());
+    let steps: Vec<_> = (0..3).map(|_| leftover.give_back_some().unwrap()).collect();
+    assert_eq!(steps, [true, true, false]);
+    assert_eq!(file.metadata().unwrap().len(), 0);
 }
 
 /// A process that reads the snapshot goes on with the file that has no name any more.
