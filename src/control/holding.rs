@@ -6,6 +6,8 @@
 use std::error::Error as _;
 use std::io;
 use std::iter::successors;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::time::Instant;
 
@@ -28,6 +30,14 @@ pub(super) struct Holding {
     /// Locked as long as the image is being opened or closed.
     held: Mutex<Option<Held>>,
     known: Mutex<Known>,
+    /// Device and inode of what the command line names, at the start.
+    place: Option<(u64, u64)>,
+}
+
+/// `None` if that cannot be found out.
+fn place_of(path: &Path) -> Option<(u64, u64)> {
+    let found = std::fs::metadata(path).ok()?;
+    Some((found.dev(), found.ino()))
 }
 
 /// What there is while the image is open.
@@ -66,6 +76,7 @@ impl Holding {
     /// Of an image that nobody here has open; `top` and `levels` are what it is like now.
     pub fn new(args: &Args, standing: Standing, top: String, levels: Vec<Level>) -> Self {
         Self {
+            place: place_of(&args.blk_file),
             args: args.clone(),
             standing,
             held: Mutex::default(),
@@ -202,7 +213,8 @@ impl Holding {
             let cause = cause.downcast_ref::<io::Error>();
             cause.is_some_and(|error| error.kind() == io::ErrorKind::PermissionDenied)
         });
-        if is_denied {
+        let is_another = || self.place.is_some() && place_of(&self.args.blk_file) != self.place;
+        if is_denied && is_another() {
             let path = self.args.blk_file.clone();
             self.standing.notices().post(Notice::StorageBack { path });
         }

@@ -42,6 +42,11 @@ impl Kind {
         Self(rustix::fs::fstatfs(file).map_or(magic::FUSE, |stat| stat.f_type as u32))
     }
 
+    /// The same of what has a name now.
+    pub fn at(path: &std::path::Path) -> Self {
+        Self(rustix::fs::statfs(path).map_or(magic::FUSE, |stat| stat.f_type as u32))
+    }
+
     /// Whether the file lies in memory and not on any device.
     pub fn is_in_memory(self) -> bool {
         matches!(self.0, magic::RAMFS | magic::TMPFS)

@@ -69,6 +69,7 @@ const LOOK: &[i64] = &[
     libc::SYS_fstat,
     libc::SYS_fstatfs,
     libc::SYS_newfstatat,
+    libc::SYS_statfs,
     libc::SYS_statx,
 ];
 

@@ -35,6 +35,7 @@ use thiserror::Error;
 use super::FileList;
 use super::file::{SharedFile, Shown};
 use super::lease::{Lease, LookFor, tells_of_absence, tells_of_loss};
+use crate::storage::filesystem::Kind;
 use crate::storage::lock::{self, ImageLock, LockError, LockMode};
 use crate::storage::{AlignedBuf, filesystem};
 
@@ -108,6 +109,8 @@ struct Looked {
     proof: Proof,
     /// Where it is, if its path leads there.
     place: Option<Place>,
+    /// Of the file system that it is on.
+    kind: Kind,
 }
 
 /// A file system and a file on it.
@@ -325,7 +328,10 @@ impl Looked {
         // descriptions share is taken again: from then on it answers questions with what
         // the kernel takes for EIO (seen with 16.2.15).
         let is_renewed = filesystem::is_fuse(&locked) && !filesystem::is_ceph(&locked);
-        let place = Place::from(filesystem::stat_now(&locked)?);
+        let (place, kind) = (
+            Place::from(filesystem::stat_now(&locked)?),
+            Kind::of(&locked),
+        );
         let by_path = filesystem::stat_path_now(file.path());
         let mut looked = Self {
             mode: match file.is_writable() {
@@ -340,6 +346,7 @@ impl Looked {
             sees_mark,
             proof: Proof::None,
             place: Some(place).filter(|place| by_path.is_ok_and(|it| *place == it.into())),
+            kind,
         };
         if is_renewed && !file.is_writable() {
             looked.proof = Proof::Stamp(Stamp::of(&looked.locked)?);
@@ -434,10 +441,15 @@ impl Looked {
 
     /// Whether its path leads to another file system than the one that it was opened on.
     fn is_mounted_anew(&self) -> bool {
-        let is_elsewhere = |place: Place, stat: Statx| place.device != Place::from(stat).device;
-        self.place.is_some_and(|place| {
-            filesystem::stat_path_now(self.file.path()).is_ok_and(|it| is_elsewhere(place, it))
-        })
+        let found = filesystem::stat_path_now(self.file.path());
+        found.is_ok_and(|found| self.is_remounted(found.into()))
+    }
+
+    /// Whether what is found by the path is on another file system of the same kind. Where
+    /// nothing is mounted any more there may be a file too, of the file system below.
+    fn is_remounted(&self, found: Place) -> bool {
+        self.place.is_some_and(|place| place.device != found.device)
+            && Kind::at(self.file.path()) == self.kind
     }
 
     fn require_openable(&self) -> Result<(), NotOpenable> {
@@ -449,8 +461,8 @@ impl Looked {
         let found = filesystem::stat_path_now(self.file.path()).map_err(away)?;
         let (place, found) = (self.place, Place::from(found));
         let place = place.ok_or_else(|| NotOpenable::Other(path()))?;
-        if found.device != place.device {
-            // Whoever opens it there finds who else has it. Nothing is left where it was.
+        if self.is_remounted(found) {
+            // Whoever opens it there finds who else has it.
             return Ok(());
         }
         if found != place {
