@@ -40,6 +40,7 @@ mod shape;
 mod stable_writes;
 mod sync;
 mod take_over;
+mod tracking;
 mod write_threshold;
 
 pub(crate) use control::Outcome;
@@ -56,6 +57,7 @@ pub use runner::Runner;
 pub use running::Running;
 pub use shape::{LevelShape, Shape};
 pub use take_over::{LeftMemory, TakeOverError};
+pub use tracking::{BITMAPS_MAX, BitmapAction, BitmapError, BitmapInfo};
 pub use write_threshold::WriteThreshold;
 
 #[cfg(all(test, ploop_loom))]
