@@ -40,7 +40,6 @@ mod shape;
 mod stable_writes;
 mod sync;
 mod take_over;
-mod tracking;
 mod write_threshold;
 
 pub(crate) use control::Outcome;
@@ -57,7 +56,6 @@ pub use runner::Runner;
 pub use running::Running;
 pub use shape::{LevelShape, Shape};
 pub use take_over::{LeftMemory, TakeOverError};
-pub use tracking::{BITMAPS_MAX, BitmapAction, BitmapError, BitmapInfo};
 pub use write_threshold::WriteThreshold;
 
 #[cfg(all(test, ploop_loom))]

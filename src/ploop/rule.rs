@@ -62,8 +62,6 @@ pub(crate) enum Rule {
     MarkBeforeChange,
     /// I12: everything else is stable before the closed mark is written.
     SyncBeforeMark,
-    /// Bitmaps are stable before the mark that says that they are there (I12).
-    BitmapsBeforeMark,
     /// I6, I12: a cluster that has moved is mapped where it is now when it is stable there.
     MoveBeforeMapping,
     /// I12: no cluster is given out any more that lies where the larger BAT goes.
@@ -175,10 +173,8 @@ mod broken {
     }
 
     impl Rule {
-        /// Every one but [`Self::OldIoBeforeCut`] and [`Self::BitmapsBeforeMark`]: the moment in
-        /// which the first matters is so short that it has a test of its own
-        /// (`tests/compact.rs`), and simulated disks have no bitmaps but in that of the other
-        /// (`tests/tracking.rs`).
+        /// Every one but [`Self::OldIoBeforeCut`]: the moment in which that matters is so short that
+        /// it has a test of its own (`tests/compact.rs`).
         #[cfg_attr(ploop_loom, allow(dead_code, reason = "the simulator breaks them all"))]
         pub(crate) const ALL: [Self; 55] = [
             Self::RemovalBeforeReuse,

@@ -27,7 +27,6 @@ mod reuse;
 mod space;
 mod take_over;
 mod threads;
-mod tracking;
 mod writeback;
 
 const CLUSTER: u64 = 32 << 10;

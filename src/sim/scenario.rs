@@ -15,7 +15,7 @@ use super::disk::{Faults, Medium, SimDisk};
 use super::file::SECTOR;
 use super::pattern::{self, Value};
 use super::view::View;
-use crate::format::{ClusterSize, Extension, Sector};
+use crate::format::{ClusterSize, Sector};
 use crate::ploop::{Chain, Level, OnEnospc, Options};
 use crate::storage::FileId;
 
@@ -111,8 +111,6 @@ pub struct Scenario {
     lower: BTreeSet<u64>,
     /// The top is closed and has a format extension when it is opened first.
     extension: bool,
-    /// It had, and its bitmap goes on in each top after it.
-    has_bitmap: bool,
     /// The last cluster of the top's file is there in part, and holds something.
     odd_end: bool,
 }
@@ -175,7 +173,6 @@ impl Scenario {
             snapshots: mix.snapshots,
             lower: BTreeSet::new(),
             extension: version == 2 && rng.random_ratio(1, 4),
-            has_bitmap: false,
             odd_end: rng.random_ratio(1, 4),
         };
         let metadata_len = 64 + 4 * u64::from(entries);
@@ -200,11 +197,7 @@ impl Scenario {
             has_stable_writes: rng.clone().random_ratio(3, 4),
             ..Medium::default()
         };
-        Self {
-            medium,
-            has_bitmap: scenario.extension,
-            ..scenario
-        }
+        Self { medium, ..scenario }
     }
 
     /// The delta that is written to.
@@ -406,33 +399,9 @@ impl Scenario {
         {
             return Ok(());
         }
-        if self.has_bitmap && self.is_saved(view, at) {
-            return Ok(());
-        }
         Err(format!(
             "I12: the header tells of a format extension at {at:#x}, and it is not there"
         ))
-    }
-
-    /// Whether the bitmap that the top had when it was opened first was written there again,
-    /// with all that it had.
-    fn is_saved(&self, view: &View<'_>, at: u64) -> bool {
-        let cluster = self.cluster as usize;
-        let read = |at| view.read(self.top(), at, cluster);
-        let Ok(extension) = Extension::parse(&read(at)) else {
-            return false;
-        };
-        let [bitmap] = &extension.bitmaps[..] else {
-            return false;
-        };
-        // One cluster of bits is more than such a disk has.
-        let bits = match bitmap.l1.first() {
-            Some(1) => vec![0xff; cluster],
-            Some(sector) if *sector > 1 => read(sector * SECTOR as u64),
-            _ => return false,
-        };
-        let old = (self.disk_sectors.min(bitmap.size.0) / 128 / 8) as usize;
-        bits[..old].iter().all(|byte| byte & 0xee == 0xee)
     }
 
     /// Whether a lower delta has the cluster.
