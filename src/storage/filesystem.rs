@@ -35,7 +35,7 @@ mod magic {
 pub struct Kind(u32);
 
 impl Kind {
-    /// A file system that does not say is taken for [`magic::FUSE`]: it is somebody else's
+    /// A file system that does not say is taken for FUSE: it is somebody else's
     /// program or server that fails to answer, and what is done there is safe everywhere.
     pub fn of(file: impl AsFd) -> Self {
         // The numbers have 32 bits; the field has more, and a sign, on most machines.
