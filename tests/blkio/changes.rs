@@ -1,7 +1,7 @@
 //! What is done to a disk that is served from storage which hosts share, where a server may take
 //! the lock of each file away.
 
-use serde_json::json;
+use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use crate::client::{Client, Lane};
@@ -57,4 +57,41 @@ fn a_disk_on_shared_storage_grows_and_no_snapshot_is_made_of_it() {
         assert_eq!(images.collect::<Vec<_>>(), ["root.hds"], "{names:?}");
         ploop_img(["check".as_ref(), disk.root().as_os_str()]).ok();
     }
+}
+
+/// The one on which the top lies, and one that nothing lies on.
+#[test]
+fn no_snapshot_of_a_disk_on_shared_storage_is_deleted_beside_its_guest() {
+    let place = TempDir::new().unwrap();
+    let bundle = place.path().join("disk");
+    let name = bundle.to_str().unwrap();
+    ploop_img(["create", name, "16M"]).ok();
+    for _ in 0..2 {
+        ploop_img(["snapshot", "create", name]).ok();
+    }
+    let list = ploop_img(["snapshot", "list", "--output=json", name]).ok();
+    let list: Vec<Value> = serde_json::from_str(&list).unwrap();
+    let guids = list.iter().filter(|shot| shot["current"] == false);
+    let guids: Vec<&str> = guids.map(|shot| shot["guid"].as_str().unwrap()).collect();
+    assert_eq!(guids.len(), 2, "{list:?}");
+    ploop_img(["snapshot", "switch", name, guids[0]]).ok();
+    let Some(disk) = FrailFs::mount(&bundle, 1) else {
+        return;
+    };
+    let control = place.path().join("control");
+    let options = ["--control", control.to_str().unwrap()];
+    let backend = Backend::start(disk.root(), &place.path().join("socket"), &options);
+    let before = names_in(disk.root());
+    let mut qmp = Qmp::connect(&control);
+    for guid in guids {
+        let of = json!({ "device": "disk", "id": guid });
+        let refused = qmp.answer("blockdev-snapshot-delete-internal-sync", of);
+        let desc = refused["error"]["desc"].as_str().unwrap();
+        assert!(
+            desc.contains("may take the lock of the disk away"),
+            "{desc}"
+        );
+    }
+    assert_eq!(names_in(disk.root()), before);
+    backend.stop();
 }
