@@ -65,6 +65,8 @@ enum Stage {
         search: Search,
         packing: Packing,
         todo: VecDeque<GuestCluster>,
+        /// So many of them are under way, if any.
+        batch: usize,
     },
 }
 
@@ -88,7 +90,7 @@ impl Compaction {
         }
     }
 
-    fn try_step<D: Disk>(&mut self, engine: &Engine<D>) -> Result<Step, JobError> {
+    fn try_step<D: Disk>(&mut self, engine: &Engine<D>, at_most: u64) -> Result<Step, JobError> {
         let cluster = engine.geometry().cluster.bytes();
         match &mut self.stage {
             Stage::Begin => {
@@ -100,7 +102,7 @@ impl Compaction {
                 Ok(Step::More { bytes: 0 })
             }
             Stage::Zeros { next } => {
-                let read = squeeze_some(engine, next, &mut self.progress)?;
+                let read = squeeze_some(engine, at_most, next, &mut self.progress)?;
                 if *next >= engine.geometry().entries {
                     self.progress.done = self.progress.total.max(self.progress.done);
                     self.progress.total = self.progress.done;
@@ -135,6 +137,7 @@ impl Compaction {
                             search,
                             packing,
                             todo: todo.into(),
+                            batch: 0,
                         }
                     }
                 };
@@ -144,14 +147,16 @@ impl Compaction {
                 search,
                 packing,
                 todo,
+                batch,
             } => {
-                let count = (MOVED_BYTES / cluster).max(1) as usize;
-                let batch = || todo.iter().copied().take(count).collect();
-                let begin = || engine.move_down(batch(), *packing);
+                let begin = || {
+                    *batch = (MOVED_BYTES.min(at_most) / cluster).max(1) as usize;
+                    engine.move_down(todo.iter().copied().take(*batch).collect(), *packing)
+                };
                 if !is_over(engine, &mut self.under_way, begin)? {
                     return Ok(Step::More { bytes: 0 });
                 }
-                let count = todo.drain(..count.min(todo.len())).len();
+                let count = todo.drain(..(*batch).min(todo.len())).len();
                 let bytes = count as u64 * cluster;
                 self.progress.done += bytes;
                 if todo.is_empty() {
@@ -223,7 +228,7 @@ impl<D: Disk> Job<D> for Compaction {
         if engine.is_suspended() && self.under_way.is_none() {
             return Ok(Step::Later);
         }
-        match self.try_step(engine) {
+        match self.try_step(engine, site.at_most) {
             Err(_) if engine.has_lost_lock() => Err(EngineError::LockLost.into()),
             Err(JobError::Engine(EngineError::NoSpace)) => Ok(Step::HostFull),
             // Somebody else is at it, or has had to end it.
@@ -247,6 +252,7 @@ impl<D: Disk> Job<D> for Compaction {
 /// were read for that.
 fn squeeze_some<D: Disk>(
     engine: &Engine<D>,
+    at_most: u64,
     next: &mut u32,
     progress: &mut Progress,
 ) -> Result<u64, JobError> {
@@ -274,7 +280,7 @@ fn squeeze_some<D: Disk>(
         if look.is_worth_it || (!look.has_data && engine.can_unmap_zeros()) {
             locked.push((guest, done, engine.squeeze(guest)));
         }
-        if Instant::now() >= until {
+        if bytes >= at_most || Instant::now() >= until {
             break;
         }
     }

@@ -194,8 +194,14 @@ impl Deletion {
             return Ok(Step::HostFull);
         }
         let end = Instant::now() + STEP;
+        let limit = (site.at_most / cluster_of(engine)).max(1);
         let refusal = loop {
-            match copies.step(engine, AT_ONCE) {
+            let left = limit.saturating_sub(copies.progress().0 - before);
+            if left == 0 {
+                break None;
+            }
+            let at_once = usize::try_from(left).map_or(AT_ONCE, |left| left.min(AT_ONCE));
+            match copies.step(engine, at_once) {
                 Ok(CopyUpStep::On) => {}
                 Ok(CopyUpStep::Waits) => copies.wait(PAUSE),
                 Ok(CopyUpStep::Full) => break Some(Step::HostFull),

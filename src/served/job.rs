@@ -27,6 +27,9 @@ pub struct Site<'a, D: Disk> {
     /// What it belongs to, if to any. Others may have changed the descriptor since the last
     /// step: see [`Bundle::refresh`].
     pub bundle: Option<&'a mut Bundle>,
+    /// So many bytes should a step read or write at most, whichever is more; it may do with a
+    /// cluster in any case.
+    pub at_most: u64,
 }
 
 /// See the module's text.

@@ -515,7 +515,7 @@ fn a_deletion_is_paused_hurried_and_cancelled_and_the_snapshot_stays() {
     qmp.ask(DELETE, slow("a"));
     let id = json!({ "id": "a" });
     statuses(&mut qmp, "running");
-    // It gets as far as its first bytes, and no further.
+    // It gets as far as its first bytes, and no further: more than a cluster it may not copy.
     wait_for("a step", || {
         qmp.ask("query-jobs", json!({}))[0]["current-progress"].as_u64() > Some(0)
     });

@@ -24,6 +24,9 @@ const LONGEST_REST: Duration = Duration::from_secs(10);
 /// After how long a host that was full is tried again.
 const RETRY: Duration = Duration::from_millis(500);
 
+/// For which a limited job gets its bytes at once, as in QEMU's `block/blockjob.c`.
+const SLICE: Duration = Duration::from_millis(100);
+
 /// How much the guest has done, or has under way: any change of it means that it does
 /// something.
 pub(in crate::control) type Activity = Arc<dyn Fn() -> Option<u64> + Send + Sync>;
@@ -68,6 +71,7 @@ impl Course {
         let mut site = Site {
             engine: &engine,
             bundle: disk.bundle.as_mut(),
+            at_most: step_within(held.speed),
         };
         if held.is_cancelled {
             self.job.cancel(&mut site);
@@ -203,6 +207,15 @@ impl Pace {
     fn wait(&mut self, time: Duration) {
         self.bytes = 0;
         self.rested = Instant::now() + time;
+    }
+}
+
+/// How much a step may move where there is a limit in bytes a second: what the limit grants for
+/// [`SLICE`], as in QEMU, or else a job that is to be slow would be so in bursts only.
+fn step_within(speed: u64) -> u64 {
+    match speed {
+        0 => u64::MAX,
+        speed => speed / (1000 / SLICE.as_millis() as u64),
     }
 }
 

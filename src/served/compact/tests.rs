@@ -48,9 +48,14 @@ fn run(rig: &Rig, job: &mut Compaction) -> usize {
 }
 
 fn step(rig: &Rig, job: &mut Compaction) -> Result<Step, JobError> {
+    step_within(rig, job, u64::MAX)
+}
+
+fn step_within(rig: &Rig, job: &mut Compaction, at_most: u64) -> Result<Step, JobError> {
     job.step(&mut Site {
         engine: rig.engine(),
         bundle: None,
+        at_most,
     })
 }
 
@@ -67,6 +72,29 @@ fn what_lies_behind_gaps_moves_in_as_many_rounds_as_that_takes() {
     assert_eq!(clusters_in_file(&rig), 1 + u64::from(MAPPED));
     let Progress { done, total } = <Compaction as Job<SimDisk>>::progress(&job);
     assert_eq!((done, total), (24 * CLUSTER.bytes(), 24 * CLUSTER.bytes()));
+}
+
+#[test]
+fn a_step_reads_and_moves_no_more_than_it_may() {
+    let rig = rig(&[]);
+    let mut job = Compaction::new();
+    let mut moved = 0;
+    // What may be moved becomes more while a batch is under way, and less.
+    for at_most in (0..4).cycle().take(100_000) {
+        let before = matches!(job.stage, Stage::Move { .. });
+        match step_within(&rig, &mut job, at_most * CLUSTER.bytes()).unwrap() {
+            Step::Done => break,
+            Step::More { bytes } => {
+                assert!(bytes <= 3 * CLUSTER.bytes(), "{bytes}");
+                moved += if before { bytes } else { 0 };
+            }
+            other => panic!("{other:?}"),
+        }
+    }
+    assert_eq!(clusters_in_file(&rig), 1 + u64::from(MAPPED));
+    assert!(moved >= u64::from(MAPPED) * CLUSTER.bytes(), "{moved}");
+    let Progress { done, total } = <Compaction as Job<SimDisk>>::progress(&job);
+    assert_eq!(done, total);
 }
 
 #[test]
@@ -121,6 +149,7 @@ fn cutting_and_moving_can_be_called_off_however_long_they_take() {
         job.cancel(&mut Site {
             engine: rig.engine(),
             bundle: None,
+            at_most: u64::MAX,
         });
         // Nothing is left under way that another operation would meet.
         rig.engine().prepare_growth(clusters(17)).unwrap();

@@ -15,10 +15,15 @@ use crate::served::snapshot::tests::{CLUSTER, CLUSTERS, Rig, fill, read_all, wri
 impl Rig {
     /// Has the job done, but for so many steps; gives back what the last one has come to.
     fn step(&mut self, job: &mut Deletion) -> Result<Step, JobError> {
+        self.step_within(job, u64::MAX)
+    }
+
+    fn step_within(&mut self, job: &mut Deletion, at_most: u64) -> Result<Step, JobError> {
         let engine = self.engine();
         job.step(&mut Site {
             engine: &engine,
             bundle: Some(&mut self.bundle),
+            at_most,
         })
     }
 
@@ -106,6 +111,33 @@ fn that_of_an_old_image_and_of_a_raw_one_too() {
 }
 
 #[test]
+fn a_step_copies_no_more_than_it_may() {
+    let mut rig = Rig::new(Version::V2);
+    let engine = rig.engine();
+    fill(&engine, 1, 1);
+    let guid = rig.create().unwrap();
+    let now = read_all(&engine);
+    let mut job = Deletion::new(Which::Guid(guid));
+    rig.step(&mut job).unwrap();
+    let total = job.progress().total / CLUSTER.bytes();
+    for (at_most, clusters) in [(0, 1), (1, 1), (3, 3), (u64::MAX / CLUSTER.bytes(), total)] {
+        let before = job.progress().done;
+        let step = rig.step_within(&mut job, at_most * CLUSTER.bytes());
+        if matches!(step, Ok(Step::Done)) {
+            break;
+        }
+        // Copies that a step leaves under way are those of the next one.
+        let copied = (job.progress().done - before) / CLUSTER.bytes();
+        assert!(copied <= clusters, "{copied} of {at_most}");
+        assert!(matches!(step, Ok(Step::More { bytes }) if bytes == copied * CLUSTER.bytes()));
+    }
+    while rig.step(&mut job).unwrap() != Step::Done {}
+    assert_eq!(read_all(&engine), now);
+    drop(engine);
+    rig.close();
+}
+
+#[test]
 fn a_deletion_that_is_given_up_leaves_the_snapshot() {
     let mut rig = Rig::new(Version::V2);
     let engine = rig.engine();
@@ -120,6 +152,7 @@ fn a_deletion_that_is_given_up_leaves_the_snapshot() {
     job.cancel(&mut Site {
         engine: &engine,
         bundle: Some(&mut rig.bundle),
+        at_most: u64::MAX,
     });
     assert_eq!(rig.step(&mut job).unwrap(), Step::Done, "nothing is done");
     assert_eq!(rig.read_snapshot(guid), at_first);
