@@ -12,7 +12,7 @@ use vhost::vhost_user::VhostUserFrontend;
 use virtio_bindings::virtio_blk::VIRTIO_BLK_T_OUT;
 
 use crate::common::backend::Backend;
-use crate::common::img::{image_file, ploop_img, qemu_img_check};
+use crate::common::img::{LEAKS, image_file, ploop_img, qemu_img_check};
 use crate::common::qmp::Qmp;
 use crate::death::{CLUSTER, Region, begin, expect, reconnect, write};
 use crate::front_end::*;
@@ -61,6 +61,13 @@ fn check(disk: &Path) {
 /// Whether the image was closed, and nobody has it open.
 pub fn is_free(disk: &Path) -> bool {
     ploop_img(["check".as_ref(), disk.as_os_str()]).code == Some(0)
+}
+
+/// The same, but what was unmapped last may still take space: a hand-over in haste leaves that
+/// to the next opening.
+fn is_closed(disk: &Path) -> bool {
+    let code = ploop_img(["check".as_ref(), disk.as_os_str()]).code;
+    code == Some(0) || code == Some(LEAKS)
 }
 
 /// The front-end stops all rings, and keeps the connection.
@@ -505,7 +512,7 @@ fn a_job_is_called_off_and_the_next_host_can_do_it() {
             }
         }
         stop_rings(&mut source);
-        check(&hosts.rig.image);
+        assert!(is_closed(&hosts.rig.image), "{}", hosts.one.log());
         jobs::statuses(&mut qmp, "concluded");
         let job = &jobs::jobs(&mut qmp)[0];
         assert_eq!(job["status"], "concluded", "{job}");
@@ -519,7 +526,7 @@ fn a_job_is_called_off_and_the_next_host_can_do_it() {
         jobs::expect_prepared(&mut target);
         let moved = target.driver();
         drop(target);
-        wait_for("the end of the front-end", || is_free(&hosts.rig.image));
+        wait_for("the end of the front-end", || is_closed(&hosts.rig.image));
         source.go_on_as(moved);
         source.start_rings();
     }
