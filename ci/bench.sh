@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Measures vhost-user-ploop against qemu-storage-daemon and the plain file.
 #
-# usage: ci/bench.sh [--short | --targets | --all | --shared | --cost | --stalls | --siege | --fleet] [OPTION...]   (default: --targets)
+# usage: ci/bench.sh [--short | --targets | --all | --shared | --cost | --stalls | --siege | --fleet | --changes] [OPTION...]   (default: --targets)
 #
 #   --short    two minutes: shows that everything runs, judges nothing
 #   --targets  twenty minutes: what has a target, with PASS or BELOW
@@ -10,6 +10,7 @@
 #   --cost     five minutes: instructions and system calls per I/O
 #   --stalls   five minutes: how long a guest waits when another process serves
 #   --siege    five minutes: the rate beside control clients that misbehave
+#   --changes  ten minutes: what a guest notices of snapshots, growth and jobs
 #   --fleet    three minutes: what 500 disks cost one host (--disks N)
 #
 # Installs what is missing (qemu/install-tools.sh) and builds in release mode.
@@ -27,7 +28,7 @@ cd "$repo"
 . qemu/tools.sh
 
 case " $* " in
-    *" --short "* | *" --targets "* | *" --all "* | *" --shared "* | *" --cost "* | *" --stalls "* | *" --siege "* | *" --fleet "* | *" --help "* | *" -h "*) ;;
+    *" --short "* | *" --targets "* | *" --all "* | *" --shared "* | *" --cost "* | *" --stalls "* | *" --siege "* | *" --fleet "* | *" --changes "* | *" --help "* | *" -h "*) ;;
     *) set -- --targets "$@" ;;
 esac
 

@@ -1,5 +1,6 @@
 //! Who is compared: the programs, the formats, and how each is started.
 
+use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -145,8 +146,8 @@ pub struct Programs {
 pub struct Launch<'a> {
     /// What it serves.
     pub image: &'a Path,
-    /// The qcow2 image below it, if there is one.
-    pub backing: Option<&'a Path>,
+    /// The qcow2 images below it, the next one first.
+    pub backing: &'a [PathBuf],
     /// Where it listens.
     pub socket: &'a Path,
     /// On what the image lies, which decides about O_DIRECT.
@@ -227,15 +228,26 @@ fn qsd(format: Format, launch: Launch<'_>) -> Command {
     command
 }
 
+/// The name that qemu-storage-daemon has for a qcow2 image below the one that is served, so many
+/// levels down.
+pub fn backing_node(level: usize) -> String {
+    format!("backing{level}")
+}
+
 /// A backing file does not inherit the cache mode of the image, so it is given.
 fn backing(launch: Launch<'_>, direct: &str) -> String {
-    let Some(base) = launch.backing else {
-        return String::new();
-    };
-    format!(
-        ",backing.driver=qcow2,backing.read-only=on,backing.file.driver=file,\
-         backing.file.filename={},backing.file.cache.direct={direct},\
-         backing.file.aio=io_uring",
-        base.display()
-    )
+    let mut prefix = String::new();
+    let mut options = String::new();
+    for (level, path) in launch.backing.iter().enumerate() {
+        prefix += "backing.";
+        let _ = write!(
+            options,
+            ",{prefix}driver=qcow2,{prefix}node-name={},{prefix}read-only=on,\
+             {prefix}file.driver=file,{prefix}file.filename={},\
+             {prefix}file.cache.direct={direct},{prefix}file.aio=io_uring",
+            backing_node(level),
+            path.display()
+        );
+    }
+    options
 }

@@ -108,7 +108,7 @@ impl Disk {
     fn start(&self, setting: &Setting) -> Result<Server> {
         let launch = Launch {
             image: &self.image,
-            backing: None,
+            backing: &[],
             socket: &self.socket(),
             bed: BED,
             queues: 1,

@@ -134,7 +134,7 @@ fn with_guest(
     let socket = dir.path().join("s");
     let launch = Launch {
         image: &image.path,
-        backing: None,
+        backing: &[],
         socket: &socket,
         bed: BED,
         queues: 1,

@@ -20,8 +20,8 @@ use crate::contestant::{Contestant, Format, Programs};
 pub struct Image {
     /// The file, or the folder of a bundle.
     pub path: PathBuf,
-    /// The qcow2 image below, if it is an overlay.
-    pub backing: Option<PathBuf>,
+    /// The qcow2 images below, if it is an overlay: the next one first.
+    pub backing: Vec<PathBuf>,
     /// Holds the image, and whatever else belongs to serving it.
     pub dir: TempDir,
     format: Format,
@@ -64,7 +64,7 @@ impl Image {
         }
         Ok(Self {
             path,
-            backing: None,
+            backing: Vec::new(),
             dir,
             format,
         })
@@ -93,7 +93,7 @@ impl Image {
         run(&mut command)?;
         Ok(Self {
             path,
-            backing: None,
+            backing: Vec::new(),
             dir,
             format: Format::Ploop,
         })
@@ -129,7 +129,7 @@ impl Image {
         }
         Ok(Self {
             path,
-            backing: None,
+            backing: Vec::new(),
             dir,
             format: Format::Ploop,
         })
@@ -150,7 +150,11 @@ impl Image {
         create(&path, Format::Qcow2, geometry, Some(&self.path))?;
         Ok(Self {
             path,
-            backing: Some(self.path.clone()),
+            backing: [&self.path]
+                .into_iter()
+                .chain(&self.backing)
+                .cloned()
+                .collect(),
             dir,
             format: Format::Qcow2,
         })

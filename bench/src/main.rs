@@ -4,6 +4,7 @@
 //! what they are: `docs/performance.md`.
 
 mod bed;
+mod changes;
 mod client;
 mod content;
 mod contestant;
@@ -15,6 +16,7 @@ mod image;
 mod machine;
 mod measure;
 mod opening;
+mod qmp;
 mod report;
 mod run;
 mod scenario;
@@ -82,6 +84,11 @@ struct Arguments {
     /// about three minutes.
     #[arg(long, group = "mode")]
     fleet: bool,
+    /// Compare how fast a disk is served while a snapshot of it is deleted, or it is compacted,
+    /// with how fast it is without, and say how long requests are held when a snapshot is made or
+    /// the disk becomes larger, in about ten minutes.
+    #[arg(long, group = "mode")]
+    changes: bool,
     /// How many disks those are.
     #[arg(long, value_name = "N", default_value_t = fleet::DISKS, requires = "fleet",
           value_parser = clap::value_parser!(u32).range(1..))]
@@ -153,6 +160,7 @@ enum Mode {
     Stalls,
     Siege,
     Fleet,
+    Changes,
 }
 
 impl Mode {
@@ -166,6 +174,7 @@ impl Mode {
             Self::Stalls => "stalls",
             Self::Siege => "siege",
             Self::Fleet => "fleet",
+            Self::Changes => "changes",
         }
     }
 
@@ -180,7 +189,7 @@ impl Mode {
             Self::All => scenario::all(with(FULL)),
             Self::Shared => scenario::shared(with(FULL)),
             Self::Cost => scenario::paths(),
-            Self::Stalls | Self::Siege | Self::Fleet => Vec::new(),
+            Self::Stalls | Self::Siege | Self::Fleet | Self::Changes => Vec::new(),
         }
     }
 
@@ -235,6 +244,8 @@ fn bench(arguments: &Arguments) -> Result<()> {
         Mode::Siege
     } else if arguments.fleet {
         Mode::Fleet
+    } else if arguments.changes {
+        Mode::Changes
     } else {
         Mode::Short
     };
@@ -246,11 +257,12 @@ fn bench(arguments: &Arguments) -> Result<()> {
         );
         return Ok(());
     }
-    if matches!(mode, Mode::Stalls | Mode::Siege) {
+    if matches!(mode, Mode::Stalls | Mode::Siege | Mode::Changes) {
         let setting = setting(arguments, mode)?;
         let rounds = arguments.rounds.unwrap_or(ROUNDS);
         let table = match mode {
             Mode::Stalls => stall::table(&stall::measure(&setting, rounds)?),
+            Mode::Changes => changes::table(&changes::measure(&setting, rounds)?),
             _ => siege::table(&siege::measure(&setting, rounds)?),
         };
         print!("{table}");

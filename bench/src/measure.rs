@@ -56,7 +56,7 @@ impl Setting {
     /// Waits until there is space for another disk of so many bytes on a bed, and a
     /// quarter for what its format adds. A file system that discards what it frees
     /// gives it out again only then, long after the file was removed.
-    fn wait_for_space(&self, bed: Bed, disk_bytes: u64) -> Result<()> {
+    pub fn wait_for_space(&self, bed: Bed, disk_bytes: u64) -> Result<()> {
         let needed = disk_bytes + disk_bytes / 4;
         let start = Instant::now();
         loop {

@@ -68,7 +68,7 @@ fn open_once(setting: &Setting, contestant: Contestant, image: &Path) -> Result<
     let socket = socket_dir.path().join("s");
     let launch = Launch {
         image,
-        backing: None,
+        backing: &[],
         socket: &socket,
         bed: Bed::Tmpfs,
         queues: 1,

@@ -252,9 +252,10 @@ fn first_writes_over_lower() -> Workload {
     }
 }
 
-fn mix() -> Workload {
-    let name = "4 KiB random 70 % read, 30 % overwrite, depth 32";
-    workload(name, Action::Mix, Order::Random, 4 * KIB, 32)
+/// Reads and writes of 4 KiB, anywhere.
+pub fn mix(depth: u32) -> Workload {
+    let name = format!("4 KiB random 70 % read, 30 % overwrite, depth {depth}");
+    workload(&name, Action::Mix, Order::Random, 4 * KIB, depth)
 }
 
 fn overwrite_and_flush() -> Workload {
@@ -450,7 +451,7 @@ fn every_workload() -> Vec<Workload> {
         read_on_queues(4),
         random_overwrite(1),
         random_overwrite(32),
-        mix(),
+        mix(32),
         sequential_read(),
         sequential_overwrite(),
         random_into_empty(),

@@ -98,7 +98,7 @@ impl Station {
         let socket = socket_dir.path().join("s");
         let launch = Launch {
             image: &image.path,
-            backing: image.backing.as_deref(),
+            backing: &image.backing,
             socket: &socket,
             bed,
             queues: shape.queues,
