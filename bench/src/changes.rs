@@ -7,6 +7,7 @@
 use std::ffi::OsString;
 use std::fmt::Write as _;
 use std::fs::{self, File};
+use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::process::Command;
@@ -29,6 +30,9 @@ use crate::scratch;
 use crate::station::{self, PREPARED, Station};
 use crate::stats::{Estimate, median};
 use crate::workload::Workload;
+
+/// Rounds unless `--rounds` says.
+pub const ROUNDS: u32 = 8;
 
 /// So much is moved: more than in all rounds together, or there would be nothing beside the
 /// last ones.
@@ -133,11 +137,10 @@ pub struct Changes {
 pub fn measure(setting: &Setting, rounds: u32) -> Result<Changes> {
     let mut besides = Vec::new();
     for bed in [Bed::Disk, Bed::PageCache] {
-        let works: &[_] = &[Work::Delete, Work::Compact, Work::Commit];
-        besides.extend(
-            measure_jobs(setting, bed, works, rounds)
-                .with_context(|| format!("jobs, {}", bed.label()))?,
-        );
+        for work in [Work::Delete, Work::Compact, Work::Commit] {
+            let beside = measure_job(setting, bed, work, rounds);
+            besides.push(beside.with_context(|| format!("{}, {}", work.label(), bed.label()))?);
+        }
     }
     let mut holds = Vec::new();
     for bed in [Bed::Disk, Bed::PageCache] {
@@ -275,67 +278,73 @@ fn chain_of(setting: &Setting, bed: Bed, work: Work) -> Result<Vec<Image>> {
     Ok(chain)
 }
 
-fn measure_jobs(setting: &Setting, bed: Bed, works: &[Work], rounds: u32) -> Result<Vec<Beside>> {
+fn measure_job(setting: &Setting, bed: Bed, work: Work, rounds: u32) -> Result<Beside> {
     let workload = scenario::random_read(32);
-    let mut chains = Vec::new();
-    for work in works {
-        chains.push(chain_of(setting, bed, *work)?);
+    let chain = chain_of(setting, bed, work)?;
+    let guid = snapshot_of(setting, work, &chain[0])?;
+    let mut site = Site::open(setting, bed, work.contestant(), &chain[0], &workload)?;
+    if bed == Bed::PageCache {
+        chain
+            .iter()
+            .try_for_each(|image| read_all(image.dir.path()))?;
     }
-    let mut sites = Vec::new();
-    for (work, chain) in works.iter().zip(&chains) {
-        let mut site = Site::open(setting, bed, work.contestant(), &chain[0], &workload)?;
-        site.run(setting, &workload, u32::MAX)?;
-        let guid = snapshot_of(setting, *work, &chain[0])?;
-        let beside = Beside {
-            bed,
-            work: *work,
-            workload: workload.name.clone(),
-            alone: Vec::new(),
-            beside: Vec::new(),
-            moved: Vec::new(),
-            moved_alone: 0.0,
-        };
-        sites.push((site, guid, beside));
-    }
+    site.run(setting, &workload, u32::MAX)?;
+    let mut beside = Beside {
+        bed,
+        work,
+        workload: workload.name.clone(),
+        alone: Vec::new(),
+        beside: Vec::new(),
+        moved: Vec::new(),
+        moved_alone: 0.0,
+    };
     for round in 0..rounds {
-        for index in turn(sites.len(), round) {
-            let (site, guid, beside) = &mut sites[index];
-            let (rate, _) = site.run(setting, &workload, round)?;
-            beside.alone.push(rate);
-            beside.work.begin(&mut site.qmp, guid.as_ref())?;
-            let (before, _) = site.progress()?;
-            let start = Instant::now();
-            let (rate, _) = site.run(setting, &workload, round)?;
-            let time = start.elapsed();
-            let job = site.job()?;
-            ensure!(
-                job["status"] == "running",
-                "{} is over too soon: {job}",
-                beside.work.label()
-            );
-            let (after, _) = site.progress()?;
-            beside.beside.push(rate);
-            beside.moved.push((after - before) / time.as_secs_f64());
-            site.end_job(true)?;
+        let alone = |site: &mut Site| site.run(setting, &workload, round).map(|(rate, _)| rate);
+        // What follows what shall not matter.
+        let is_first = round % 2 == 0;
+        if is_first {
+            beside.alone.push(alone(&mut site)?);
         }
-    }
-    let mut besides = Vec::new();
-    for (mut site, guid, mut beside) in sites {
-        setting.check_interrupted()?;
+        work.begin(&mut site.qmp, guid.as_ref())?;
+        let (before, _) = site.progress()?;
         let start = Instant::now();
-        beside.work.begin(&mut site.qmp, guid.as_ref())?;
-        let mut total = 0.0;
-        while site.job()?["status"] != "concluded" {
-            total = site.progress()?.1;
-            thread::sleep(Duration::from_millis(1));
+        beside.beside.push(alone(&mut site)?);
+        let time = start.elapsed();
+        let job = site.job()?;
+        let is_running = job["status"] == "running";
+        ensure!(is_running, "{} is over too soon: {job}", work.label());
+        let (after, _) = site.progress()?;
+        beside.moved.push((after - before) / time.as_secs_f64());
+        site.end_job(true)?;
+        if !is_first {
+            beside.alone.push(alone(&mut site)?);
         }
-        beside.moved_alone = total / start.elapsed().as_secs_f64();
-        site.end_job(false)?;
-        site.station.verify_sample(PREPARED)?;
-        site.station.stop()?;
-        besides.push(beside);
     }
-    Ok(besides)
+    let start = Instant::now();
+    work.begin(&mut site.qmp, guid.as_ref())?;
+    let mut total = 0.0;
+    while site.job()?["status"] != "concluded" {
+        setting.check_interrupted()?;
+        total = site.progress()?.1;
+        thread::sleep(Duration::from_millis(1));
+    }
+    beside.moved_alone = total / start.elapsed().as_secs_f64();
+    site.end_job(false)?;
+    site.station.verify_sample(PREPARED)?;
+    site.station.stop()?;
+    Ok(beside)
+}
+
+/// Has the host know all files of a folder, and of the folders in it.
+fn read_all(dir: &Path) -> Result<()> {
+    for entry in fs::read_dir(dir)? {
+        let path = entry?.path();
+        match path.is_dir() {
+            true => read_all(&path)?,
+            false => drop(io::copy(&mut File::open(path)?, &mut io::sink())?),
+        }
+    }
+    Ok(())
 }
 
 fn snapshot_of(setting: &Setting, work: Work, image: &Image) -> Result<Option<Value>> {

@@ -259,7 +259,10 @@ fn bench(arguments: &Arguments) -> Result<()> {
     }
     if matches!(mode, Mode::Stalls | Mode::Siege | Mode::Changes) {
         let setting = setting(arguments, mode)?;
-        let rounds = arguments.rounds.unwrap_or(ROUNDS);
+        let rounds = arguments.rounds.unwrap_or(match mode {
+            Mode::Changes => changes::ROUNDS,
+            _ => ROUNDS,
+        });
         let table = match mode {
             Mode::Stalls => stall::table(&stall::measure(&setting, rounds)?),
             Mode::Changes => changes::table(&changes::measure(&setting, rounds)?),
