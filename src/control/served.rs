@@ -7,7 +7,6 @@
 
 use std::fs::File;
 use std::io;
-use std::path::Path;
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -33,6 +32,7 @@ use crate::notices::Notices;
 use crate::ploop::{
     self, Chain, Engine, EngineError, EngineReport, LevelShape, Running, Shape, WriteThreshold,
 };
+use crate::served::delete::GoneLevel;
 use crate::served::snapshot::Created;
 use crate::storage::lock::{ImageLock, LockError};
 use crate::storage::{HostDisk, HostFile, WatchError, lock_promise};
@@ -194,20 +194,20 @@ impl Image {
     pub fn follow(&mut self, change: Change, engine: &Engine<HostDisk>) {
         match change {
             Change::Top(created) => self.add_top(*created, engine),
-            Change::Without(file) => self.remove_below_top(&file),
+            Change::Without(levels) => levels.iter().rev().for_each(|level| self.remove(level)),
         }
     }
 
-    fn remove_below_top(&mut self, file: &Path) {
-        let Some(below) = self.chain.levels.len().checked_sub(2) else {
+    fn remove(&mut self, gone: &GoneLevel) {
+        if gone.depth >= self.chain.levels.len() {
             return;
-        };
-        if self.locks.len() == self.chain.levels.len() {
-            self.locks.remove(below);
         }
-        self.chain.levels.remove(below);
+        if self.locks.len() == self.chain.levels.len() {
+            self.locks.remove(gone.depth);
+        }
+        self.chain.levels.remove(gone.depth);
         // Who cannot be upgraded has only those that came since.
-        self.files.retain(|level| level.path != file);
+        self.files.retain(|level| level.path != gone.path);
     }
 
     fn add_top(&mut self, created: Created, engine: &Engine<HostDisk>) {

@@ -153,32 +153,43 @@ impl Bundle {
         }
     }
 
-    /// The descriptor of the disk without the snapshot `guid`, on which the top alone lies.
+    /// The one that lies on the snapshot `guid`, alone.
     ///
     /// # Errors
-    /// There is no such snapshot, others lie on it, the top does not, or it was being deleted
-    /// by somebody who did not finish.
-    pub(crate) fn without_parent_of_top(&self, guid: Guid) -> Result<Descriptor> {
+    /// There is no such snapshot, it is the top, none lies on it, or several do.
+    pub(crate) fn only_child(&self, guid: Guid) -> Result<Guid> {
+        let child = self.descriptor.only_child(guid);
+        child.map_err(|error| self.edit_error(error))
+    }
+
+    /// The descriptor of the disk without these snapshots, base first, one right below the other,
+    /// each of which is only part of the next, and the last of `to`.
+    ///
+    /// # Errors
+    /// There is no such snapshot, others lie on it, it was being deleted by somebody who did not
+    /// finish, or they do not lie so.
+    pub(crate) fn without(&self, guids: &[Guid], to: Guid) -> Result<Descriptor> {
         let mut descriptor = self.descriptor.clone();
-        let refuse = |why: &str| ImageError::Unsupported {
+        let refuse = |why: String| ImageError::Unsupported {
             path: self.path().to_owned(),
-            why: why.to_owned(),
+            why,
         };
-        let child = descriptor.only_child(guid);
-        let child = child.map_err(|error| self.edit_error(error))?;
-        if child != descriptor.top() {
-            let why = "is in use, so only the snapshot right below the top can be deleted, or one \
-                       that no other lies on; 'ploop-img snapshot delete' deletes any when nobody \
-                       uses the disk";
-            return Err(refuse(why));
+        let above = guids.iter().skip(1).chain([&to]);
+        for (guid, above) in guids.iter().zip(above) {
+            let child = descriptor.only_child(*guid);
+            if child.map_err(|error| self.edit_error(error))? != *above {
+                return Err(refuse(format!(
+                    "has no snapshot {above} on {guid} any more"
+                )));
+            }
+            if descriptor.shot(*guid).is_some_and(|shot| shot.merging) {
+                let why = "has a snapshot that was being deleted: 'ploop-img check --repair \
+                           leaks' finishes that when the disk is not in use";
+                return Err(refuse(why.to_owned()));
+            }
+            let bypassed = descriptor.bypass(*guid);
+            bypassed.map_err(|error| self.edit_error(error))?;
         }
-        if descriptor.shot(guid).is_some_and(|shot| shot.merging) {
-            let why = "has a snapshot that was being deleted: 'ploop-img check --repair leaks' \
-                       finishes that when the disk is not in use";
-            return Err(refuse(why));
-        }
-        let bypassed = descriptor.bypass(guid);
-        bypassed.map_err(|error| self.edit_error(error))?;
         Ok(descriptor)
     }
 

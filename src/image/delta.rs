@@ -127,12 +127,16 @@ impl<F: ImageFile> Delta<F> {
     /// Where a guest cluster lies, in bytes of the file. `None` if it has no
     /// cluster here, be it beyond the BAT or behind an entry that cannot be right.
     pub fn lookup(&self, guest: GuestCluster) -> Option<u64> {
-        let value = *self.bat.get(guest.0 as usize)?;
-        if value == 0 {
-            return None;
+        let host = self.host_cluster(guest)?;
+        Some(self.geometry().host_offset(host))
+    }
+
+    /// As [`Self::lookup`], the cluster.
+    pub fn host_cluster(&self, guest: GuestCluster) -> Option<HostCluster> {
+        match *self.bat.get(guest.0 as usize)? {
+            0 => None,
+            value => self.geometry().host_cluster(value),
         }
-        let geometry = self.geometry();
-        Some(geometry.host_offset(geometry.host_cluster(value)?))
     }
 
     /// That the image was closed cleanly and no entry is wrong: what every change

@@ -51,8 +51,11 @@ pub use measure::{Measure, measure_copy, measure_new};
 pub use open::{Access, OpenImage, OpenMode, bundle_around, open};
 pub use progress::Progress;
 pub use resize::{NewSize, Shrink, require_nothing_hidden, resize, size_after};
+#[cfg(all(test, not(ploop_loom)))]
+pub(crate) use snapshot::MergeLevel;
 pub(crate) use snapshot::{
-    NewDelta, Removal, described, is_described, list_of, note_of, remove_leaf_beside,
+    Lift, LiftStep, LiftedImages, NewDelta, described, is_described, list_of, note_of, range,
+    remove_leaf_beside,
 };
 pub use snapshot::{
     NewSnapshot, SnapshotInfo, create_snapshot, delete_snapshot, find_snapshot, list_snapshots,

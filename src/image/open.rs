@@ -348,6 +348,13 @@ pub(super) fn lock_file(file: &HostFile, mode: LockMode, shareable: bool) -> Res
     lock_patiently(&file.file, mode).map_err(error)
 }
 
+/// Locks a file as one that is only read, for a process that has given up the rights to find
+/// out who is in the way.
+pub(super) fn lock_to_read(file: &HostFile) -> Result<ImageLock> {
+    let error = |source| lock_error(file, false, false, source);
+    lock_patiently(&file.file, LockMode::ReadOnly).map_err(error)
+}
+
 fn lock_error(
     file: &HostFile,
     shareable: bool,

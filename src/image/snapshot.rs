@@ -7,6 +7,7 @@
 
 mod create;
 mod delete;
+mod lift;
 mod list;
 mod merge;
 mod new_delta;
@@ -17,10 +18,14 @@ use std::path::{Path, PathBuf};
 
 pub use create::create_snapshot;
 pub use delete::delete_snapshot;
-pub(crate) use delete::{Removal, remove_leaf_beside};
+pub(crate) use delete::remove_leaf_beside;
+pub(crate) use lift::{Lift, LiftStep, LiftedImages};
 pub use list::{SnapshotInfo, find_snapshot, list_snapshots};
 pub(crate) use list::{described, is_described, list_of, note_of};
+#[cfg(test)]
+pub(crate) use merge::Level as MergeLevel;
 pub use merge::merge_snapshots;
+pub(crate) use merge::range;
 pub(crate) use new_delta::NewDelta;
 pub use new_delta::NewSnapshot;
 pub use switch::switch_snapshot;

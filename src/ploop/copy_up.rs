@@ -1,20 +1,20 @@
-//! Makes the level below the top needless while the disk is in use: what it has and the top
-//! lacks is copied into the top.
+//! Makes the level below the top needless while the disk is in use, or it and some below it: what
+//! they have and the top lacks is copied into the top.
 //!
-//! 1. The map is looked through for clusters of the level. Runners copy them as they do before
+//! 1. The map is looked through for clusters of these levels. Runners copy them as they do before
 //!    a part of one is written (`runner/cow.rs`): the cluster is locked, reads go on below, and
 //!    the copy is stable before its mapping reaches the disk (I6). The guest may come first;
 //!    then there is nothing to copy.
 //! 2. That is done again until there is none, locked or not. Nothing is ever mapped in a lower
 //!    level anew.
-//! 3. I/O ends that may have found the level in the map before, and a flush follows: the disk
+//! 3. I/O ends that may have found such a level in the map before, and a flush follows: the disk
 //!    has all copies, mapping included.
-//! 4. From here on the level is needed by nobody, now or after a cut. Whoever has asked for
-//!    this has the descriptor tell of a chain without it, and makes that stable. Then its file
-//!    can go.
+//! 4. From here on the levels are needed by nobody, now or after a cut. Whoever has asked for
+//!    this has the descriptor tell of a chain without them, and makes that stable. Then their
+//!    files can go.
 //!
 //! Until step 4 nothing but the top has changed, and it reads as it did: whatever comes in
-//! between, and be it that nobody goes on, the chain is what it was. In memory the level keeps
+//! between, and be it that nobody goes on, the chain is what it was. In memory a level keeps
 //! its number.
 //!
 //! It never blocks. Copies are begun by the metadata thread: so none is begun while requests
@@ -26,7 +26,7 @@ use std::time::Duration;
 use super::EngineError;
 use super::control::{Control, Outcome};
 use super::engine::{Engine, MdMessage};
-use super::entry::Place;
+use super::levels::Needless;
 use super::rule::{self, Rule};
 use super::sync::atomic::Ordering;
 use crate::format::GuestCluster;
@@ -37,10 +37,11 @@ const SCAN_AT_ONCE: u32 = 1 << 20;
 
 /// See the module's text. Dropped, it is given up: copies that were made stay.
 pub struct CopyUp {
-    level: FileId,
+    /// Up to the one below the top.
+    levels: Needless,
     top: FileId,
     stage: Stage,
-    /// Clusters that the level had for the disk at first.
+    /// Clusters that they had for the disk at first.
     total: u64,
     /// Of these, copied.
     done: u64,
@@ -69,26 +70,26 @@ pub enum CopyUpStep {
     Full,
     /// Requests are held. The next step tries again.
     Held,
-    /// The disk needs the level no more, and that is stable.
+    /// The disk needs the levels no more, and that is stable.
     Ready,
 }
 
 impl CopyUp {
-    /// For the level below the top.
+    /// For the level below the top, or for all below it down to this one.
     ///
     /// # Errors
     /// There is none, or nothing can be written.
-    pub fn new<D: Disk>(engine: &Engine<D>) -> Result<Self, EngineError> {
+    pub fn new<D: Disk>(engine: &Engine<D>, lowest: Option<FileId>) -> Result<Self, EngineError> {
         if engine.is_read_only() {
             return Err(EngineError::ReadOnly);
         }
         let top = engine.top();
-        let level = engine.levels.below(top).ok_or(EngineError::NoLevelBelow)?;
+        let below = engine.levels.below(top).ok_or(EngineError::NoLevelBelow)?;
+        let levels = Needless::new(lowest.unwrap_or(below), top);
         let entries = engine.bat.iter();
-        let is_in = |place| matches!(place, Place::In(file, _) if file == level);
-        let total = entries.filter(|entry| is_in(entry.place())).count() as u64;
+        let total = entries.filter(|entry| levels.has(entry.place())).count() as u64;
         Ok(Self {
-            level,
+            levels,
             top,
             stage: Stage::begin(),
             total,
@@ -96,22 +97,31 @@ impl CopyUp {
         })
     }
 
-    /// Which it is about.
-    pub fn level(&self) -> FileId {
-        self.level
+    /// Which it is about, base first.
+    pub fn levels<D: Disk>(&self, engine: &Engine<D>) -> Vec<FileId> {
+        self.levels.files(engine)
     }
 
-    /// The raw image on which it lies, if it lies on one, and where the disk ends for which the
-    /// level is: behind that nothing of the file is part of the chain, in bytes.
+    /// The raw image on which they lie, if they lie on one, and where the disk ends for which
+    /// they are: behind that nothing of the file is part of the chain, in bytes.
     pub fn raw_below<D: Disk>(&self, engine: &Engine<D>) -> Option<(FileId, u64)> {
-        let below = engine.levels.below(self.level)?;
-        let end = engine.levels.get(self.level).disk_bytes();
+        let lowest = *self.levels(engine).first()?;
+        let below = engine.levels.below(lowest)?;
+        let end = engine.levels.get(lowest).disk_bytes();
         engine.levels.get(below).is_plain().then_some((below, end))
     }
 
     /// How many clusters there are to be copied, and how many of them were, by whomever.
     pub fn progress(&self) -> (u64, u64) {
         (self.done.min(self.total), self.total)
+    }
+
+    /// How many copies are under way.
+    pub fn under_way(&self) -> usize {
+        match &self.stage {
+            Stage::Copying { under_way, .. } => under_way.len(),
+            Stage::Settling(_) | Stage::Ready => 0,
+        }
     }
 
     /// Waits until something ends that is under way, but not for longer than this.
@@ -204,17 +214,17 @@ impl CopyUp {
             let mut found = None;
             for entry in entries {
                 looked_at += 1;
-                if matches!(entry.place(), Place::In(file, _) if file == self.level) {
-                    found = Some(GuestCluster(*next + looked_at - 1));
+                if let Some(level) = self.levels.level_of(entry.place()) {
+                    found = Some((GuestCluster(*next + looked_at - 1), level));
                     break;
                 }
             }
             let is_at_end = found.is_none() && looked_at < looks;
             looks -= looked_at;
             *next += looked_at;
-            if let Some(cluster) = found {
+            if let Some((cluster, level)) = found {
                 *has_found = true;
-                under_way.push_back(engine.copy_up(cluster, self.level, self.top));
+                under_way.push_back(engine.copy_up(cluster, level, self.top));
             } else if is_at_end {
                 break;
             }
@@ -241,9 +251,9 @@ impl CopyUp {
         Ok(CopyUpStep::Waits)
     }
 
-    /// The descriptor tells of a chain without the level, and that is stable: its file can go.
-    pub fn end<D: Disk>(self, engine: &Engine<D>) {
-        engine.levels.get(self.level).drop_from_chain();
+    /// The levels, once nobody needs them.
+    pub fn into_levels(self) -> Needless {
+        self.levels
     }
 }
 

@@ -1,17 +1,19 @@
 //! The files of the chain as the engine knows them.
 //!
 //! The list only becomes longer: a snapshot puts a new top on it while every thread holds
-//! its requests, and a level that is part of the chain no more keeps its place. So whoever finds an entry of the map finds its level, and no entry changes
-//! when a snapshot is made. What belongs to a top alone, as its allocator, comes and goes
-//! with its level. Does no I/O.
+//! its requests, and a level that is part of the chain no more keeps its place. So whoever
+//! finds an entry of the map finds its level, and no entry changes when a snapshot is made.
+//! What belongs to a top alone, as its allocator, comes and goes with its level. Does no I/O.
 
 use std::sync::OnceLock;
 // Not those of the models: nobody looks at them while they change.
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 
 use super::alloc::Allocator;
+use super::engine::Engine;
+use super::entry::Place;
 use crate::format::{Descriptor, Geometry, HostCluster, Sector};
-use crate::storage::FileId;
+use crate::storage::{Disk, FileId};
 
 /// The most deltas in a chain.
 pub(super) const LEVELS_MAX: usize = Descriptor::LEVELS_MAX;
@@ -165,5 +167,46 @@ impl Levels {
     /// grown since it was opened.
     pub fn set_disk_size_of_top(&self, size: Sector) {
         self.top().disk_size.store(size.0, Ordering::Relaxed);
+    }
+}
+
+/// Levels of the chain, one right below the other, that are to go: the one above has, or is to
+/// have, all that the disk needs of them.
+#[derive(Clone, Copy, Debug)]
+pub struct Needless {
+    lowest: FileId,
+    above: FileId,
+}
+
+impl Needless {
+    pub(super) fn new(lowest: FileId, above: FileId) -> Self {
+        Self { lowest, above }
+    }
+
+    /// The one of them that has such a cluster, if any has.
+    pub(super) fn level_of(self, place: Place) -> Option<FileId> {
+        match place {
+            Place::In(file, _) if (self.lowest..self.above).contains(&file) => Some(file),
+            _ => None,
+        }
+    }
+
+    pub(super) fn has(self, place: Place) -> bool {
+        self.level_of(place).is_some()
+    }
+
+    /// Base first.
+    pub fn files<D: Disk>(self, engine: &Engine<D>) -> Vec<FileId> {
+        let files = (self.lowest.0..self.above.0).map(FileId);
+        let is_there = |file: &FileId| !engine.levels.get(*file).is_dropped();
+        files.filter(is_there).collect()
+    }
+
+    /// No entry of the map is in one of them any more, and the descriptor tells of a chain without
+    /// them, which is stable: their files can go.
+    pub fn drop_from_chain<D: Disk>(self, engine: &Engine<D>) {
+        for file in self.files(engine) {
+            engine.levels.get(file).drop_from_chain();
+        }
     }
 }

@@ -124,6 +124,12 @@ pub(crate) enum Rule {
     NameBeforeFileGoes,
     /// I15: reads of it have ended before its file goes: a flush of all waits for them.
     ReadsEndBeforeFileGoes,
+    /// I12, I15: a level that gets what another has is marked as in use before it changes.
+    MarkBeforeLevelChanges,
+    /// I6, I15: what a level gets from another is stable before its map tells of it.
+    CopyBeforeLevelMaps,
+    /// I15: its map is stable before the chain is without the other.
+    LevelMapBeforeDrop,
     /// I13: the memory that outlives the process has room for the larger map.
     RoomOutlivesProcess,
     /// I13: a change of the map outlives the process.
@@ -136,7 +142,7 @@ pub(crate) enum Rule {
 
 /// Whether the rule is kept here: always.
 #[cfg(not(test))]
-pub(super) const fn kept(_: Rule) -> bool {
+pub(crate) const fn kept(_: Rule) -> bool {
     true
 }
 
@@ -176,7 +182,7 @@ mod broken {
         /// Every one but [`Self::OldIoBeforeCut`]: the moment in which that matters is so short that
         /// it has a test of its own (`tests/compact.rs`).
         #[cfg_attr(ploop_loom, allow(dead_code, reason = "the simulator breaks them all"))]
-        pub(crate) const ALL: [Self; 55] = [
+        pub(crate) const ALL: [Self; 58] = [
             Self::RemovalBeforeReuse,
             Self::FailedPageRemovesNothing,
             Self::TellBeforeMark,
@@ -228,6 +234,9 @@ mod broken {
             Self::FlushBeforeDrop,
             Self::NameBeforeFileGoes,
             Self::ReadsEndBeforeFileGoes,
+            Self::MarkBeforeLevelChanges,
+            Self::CopyBeforeLevelMaps,
+            Self::LevelMapBeforeDrop,
             Self::RoomOutlivesProcess,
             Self::ChangeOutlivesProcess,
             Self::FailureOutlivesProcess,

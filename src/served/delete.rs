@@ -1,26 +1,35 @@
-//! Deleting a snapshot of a disk while that is served: one that no other lies on, which just
-//! goes, or the one on which the top lies.
+//! Deleting snapshots of a disk while that is served: one that no other lies on, which just
+//! goes, or some that are parts of the next one alone, one right below the other.
 //!
-//! What the latter has and the top lacks is copied into the top beside the guest, which
-//! changes nothing of the snapshot ([`CopyUp`]). Then the disk needs it no more, and that is
-//! stable: the descriptor is put in place that tells of a chain without it, the folder is
-//! synced, and the file is removed. Until then the snapshot is what it was, so it can be given
-//! up at any time; whoever opens the disk after a cut finds the old chain or the new one, and
-//! both hold the same.
+//! What the latter have and that one lacks is copied into it, beside the guest and beside
+//! whoever reads any of them: into the top by the engine ([`CopyUp`]), into another one by this
+//! job alone, as nobody else writes to that ([`Lift`]). Of the snapshots nothing changes by that,
+//! and the image that gets it reads the same at every moment. If the disk that is served lies on
+//! it, the engine goes on with the copies ([`Redirect`]). Then nothing needs the snapshots any
+//! more, and that is stable: the descriptor is put in place that tells of a disk without them, the
+//! folder is synced, and the files are removed. Until then the snapshots are what they were, so it
+//! can be given up at any time; whoever opens the disk after a cut finds the old tree or the new
+//! one, and both hold the same. Several go all at once, and each cluster is copied once.
 //!
-//! As much is copied as the snapshot has, where host files cannot share data. So a base that
-//! is nearly all of the disk is deleted better with nobody using the disk: then its child is
-//! merged into it instead. So is any other snapshot, for what lies on it is read by many.
+//! It goes in no other direction: what is merged down changes what others may be reading, and
+//! that has to be no snapshot any more before the first cluster is copied. As much is copied as
+//! the snapshots have, where host files cannot share data. So a base that is nearly all of the
+//! disk is deleted better with nobody using the disk: then its child is merged into it instead.
 
-use std::fs::File;
-use std::io;
-use std::path::{Path, PathBuf};
+mod commit;
+mod which;
+
 use std::time::{Duration, Instant};
 
+use self::commit::commit;
+pub use self::commit::{Deleted, GoneLevel, Leftover};
+pub use self::which::Which;
+use self::which::{Going, Levels};
 use super::job::{Job, JobError, Progress, Site, Step};
-use crate::format::{Descriptor, Guid, SnapshotNote};
-use crate::image::{self, Bundle, ImageError, Removal};
-use crate::ploop::{CopyUp, CopyUpStep, Engine, EngineError};
+use crate::format::Guid;
+use crate::image::{self, Bundle, HostImage, Lift, LiftStep, LiftedImages};
+use crate::ploop::{CopyUp, CopyUpStep, Engine, EngineError, Redirect, RedirectStep};
+use crate::storage::lock::ImageLock;
 use crate::storage::{Disk, FileId, HostDisk};
 
 /// Copies under way, at most: the guest shall notice little of them.
@@ -32,88 +41,6 @@ const STEP: Duration = Duration::from_millis(20);
 /// How long it waits at once for copies.
 const PAUSE: Duration = Duration::from_millis(5);
 
-/// How much a file is cut at once, in bytes: some file systems take seconds for much more.
-const CUT_AT_ONCE: u64 = 32 << 20;
-
-/// Which snapshot is meant.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Which {
-    /// The one of this name.
-    Guid(Guid),
-    /// The one that has all of these.
-    Having {
-        /// Its name.
-        guid: Option<Guid>,
-        /// What it is for.
-        description: Option<String>,
-    },
-}
-
-impl Which {
-    fn find(&self, bundle: &Bundle) -> Result<Guid, JobError> {
-        let (guid, description) = match self {
-            Self::Guid(guid) => return Ok(*guid),
-            Self::Having { guid, description } => (*guid, description.as_deref()),
-        };
-        let found = match (guid, description) {
-            (_, Some(description)) => image::described(bundle, description)?,
-            (Some(guid), None) => vec![guid],
-            (None, None) => Vec::new(),
-        };
-        let top = bundle.descriptor().top();
-        let is_it = |found: &Guid| {
-            guid.is_none_or(|guid| guid == *found)
-                && *found != top
-                && bundle.descriptor().shot(*found).is_some()
-        };
-        let found: Vec<_> = found.into_iter().filter(is_it).collect();
-        match found[..] {
-            [guid] => Ok(guid),
-            [] => Err(JobError::NoSuchSnapshot {
-                guid,
-                description: description.map(str::to_owned),
-            }),
-            _ => Err(JobError::Impossible(
-                "several snapshots have this description: name one by its GUID",
-            )),
-        }
-    }
-}
-
-/// A snapshot that is no more.
-#[derive(Debug)]
-pub struct Deleted {
-    /// Its name.
-    pub guid: Guid,
-    /// What was noted of it.
-    pub note: Option<SnapshotNote>,
-    /// Its file, if the disk that is served lay on it: it does not any more.
-    pub level: Option<PathBuf>,
-    /// The descriptor does not name it any more. If there is something here, its file is still
-    /// there, or a power cut may bring the old descriptor back, with which the disk is the same.
-    pub doubt: Option<ImageError>,
-    /// The file, whose space is to be given back: it has no name any more, and nobody else is
-    /// known to use it.
-    pub space: Option<Leftover>,
-}
-
-/// A file without a name that keeps its space, since this process has it open elsewhere.
-#[derive(Debug)]
-pub struct Leftover(File);
-
-impl Leftover {
-    /// Gives back some of the space, in a time that whoever waits does not notice. `true` if
-    /// there is more.
-    ///
-    /// # Errors
-    /// Any of `fstat(2)` and `ftruncate(2)`.
-    pub fn give_back_some(&self) -> io::Result<bool> {
-        let left = self.0.metadata()?.len().saturating_sub(CUT_AT_ONCE);
-        self.0.set_len(left)?;
-        Ok(left > 0)
-    }
-}
-
 /// See the module's text.
 pub struct Deletion {
     which: Which,
@@ -124,12 +51,31 @@ pub struct Deletion {
 
 enum Stage {
     Begin,
-    Copying { guid: Guid, copies: CopyUp },
+    /// Into the top.
+    Copying(Range, CopyUp),
+    /// Into another one.
+    Lifting(Range, Box<Lifting>),
+    /// It has all. The disk that is served lies on it.
+    Redirecting(Range, Box<Lifting>, Redirect),
     Done,
 }
 
+/// Snapshots that are to go, one right below the other, base first, and the one that stays.
+struct Range {
+    guids: Vec<Guid>,
+    to: Guid,
+}
+
+struct Lifting {
+    lift: Lift<HostImage>,
+    /// The lowest that is to go and the one that stays, if the disk that is served lies on them.
+    levels: Option<(FileId, FileId)>,
+    /// Dropped last.
+    _locks: Vec<ImageLock>,
+}
+
 impl Deletion {
-    /// Of this snapshot. Nothing is looked at before the first step.
+    /// Of these snapshots. Nothing is looked at before the first step.
     pub fn new(which: Which) -> Self {
         Self {
             which,
@@ -143,7 +89,7 @@ impl Deletion {
         let engine = site.engine;
         let bundle = bundle_of(site.bundle.as_deref_mut())?;
         bundle.refresh()?;
-        let guid = self.which.find(bundle)?;
+        let going = self.which.find(bundle)?;
         // Nor may the descriptor be replaced by who may have lost the disk since the last look.
         if !engine.disk().can_retire() {
             return Err(JobError::Impossible(
@@ -151,92 +97,195 @@ impl Deletion {
                  look like that; 'ploop-img snapshot delete' deletes it when nobody uses the disk",
             ));
         }
-        if Removal::of(bundle, guid)? == Removal::Leaf {
-            let note = image::note_of(bundle, guid);
-            image::remove_leaf_beside(bundle, guid)?;
-            log::info!("deleted the snapshot {guid}");
-            self.deleted = Some(Deleted {
-                guid,
-                note,
-                level: None,
-                doubt: None,
-                space: None,
-            });
-            return Ok(Step::Done);
-        }
-        bundle.without_parent_of_top(guid)?;
+        let range = match going {
+            Going::Leaf(guid) => {
+                self.deleted = Some(delete_leaf(bundle, guid)?);
+                return Ok(Step::Done);
+            }
+            Going::Parts { guids, .. } if guids.is_empty() => return Ok(Step::Done),
+            Going::Parts { guids, to } => Range { guids, to },
+        };
         engine.open_for_growth()?;
-        let copies = CopyUp::new(engine)?;
-        require_same(engine, bundle, copies.level(), guid)?;
-        require_nothing_hidden(engine, &copies)?;
-        let (_, clusters) = copies.progress();
-        self.progress.total = clusters * cluster_of(engine);
-        if !has_space(engine, self.progress.total) {
+        let levels = Levels::of(engine, bundle)?;
+        self.stage = match range.to == bundle.descriptor().top() {
+            true => begin_copying(engine, &levels, range)?,
+            false => begin_lifting(bundle, &levels, range)?,
+        };
+        self.look_at_progress(engine);
+        if !has_space(engine, &self.stage) {
             return Err(JobError::Impossible(
-                "the host has not enough space for what the snapshot has and the disk has not",
+                "the host has not enough space for what would be copied: all that is deleted and \
+                 that the image above it has not; 'ploop-img snapshot delete' copies in the other \
+                 direction when nobody uses the disk, which can take less",
             ));
         }
-        self.stage = Stage::Copying { guid, copies };
         Ok(Step::More { bytes: 0 })
     }
 
-    fn copy(
-        &mut self,
-        site: &mut Site<'_, HostDisk>,
-        guid: Guid,
-        mut copies: CopyUp,
-    ) -> Result<Step, JobError> {
-        let engine = site.engine;
-        let (before, total) = copies.progress();
-        if !has_space(engine, (total - before) * cluster_of(engine)) {
-            // What is left is the guest's.
-            self.stage = Stage::Copying { guid, copies };
-            return Ok(Step::HostFull);
-        }
-        let end = Instant::now() + STEP;
-        let limit = (site.at_most / cluster_of(engine)).max(1);
-        let refusal = loop {
-            let left = limit.saturating_sub(copies.progress().0 - before);
-            if left == 0 {
-                break None;
-            }
-            let at_once = usize::try_from(left).map_or(AT_ONCE, |left| left.min(AT_ONCE));
-            match copies.step(engine, at_once) {
-                Ok(CopyUpStep::On) => {}
-                Ok(CopyUpStep::Waits) => copies.wait(PAUSE),
-                Ok(CopyUpStep::Full) => break Some(Step::HostFull),
-                // Requests are held: what was begun for it begins anew.
-                Ok(CopyUpStep::Held) | Err(EngineError::Suspended) => break Some(Step::Later),
-                Ok(CopyUpStep::Ready) => {
-                    self.progress.done = self.progress.total;
-                    self.deleted = Some(commit(site, copies, guid)?);
-                    return Ok(Step::Done);
-                }
-                Err(error) => return Err(error.into()),
-            }
-            if Instant::now() >= end {
-                break None;
-            }
+    fn look_at_progress(&mut self, engine: &Engine<HostDisk>) {
+        let (done, total) = match &self.stage {
+            Stage::Copying(_, copies) => copies.progress(),
+            Stage::Lifting(_, it) | Stage::Redirecting(_, it, _) => it.lift.progress(),
+            Stage::Begin | Stage::Done => return,
         };
-        let (now, total) = copies.progress();
         let cluster = cluster_of(engine);
         self.progress = Progress {
-            done: now * cluster,
+            done: done * cluster,
             total: total * cluster,
         };
-        self.stage = Stage::Copying { guid, copies };
-        Ok(refusal.unwrap_or(Step::More {
-            bytes: (now - before) * cluster,
+    }
+
+    fn go_on(&mut self, site: &mut Site<'_, HostDisk>, stage: Stage) -> Result<Step, JobError> {
+        let engine = site.engine;
+        if !has_space(engine, &stage) {
+            // What is left is the guest's.
+            self.stage = stage;
+            return Ok(Step::HostFull);
+        }
+        let before = self.progress.done;
+        let (stage, step) = match stage {
+            Stage::Copying(range, copies) => copy(site, range, copies)?,
+            Stage::Lifting(range, it) => lift(site, range, it)?,
+            Stage::Redirecting(range, it, redirect) => self::redirect(site, range, it, redirect)?,
+            Stage::Begin | Stage::Done => return Ok(Step::Done),
+        };
+        match stage {
+            Next::Stage(stage) => self.stage = stage,
+            Next::Deleted(deleted) => {
+                self.progress.done = self.progress.total;
+                self.deleted = Some(*deleted);
+                return Ok(Step::Done);
+            }
+        }
+        self.look_at_progress(engine);
+        Ok(step.unwrap_or(Step::More {
+            bytes: self.progress.done.saturating_sub(before),
         }))
     }
+}
+
+/// What a step has led to.
+enum Next {
+    Stage(Stage),
+    Deleted(Box<Deleted>),
+}
+
+/// That, and why nothing more was done, if there is a reason.
+type Gone = Result<(Next, Option<Step>), JobError>;
+
+fn begin_copying(
+    engine: &Engine<HostDisk>,
+    levels: &Levels,
+    range: Range,
+) -> Result<Stage, JobError> {
+    let lowest = range.guids.first().and_then(|guid| levels.file(*guid));
+    let copies = CopyUp::new(engine, lowest)?;
+    require_nothing_hidden(engine, &copies)?;
+    Ok(Stage::Copying(range, copies))
+}
+
+fn begin_lifting(bundle: &Bundle, levels: &Levels, range: Range) -> Result<Stage, JobError> {
+    let images = LiftedImages::open(bundle, &range.guids, range.to)?;
+    let (lift, locks) = images.lift()?;
+    let lowest = range.guids.first().and_then(|guid| levels.file(*guid));
+    let lifting = Box::new(Lifting {
+        lift,
+        levels: lowest.zip(levels.file(range.to)),
+        _locks: locks,
+    });
+    Ok(Stage::Lifting(range, lifting))
+}
+
+fn copy(site: &mut Site<'_, HostDisk>, range: Range, mut copies: CopyUp) -> Gone {
+    let engine = site.engine;
+    let end = Instant::now() + STEP;
+    let limit = limit_of(site);
+    let (before, _) = copies.progress();
+    let refusal = loop {
+        let left = limit.saturating_sub(copies.progress().0 - before);
+        if left == 0 {
+            break None;
+        }
+        // Those that end now are not begun anew.
+        let at_once = usize::try_from(left).map_or(AT_ONCE, |left| {
+            left.saturating_sub(copies.under_way()).min(AT_ONCE)
+        });
+        match copies.step(engine, at_once) {
+            Ok(CopyUpStep::On) => {}
+            Ok(CopyUpStep::Waits) => copies.wait(PAUSE),
+            Ok(CopyUpStep::Full) => break Some(Step::HostFull),
+            // Requests are held: what was begun for it begins anew.
+            Ok(CopyUpStep::Held) | Err(EngineError::Suspended) => break Some(Step::Later),
+            Ok(CopyUpStep::Ready) => {
+                let levels = Some(copies.into_levels());
+                let deleted = commit(site, (&range.guids, range.to), levels)?;
+                return Ok((Next::Deleted(Box::new(deleted)), None));
+            }
+            Err(error) => return Err(error.into()),
+        }
+        if Instant::now() >= end {
+            break None;
+        }
+    };
+    Ok((Next::Stage(Stage::Copying(range, copies)), refusal))
+}
+
+fn lift(site: &mut Site<'_, HostDisk>, range: Range, mut it: Box<Lifting>) -> Gone {
+    let end = Instant::now() + STEP;
+    let limit = limit_of(site);
+    let (before, _) = it.lift.progress();
+    let refusal = loop {
+        match it.lift.step()? {
+            LiftStep::More => {}
+            LiftStep::Full => break Some(Step::HostFull),
+            LiftStep::Done => {
+                let Some((lowest, to)) = it.levels else {
+                    // Or else they would count as somebody who uses the files.
+                    drop(it);
+                    let deleted = commit(site, (&range.guids, range.to), None)?;
+                    return Ok((Next::Deleted(Box::new(deleted)), None));
+                };
+                let redirect = Redirect::new(lowest, to);
+                let stage = Stage::Redirecting(range, it, redirect);
+                return Ok((Next::Stage(stage), None));
+            }
+        }
+        if Instant::now() >= end || it.lift.progress().0 - before >= limit {
+            break None;
+        }
+    };
+    Ok((Next::Stage(Stage::Lifting(range, it)), refusal))
+}
+
+fn redirect(
+    site: &mut Site<'_, HostDisk>,
+    range: Range,
+    it: Box<Lifting>,
+    mut redirect: Redirect,
+) -> Gone {
+    let engine = site.engine;
+    let end = Instant::now() + STEP;
+    while Instant::now() < end {
+        match redirect.step(engine, |guest| it.lift.place(guest)) {
+            Ok(RedirectStep::On) => {}
+            Ok(RedirectStep::Waits) => redirect.wait(PAUSE),
+            Ok(RedirectStep::Ready) => {
+                drop(it);
+                let levels = Some(redirect.into_levels());
+                let deleted = commit(site, (&range.guids, range.to), levels)?;
+                return Ok((Next::Deleted(Box::new(deleted)), None));
+            }
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Ok((Next::Stage(Stage::Redirecting(range, it, redirect)), None))
 }
 
 impl Job<HostDisk> for Deletion {
     fn step(&mut self, site: &mut Site<'_, HostDisk>) -> Result<Step, JobError> {
         match std::mem::replace(&mut self.stage, Stage::Done) {
             Stage::Begin => self.begin(site),
-            Stage::Copying { guid, copies } => self.copy(site, guid, copies),
-            Stage::Done => Ok(Step::Done),
+            stage => self.go_on(site, stage),
         }
     }
 
@@ -244,11 +293,17 @@ impl Job<HostDisk> for Deletion {
         self.progress
     }
 
-    /// The snapshot stays. What was copied is found in both files, which takes space until the
-    /// snapshot is deleted.
+    /// The snapshots stay. What was copied is found in both files, which takes space until they
+    /// are deleted.
     fn cancel(&mut self, _: &mut Site<'_, HostDisk>) {
-        if let Stage::Copying { copies, .. } = std::mem::replace(&mut self.stage, Stage::Done) {
-            copies.give_up();
+        match std::mem::replace(&mut self.stage, Stage::Done) {
+            Stage::Copying(_, copies) => copies.give_up(),
+            Stage::Lifting(_, mut it) => {
+                if let Err(error) = it.lift.close() {
+                    log::warn!("a snapshot could not be closed: {error}");
+                }
+            }
+            Stage::Redirecting(..) | Stage::Begin | Stage::Done => {}
         }
     }
 
@@ -265,30 +320,38 @@ fn cluster_of(engine: &Engine<HostDisk>) -> u64 {
     engine.geometry().cluster.bytes()
 }
 
-/// Whether the host has so much space, in bytes, if that is what copies take.
-fn has_space(engine: &Engine<HostDisk>, needed: u64) -> bool {
+/// How many clusters a step should copy at most.
+fn limit_of(site: &Site<'_, HostDisk>) -> u64 {
+    (site.at_most / cluster_of(site.engine)).max(1)
+}
+
+/// Whether the host has so much space as what is left to be copied takes.
+fn has_space(engine: &Engine<HostDisk>, stage: &Stage) -> bool {
     let disk = engine.disk();
-    disk.clone_unit().is_some() || disk.free_space().is_ok_and(|free| free >= needed)
+    let (done, total) = match stage {
+        Stage::Copying(..) if disk.clone_unit().is_some() => return true,
+        Stage::Copying(_, copies) => copies.progress(),
+        Stage::Lifting(_, it) => it.lift.progress(),
+        Stage::Redirecting(..) | Stage::Begin | Stage::Done => return true,
+    };
+    let needed = (total - done) * cluster_of(engine);
+    disk.free_space().is_ok_and(|free| free >= needed)
 }
 
-/// That the level which the engine has below the top is this snapshot.
-fn require_same(
-    engine: &Engine<HostDisk>,
-    bundle: &Bundle,
-    level: FileId,
-    guid: Guid,
-) -> Result<(), JobError> {
-    let image = bundle.descriptor().image(guid);
-    let name = image.and_then(|image| image.file.file_name());
-    match name.is_some() && engine.disk().path(level).and_then(|path| path.file_name()) == name {
-        true => Ok(()),
-        false => Err(JobError::Impossible(
-            "the descriptor has another image below the top than the one that is served",
-        )),
-    }
+/// One that nothing lies on: nothing has to be copied.
+fn delete_leaf(bundle: &mut Bundle, guid: Guid) -> Result<Deleted, JobError> {
+    let note = image::note_of(bundle, guid);
+    image::remove_leaf_beside(bundle, guid)?;
+    log::info!("deleted the snapshot {guid}");
+    Ok(Deleted {
+        snapshots: vec![(guid, note)],
+        levels: Vec::new(),
+        doubt: None,
+        space: Vec::new(),
+    })
 }
 
-/// That the level hides nothing that is behind the end of a raw image below it: how much of such
+/// That the levels hide nothing that is behind the end of a raw image below them: how much of such
 /// an image is of the disk, only what lies on it says, and that would be the top.
 fn require_nothing_hidden(engine: &Engine<HostDisk>, copies: &CopyUp) -> Result<(), JobError> {
     let Some((raw, end)) = copies.raw_below(engine) else {
@@ -302,89 +365,6 @@ fn require_nothing_hidden(engine: &Engine<HostDisk>, copies: &CopyUp) -> Result<
              nobody uses the disk",
         )),
     }
-}
-
-/// Nothing needs the snapshot any more.
-fn commit(site: &mut Site<'_, HostDisk>, copies: CopyUp, guid: Guid) -> Result<Deleted, JobError> {
-    let engine = site.engine;
-    let bundle = bundle_of(site.bundle.as_deref_mut())?;
-    bundle.refresh()?;
-    let level = copies.level();
-    require_same(engine, bundle, level, guid)?;
-    let file = bundle
-        .descriptor()
-        .image(guid)
-        .map(|image| image.file.clone());
-    let note = image::note_of(bundle, guid);
-    let without = bundle.without_parent_of_top(guid)?;
-    // If that is not stable, a power cut may bring the old chain back, file and all: then it
-    // stays part of the one in memory, too.
-    let mut doubt = put(bundle, without)?.err();
-    let mut space = None;
-    if doubt.is_none() {
-        copies.end(engine);
-        engine.disk().retire(level);
-        match file.map(|file| remove(engine, bundle, level, &file)) {
-            Some(Ok(leftover)) => space = leftover,
-            Some(Err(error)) => doubt = Some(error),
-            None => {}
-        }
-    }
-    log::info!("deleted the snapshot {guid}");
-    Ok(Deleted {
-        guid,
-        note,
-        level: engine.disk().path(level).map(Path::to_owned),
-        doubt,
-        space,
-    })
-}
-
-/// Nobody finds the file any more by the descriptor. Another one that has its name stays.
-fn remove(
-    engine: &Engine<HostDisk>,
-    bundle: &Bundle,
-    level: FileId,
-    file: &Path,
-) -> Result<Option<Leftover>, ImageError> {
-    // Before its name goes.
-    let opened = match bundle.folder().open_image(file, true) {
-        Ok(opened) if !engine.disk().is_file(level, &opened).unwrap_or(true) => {
-            log::warn!(
-                "{}: another file has the name of the snapshot's, and stays",
-                file.display()
-            );
-            return Ok(None);
-        }
-        opened => opened.ok(),
-    };
-    bundle.folder().remove(file)?;
-    let keeps_space = match opened {
-        Some(opened) => match engine.disk().is_used_by_others(level) {
-            Ok(false) if is_nameless(&opened) => return Ok(Some(Leftover(opened))),
-            Ok(false) => "it has another name",
-            Ok(true) => "another process uses it",
-            Err(_) => "it cannot be found out who uses it",
-        },
-        None => "it cannot be opened for writing",
-    };
-    log::info!(
-        "{}: the deleted file keeps its space until the disk is closed: {keeps_space}",
-        file.display()
-    );
-    Ok(None)
-}
-
-fn is_nameless(file: &File) -> bool {
-    use std::os::unix::fs::MetadataExt;
-    file.metadata().is_ok_and(|metadata| metadata.nlink() == 0)
-}
-
-/// Puts the descriptor in place; what comes back says whether that is stable.
-fn put(bundle: &mut Bundle, descriptor: Descriptor) -> Result<Result<(), ImageError>, ImageError> {
-    let new = bundle.prepare(descriptor)?;
-    new.require_unchanged()?;
-    new.put()
 }
 
 #[cfg(all(test, not(ploop_loom)))]

@@ -65,6 +65,8 @@ pub enum Case {
     SnapshotCut,
     /// I15: a level has gone.
     Merge,
+    /// I15: a level has gone from which another one than the top has got what it had.
+    Lift,
     /// I15: the power went while one was about to.
     MergeCut,
     /// I13: the process was killed meanwhile.
@@ -88,7 +90,7 @@ pub enum Case {
 }
 
 impl Case {
-    const ALL: [(Self, &'static str); 34] = [
+    const ALL: [(Self, &'static str); 35] = [
         (Self::Moved, "I1  cluster passed to another guest cluster"),
         (Self::Reused, "I2  freed cluster mapped again"),
         (Self::Flush, "I3  flush with something to flush"),
@@ -122,6 +124,7 @@ impl Case {
         (Self::Snapshot, "I15 snapshot of a disk in use"),
         (Self::SnapshotCut, "I15 cut while a snapshot was being made"),
         (Self::Merge, "I15 level that has gone from a disk in use"),
+        (Self::Lift, "I15 level that has gone from below another one"),
         (Self::MergeCut, "I15 cut while a level was about to go"),
         (
             Self::MergeKilled,

@@ -22,7 +22,7 @@ use rand::seq::IndexedRandom;
 use rand::{Rng, SeedableRng};
 use rustix::io::Errno;
 
-use super::file::{Chosen, Contents, Left, OpId, SECTOR, SimFile, Survivors};
+use super::file::{Chosen, ContentId, Contents, Left, OpId, SECTOR, SimFile, Survivors};
 use super::view::{Origins, View};
 use crate::storage::{Buffer, Completion, Disk, FileId, Io, Op};
 
@@ -302,6 +302,31 @@ impl SimDisk {
         state.complete(id);
         state.file(file).sync(|_| true);
         state.give_back(file, 0, len);
+    }
+
+    /// Makes a range read as zeros, at once, and gives its space back.
+    ///
+    /// # Errors
+    /// The power is off.
+    pub fn punch(&self, file: FileId, range: std::ops::Range<u64>) -> io::Result<()> {
+        let (offset, len) = (range.start, range.end - range.start);
+        let mut state = self.state();
+        state.change_now(file, "punch", |state, id| {
+            state.zero_bytes(id, file, offset, len);
+            state.give_back(file, offset, len);
+        })
+    }
+
+    /// Where the first data from here on begins and ends, to whole sectors.
+    pub fn data_from(&self, file: FileId, offset: u64) -> Option<std::ops::Range<u64>> {
+        let state = self.state();
+        let file = &state.files[usize::from(file.0)];
+        let is_data = |sector: &u64| file.sector(*sector) != ContentId::ZEROS;
+        let first = offset / SECTOR as u64;
+        let end = file.len().div_ceil(SECTOR as u64);
+        let start = (first..end).find(is_data)?;
+        let end = (start..end).find(|sector| !is_data(sector)).unwrap_or(end);
+        Some((start * SECTOR as u64).max(offset)..end * SECTOR as u64)
     }
 
     /// Changes what the medium is like.
@@ -1405,7 +1430,8 @@ impl Disk for SimDisk {
 
     fn write_all_at(&self, file: FileId, bytes: &[u8], offset: u64) -> io::Result<()> {
         let mut state = self.state();
-        if offset < state.medium.metadata_len {
+        let is_top = usize::from(file.0) + 1 == state.files.len();
+        if is_top && offset < state.medium.metadata_len {
             state.record_metadata(file, offset, bytes.to_vec());
         }
         let rate = state.medium.faults.write;

@@ -99,6 +99,8 @@ impl World {
         top: FileId,
         lower: &[Image],
     ) -> Result<Image, Failure> {
+        let mut lower = lower.to_vec();
+        self.judge_levels(view, &mut lower)?;
         let image = self.read_image(view, top)?;
         if !image.plain && !self.sizes.contains(&image.sectors) {
             return Err(format!(
@@ -107,7 +109,7 @@ impl World {
             ));
         }
         for (index, sector) in (0..).zip(self.scenario.layout.sectors()) {
-            let found = checker::guest_sector(view, lower, &image, sector);
+            let found = checker::guest_sector(view, &lower, &image, sector);
             let judged = self.model.check_after_cut(index, found);
             judged.map_err(|wrong| format!("after the cut, guest sector {sector}: {wrong:?}"))?;
         }

@@ -107,6 +107,7 @@ impl Life {
             cases: Cases::default(),
             cuts: Cuts::default(),
             lower: Vec::new(),
+            changing: Vec::new(),
             before,
             sizes: vec![scenario.disk_sectors],
             raw_lens: Vec::new(),
@@ -214,6 +215,7 @@ impl Life {
         let live = world.find_name(live, new)?;
         world.find_gone(true)?;
         let image = world.disk.view(|view| world.judge(view, &live))?;
+        world.levels_are_settled()?;
         world.set_size(image.sectors);
         self.judge_ending(ending, &profile, &image)?;
         self.learn(&image, Model::rebase);

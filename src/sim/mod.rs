@@ -12,7 +12,7 @@
 //! - [`stage`]: where threads can be preempted, and others go on meanwhile;
 //! - [`death`]: the process alone is gone, and the guest goes on with another one;
 //! - [`shot`]: snapshots, and what a cut leaves of a name that is not stable;
-//! - [`merge`]: levels that go, likewise;
+//! - [`merge`]: levels that go, likewise; [`lift`]: another than the top gets what they have;
 //! - [`view`]: what the files hold, now or after a cut;
 //! - [`judge`]: whether a cut, made or imagined, leaves what it may;
 //! - [`checker`]: reads an image without a line of the code under test;
@@ -26,6 +26,7 @@ pub(crate) mod disk;
 mod file;
 mod judge;
 mod life;
+mod lift;
 mod memory;
 mod merge;
 mod model;

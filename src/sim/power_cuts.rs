@@ -202,7 +202,7 @@ fn power_cuts_of_disks_whose_levels_go() {
         return;
     }
     for record in [record, both] {
-        for case in [Case::Merge, Case::MergeKilled] {
+        for case in [Case::Merge, Case::Lift, Case::MergeKilled] {
             assert!(record.cases.get(case) > 100, "too seldom: {case:?}");
         }
         let under_way = record.cases.get(Case::MergeCut);

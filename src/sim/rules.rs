@@ -25,6 +25,9 @@ fn mix_for(which: Rule) -> Mix {
             | Rule::FlushBeforeDrop
             | Rule::NameBeforeFileGoes
             | Rule::ReadsEndBeforeFileGoes
+            | Rule::MarkBeforeLevelChanges
+            | Rule::CopyBeforeLevelMaps
+            | Rule::LevelMapBeforeDrop
     );
     // Without lower deltas there are no copies, which make rounds with two syncs.
     let chains = matches!(

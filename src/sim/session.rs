@@ -19,6 +19,7 @@ use super::compaction::Compacting;
 use super::disk::{Faults, SimDisk};
 use super::file::SECTOR;
 use super::judge::{Before, Cuts};
+use super::lift::Changing;
 use super::memory::Memory;
 use super::merge::{Gone, Merge};
 use super::model::{ChangeId, Flush, Model, Read};
@@ -56,8 +57,11 @@ pub struct World {
     pub cases: Cases,
     /// How often what a cut leaves was judged.
     pub cuts: Cuts,
-    /// The deltas below the top, base first: nobody changes them.
+    /// The deltas below the top, base first: nobody changes them, but for those that are
+    /// [`Self::changing`].
     pub lower: Vec<Image>,
+    /// Levels that get what others have.
+    pub changing: Vec<Changing>,
     /// See there.
     pub before: Before,
     /// Sizes of which the disk of the top has one, in sectors.
@@ -322,6 +326,11 @@ pub(super) struct Trouble {
 }
 
 impl Trouble {
+    /// Whether calls that block may fail.
+    pub(super) fn may_fail(self) -> bool {
+        self.faults || self.space_in_doubt
+    }
+
     pub(super) fn explains(self, error: EngineError) -> bool {
         match error {
             EngineError::NoSpace => self.space,

@@ -106,9 +106,9 @@ impl Course {
             Ok(Step::Done) => {
                 self.show(false, false);
                 let mut deleted = self.job.take_deleted();
-                let space = deleted.as_mut().and_then(|deleted| deleted.space.take());
-                disk.leftovers.extend(space);
-                let has_gone = |it: &Deleted| it.level.is_some() && it.doubt.is_none();
+                let space = deleted.as_mut().map(|it| std::mem::take(&mut it.space));
+                disk.leftovers.extend(space.into_iter().flatten());
+                let has_gone = |it: &Deleted| !it.levels.is_empty() && it.doubt.is_none();
                 if deleted.as_ref().is_some_and(has_gone) {
                     // A level that hides something is not deleted, and what was hidden below
                     // the top was in the one that has gone.

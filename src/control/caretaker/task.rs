@@ -1,7 +1,6 @@
 //! What can be done to a disk that is being served, and what has come of it.
 
 use std::io;
-use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use thiserror::Error;
@@ -13,7 +12,7 @@ use crate::image::{ImageError, NewSnapshot};
 use crate::ploop::EngineError;
 use crate::served::GrowError;
 use crate::served::compact::Compaction;
-use crate::served::delete::{Deleted, Deletion, Which};
+use crate::served::delete::{Deleted, Deletion, GoneLevel, Which};
 use crate::served::job::{Job, JobError};
 use crate::served::snapshot::{Created, SnapshotError};
 use crate::storage::HostDisk;
@@ -68,7 +67,7 @@ impl Task {
 pub(in crate::control) enum Plan {
     /// The space of zeros and gaps is given back.
     Compact,
-    /// A snapshot is deleted.
+    /// Snapshots are deleted.
     Delete(Which),
 }
 
@@ -77,6 +76,8 @@ impl Plan {
     pub const fn kind(&self) -> &'static str {
         match self {
             Self::Compact => "compact",
+            // As QEMU calls it.
+            Self::Delete(Which::Range { .. }) => "commit",
             Self::Delete(_) => "snapshot-delete",
         }
     }
@@ -84,6 +85,7 @@ impl Plan {
     const fn is_under_way(&self) -> &'static str {
         match self {
             Self::Compact => "The disk is being compacted already",
+            Self::Delete(Which::Range { .. }) => "Snapshots of the disk are being merged already",
             Self::Delete(_) => "A snapshot of the disk is being deleted already",
         }
     }
@@ -92,6 +94,7 @@ impl Plan {
     pub const fn off_line(&self) -> &'static str {
         match self {
             Self::Compact => "compact",
+            Self::Delete(Which::Range { .. }) => "snapshot merge",
             Self::Delete(_) => "snapshot delete",
         }
     }
@@ -118,12 +121,10 @@ pub(in crate::control) enum Done {
         /// Why it may not be there after a power cut, in words.
         doubt: Option<String>,
     },
-    /// A snapshot is no more.
+    /// Snapshots are no more.
     Deleted {
-        /// Its name.
-        guid: Guid,
-        /// What was noted of it.
-        note: Option<SnapshotNote>,
+        /// Their names, and what was noted of them.
+        snapshots: Vec<(Guid, Option<SnapshotNote>)>,
         /// What whoever has the image open takes.
         new_chain: NewChain,
         /// What was not done, in words.
@@ -139,12 +140,11 @@ impl Done {
         let Some(deleted) = deleted else {
             return Self::Job;
         };
-        if let Some(level) = deleted.level {
-            new_chain.put(Change::Without(level));
+        if !deleted.levels.is_empty() {
+            new_chain.put(Change::Without(deleted.levels));
         }
         Self::Deleted {
-            guid: deleted.guid,
-            note: deleted.note,
+            snapshots: deleted.snapshots,
             new_chain: new_chain.clone(),
             doubt: deleted.doubt.map(|doubt| {
                 let why = with_causes(&doubt);
@@ -159,8 +159,8 @@ impl Done {
 pub(in crate::control) enum Change {
     /// A snapshot was made, and there is a new top.
     Top(Box<Created>),
-    /// The level right below the top is no more; this was its file.
-    Without(PathBuf),
+    /// These levels are no more.
+    Without(Vec<GoneLevel>),
 }
 
 /// A change of the levels, until it is taken by whoever has the image open: the main thread,

@@ -40,8 +40,8 @@ pub(super) enum Wants {
 pub(super) struct Concluded {
     /// What its client is told.
     pub answer: Result<Value, Failure>,
-    /// There is one snapshot more or less.
-    snapshots: Option<Event>,
+    /// There are snapshots more or less.
+    snapshots: Vec<Event>,
     /// What there is to tell of a job that is over.
     events: Vec<Event>,
 }
@@ -117,14 +117,14 @@ impl MainLoop<'_> {
         let wants = asker.as_ref().map(|asker| asker.wants);
         let concluded = self.conclude(result, wants);
         self.tell_all(&concluded.events, ops)?;
-        if let Some(event) = concluded.snapshots {
-            // It knows the disk as it was.
-            if let Some(successor) = self.successor.take() {
-                successor.refuse("the snapshots of the disk are others meanwhile; start it again");
-                ops.remove(successor_events(&successor))?;
-            }
-            self.desk.monitor.tell(&event, ops)?;
+        // It knows the disk as it was.
+        if !concluded.snapshots.is_empty()
+            && let Some(successor) = self.successor.take()
+        {
+            successor.refuse("the snapshots of the disk are others meanwhile; start it again");
+            ops.remove(successor_events(&successor))?;
         }
+        self.tell_all(&concluded.snapshots, ops)?;
         self.begin_take_over(ops)?;
         let Some(asker) = asker else {
             return Ok(());
@@ -145,21 +145,24 @@ impl MainLoop<'_> {
                 if let Some(connection) = &self.connection {
                     connection.config_changed();
                 }
-                None
+                Vec::new()
             }
             Ok(Done::Snapshot {
                 guid, new_chain, ..
             }) => {
                 self.follow(new_chain);
-                Some(Event::SnapshotCreated { guid: *guid })
+                vec![Event::SnapshotCreated { guid: *guid }]
             }
             Ok(Done::Deleted {
-                guid, new_chain, ..
+                snapshots,
+                new_chain,
+                ..
             }) => {
                 self.follow(new_chain);
-                Some(Event::SnapshotDeleted { guid: *guid })
+                let guids = snapshots.iter().map(|(guid, _)| *guid);
+                guids.map(|guid| Event::SnapshotDeleted { guid }).collect()
             }
-            Ok(Done::Job) | Err(_) => None,
+            Ok(Done::Job) | Err(_) => Vec::new(),
         };
         let is_cancelled = matches!(result, Err(TaskError::Cancelled));
         let answer = answer_to(result, wants);
@@ -210,8 +213,10 @@ fn answer_to(result: Result<Done, TaskError>, wants: Option<Wants>) -> Result<Va
         (Ok(Done::Snapshot { guid, .. }), Some(Wants::Guid)) => {
             Ok(json!({ "guid": guid.to_string() }))
         }
-        (Ok(Done::Deleted { guid, note, .. }), Some(Wants::Snapshot)) => {
-            Ok(snapshot_info(guid, note.as_ref()))
+        (Ok(Done::Deleted { snapshots, .. }), Some(Wants::Snapshot)) => {
+            let infos = snapshots.iter();
+            let mut infos = infos.map(|(guid, note)| snapshot_info(*guid, note.as_ref()));
+            Ok(infos.next().unwrap_or_default())
         }
         (Ok(_), _) => Ok(json!({})),
     }

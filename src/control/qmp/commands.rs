@@ -51,7 +51,7 @@ pub enum Wish {
     /// The space of zeros and gaps is to be given back, by a job. The answer does not wait for
     /// its end.
     Compact(Terms),
-    /// A snapshot is to be deleted, by a job. Likewise.
+    /// Snapshots are to be deleted, by a job. Likewise.
     DeleteSnapshot {
         /// Which.
         which: Which,
@@ -120,6 +120,7 @@ const COMMANDS: &[(&str, Run)] = &[
     ("snapshot-create", create_snapshot),
     ("snapshot-delete", delete_snapshot),
     ("snapshot-list", list_snapshots),
+    ("snapshot-merge", merge_snapshots),
     ("throttle", throttle),
 ];
 
@@ -402,6 +403,25 @@ fn delete_snapshot(mut arguments: Arguments, context: &mut Context<'_>) -> Answe
     let guid = arguments.required_text("guid")?;
     let terms = job_terms(arguments)?;
     let which = Which::Guid(parse_guid(&guid)?);
+    context.wish = Wish::DeleteSnapshot { which, terms };
+    Ok(json!({}))
+}
+
+/// Begins it.
+fn merge_snapshots(mut arguments: Arguments, context: &mut Context<'_>) -> Answer {
+    let (from, to) = (arguments.text("from")?, arguments.text("to")?);
+    let terms = job_terms(arguments)?;
+    let parse = |name: &str, guid: Option<String>| {
+        let parsed = guid.as_deref().map(str::parse::<Guid>).transpose();
+        parsed.map_err(|_| {
+            let guid = guid.unwrap_or_default();
+            Failure::generic(format!("Parameter '{name}' expects a GUID: {guid}"))
+        })
+    };
+    let which = Which::Range {
+        from: parse("from", from)?,
+        to: parse("to", to)?,
+    };
     context.wish = Wish::DeleteSnapshot { which, terms };
     Ok(json!({}))
 }

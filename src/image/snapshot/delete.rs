@@ -4,8 +4,8 @@
 //! child's clusters, and then takes the child's place; meanwhile it has no name,
 //! so that nobody takes it for what it was. One with several children stays.
 //!
-//! While the disk is served, one that nothing lies on goes in the same way; of the others only
-//! the one below the top can, in the other direction (`served/delete.rs`).
+//! While the disk is served, one that nothing lies on goes in the same way; the others go in
+//! the other direction (`served/delete.rs`), which changes nothing that anybody may be reading.
 
 use std::path::Path;
 
@@ -20,33 +20,6 @@ use crate::image::error::Result;
 use crate::image::file::HostImage;
 use crate::image::open::{Access, OpenMode, image_of, lock};
 use crate::image::progress::Progress;
-
-/// What it takes to delete a snapshot.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Removal {
-    /// Nothing lies on it, so it just goes.
-    Leaf,
-    /// Of this one alone, which lies on it, it is a part.
-    PartOf(Guid),
-}
-
-impl Removal {
-    /// Of the snapshot `guid` of a bundle, as its descriptor was last read.
-    ///
-    /// # Errors
-    /// There is no such snapshot, it is the top, or several others lie on it.
-    pub fn of(bundle: &Bundle, guid: Guid) -> Result<Self> {
-        let descriptor = bundle.descriptor();
-        let is_snapshot = descriptor.shot(guid).is_some() && guid != descriptor.top();
-        if is_snapshot && descriptor.children(guid).next().is_none() {
-            return Ok(Self::Leaf);
-        }
-        let child = descriptor.only_child(guid);
-        child
-            .map(Self::PartOf)
-            .map_err(|error| bundle.edit_error(error))
-    }
-}
 
 /// Deletes the snapshot `guid` of the bundle at `path`; the disk, and all other
 /// snapshots, stay what they are.
@@ -67,9 +40,11 @@ pub fn delete_snapshot(path: &Path, guid: Guid, progress: &dyn Progress) -> Resu
 
 /// Deletes a node; it and its children are held.
 fn delete(held: &mut Held, guid: Guid, progress: &dyn Progress) -> Result<()> {
-    match Removal::of(&held.bundle, guid)? {
-        Removal::Leaf => remove_leaf(&mut held.bundle, guid),
-        Removal::PartOf(_) => collapse(held, guid, progress),
+    let descriptor = held.bundle.descriptor();
+    let is_snapshot = descriptor.shot(guid).is_some() && guid != descriptor.top();
+    match is_snapshot && descriptor.children(guid).next().is_none() {
+        true => remove_leaf(&mut held.bundle, guid),
+        false => collapse(held, guid, progress),
     }
 }
 

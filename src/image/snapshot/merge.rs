@@ -84,7 +84,7 @@ fn check_range(held: &Held, levels: &[Guid]) -> Result<()> {
 }
 
 /// The chain from `from` to `to`, base first.
-fn range(bundle: &Bundle, from: Option<Guid>, to: Option<Guid>) -> Result<Vec<Guid>> {
+pub(crate) fn range(bundle: &Bundle, from: Option<Guid>, to: Option<Guid>) -> Result<Vec<Guid>> {
     let descriptor = bundle.descriptor();
     let to = to.unwrap_or(descriptor.top());
     bundle.require(to)?;
@@ -103,8 +103,8 @@ fn range(bundle: &Bundle, from: Option<Guid>, to: Option<Guid>) -> Result<Vec<Gu
     Ok(chain[first..].iter().map(|image| image.guid).collect())
 }
 
-/// What an image is merged into.
-pub(super) enum Level<F> {
+/// An image that is merged with the one above it.
+pub(crate) enum Level<F> {
     Ploop(Delta<F>),
     Plain(F),
 }
@@ -130,7 +130,7 @@ pub(super) fn check_mergeable<F: ImageFile>(lower: &Level<F>, upper: &Delta<F>) 
     Ok(())
 }
 
-fn no_room(path: &Path) -> ImageError {
+pub(super) fn no_room(path: &Path) -> ImageError {
     ImageError::Unsupported {
         path: path.to_owned(),
         why: "has no room for more clusters: its version cannot name them".to_owned(),

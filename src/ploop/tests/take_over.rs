@@ -1003,14 +1003,14 @@ fn what_was_written_survives_the_process_when_a_level_has_gone_from_below() {
     let mortal = Mortal::new(&disk, vec![Level::Ploop; 3]);
     mortal.rig.write(0, &[7; SECTOR]).unwrap();
     let engine = mortal.rig.engine.clone();
-    let mut copies = CopyUp::new(&engine).unwrap();
+    let mut copies = CopyUp::new(&engine, None).unwrap();
     assert_eq!(copies.progress(), (0, 1));
     while copies.step(&engine, 1).unwrap() != CopyUpStep::Ready {
         mortal.rig.turn();
     }
     assert_eq!(copies.progress(), (1, 1));
-    assert_eq!(copies.level(), FileId(1));
-    copies.end(&engine);
+    assert_eq!(copies.levels(&engine), [FileId(1)]);
+    copies.into_levels().drop_from_chain(&engine);
     assert_eq!(engine.level_shapes().count(), 2);
     mortal.rig.write(3 * CLUSTER, &[9; SECTOR]).unwrap();
     let Mortal { rig, memory, .. } = mortal;
@@ -1022,13 +1022,13 @@ fn what_was_written_survives_the_process_when_a_level_has_gone_from_below() {
         assert_eq!(rig.read(cluster * CLUSTER, SECTOR), [byte; SECTOR]);
     }
     // The level below the top is another one from now on.
-    let mut copies = CopyUp::new(&rig.engine).unwrap();
+    let mut copies = CopyUp::new(&rig.engine, None).unwrap();
     while copies.step(&rig.engine, 1).unwrap() != CopyUpStep::Ready {
         rig.turn();
     }
-    copies.end(&rig.engine);
+    copies.into_levels().drop_from_chain(&rig.engine);
     assert!(matches!(
-        CopyUp::new(&rig.engine),
+        CopyUp::new(&rig.engine, None),
         Err(EngineError::NoLevelBelow)
     ));
     for (cluster, byte) in [(0, 7), (1, 1), (2, 2), (3, 9)] {

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::thread;
 
+use super::commit::CUT_AT_ONCE;
 use super::*;
 use crate::format::Version;
 use crate::image::{self, Access, OpenMode};
@@ -28,9 +29,18 @@ impl Rig {
     }
 
     fn delete(&mut self, guid: Guid) -> Result<Progress, JobError> {
-        let mut job = Deletion::new(Which::Guid(guid));
+        self.do_it(Which::Guid(guid))
+    }
+
+    fn merge(&mut self, from: Option<Guid>, to: Option<Guid>) -> Result<Progress, JobError> {
+        self.do_it(Which::Range { from, to })
+    }
+
+    fn do_it(&mut self, which: Which) -> Result<Progress, JobError> {
+        let mut job = Deletion::new(which);
         while self.step(&mut job)? != Step::Done {}
-        if let Some(leftover) = job.take_deleted().and_then(|deleted| deleted.space) {
+        let deleted = job.take_deleted();
+        for leftover in deleted.into_iter().flat_map(|deleted| deleted.space) {
             while leftover.give_back_some().unwrap() {}
         }
         let progress = job.progress();
@@ -54,9 +64,6 @@ fn check_deletions_of(mut rig: Rig) {
     let now = read_all(&engine);
     let file = rig.open_old_top(second);
 
-    // The one below it stays.
-    let refused = rig.delete(first);
-    assert!(matches!(refused, Err(JobError::Image(_))), "{refused:?}");
     assert_eq!(rig.read_snapshot(second), at_second);
     rig.delete(second).unwrap();
     assert_eq!(read_all(&engine), now);
@@ -299,6 +306,267 @@ fn a_guest_that_writes_loses_nothing() {
                 let at = (cluster * CLUSTER.bytes()) as usize;
                 assert_eq!(bytes[at..at + 4096], [number as u8; 4096]);
             }
+        }
+    };
+    check(&read_all(&engine));
+    drop(engine);
+    let mut rig = rig.serve_again();
+    check(&read_all(&rig.engine()));
+    rig.close();
+}
+
+/// What was there when a snapshot was made.
+struct Moment {
+    guid: Guid,
+    content: Vec<u8>,
+}
+
+impl Rig {
+    /// So many snapshots one on another, and something since.
+    fn with_chain(mut self, count: u8) -> (Self, Vec<Moment>) {
+        let engine = self.engine();
+        let mut moments = Vec::new();
+        for number in 1..=count {
+            fill(&engine, number, u64::from(number) + 1);
+            let content = read_all(&engine);
+            let guid = self.create().unwrap();
+            moments.push(Moment { guid, content });
+        }
+        fill(&engine, count + 1, 7);
+        (self, moments)
+    }
+
+    #[track_caller]
+    fn expect(&self, moments: &[Moment]) {
+        for moment in moments {
+            let found = self.read_snapshot(moment.guid);
+            assert!(found == moment.content, "{} is another", moment.guid);
+        }
+    }
+
+    fn level_count(&self) -> usize {
+        self.engine().level_shapes().count()
+    }
+}
+
+fn check_lifts_of(rig: Rig) {
+    let (mut rig, mut moments) = rig.with_chain(4);
+    let now = read_all(&rig.engine());
+    // A reader from before, and one that comes in the midst.
+    let mode = OpenMode::new(Access::Read).snapshot(Some(moments[3].guid));
+    let opened = image::open(&rig.path(), mode).unwrap();
+    let files: Vec<_> = opened.files.iter().map(|file| file.path.clone()).collect();
+    // The base, one in between, and what is the base then.
+    for (index, left) in [(0, 4), (1, 3), (0, 2)] {
+        let guid = moments.remove(index).guid;
+        let mut job = Deletion::new(Which::Guid(guid));
+        while rig.step_within(&mut job, CLUSTER.bytes()).unwrap() != Step::Done {
+            rig.expect(&moments);
+            assert!(read_all(&rig.engine()) == now);
+        }
+        let deleted = job.take_deleted().unwrap();
+        assert_eq!(deleted.snapshots[0].0, guid);
+        assert_eq!(deleted.levels.len(), 1);
+        assert!(deleted.doubt.is_none());
+        assert_eq!(rig.level_count(), left);
+        assert!(read_all(&rig.engine()) == now);
+        rig.expect(&moments);
+    }
+    assert_eq!(files.iter().filter(|file| file.exists()).count(), 1);
+    drop(opened);
+    // And after another process has opened it.
+    let mut rig = rig.serve_again();
+    assert!(read_all(&rig.engine()) == now);
+    rig.expect(&moments);
+    rig.delete(moments[0].guid).unwrap();
+    assert_eq!(rig.level_count(), 1);
+    assert!(read_all(&rig.engine()) == now);
+    rig.close();
+}
+
+#[test]
+fn a_snapshot_goes_into_the_one_that_lies_on_it() {
+    check_lifts_of(Rig::new(Version::V2));
+}
+
+#[test]
+fn one_of_an_old_image_and_a_raw_one_too() {
+    check_lifts_of(Rig::new(Version::V1));
+    check_lifts_of(Rig::raw());
+}
+
+#[test]
+fn a_range_goes_at_once() {
+    let (mut rig, mut moments) = Rig::new(Version::V2).with_chain(7);
+    let now = read_all(&rig.engine());
+    let guid = |moments: &[Moment], index: usize| Some(moments[index].guid);
+    // In the midst.
+    rig.merge(guid(&moments, 1), guid(&moments, 3)).unwrap();
+    moments.drain(1..3);
+    rig.expect(&moments);
+    assert_eq!(rig.level_count(), 6);
+    // From the base on.
+    rig.merge(None, guid(&moments, 2)).unwrap();
+    moments.drain(0..2);
+    rig.expect(&moments);
+    // Nothing lies between one and itself.
+    let nothing = rig.merge(guid(&moments, 0), guid(&moments, 0)).unwrap();
+    assert_eq!(nothing, Progress::default());
+    // The other way round it is no range.
+    let refused = rig.merge(guid(&moments, 2), guid(&moments, 0));
+    assert!(matches!(refused, Err(JobError::Image(_))), "{refused:?}");
+    assert_eq!(rig.level_count(), 4);
+    // Up to the top.
+    rig.merge(guid(&moments, 1), None).unwrap();
+    moments.truncate(1);
+    rig.expect(&moments);
+    assert!(read_all(&rig.engine()) == now);
+    let mut rig = rig.serve_again();
+    rig.merge(None, None).unwrap();
+    assert_eq!(rig.level_count(), 1);
+    assert_eq!(rig.files().len(), 3, "{:?}", rig.files());
+    assert!(read_all(&rig.engine()) == now);
+    rig.close();
+}
+
+#[test]
+fn nothing_of_a_range_goes_if_others_lie_on_a_part_of_it() {
+    let (mut rig, moments) = Rig::new(Version::V2).with_chain(4);
+    rig.close();
+    image::switch_snapshot(&rig.path(), moments[1].guid).unwrap();
+    let mut rig = rig.serve_again();
+    let files = rig.files();
+    let refused = rig.merge(None, Some(moments[3].guid));
+    assert!(matches!(refused, Err(JobError::Image(_))), "{refused:?}");
+    assert_eq!(rig.files(), files);
+    rig.expect(&moments);
+    rig.close();
+}
+
+/// The disk that is served does not lie on them.
+#[test]
+fn snapshots_of_another_branch_go_as_well() {
+    let (mut rig, mut moments) = Rig::new(Version::V2).with_chain(4);
+    rig.close();
+    image::switch_snapshot(&rig.path(), moments[0].guid).unwrap();
+    let mut rig = rig.serve_again();
+    fill(&rig.engine(), 9, 3);
+    let now = read_all(&rig.engine());
+    let guid = moments.remove(1).guid;
+    let file = rig.open_old_top(guid);
+    let mode = OpenMode::new(Access::Read).snapshot(Some(guid));
+    let reader = image::open(&rig.path(), mode).unwrap();
+    let mut job = Deletion::new(Which::Guid(guid));
+    while rig.step(&mut job).unwrap() != Step::Done {}
+    let deleted = job.take_deleted().unwrap();
+    assert!(deleted.levels.is_empty() && deleted.doubt.is_none());
+    assert!(deleted.space.is_empty(), "somebody reads it");
+    assert_eq!(file.metadata().unwrap().nlink(), 0);
+    assert!(file.metadata().unwrap().len() > 0);
+    drop(reader);
+    rig.expect(&moments);
+    assert!(read_all(&rig.engine()) == now);
+    assert_eq!(rig.level_count(), 2);
+    let mut rig = rig.serve_again();
+    rig.expect(&moments);
+    // And without a reader its space comes back.
+    let file = rig.open_old_top(moments[1].guid);
+    rig.delete(moments[1].guid).unwrap();
+    assert_eq!(file.metadata().unwrap().len(), 0);
+    moments.remove(1);
+    rig.expect(&moments);
+    rig.close();
+}
+
+#[test]
+fn one_that_goes_into_another_can_be_given_up() {
+    let (mut rig, moments) = Rig::new(Version::V2).with_chain(2);
+    let engine = rig.engine();
+    let now = read_all(&engine);
+    let mut job = Deletion::new(Which::Guid(moments[0].guid));
+    rig.step(&mut job).unwrap();
+    let total = job.progress().total;
+    for _ in 0..2 {
+        rig.step_within(&mut job, CLUSTER.bytes()).unwrap();
+    }
+    let done = job.progress().done;
+    assert_eq!(done, 2 * CLUSTER.bytes());
+    job.cancel(&mut Site {
+        engine: &engine,
+        bundle: Some(&mut rig.bundle),
+        at_most: u64::MAX,
+    });
+    assert_eq!(rig.step(&mut job).unwrap(), Step::Done, "nothing is done");
+    assert!(job.take_deleted().is_none());
+    rig.expect(&moments);
+    drop(engine);
+    // All is in order.
+    let mut rig = rig.serve_again();
+    rig.expect(&moments);
+    assert!(read_all(&rig.engine()) == now);
+    // What was copied need not be copied again.
+    let progress = rig.delete(moments[0].guid).unwrap();
+    assert_eq!(progress.total, total - done);
+    rig.expect(&moments[1..]);
+    rig.close();
+}
+
+/// Whoever opens the disk next finds an image below the top that was not closed.
+#[test]
+fn one_whose_process_was_killed_goes_later() {
+    let (mut rig, moments) = Rig::new(Version::V2).with_chain(2);
+    let now = read_all(&rig.engine());
+    let mut job = Deletion::new(Which::Guid(moments[0].guid));
+    for _ in 0..3 {
+        rig.step_within(&mut job, CLUSTER.bytes()).unwrap();
+    }
+    drop(job);
+    let mut rig = rig.serve_again_unchecked();
+    rig.expect(&moments);
+    assert!(read_all(&rig.engine()) == now);
+    rig.delete(moments[0].guid).unwrap();
+    rig.expect(&moments[1..]);
+    // And is sound, without leaks.
+    let mut rig = rig.serve_again();
+    assert!(read_all(&rig.engine()) == now);
+    rig.close();
+}
+
+/// Whatever the guest copies from below meanwhile.
+#[test]
+fn a_guest_that_writes_notices_nothing_of_levels_below() {
+    let mut rig = Rig::new(Version::V2);
+    let engine = rig.engine();
+    let is_over = Arc::new(AtomicBool::new(false));
+    let writer = {
+        let (engine, is_over) = (engine.clone(), is_over.clone());
+        thread::spawn(move || {
+            let mut queue = engine.queue().unwrap();
+            for number in 1_u32.. {
+                let start = crate::format::Sector(u64::from(number) % CLUSTERS * CLUSTER.sectors());
+                write(&mut queue, start, number as u8, 4096);
+                if is_over.load(Ordering::SeqCst) && number > 2 * CLUSTERS as u32 {
+                    return number;
+                }
+            }
+            unreachable!()
+        })
+    };
+    let mut kept = Vec::new();
+    for _ in 0..8 {
+        let (gone, stays) = (rig.create().unwrap(), rig.create().unwrap());
+        kept.push((stays, rig.read_snapshot(stays)));
+        rig.delete(gone).unwrap();
+        for (guid, content) in &kept {
+            assert!(rig.read_snapshot(*guid) == *content);
+        }
+    }
+    is_over.store(true, Ordering::SeqCst);
+    let last = writer.join().unwrap();
+    let check = |bytes: &[u8]| {
+        for number in last - CLUSTERS as u32 + 1..=last {
+            let at = (u64::from(number) % CLUSTERS * CLUSTER.bytes()) as usize;
+            assert_eq!(bytes[at..at + 4096], [number as u8; 4096]);
         }
     };
     check(&read_all(&engine));

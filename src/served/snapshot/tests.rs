@@ -120,6 +120,11 @@ impl Rig {
         let mode = OpenMode::new(Access::Read);
         let report = image::check(&self.path(), None, mode, &()).unwrap();
         assert_eq!((report.corruptions, report.leaks), (0, 0), "{report:?}");
+        self.serve_again_unchecked()
+    }
+
+    pub(in crate::served) fn serve_again_unchecked(mut self) -> Self {
+        self.close();
         let Self { folder, .. } = self;
         Self::serve(folder, Options::default())
     }
