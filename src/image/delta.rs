@@ -188,9 +188,14 @@ impl<F: ImageFile> Delta<F> {
         self.rename_opening()?;
         self.had_extension =
             self.header.in_use == InUse::ClosedWithExtension && self.header.extension.0 != 0;
-        if self.header.in_use != InUse::Open {
+        let before = self.header.in_use;
+        if before != InUse::Open {
             self.header.in_use = InUse::Open;
-            self.write_header()?;
+            if let Err(error) = self.write_header() {
+                // Whoever tries again marks it.
+                self.header.in_use = before;
+                return Err(error);
+            }
         }
         self.sync()
     }

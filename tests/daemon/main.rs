@@ -16,6 +16,7 @@ mod jobs;
 mod like_qemu;
 mod log;
 mod looked_at;
+mod merges;
 mod metrics;
 mod nonsense;
 mod options;

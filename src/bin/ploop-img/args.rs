@@ -710,9 +710,8 @@ pub enum Snapshot {
     ///
     /// What lies on it gets its content. One that several others lie on is
     /// refused. Cut off in the middle, 'check --repair leaks' finishes it.
-    /// Of a disk that is being served the process that serves it deletes one that no other
-    /// lies on, or the one right below the top, while the guest runs. Ctrl-C ends it there, too,
-    /// and the snapshot stays.
+    /// Of a disk that is being served the process that serves it does it, while the guest runs.
+    /// Ctrl-C ends it there, too, and the snapshot stays.
     Delete {
         /// A bundle's folder, or its DiskDescriptor.xml
         path: PathBuf,
@@ -735,8 +734,10 @@ pub enum Snapshot {
     },
     /// Delete all snapshots of the chain, or a range of it, in one go
     ///
-    /// Their content goes down into one image; the disk stays what it is. Cut off in
+    /// Their content goes into one image; the disk stays what it is. Cut off in
     /// the middle, 'check --repair leaks' finishes it.
+    /// Of a disk that is being served the process that serves it does it, while the guest runs.
+    /// Ctrl-C ends it there, too, and the snapshots stay.
     Merge {
         /// A bundle's folder, or its DiskDescriptor.xml
         path: PathBuf,
@@ -746,6 +747,9 @@ pub enum Snapshot {
         /// What all of them are merged into, and stays, instead of the present state
         #[arg(long, value_name = "GUID")]
         to: Option<Guid>,
+        /// The control socket of the process that serves the disk, if it cannot be found
+        #[arg(long, value_name = "PATH")]
+        control: Option<PathBuf>,
         #[command(flatten)]
         verbosity: Verbosity,
     },

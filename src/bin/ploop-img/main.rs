@@ -417,6 +417,25 @@ fn delete_snapshot(
     Ok(ExitCode::SUCCESS)
 }
 
+/// The same when a range of them goes.
+fn merge_snapshots(
+    path: &Path,
+    (from, to): (Option<Guid>, Option<Guid>),
+    control: Option<&Path>,
+    bar: &Bar,
+) -> Result<ExitCode, ImageError> {
+    match image::merge_snapshots(path, from, to, bar) {
+        Err(locked @ ImageError::Locked { .. }) => {
+            match served::merge_snapshots(path, (from, to), control, bar) {
+                Ok(()) => {}
+                Err(refusal) => return refused(refusal, locked),
+            }
+        }
+        merged => merged?,
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
 fn snapshot(what: Snapshot) -> Result<ExitCode, ImageError> {
     match what {
         Snapshot::Create {
@@ -442,8 +461,12 @@ fn snapshot(what: Snapshot) -> Result<ExitCode, ImageError> {
             path,
             from,
             to,
+            control,
             verbosity,
-        } => image::merge_snapshots(&path, from, to, &Bar::of(&verbosity))?,
+        } => {
+            let (control, bar) = (control.as_deref(), Bar::of(&verbosity));
+            return merge_snapshots(&path, (from, to), control, &bar);
+        }
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -261,6 +261,33 @@ pub fn delete_snapshot(
     }
 }
 
+/// What [`image::merge_snapshots`] does, for a disk that is being served: by who listens at
+/// `control`, or is found by the image.
+pub fn merge_snapshots(
+    path: &Path,
+    (from, to): (Option<Guid>, Option<Guid>),
+    control: Option<&Path>,
+    progress: &dyn Progress,
+) -> Result<(), Refusal> {
+    let mut server = server_to_change(path, control)?;
+    let mut arguments = json!({});
+    for (name, guid) in [("from", from), ("to", to)] {
+        if let Some(guid) = guid {
+            arguments[name] = guid.to_string().into();
+        }
+    }
+    match run_job(&mut server, "snapshot-merge", arguments, progress) {
+        Ok(job) => job.map_err(|why| why.refusal(path, "the snapshots stay")),
+        Err(error) => Err(say(
+            path,
+            &format_args!(
+                "{error}; the snapshots may have been merged all the same, which 'ploop-img \
+                 snapshot list' shows"
+            ),
+        )),
+    }
+}
+
 /// Why a job has come to nothing.
 enum NoJob {
     /// The process says why.

@@ -282,7 +282,10 @@ impl<F: ImageFile> Lift<F> {
     fn begin(&mut self) -> Result<()> {
         if !self.is_begun {
             if rule::kept(Rule::MarkBeforeLevelChanges) {
-                self.upper.begin()?;
+                let begun = self.upper.begin();
+                // If the mark was written, its sync has failed.
+                let is_marked = self.upper.header().in_use == InUse::Open;
+                begun.inspect_err(|_| self.is_lost = is_marked)?;
             }
             self.is_begun = true;
             self.is_marked = true;
