@@ -9,7 +9,7 @@ use rand::Rng;
 
 use super::checker::Image;
 use super::disk::SimDisk;
-use super::file::SimFile;
+use super::file::{SECTOR, SimFile};
 use super::session::{Failure, World};
 use super::view::View;
 use crate::image::{Delta, ImageError, ImageFile, Lift, MergeLevel};
@@ -84,16 +84,16 @@ impl World {
         };
         let (&lowest, &to) = (&levels[0], &levels[levels.len() - 1]);
         let upper = Delta::load(load(to))?;
-        let mut plain_size = upper.geometry().disk_size.bytes();
+        let mut plain_size = 0;
         let mut lower = Vec::new();
         for &file in levels[..levels.len() - 1].iter().rev() {
-            if self.lower[usize::from(file.0)].plain {
+            let image = &self.lower[usize::from(file.0)];
+            if image.plain {
+                plain_size = image.sectors * SECTOR as u64;
                 lower.push(MergeLevel::Plain(load(file)));
                 continue;
             }
-            let delta = Delta::load(load(file))?;
-            plain_size = delta.geometry().disk_size.bytes();
-            lower.push(MergeLevel::Ploop(delta));
+            lower.push(MergeLevel::Ploop(Delta::load(load(file))?));
         }
         let mut lift = Lift::new(upper, lower, plain_size, lowest == FileId(0))?;
         lift.map_after(self.rng.random_range(1..6) * self.scenario.cluster);
