@@ -427,6 +427,11 @@ impl MainLoop<'_> {
                 let task = Task::Job(Plan::Delete(which));
                 self.begin(task, Wants::Snapshot, client, ops)
             }
+            Wish::SwitchSnapshot(_) => {
+                let why = self.served.why_no_switch(self.connection.is_some());
+                let refusal = Err(Failure::generic(why));
+                self.desk.monitor.answer(client, refusal, ops)
+            }
             Wish::ToJob { id, verb } => self.apply_to_job((&id, verb), client, ops),
         }
     }

@@ -514,6 +514,27 @@ impl Served {
         }
     }
 
+    /// Why the disk does not go back to a snapshot, and what to do. It would be another disk under
+    /// a guest, or under one that comes back for what it was told is written.
+    pub fn why_no_switch(&self, has_front_end: bool) -> String {
+        const GUEST: &str = "a guest uses the disk, which cannot become another one under it: shut \
+                             the guest down";
+        const SWITCH: &str = "'ploop-img snapshot switch' does it then";
+        match (&self.way, has_front_end) {
+            (Way::ForRings(holding), _) if holding.is_at_rest() => {
+                TaskError::NotOpen("snapshot switch").words()
+            }
+            (Way::ForRings(_), _) => format!("{GUEST}; {SWITCH}"),
+            (Way::Always { .. }, true) => {
+                format!("{GUEST} and end the process that serves the disk; {SWITCH}")
+            }
+            (Way::Always { .. }, false) => format!(
+                "a guest may come back to the disk as long as the process that serves it runs: end \
+                 that process; {SWITCH}. One with --lock=running need not be ended"
+            ),
+        }
+    }
+
     /// Has the snapshots of the disk looked up. Returns at once.
     ///
     /// # Errors

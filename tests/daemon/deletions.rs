@@ -156,7 +156,7 @@ pub fn fill(ring: &mut Ring, clusters: impl Iterator<Item = u64>, byte: u8) {
 }
 
 /// A disk with a snapshot of ones, and every third cluster twos since: the bytes of each cluster.
-fn prepare(front_end: &mut FrontEnd, qmp: &mut Qmp) -> (String, impl Fn(u64) -> u8 + use<>) {
+pub fn prepare(front_end: &mut FrontEnd, qmp: &mut Qmp) -> (String, impl Fn(u64) -> u8 + use<>) {
     fill(&mut front_end.rings[0], 0..CLUSTERS / 2, 1);
     let guid = take(qmp);
     fill(&mut front_end.rings[0], (0..CLUSTERS).step_by(3), 2);

@@ -27,6 +27,7 @@ mod snapshots;
 mod stat;
 #[path = "../common/survivor.rs"]
 mod survivor;
+mod switches;
 mod top;
 mod upgrade;
 mod vanishing;

@@ -725,12 +725,17 @@ pub enum Snapshot {
     },
     /// Go back to a snapshot; what was written since the last one is lost
     ///
-    /// To keep it, create another snapshot first.
+    /// To keep it, create another snapshot first. No guest may use the disk; the process that
+    /// serves it may go on only if it was started with --lock=running.
     Switch {
         /// A bundle's folder, or its DiskDescriptor.xml
         path: PathBuf,
         /// The snapshot to go back to
         guid: Guid,
+        /// The control socket of the process that serves the disk, if it cannot be found: that
+        /// one says what it takes
+        #[arg(long, value_name = "PATH")]
+        control: Option<PathBuf>,
     },
     /// Delete all snapshots of the chain, or a range of it, in one go
     ///

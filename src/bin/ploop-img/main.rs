@@ -417,6 +417,24 @@ fn delete_snapshot(
     Ok(ExitCode::SUCCESS)
 }
 
+/// The same when the disk goes back to one.
+fn switch_snapshot(
+    path: &Path,
+    guid: Guid,
+    control: Option<&Path>,
+) -> Result<ExitCode, ImageError> {
+    match image::switch_snapshot(path, guid) {
+        Err(locked @ ImageError::Locked { .. }) => {
+            match served::switch_snapshot(path, guid, control) {
+                Ok(()) => {}
+                Err(refusal) => return refused(refusal, locked),
+            }
+        }
+        switched => switched?,
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
 /// The same when a range of them goes.
 fn merge_snapshots(
     path: &Path,
@@ -456,7 +474,11 @@ fn snapshot(what: Snapshot) -> Result<ExitCode, ImageError> {
             control,
             verbosity,
         } => return delete_snapshot(&path, guid, control.as_deref(), &Bar::of(&verbosity)),
-        Snapshot::Switch { path, guid } => image::switch_snapshot(&path, guid)?,
+        Snapshot::Switch {
+            path,
+            guid,
+            control,
+        } => return switch_snapshot(&path, guid, control.as_deref()),
         Snapshot::Merge {
             path,
             from,
@@ -482,7 +504,9 @@ fn snapshot_by_letter(letters: Letters) -> Result<ExitCode, ImageError> {
             };
             return create_snapshot(&path, guid, description, None, letters.quiet);
         }
-        (_, Some(name), _) => image::switch_snapshot(&path, image::find_snapshot(&path, &name)?)?,
+        (_, Some(name), _) => {
+            return switch_snapshot(&path, image::find_snapshot(&path, &name)?, None);
+        }
         (_, _, Some(name)) => {
             let guid = image::find_snapshot(&path, &name)?;
             return delete_snapshot(&path, guid, None, &Bar::new(false, letters.quiet));

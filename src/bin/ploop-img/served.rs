@@ -288,6 +288,19 @@ pub fn merge_snapshots(
     }
 }
 
+/// What [`image::switch_snapshot`] does, for a disk that is being served: who listens at
+/// `control`, or is found by the image, says what that takes.
+pub fn switch_snapshot(path: &Path, guid: Guid, control: Option<&Path>) -> Result<(), Refusal> {
+    let mut server = server_to_change(path, control)?;
+    let arguments = json!({ "guid": guid.to_string() });
+    match server.ask_with("snapshot-switch", arguments) {
+        Ok(_) => Ok(()),
+        // It is of an older version.
+        Err(AskError::Unknown(_)) => Err(Refusal::Unserved),
+        Err(error) => Err(say(path, &error)),
+    }
+}
+
 /// Why a job has come to nothing.
 enum NoJob {
     /// The process says why.

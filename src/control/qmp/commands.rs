@@ -61,6 +61,8 @@ pub enum Wish {
     /// The same, and the answer, what the snapshot was, is not there before that has happened or
     /// has failed.
     DeleteInternalSnapshot(Which),
+    /// The disk is to go back to this snapshot.
+    SwitchSnapshot(Guid),
     /// Something is to be done with a job.
     ToJob {
         /// Its name.
@@ -121,6 +123,7 @@ const COMMANDS: &[(&str, Run)] = &[
     ("snapshot-delete", delete_snapshot),
     ("snapshot-list", list_snapshots),
     ("snapshot-merge", merge_snapshots),
+    ("snapshot-switch", switch_snapshot),
     ("throttle", throttle),
 ];
 
@@ -423,6 +426,14 @@ fn merge_snapshots(mut arguments: Arguments, context: &mut Context<'_>) -> Answe
         to: parse("to", to)?,
     };
     context.wish = Wish::DeleteSnapshot { which, terms };
+    Ok(json!({}))
+}
+
+/// Whoever grants it says what it would take.
+fn switch_snapshot(mut arguments: Arguments, context: &mut Context<'_>) -> Answer {
+    let guid = arguments.required_text("guid")?;
+    arguments.end()?;
+    context.wish = Wish::SwitchSnapshot(parse_guid(&guid)?);
     Ok(json!({}))
 }
 
