@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use serde::Serialize;
 
-use super::delta::Delta;
+use super::delta::{Delta, read_header_for_repair};
 use super::error::{IoContext, Result};
 use super::file::{HostImage, ImageFile};
 use super::open::{Access, OpenMode, image_of, open};
@@ -135,7 +135,8 @@ pub fn check(
     let mut levels = Vec::new();
     if image.is_top() {
         // First, as they are not the last level, which the sums are about.
-        levels = bundle::check_branches(&image, repair, mode)?;
+        let check = |file: &HostFile| check_level(Level::Ploop, file, repair);
+        levels = bundle::check_branches(&image, repair.is_some(), mode, check)?;
     }
     for (level, file) in image.chain.levels.iter().zip(&image.files) {
         levels.push(check_level(*level, file, repair)?);
@@ -182,13 +183,14 @@ fn look_at_served(path: &Path, mode: OpenMode) -> Result<CheckReport> {
     let is_top = image.bundle.is_none() || image.is_top();
     let mut levels = Vec::new();
     if image.is_top() {
-        levels = bundle::check_branches(&image, None, mode)?;
+        let check = |file: &HostFile| check_served_level(Level::Ploop, file);
+        levels = bundle::check_branches(&image, false, mode, check)?;
     }
     let top = image.files.len().saturating_sub(1);
     for (index, (level, file)) in image.chain.levels.iter().zip(&image.files).enumerate() {
         levels.push(match level {
             Level::Ploop if index == top && is_top => check_served_top(file)?,
-            _ => check_level(*level, file, None)?,
+            _ => check_served_level(*level, file)?,
         });
     }
     sizes::check_sizes(&image, None, &mut whole)?;
@@ -210,6 +212,20 @@ fn check_served_top(file: &HostFile) -> Result<CheckReport> {
     report.corruptions -= report.unclosed;
     report.unclosed = 0;
     report.messages.retain(|message| message != UNCLOSED);
+    Ok(report)
+}
+
+/// A lower level, or one of another branch, may be getting what one below it has.
+fn check_served_level(level: Level, file: &HostFile) -> Result<CheckReport> {
+    let is_marked =
+        || Ok(read_header_for_repair(&image_of(file)?)?.in_use == InUse::Open) as Result<bool>;
+    if level != Level::Ploop || !is_marked()? {
+        return check_level(level, file, None);
+    }
+    let mut report = check_served_top(file)?;
+    let text = "it gets what a snapshot below it has, or did when a process was killed: deleting \
+                that, or a repair when nobody uses the disk, closes it";
+    report.messages.push(text.to_owned());
     Ok(report)
 }
 

@@ -13,8 +13,9 @@
 //!
 //! It goes in no other direction: what is merged down changes what others may be reading, and
 //! that has to be no snapshot any more before the first cluster is copied. As much is copied as
-//! the snapshots have, where host files cannot share data. So a base that is nearly all of the
-//! disk is deleted better with nobody using the disk: then its child is merged into it instead.
+//! the snapshots have; into the top it takes no space where host files can share data. So a base
+//! that is nearly all of the disk is deleted better with nobody using the disk: then its child is
+//! merged into it instead.
 
 mod commit;
 mod which;

@@ -759,7 +759,7 @@ pub fn on_raw_image(snapshots: usize) -> Rig {
 }
 
 /// Another program puts something there that is not part of the disk.
-fn hide(rig: &Rig) -> File {
+pub fn hide(rig: &Rig) -> File {
     let root = rig.image.join("root.hds");
     let root = File::options().write(true).open(root).unwrap();
     root.write_all_at(&[7; 512], 70 << 20).unwrap();

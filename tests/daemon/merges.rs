@@ -307,14 +307,21 @@ fn another_process_takes_over_amid_a_merge() {
     qmp.ask("job-pause", json!({ "id": "a" }));
     statuses(&mut qmp, "paused");
     expect_shots(&rig, &shots);
+    let control = control(&rig);
+    let check = ["check", rig.image.to_str().unwrap(), "--control"];
+    let checked = crate::ploop_img(check.iter().copied().chain(control.to_str())).ok();
+    assert!(
+        checked.contains("it gets what a snapshot below it has"),
+        "{checked}"
+    );
     let backend = backend.taken_over(&rig.image, &upgrades(&rig), &[]);
-    let mut qmp = Qmp::connect(&control(&rig));
+    let mut qmp = Qmp::connect(&control);
     assert_eq!(qmp.ask("query-jobs", json!({})), json!([]));
     expect_shots(&rig, &shots);
     // Here it succeeds, and a third one finds what is left.
     assert_eq!(merge(&mut qmp, json!({ "to": shots[2].guid })), None);
     let backend = backend.taken_over(&rig.image, &upgrades(&rig), &[]);
-    let mut qmp = Qmp::connect(&control(&rig));
+    let mut qmp = Qmp::connect(&control);
     expect_shots(&rig, &shots[2..]);
     delete(&mut qmp, &shots[2].guid);
     expect_shots(&rig, &shots[3..]);
@@ -359,5 +366,35 @@ fn a_full_host_is_told_of_before_and_waited_for_in_the_midst() {
     expect_shots(&rig, &shots[1..]);
     drop(front_end);
     backend.stop();
+    expect_sound(&rig.image, 1);
+}
+
+#[test]
+fn a_level_that_hides_the_rest_of_a_raw_image_goes_into_no_other_one() {
+    let rig = on_raw_image(2);
+    let image = rig.image.to_str().unwrap();
+    crate::ploop_img(["resize", image, "80M"]).ok();
+    crate::ploop_img(["snapshot", "create", image]).ok();
+    let root = hide(&rig);
+    let chain = list(&rig.image);
+    let guid = |index: usize| chain[index]["guid"].as_str().unwrap();
+    let backend = serve(&rig, &[]);
+    let mut front_end = start_front_end(backend.socket());
+    let mut qmp = Qmp::connect(&control(&rig));
+    let ended = end_of_job(&mut qmp, "snapshot-delete", of(guid(1))).unwrap();
+    assert!(ended.contains("behind the end of its disk"), "{ended}");
+    assert_eq!(list(&rig.image).len(), chain.len());
+    root.set_len(64 << 20).unwrap();
+    delete(&mut qmp, guid(1));
+    expect(&mut front_end, (70 << 20) / 512, 0);
+    // With the raw image itself, which has nothing, all goes into the one that stays.
+    assert_eq!(merge(&mut qmp, json!({ "to": guid(2) })), None);
+    drop(front_end);
+    backend.stop();
+    for guid in [None, Some(guid(2))] {
+        let disk = content(&rig, guid);
+        assert_eq!(disk.len(), 80 << 20);
+        assert!(disk.iter().all(|it| *it == 0));
+    }
     expect_sound(&rig.image, 1);
 }

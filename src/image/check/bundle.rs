@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::FileType;
 
-use super::{CheckReport, Repair, check_level};
+use super::{CheckReport, Repair};
 use crate::format::{Descriptor, Guid, Header, ImageKind};
 use crate::image::bundle::{Bundle, Location};
 use crate::image::delta::read_header_for_repair;
@@ -17,19 +17,21 @@ use crate::image::progress::Progress;
 use crate::image::snapshot::finish_merge;
 use crate::image::version::{COPY_SUFFIX, IDX_SUFFIX};
 use crate::ploop::Level;
+use crate::storage::HostFile;
 
 /// Checks the images that only other snapshots than the top's own use.
 pub(super) fn check_branches(
     image: &OpenImage,
-    repair: Option<Repair>,
+    repairs: bool,
     mode: OpenMode,
+    check: impl Fn(&HostFile) -> Result<CheckReport>,
 ) -> Result<Vec<CheckReport>> {
     let Some(bundle) = &image.bundle else {
         return Ok(Vec::new());
     };
-    let mode = match repair {
-        Some(_) => OpenMode::new(crate::image::Access::Repair),
-        None => mode,
+    let mode = match repairs {
+        true => OpenMode::new(crate::image::Access::Repair),
+        false => mode,
     };
     let descriptor = bundle.descriptor();
     let chain = descriptor.chain(descriptor.top());
@@ -38,9 +40,9 @@ pub(super) fn check_branches(
         // A plain image is the base, so it is in every chain.
         let is_elsewhere = chain.iter().all(|level| level.guid != image.guid);
         if is_elsewhere && image.kind == ImageKind::Expandable {
-            let file = open_level(bundle, image, repair.is_some())?;
+            let file = open_level(bundle, image, repairs)?;
             let _lock = lock(&file, mode)?;
-            reports.push(check_level(Level::Ploop, &file, repair)?);
+            reports.push(check(&file)?);
         }
     }
     Ok(reports)
