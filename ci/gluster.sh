@@ -6,6 +6,8 @@
 # usage: ci/gluster.sh [default|shards|strict]             the tests, on a volume of this
 #                                                          kind or on one of each
 #        ci/gluster.sh default|shards|strict COMMAND...    a command of yours beside a volume
+#        ci/gluster.sh turns [KIND]                        how long images take to be opened and
+#                                                          closed there (default: strict)
 #
 # strict is default with client.strict-locks, and has the tests of two hosts alone, and that of a
 # guest that goes from one mount to the other: five times, or PLOOP_MIGRATIONS=N.
@@ -65,6 +67,12 @@ run_tests() {
     on_two_mounts blkio gluster::servers_that
     # With shards, direct writes are not written behind.
     [ "$BED_KIND" != default ] || on_two_mounts blkio gluster::a_flush_tells
+}
+
+# Measures, with a release build; likewise.
+run_turns() {
+    take_place
+    cargo test --locked --offline --release --test daemon -- --ignored --nocapture turns::
 }
 
 # The tests that take a mount away, by its own path; likewise.
@@ -167,7 +175,12 @@ case ${1:-} in
     default | shards | strict)
         if [ $# -gt 1 ]; then BED_KIND=$1 enter "${@:2}"; else test_on "$1"; fi
         ;;
+    turns)
+        cargo test --locked --no-run --release --test daemon
+        BED_KIND=${2:-strict} enter "$PWD/ci/gluster.sh" run-turns
+        ;;
     inside) inside "${@:2}" ;;
+    run-turns) run_turns ;;
     run-tests) run_tests ;;
     run-mount-tests) run_mount_tests ;;
     run-full-test) run_full_test ;;

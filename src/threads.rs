@@ -8,9 +8,9 @@
 
 use std::io;
 use std::panic;
-use std::sync::OnceLock;
 use std::sync::mpsc::sync_channel;
-use std::thread::{Builder, JoinHandle};
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
+use std::thread::{self, Builder, JoinHandle};
 
 use crate::headroom;
 
@@ -103,9 +103,57 @@ where
     Ok(thread)
 }
 
+/// So many threads work [side by side](side_by_side) at most.
+const AT_ONCE: usize = 16;
+
+/// Does the same with each of several things, which come back in their order, at once, where to
+/// do it means to wait for a server. Threads for that may do what the caller may, and have ended
+/// when this returns. With those that cannot be had, it takes longer.
+pub fn side_by_side<T: Send, R: Send>(
+    things: impl IntoIterator<Item = T>,
+    work: impl Fn(T) -> R + Sync,
+) -> Vec<R> {
+    let things: Vec<_> = things.into_iter().enumerate().collect();
+    let others = things.len().min(AT_ONCE).saturating_sub(1);
+    let left = Mutex::new(things.into_iter());
+    let done = Mutex::new(Vec::new());
+    let take_part = || {
+        loop {
+            let next = lock(&left).next();
+            let Some((index, thing)) = next else { return };
+            let result = work(thing);
+            lock(&done).push((index, result));
+        }
+    };
+    thread::scope(|scope| {
+        let start = |_| {
+            headroom::check()?;
+            Builder::new()
+                .name("side".to_owned())
+                .spawn_scoped(scope, take_part)
+        };
+        let threads: Vec<_> = (0..others).map_while(|at| start(at).ok()).collect();
+        take_part();
+        for thread in threads {
+            // Also until nothing is left of it: the caller may be about to give up rights.
+            if let Err(panic) = thread.join() {
+                panic::resume_unwind(panic);
+            }
+        }
+    });
+    let mut done = done.into_inner().unwrap_or_else(PoisonError::into_inner);
+    done.sort_by_key(|(index, _)| *index);
+    done.into_iter().map(|(_, result)| result).collect()
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::sync::Barrier;
     use std::sync::mpsc::channel;
 
     #[test]
@@ -117,5 +165,19 @@ mod tests {
         });
         assert_eq!(told.recv().unwrap().as_deref(), Some("watch"));
         thread.unwrap().join().unwrap();
+    }
+
+    #[test]
+    fn what_is_done_side_by_side_comes_back_in_its_order() {
+        // Each waits for all others.
+        let barrier = Barrier::new(AT_ONCE);
+        let twice = side_by_side(0..AT_ONCE, |number| {
+            barrier.wait();
+            2 * number
+        });
+        assert_eq!(twice, (0..AT_ONCE).map(|it| 2 * it).collect::<Vec<_>>());
+        let more = side_by_side(0..100, |number| number + 1);
+        assert_eq!(more, (1..101).collect::<Vec<_>>());
+        assert!(side_by_side([], |thing: u8| thing).is_empty());
     }
 }

@@ -59,7 +59,7 @@ impl Held {
         // Says itself that nothing was closed.
         drop(self.running);
         drop(self.locks);
-        drop(self.image);
+        self.image.unlock();
     }
 }
 
@@ -317,7 +317,7 @@ impl Holder<HostDisk> for Holding {
             Err((None, error)) => log::error!("the image was closed already: {error}"),
         }
         drop(locks);
-        drop(image);
+        image.unlock();
         log::info!(
             "no ring runs: the image was closed and unlocked in {:.1} ms",
             start.elapsed().as_secs_f64() * 1e3

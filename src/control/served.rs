@@ -236,6 +236,11 @@ impl Image {
         }
     }
 
+    /// Gives the locks back, all at once: each is a question to a server.
+    pub fn unlock(mut self) {
+        threads::side_by_side(std::mem::take(&mut self.locks), drop);
+    }
+
     /// Of all levels, base first.
     pub fn files(&self) -> &[HostFile] {
         &self.files

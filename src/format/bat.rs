@@ -3,9 +3,11 @@
 //! Used by the engine when it opens an image and by `ploop-img check`. Knows
 //! entries and the [`Geometry`]; does not read them from anywhere.
 
+use std::ops::Range;
+
 use thiserror::Error;
 
-use super::{ClusterSet, Geometry, GuestCluster, HostCluster, SECTOR_SIZE};
+use super::{ClusterSet, Geometry, GuestCluster, HostCluster, SECTOR_SIZE, Version};
 
 /// An entry that a good image does not have.
 #[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
@@ -136,19 +138,18 @@ pub fn scan_bat_with(
 ) -> BatScan {
     let mut scanner = BatScanner::new(geometry, file_len);
     for value in entries.into_iter().take(geometry.entries as usize) {
-        if let Err(problem) = scanner.look_at(value) {
-            report(problem);
-        }
+        scanner.look_at_all(std::iter::once(value), |_, _| (), &mut report);
     }
     scanner.end()
 }
 
-/// Looks at the entries of a BAT one by one, for who has other plans with them.
+/// Looks at the entries of a BAT, some at a time, for who has other plans with them.
 #[derive(Debug)]
 pub struct BatScanner<'a> {
     geometry: &'a Geometry,
-    file_len: u64,
     disk_clusters: u64,
+    /// The clusters of the data area that the file has as a whole.
+    whole: Range<u32>,
     /// The entry to come.
     next: u32,
     scan: BatScan,
@@ -160,10 +161,12 @@ impl<'a> BatScanner<'a> {
         let clusters = geometry
             .host_clusters_below(file_len)
             .min(u64::from(geometry.host_cluster_limit()));
+        let is_last_whole = geometry.host_offset(HostCluster(clusters as u32)) <= file_len;
+        let whole = clusters - u64::from(!is_last_whole && clusters > 0);
         Self {
             geometry,
-            file_len,
             disk_clusters: geometry.disk_clusters(),
+            whole: geometry.first_host_cluster().0..whole as u32,
             next: 0,
             scan: BatScan {
                 used: ClusterSet::new(clusters),
@@ -181,48 +184,81 @@ impl<'a> BatScanner<'a> {
         self.next += count;
     }
 
-    /// Looks at the next entry. Which cluster it maps, and to where, if it does.
+    /// Looks at the next entries, and gives those that map a cluster to `map`, with the place,
+    /// and those that are wrong to `report`.
     ///
-    /// # Errors
-    /// What is wrong with it.
-    pub fn look_at(
+    /// There may be millions, and a guest that stands still until all were looked at: of a good
+    /// one, this looks at nothing but its place.
+    #[inline]
+    pub fn look_at_all(
         &mut self,
-        value: u32,
-    ) -> Result<Option<(GuestCluster, HostCluster)>, BatProblem> {
-        let guest = GuestCluster(self.next);
-        self.next += 1;
-        if value == 0 {
-            return Ok(None);
+        values: impl ExactSizeIterator<Item = u32>,
+        mut map: impl FnMut(GuestCluster, HostCluster),
+        mut report: impl FnMut(BatProblem),
+    ) {
+        let first = self.next;
+        let end = u64::from(first) + values.len() as u64;
+        let is_plain = self.geometry.version == Version::V2 && end <= self.disk_clusters;
+        let whole = self.whole.clone();
+        let mut mapped = 0;
+        for (guest, value) in (first..).zip(values) {
+            if value == 0 {
+                continue;
+            }
+            let host = HostCluster(value);
+            if is_plain && whole.contains(&value) && self.scan.used.insert(host) {
+                mapped += 1;
+                map(GuestCluster(guest), host);
+                continue;
+            }
+            match self.judge(GuestCluster(guest), value) {
+                Ok(host) => map(GuestCluster(guest), host),
+                Err(problem) => report(problem),
+            }
         }
-        let result = self.judge(guest, value);
-        self.scan.problem_count += u32::from(result.is_err());
-        result.map(|host| Some((guest, host)))
+        self.scan.mapped += mapped;
+        self.next = end as u32;
     }
 
+    /// What an entry maps to, or what is wrong with it.
+    #[cold]
     fn judge(&mut self, guest: GuestCluster, value: u32) -> Result<HostCluster, BatProblem> {
-        let (geometry, scan) = (self.geometry, &mut self.scan);
-        let Some(host) = geometry.host_cluster(value) else {
-            return Err(unmappable(geometry, guest, value));
+        let host = self.geometry.host_cluster(value);
+        match host.filter(|host| self.whole.contains(&host.0)) {
+            Some(host) if self.scan.used.insert(host) => {
+                self.count(guest);
+                Ok(host)
+            }
+            _ => Err(self.problem_with(guest, value)),
+        }
+    }
+
+    /// What is wrong with an entry that is not good.
+    fn problem_with(&mut self, guest: GuestCluster, value: u32) -> BatProblem {
+        self.scan.problem_count += 1;
+        let Some(host) = self.geometry.host_cluster(value) else {
+            return unmappable(self.geometry, guest, value);
         };
-        if u64::from(host.0) >= scan.used.len() {
-            return Err(BatProblem::BeyondEnd { guest, host });
+        if u64::from(host.0) >= self.scan.used.len() {
+            return BatProblem::BeyondEnd { guest, host };
         }
-        if !scan.used.insert(host) {
-            return Err(BatProblem::Duplicate { guest, host });
+        if self.whole.contains(&host.0) || !self.scan.used.insert(host) {
+            return BatProblem::Duplicate { guest, host };
         }
-        scan.mapped += 1;
-        scan.beyond_disk += u32::from(u64::from(guest.0) >= self.disk_clusters);
-        // `host` is below `used.len()`, so one more fits.
-        scan.end = scan.end.max(HostCluster(host.0 + 1));
-        if geometry.host_offset(host) + geometry.cluster.bytes() > self.file_len {
-            return Err(BatProblem::Truncated { guest, host });
-        }
-        Ok(host)
+        self.count(guest);
+        BatProblem::Truncated { guest, host }
+    }
+
+    fn count(&mut self, guest: GuestCluster) {
+        self.scan.mapped += 1;
+        self.scan.beyond_disk += u32::from(u64::from(guest.0) >= self.disk_clusters);
     }
 
     /// What it all says; [`BatScan::problems`] is left to the caller.
     pub fn end(self) -> BatScan {
-        self.scan
+        let mut scan = self.scan;
+        scan.end = scan.end.max(scan.used.end());
+        scan
     }
 }
 

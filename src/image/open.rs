@@ -20,6 +20,7 @@ use crate::format::{
 use crate::ploop::{Chain, Level};
 use crate::storage::HostFile;
 use crate::storage::lock::{ImageLock, LockError, LockMode};
+use crate::threads;
 
 /// What the image is opened for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -287,19 +288,30 @@ fn open_files(bundle: &Bundle, mode: OpenMode) -> Result<(Vec<HostFile>, Vec<Ima
             why: format!("snapshot {top} can only be read, others may depend on it"),
         });
     }
-    let mut files = Vec::new();
-    let mut locks = Vec::new();
-    for image in descriptor.chain(top) {
+    let chain = descriptor.chain(top);
+    let open = |image: &Image, patience| {
         let writable = match mode.access {
             Access::Read => false,
             Access::Serve | Access::Change => image.guid == top,
             Access::Repair => true,
         };
         let file = open_level(bundle, image, writable)?;
-        locks.extend(lock(&file, mode)?);
-        files.push(file);
-    }
-    Ok((files, locks))
+        let lock = lock_within(&file, mode, patience)?;
+        Ok((file, lock))
+    };
+    // Each of a level's locks is a question to a server, so all levels are locked at once. Who
+    // has to wait for somebody starts from the base, as everybody does then: of two that have a
+    // level each and wait for the other one's, none would come to an end.
+    let at_once = threads::side_by_side(chain.iter(), |image| open(image, Duration::ZERO));
+    let opened: Vec<_> = match at_once.into_iter().collect() {
+        Err(ImageError::Locked { .. }) => {
+            let one_by_one = chain.iter().map(|image| open(image, PATIENCE));
+            one_by_one.collect::<Result<_>>()?
+        }
+        opened => opened?,
+    };
+    let (files, locks): (_, Vec<_>) = opened.into_iter().unzip();
+    Ok((files, locks.into_iter().flatten().collect()))
 }
 
 /// Opens one image file of a bundle.
@@ -313,6 +325,10 @@ pub(super) fn open_level(bundle: &Bundle, image: &Image, writable: bool) -> Resu
 
 /// Locks an image file for what the disk is opened for.
 pub(super) fn lock(file: &HostFile, mode: OpenMode) -> Result<Option<ImageLock>> {
+    lock_within(file, mode, PATIENCE)
+}
+
+fn lock_within(file: &HostFile, mode: OpenMode, patience: Duration) -> Result<Option<ImageLock>> {
     let lock_mode = match mode.access {
         Access::Read if mode.force_share => return Ok(None),
         Access::Serve if file.writable => LockMode::ReadWrite,
@@ -327,8 +343,9 @@ pub(super) fn lock(file: &HostFile, mode: OpenMode) -> Result<Option<ImageLock>>
         });
     }
     let shareable = mode.access == Access::Read;
-    let error = |source| lock_error(file, shareable, !mode.names_no_holder, source);
-    lock_patiently(&file.file, lock_mode)
+    let names_holder = !mode.names_no_holder && patience == PATIENCE;
+    let error = |source| lock_error(file, shareable, names_holder, source);
+    lock_patiently(&file.file, lock_mode, patience)
         .map(Some)
         .map_err(error)
 }
@@ -345,14 +362,14 @@ const PAUSE: Duration = Duration::from_millis(10);
 /// whether the user could do without a lock.
 pub(super) fn lock_file(file: &HostFile, mode: LockMode, shareable: bool) -> Result<ImageLock> {
     let error = |source| lock_error(file, shareable, true, source);
-    lock_patiently(&file.file, mode).map_err(error)
+    lock_patiently(&file.file, mode, PATIENCE).map_err(error)
 }
 
 /// Locks a file as one that is only read, for a process that has given up the rights to find
 /// out who is in the way.
 pub(super) fn lock_to_read(file: &HostFile) -> Result<ImageLock> {
     let error = |source| lock_error(file, false, false, source);
-    lock_patiently(&file.file, LockMode::ReadOnly).map_err(error)
+    lock_patiently(&file.file, LockMode::ReadOnly, PATIENCE).map_err(error)
 }
 
 fn lock_error(
@@ -375,11 +392,15 @@ fn lock_error(
     }
 }
 
-fn lock_patiently(file: &File, mode: LockMode) -> std::result::Result<ImageLock, LockError> {
+fn lock_patiently(
+    file: &File,
+    mode: LockMode,
+    patience: Duration,
+) -> std::result::Result<ImageLock, LockError> {
     let start = Instant::now();
     loop {
         match ImageLock::acquire(file, mode) {
-            Err(LockError::Writer(_) | LockError::Exclusive(_)) if start.elapsed() < PATIENCE => {
+            Err(LockError::Writer(_) | LockError::Exclusive(_)) if start.elapsed() < patience => {
                 thread::sleep(PAUSE);
             }
             result => return result,
@@ -399,12 +420,17 @@ fn check_chain(
     files: &[HostFile],
     mode: OpenMode,
 ) -> Result<Chain> {
+    let chain = descriptor.chain(top).into_iter().zip(files);
+    let headers = threads::side_by_side(chain.clone(), |(image, file)| match image.kind {
+        ImageKind::Plain => None,
+        ImageKind::Expandable => Some(mode.read_header(file)),
+    });
     // From the top down: each limits what is below.
     let mut above: Option<(Sector, u32)> = None;
     let mut levels = Vec::new();
-    for (image, file) in descriptor.chain(top).into_iter().zip(files).rev() {
-        let level = match image.kind {
-            ImageKind::Plain => {
+    for ((image, file), header) in chain.zip(headers).rev() {
+        let level = match header {
+            None => {
                 let disk_size = above.map_or(descriptor.disk_size, |(disk_size, _)| disk_size);
                 let is_disk = image.guid == descriptor.top();
                 Level::Plain {
@@ -412,8 +438,14 @@ fn check_chain(
                     cluster: descriptor.cluster,
                 }
             }
-            ImageKind::Expandable => {
-                above = Some(check_expandable(descriptor.cluster, above, file, mode)?);
+            Some(header) => {
+                above = Some(check_expandable(
+                    descriptor.cluster,
+                    above,
+                    file,
+                    header,
+                    mode,
+                )?);
                 Level::Ploop
             }
         };
@@ -428,6 +460,7 @@ fn check_expandable(
     cluster: ClusterSize,
     above: Option<(Sector, u32)>,
     file: &HostFile,
+    header: Result<Header>,
     mode: OpenMode,
 ) -> Result<(Sector, u32)> {
     let misfit = |why| {
@@ -436,7 +469,7 @@ fn check_expandable(
             why,
         })
     };
-    let header = mode.read_header(file)?;
+    let header = header?;
     let geometry = header.geometry();
     if geometry.cluster != cluster {
         return misfit("its cluster size is not that of the descriptor");

@@ -40,6 +40,7 @@ use super::{
     AlignedBuf, Buffer, Completion, Disk, FileId, Io, LockStanding, Op, Segments, filesystem,
 };
 use crate::notices::Notices;
+use crate::threads;
 
 pub use self::lease::LookFor;
 pub use self::lock_watch::{LockWatch, Look, NotOpenable, SeesMark, WatchError};
@@ -145,15 +146,14 @@ impl HostDisk {
         files: Vec<HostFile>,
         options: HostOptions,
         lease: Option<Arc<Lease>>,
-        is_leased: impl Fn(&HostFile) -> bool,
+        is_leased: impl Fn(&HostFile) -> bool + Sync,
     ) -> io::Result<Self> {
         let open = |file: HostFile| {
             let lease = lease.as_ref().filter(|_| is_leased(&file));
             SharedFile::new(file, options.cache, lease)
         };
-        let files = files
+        let files = threads::side_by_side(files, |file| Ok(Arc::new(open(file)?)))
             .into_iter()
-            .map(|file| Ok(Arc::new(open(file)?)))
             .collect::<io::Result<Vec<_>>>()?;
         if let Some(lease) = &lease {
             lease.cover(&files);

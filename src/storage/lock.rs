@@ -243,6 +243,10 @@ impl ImageLock {
 /// # Errors
 /// As [`ImageLock::acquire`].
 pub fn test(file: &File, mode: LockMode) -> Result<(), LockError> {
+    // Mostly nobody is there at all, and each question may go to a server.
+    if !is_used_by_others(file)? {
+        return Ok(());
+    }
     let (used, denied) = mode.used_and_denied();
     for n in used.iter() {
         if let Some(holder) = holder_of(file, DENIED_BASE + i64::from(n))? {
@@ -326,20 +330,10 @@ pub fn stop_writing(file: &File) -> io::Result<()> {
 
 impl Drop for ImageLock {
     fn drop(&mut self) {
-        // The description can outlive this value in other descriptors, so
-        // closing ours is not enough.
-        for base in [USED_BASE, DENIED_BASE] {
-            if let Err(error) = set(
-                &self.file,
-                base,
-                i64::from(Permissions::COUNT),
-                libc::F_UNLCK,
-            ) {
-                log::warn!("cannot unlock an image: {error}");
-            }
-        }
-        for byte in [own_byte(), CHANGED] {
-            let _ = set(&self.file, byte, 1, libc::F_UNLCK);
+        // The description can outlive this value in other descriptors, so closing ours is not
+        // enough. It has no other locks.
+        if let Err(error) = set(&self.file, 0, 0, libc::F_UNLCK) {
+            log::warn!("cannot unlock an image: {error}");
         }
     }
 }
@@ -381,14 +375,9 @@ pub fn is_locked(file: &File, byte: i64) -> io::Result<bool> {
 /// # Errors
 /// Any of `fcntl(2)`.
 pub fn is_used_by_others(file: &File) -> io::Result<bool> {
-    for n in Permissions::ALL.iter() {
-        for base in [USED_BASE, DENIED_BASE] {
-            if is_locked(file, base + i64::from(n))? {
-                return Ok(true);
-            }
-        }
-    }
-    Ok(false)
+    // There is nothing else between the bytes for use and those for denial.
+    let end = DENIED_BASE + i64::from(Permissions::COUNT);
+    Ok(holder_within(file, USED_BASE, end - USED_BASE)?.is_some())
 }
 
 /// A request for `len` bytes from `start`.
@@ -417,7 +406,12 @@ fn set(file: &File, start: i64, len: i64, kind: i32) -> io::Result<()> {
 
 /// Who but us holds any lock on a byte.
 fn holder_of(file: &File, byte: i64) -> io::Result<Option<Holder>> {
-    let mut request = flock(byte, 1, libc::F_WRLCK);
+    holder_within(file, byte, 1)
+}
+
+/// The same of any of `len` bytes from `start`.
+fn holder_within(file: &File, start: i64, len: i64) -> io::Result<Option<Holder>> {
+    let mut request = flock(start, len, libc::F_WRLCK);
     // SAFETY: the descriptor is open, and F_OFD_GETLK reads and writes a
     // `struct flock`.
     let rc = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_GETLK, &mut request) };
@@ -429,6 +423,6 @@ fn holder_of(file: &File, byte: i64) -> io::Result<Option<Holder>> {
     }
     Ok(Some(Holder {
         pid: (request.l_pid > 0).then_some(request.l_pid),
-        byte,
+        byte: start,
     }))
 }

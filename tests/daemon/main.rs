@@ -29,6 +29,7 @@ mod stat;
 mod survivor;
 mod switches;
 mod top;
+mod turns;
 mod upgrade;
 mod vanishing;
 

@@ -191,8 +191,9 @@ proptest! {
         file_len in 0u64..12 * CLUSTER,
         entries in prop::collection::vec(
             prop_oneof![4 => 0u32..12, 4 => (0u32..12).prop_map(|c| 1 + 64 * c), 1 => any::<u32>()],
-            0..10,
+            0..=10,
         ),
+        cut in 0usize..=10,
     ) {
         let mut geometry = if version_1 { v1() } else { v2() };
         geometry.data_start += start * CLUSTER;
@@ -203,5 +204,29 @@ proptest! {
         prop_assert_eq!(used, offsets);
         prop_assert_eq!(scan.problem_count as usize, problems);
         prop_assert_eq!(scan.problems.len(), problems);
+
+        // As many at once as it likes makes no difference.
+        let (mut listed, mut mapped) = (Vec::new(), Vec::new());
+        let mut scanner = BatScanner::new(&geometry, file_len);
+        let (front, back) = entries.split_at(cut.min(entries.len()));
+        for piece in [front, back] {
+            scanner.look_at_all(
+                piece.iter().copied(),
+                |guest, host| mapped.push((guest, host)),
+                |problem| listed.push(problem),
+            );
+        }
+        let pieces = scanner.end();
+        prop_assert_eq!(&listed, &scan.problems);
+        prop_assert_eq!(pieces.used, scan.used);
+        prop_assert_eq!(
+            (pieces.mapped, pieces.beyond_disk, pieces.end, pieces.problem_count),
+            (scan.mapped, scan.beyond_disk, scan.end, scan.problem_count)
+        );
+        let good = (0..).map(GuestCluster).zip(&entries).filter(|(guest, value)| {
+            **value != 0 && listed.iter().all(|problem| problem.guest() != *guest)
+        });
+        let good = good.map(|(guest, value)| (guest, geometry.host_cluster(*value).unwrap()));
+        prop_assert_eq!(mapped, good.collect::<Vec<_>>());
     }
 }

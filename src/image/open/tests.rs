@@ -48,14 +48,14 @@ const READ: OpenMode = OpenMode::new(Access::Read);
 /// With what lies above it.
 fn check_below(file: &HostFile, above: (u64, u32), mode: OpenMode) -> Result<(u64, u32)> {
     let above = Some((Sector(above.0), above.1));
-    let fits = check_expandable(ClusterSize::MIN, above, file, mode);
+    let fits = check_expandable(ClusterSize::MIN, above, file, mode.read_header(file), mode);
     fits.map(|(disk_size, entries)| (disk_size.0, entries))
 }
 
 #[test]
 fn an_image_has_the_clusters_of_its_disk() {
     let image = expandable(5 * CLUSTER, 7);
-    let top = |cluster| check_expandable(cluster, None, &image, READ);
+    let top = |cluster| check_expandable(cluster, None, &image, READ.read_header(&image), READ);
     assert_eq!(
         top(ClusterSize::MIN).unwrap(),
         (Sector(5 * CLUSTER), 7),
@@ -112,4 +112,40 @@ fn an_image_has_no_more_entries_than_what_lies_on_it_or_than_it_needs() {
         let error = fits(entries, above).unwrap_err().to_string();
         assert!(error.contains("its BAT is longer"), "{error}");
     }
+}
+
+#[test]
+fn who_is_about_to_go_is_waited_for_on_each_level() {
+    use crate::image::{create, create_snapshot};
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("disk");
+    create(&path, Sector(16 * CLUSTER), ClusterSize::MIN).unwrap();
+    create_snapshot(&path, None, None).unwrap();
+    let images = open(&path, READ).unwrap().files;
+    let [base, top] = &images[..] else {
+        panic!("it has two levels");
+    };
+    let lock = |image: &HostFile| {
+        let file = File::options().read(true).write(true).open(&image.path);
+        ImageLock::acquire(&file.unwrap(), LockMode::Exclusive)
+    };
+    for image in [base, top] {
+        let held = lock(image).unwrap();
+        let mode = OpenMode::new(Access::Serve);
+        let (opened, took) = thread::scope(|scope| {
+            let start = Instant::now();
+            let opened = scope.spawn(|| open(&path, mode).map(|opened| opened.files.len()));
+            thread::sleep(PATIENCE / 5);
+            drop(held);
+            (opened.join().unwrap(), start.elapsed())
+        });
+        assert_eq!(opened.unwrap(), 2);
+        assert!(took >= PATIENCE / 5, "{took:?}");
+    }
+    // Nor does it keep those that it has found free.
+    let held = lock(base).unwrap();
+    let refused = open(&path, OpenMode::new(Access::Serve)).unwrap_err();
+    assert!(matches!(refused, ImageError::Locked { .. }), "{refused}");
+    lock(top).unwrap();
+    drop(held);
 }

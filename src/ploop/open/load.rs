@@ -2,7 +2,6 @@
 //! one mapping. Writes nothing.
 
 use std::io;
-use std::ops::Range;
 
 use super::super::bat::{Bat, BatSize};
 use super::super::entry::Entry;
@@ -12,7 +11,7 @@ use super::{Chain, Level};
 use crate::format::{
     BatScan, BatScanner, ClusterSize, Geometry, GuestCluster, Header, HostCluster, Sector,
 };
-use crate::storage::{Disk, FileId};
+use crate::storage::{AlignedBuf, Disk, FileId};
 
 /// Bytes of BAT that are read at once.
 const READ_AT_ONCE: usize = 1 << 20;
@@ -200,22 +199,19 @@ fn load_bat(
     }
     let mut scanner = BatScanner::new(geometry, len);
     let mut first_problem = None;
-    let entries = Header::LEN as u64..needed;
-    for_chunks(disk, file, entries, |words| {
+    for_chunks(disk, file, needed, |words| {
         if words == &ZEROS[..words.len()] {
             return scanner.skip(words.len() as u32 / 4);
         }
-        for word in words.chunks_exact(4) {
-            let value = u32::from_le_bytes([word[0], word[1], word[2], word[3]]);
-            match scanner.look_at(value) {
-                Ok(Some((guest, host))) => bat.load(guest, Entry::mapped(file, host)),
-                // Not written down: the memory for it may not even be there.
-                Ok(None) => {}
-                Err(problem) => {
-                    first_problem.get_or_insert(problem);
-                }
-            }
-        }
+        let words = words.chunks_exact(4);
+        scanner.look_at_all(
+            words.map(|word| u32::from_le_bytes([word[0], word[1], word[2], word[3]])),
+            // Others are not written down: the memory for them may not even be there.
+            |guest, host| bat.load(guest, Entry::mapped(file, host)),
+            |problem| {
+                first_problem.get_or_insert(problem);
+            },
+        );
     })
     .map_err(OpenError::io("read the BAT", file))?;
     let scan = scanner.end();
@@ -229,21 +225,26 @@ fn load_bat(
     }
 }
 
-/// Gives a range of a file to `each`, in pieces as long as [`ZEROS`] but for the
-/// last.
+/// Gives the BAT, which ends at `end`, to `each`, in pieces as long as [`ZEROS`] but for the last
+/// of what is read at once.
 fn for_chunks(
     disk: &impl Disk,
     file: FileId,
-    range: Range<u64>,
+    end: u64,
     mut each: impl FnMut(&[u8]),
 ) -> io::Result<()> {
-    let mut buffer = vec![0; READ_AT_ONCE.min((range.end - range.start) as usize)];
-    let mut at = range.start;
-    while at < range.end {
-        let len = (range.end - at).min(buffer.len() as u64) as usize;
-        disk.read_exact_at(file, &mut buffer[..len], at)?;
-        buffer[..len].chunks(ZEROS.len()).for_each(&mut each);
-        at += len as u64;
+    // With the header, and into memory of that kind: what is read around the page cache has to
+    // begin where a block does, or it is copied.
+    let mut buffer = AlignedBuf::new(4096);
+    buffer.resize(READ_AT_ONCE.min(end as usize), 0);
+    let mut at = 0;
+    while at < end {
+        let len = (end - at).min(buffer.len() as u64);
+        disk.read_exact_at(file, &mut buffer[..len as usize], at)?;
+        let skip = (Header::LEN as u64).saturating_sub(at);
+        let entries = &buffer[skip as usize..len as usize];
+        entries.chunks(ZEROS.len()).for_each(&mut each);
+        at += len;
     }
     Ok(())
 }

@@ -38,6 +38,7 @@ use super::lease::{Lease, LookFor, tells_of_absence, tells_of_loss};
 use crate::storage::filesystem::Kind;
 use crate::storage::lock::{self, ImageLock, LockError, LockMode};
 use crate::storage::{AlignedBuf, filesystem};
+use crate::threads;
 
 /// Between two looks. Who has lost a lock may write for so long before it is noticed, unless
 /// the server keeps it from that.
@@ -216,8 +217,9 @@ impl LockWatch {
         sees_mark: SeesMark,
     ) -> Result<Option<Self>, WatchError> {
         let leased = files.iter().filter(|file| file.lease().is_some());
-        let looked: Arc<[_]> = leased
-            .map(|file| Looked::new(file, lease, sees_mark))
+        let looked = threads::side_by_side(leased, |file| Looked::new(file, lease, sees_mark));
+        let looked: Arc<[_]> = looked
+            .into_iter()
             .collect::<Result<_, WatchError>>()
             .inspect_err(|error| {
                 if matches!(error, WatchError::Lost(_)) {
