@@ -24,8 +24,9 @@ use crate::ploop::rule::{self, Rule};
 use crate::storage::HostFile;
 use crate::storage::lock::ImageLock;
 
-/// So many bytes are copied before they are made stable, and then mapped.
-const UNMAPPED_BYTES: u64 = 32 << 20;
+/// So many bytes are copied before they are made stable, and then mapped: a guest whose flush
+/// has to wait for that on the same file system shall not wait long.
+const UNMAPPED_BYTES: u64 = 8 << 20;
 
 /// Entries that are looked at between two looks at the clock.
 const LOOKS: u32 = 1 << 16;
