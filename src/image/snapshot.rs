@@ -22,7 +22,7 @@ pub(crate) use delete::remove_leaf_beside;
 pub(crate) use lift::{Lift, LiftStep, LiftedImages};
 pub use list::{SnapshotInfo, find_snapshot, list_snapshots};
 pub(crate) use list::{described, is_described, list_of, note_of};
-#[cfg(test)]
+#[cfg(all(test, not(ploop_loom)))]
 pub(crate) use merge::Level as MergeLevel;
 pub use merge::merge_snapshots;
 pub(crate) use merge::range;
