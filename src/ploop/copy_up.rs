@@ -268,6 +268,13 @@ impl Stage {
 }
 
 impl<D: Disk> Engine<D> {
+    /// Whether copies may share the data of the host's files, and so take no space: as long as no
+    /// other thing was found out, by the first copy at the latest.
+    pub(crate) fn may_share_clusters(&self) -> bool {
+        self.geometry().cluster.bytes() >= self.options.smallest_clone
+            && self.disk.clone_unit().is_some()
+    }
+
     /// Has a cluster of `level` copied into the top, unless it is there or gets there before.
     fn copy_up(&self, cluster: GuestCluster, level: FileId, top: FileId) -> Outcome {
         let outcome = Outcome::default();

@@ -42,11 +42,18 @@ const STEP: Duration = Duration::from_millis(20);
 /// How long it waits at once for copies.
 const PAUSE: Duration = Duration::from_millis(5);
 
+const NO_SPACE: &str = "the host has not enough space for what would be copied: all that is \
+    deleted and that the image above it has not; 'ploop-img snapshot delete' copies in the other \
+    direction when nobody uses the disk, which can take less";
+
 /// See the module's text.
 pub struct Deletion {
     which: Which,
     stage: Stage,
     progress: Progress,
+    /// The host has had space for the rest once something was copied. Not before is it known
+    /// whether its files can share data.
+    is_sure: bool,
     deleted: Option<Deleted>,
 }
 
@@ -82,6 +89,7 @@ impl Deletion {
             which,
             stage: Stage::Begin,
             progress: Progress::default(),
+            is_sure: false,
             deleted: None,
         }
     }
@@ -114,11 +122,7 @@ impl Deletion {
         };
         self.look_at_progress(engine);
         if !has_space(engine, &self.stage) {
-            return Err(JobError::Impossible(
-                "the host has not enough space for what would be copied: all that is deleted and \
-                 that the image above it has not; 'ploop-img snapshot delete' copies in the other \
-                 direction when nobody uses the disk, which can take less",
-            ));
+            return Err(JobError::Impossible(NO_SPACE));
         }
         Ok(Step::More { bytes: 0 })
     }
@@ -138,14 +142,17 @@ impl Deletion {
 
     fn go_on(&mut self, site: &mut Site<'_, HostDisk>, stage: Stage) -> Result<Step, JobError> {
         let engine = site.engine;
-        if !has_space(engine, &stage) {
+        if self.is_sure && !has_space(engine, &stage) {
             // What is left is the guest's.
             self.stage = stage;
             return Ok(Step::HostFull);
         }
         let before = self.progress.done;
         let (stage, step) = match stage {
-            Stage::Copying(range, copies) => copy(site, range, copies)?,
+            Stage::Copying(range, copies) => {
+                let limit = if self.is_sure { limit_of(site) } else { 1 };
+                copy(site, range, copies, limit)?
+            }
             Stage::Lifting(range, it) => lift(site, range, it)?,
             Stage::Redirecting(range, it, redirect) => self::redirect(site, range, it, redirect)?,
             Stage::Begin | Stage::Done => return Ok(Step::Done),
@@ -159,6 +166,11 @@ impl Deletion {
             }
         }
         self.look_at_progress(engine);
+        if !self.is_sure && !has_space(engine, &self.stage) {
+            self.cancel(site);
+            return Err(JobError::Impossible(NO_SPACE));
+        }
+        self.is_sure |= self.progress.done > 0;
         Ok(step.unwrap_or(Step::More {
             bytes: self.progress.done.saturating_sub(before),
         }))
@@ -197,10 +209,10 @@ fn begin_lifting(bundle: &Bundle, levels: &Levels, range: Range) -> Result<Stage
     Ok(Stage::Lifting(range, lifting))
 }
 
-fn copy(site: &mut Site<'_, HostDisk>, range: Range, mut copies: CopyUp) -> Gone {
+/// So many clusters, at most.
+fn copy(site: &mut Site<'_, HostDisk>, range: Range, mut copies: CopyUp, limit: u64) -> Gone {
     let engine = site.engine;
     let end = Instant::now() + STEP;
-    let limit = limit_of(site);
     let (before, _) = copies.progress();
     let refusal = loop {
         let left = limit.saturating_sub(copies.progress().0 - before);
@@ -330,7 +342,7 @@ fn limit_of(site: &Site<'_, HostDisk>) -> u64 {
 fn has_space(engine: &Engine<HostDisk>, stage: &Stage) -> bool {
     let disk = engine.disk();
     let (done, total) = match stage {
-        Stage::Copying(..) if disk.clone_unit().is_some() => return true,
+        Stage::Copying(..) if engine.may_share_clusters() => return true,
         Stage::Copying(_, copies) => copies.progress(),
         Stage::Lifting(_, it) => it.lift.progress(),
         Stage::Redirecting(..) | Stage::Begin | Stage::Done => return true,

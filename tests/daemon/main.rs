@@ -23,6 +23,7 @@ mod options;
 mod prometheus;
 #[cfg(target_arch = "x86_64")]
 mod sandbox;
+mod small_host;
 mod snapshots;
 mod stat;
 #[path = "../common/survivor.rs"]

@@ -200,7 +200,7 @@ impl Cow {
         let pio = self.pios.first()?;
         let (start, end) = covered(pio, cluster, grid);
         let aligned = (start | end).is_multiple_of(u64::from(engine.write_alignment()));
-        if size < engine.options.smallest_clone || (start, end) == (0, size) || !aligned {
+        if !engine.may_share_clusters() || (start, end) == (0, size) || !aligned {
             return None;
         }
         let (Work::Write { .. } | Work::CopyUp { .. }) = pio.work else {

@@ -1,0 +1,114 @@
+//! Jobs on a host that has little space: what is left of it is the guest's.
+
+use serde_json::{Value, json};
+
+use crate::common::img::ploop_img;
+use crate::common::qmp::Qmp;
+use crate::common::small_fs::SmallFs;
+use crate::control::{control, serve};
+use crate::death::expect;
+use crate::front_end::*;
+use crate::{OK, Rig, expect_service, start_front_end, wait_for};
+use virtio_bindings::virtio_blk::VIRTIO_BLK_T_OUT;
+
+/// What the snapshot has.
+const NEEDED: u64 = 16 << 20;
+
+/// In pieces of so many bytes.
+const PIECE: u64 = 64 << 10;
+
+fn write(ring: &mut Ring, piece: u64, byte: u8) {
+    ring.fill(DATA, &[byte; PIECE as usize]);
+    let data = [readable(DATA, PIECE as u32)];
+    let sector = piece * PIECE / 512;
+    assert_eq!(ring.run(VIRTIO_BLK_T_OUT, sector, &data), (OK, 1));
+}
+
+fn byte_of(piece: u64) -> u8 {
+    1 + (piece % 200) as u8
+}
+
+fn rig(small: &SmallFs, cluster: u64) -> Rig {
+    let mut rig = Rig::new();
+    rig.image = small.root().join("bundle");
+    let image = rig.image.to_str().unwrap();
+    let cluster = cluster.to_string();
+    ploop_img(["create", "--cluster-size", &cluster, image, "64M"]).ok();
+    rig
+}
+
+fn job(qmp: &mut Qmp) -> Value {
+    qmp.ask("query-jobs", json!({}))[0].clone()
+}
+
+fn progress(qmp: &mut Qmp) -> u64 {
+    job(qmp)["current-progress"].as_u64().unwrap()
+}
+
+/// How the job has ended.
+fn error_of(qmp: &mut Qmp) -> Option<String> {
+    wait_for("its end", || job(qmp)["status"] == "concluded");
+    let error = job(qmp)["error"].as_str().map(str::to_owned);
+    qmp.ask("job-dismiss", json!({ "id": "job" }));
+    error
+}
+
+#[test]
+fn a_deletion_leaves_what_space_there_is_to_the_guest() {
+    expect_space_for_the_guest(64 << 10);
+}
+
+/// As far as is known before the first of them, these might share their data.
+#[test]
+fn a_deletion_that_copies_large_clusters_too() {
+    expect_space_for_the_guest(1 << 20);
+}
+
+fn expect_space_for_the_guest(cluster: u64) {
+    let Some(small) = SmallFs::tmpfs(64 << 20) else {
+        return;
+    };
+    let rig = rig(&small, cluster);
+    let backend = serve(&rig, &[]);
+    let mut front_end = start_front_end(backend.socket());
+    for piece in 0..NEEDED / PIECE {
+        write(&mut front_end.rings[0], piece, byte_of(piece));
+    }
+    let mut qmp = Qmp::connect(&control(&rig));
+    let guid = qmp.ask("snapshot-create", json!({}))["guid"].clone();
+    let with_speed = |speed: u64| json!({ "guid": guid, "job-id": "job", "speed": speed, "auto-dismiss": false });
+
+    // It does not begin where it cannot end.
+    let ballast = small.fill_but(NEEDED - cluster);
+    qmp.ask("snapshot-delete", with_speed(0));
+    let error = error_of(&mut qmp).unwrap();
+    assert!(error.contains("not enough space"), "{error}");
+    ballast.remove();
+
+    // One cluster, and then none for a day.
+    qmp.ask("snapshot-delete", with_speed(1));
+    wait_for("a step", || progress(&mut qmp) > 0);
+    let ballast = small.fill_but(NEEDED / 2);
+    qmp.ask(
+        "block-job-set-speed",
+        json!({ "device": "job", "speed": 0 }),
+    );
+    wait_for("its pause", || {
+        qmp.ask("query-block-jobs", json!({}))[0]["io-status"] == "nospace"
+    });
+    // It has not taken what is left: that is there for the guest.
+    for piece in 0..NEEDED / PIECE / 4 {
+        write(&mut front_end.rings[0], NEEDED / PIECE + piece, 7);
+    }
+    let copied = progress(&mut qmp);
+    assert!(copied < NEEDED / 2, "{copied}");
+    ballast.remove();
+    assert_eq!(error_of(&mut qmp), None);
+    for piece in 0..NEEDED / PIECE {
+        expect(&mut front_end, piece * PIECE / 512, byte_of(piece));
+    }
+    expect_service(&mut front_end);
+    drop(front_end);
+    backend.stop();
+    ploop_img(["check", rig.image.to_str().unwrap()]).ok();
+}
