@@ -45,8 +45,18 @@ inside() {
     make_bed >log/commands 2>&1 || { tail -n 20 log/commands >&2; die "cannot make the storage"; }
     export PATH=$BED/bin:$PATH
     (cd "$OLDPWD" && "$@") || code=$?
+    say_if_dead
     umount -l m1 m2 || true
     return $code
+}
+
+# A client that has crashed has every test fail that comes then, for no reason of its own.
+say_if_dead() {
+    local mount
+    for mount in m1 m2; do
+        timeout 60 stat "$mount/." >/dev/null 2>&1 ||
+            say "the mount $mount is dead at the end: has its client crashed?" >&2
+    done
 }
 
 # Makes the unpacked programs appear where they belong, for this namespace alone.
