@@ -472,7 +472,10 @@ impl Looked {
         }
         if let Some(other) = &self.other {
             // That names can be looked up does not say that there are enough servers for data.
-            read_by(other).map_err(away)?;
+            match read_by(other) {
+                Err(error) if is_refused_for_good(&error) => return Ok(()),
+                read => read.map_err(away)?,
+            };
         }
         // By the one that had the locks, which may still show here. Or, where nothing can be
         // done by that any more, by one that has never had any.
@@ -480,6 +483,9 @@ impl Looked {
             (Err(LockError::Io(_)), Some(other)) => lock::test(other, self.mode),
             (tested, _) => tested,
         };
+        if matches!(&tested, Err(LockError::Io(error)) if is_refused_for_good(error)) {
+            return Ok(());
+        }
         tested.map_err(|error| match error {
             LockError::Io(source) => away(source),
             source => NotOpenable::Taken {
@@ -543,6 +549,13 @@ impl Looked {
             Odd::Taken(why) => suspect(path, why, false),
         }
     }
+}
+
+/// Whether a server takes nothing any more by a description that it had taken before: what it
+/// would do by a new one only that one can tell, and who opens it finds out who else has the
+/// file. GlusterFS with `client.strict-locks`, where servers were started anew.
+fn is_refused_for_good(error: &io::Error) -> bool {
+    Errno::from_io_error(error) == Some(Errno::BADFD)
 }
 
 /// The beginning of a file.
