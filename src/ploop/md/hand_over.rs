@@ -59,6 +59,25 @@ impl<D: Disk> MdWriter<D> {
         })
     }
 
+    /// The image is used on: what the allocator may give out is in the file again, or the next
+    /// sync would vouch for a length that it has not.
+    fn lengthen_again(&self, trims: bool) {
+        let engine = &self.engine;
+        if !trims || self.metadata.is_none() {
+            return;
+        }
+        let top = engine.top();
+        let len = self.geometry.host_offset(HostCluster(engine.alloc().end()));
+        let lengthen = || match engine.disk.len(top)? < len {
+            true => engine.disk.set_len(top, len),
+            false => Ok(()),
+        };
+        if let Err(error) = lengthen() {
+            log::error!("the image file was cut and cannot be made longer again: {error}");
+            engine.set_sync_failed("the length of an image that is used on");
+        }
+    }
+
     /// Steps 2 to 4, once nothing changes the file any more.
     pub(super) fn hand_over(&mut self, trims: bool) {
         let engine = self.engine.clone();
@@ -70,6 +89,7 @@ impl<D: Disk> MdWriter<D> {
         if changes {
             engine.begin_switch();
             if let Err(error) = self.trim_and_mark(trims) {
+                self.lengthen_again(trims);
                 // Said before, if it went wrong.
                 let _ = self.keep_top();
                 return self.go_on(Err(error));

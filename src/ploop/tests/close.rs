@@ -247,6 +247,29 @@ fn an_image_that_cannot_be_marked_is_served_on_as_one_in_use() {
     assert_eq!(rig.disk.read_live(FileId(0), 44, 4), [0; 4]);
 }
 
+/// A sync makes the length stable that the file has, not the one that it had before.
+#[test]
+fn an_image_that_was_trimmed_and_is_served_on_is_as_long_as_before() {
+    let rig = Rig::new(16 * CLUSTER);
+    rig.write(0, &[1; 512]).unwrap();
+    rig.flush().unwrap();
+    let before = rig.disk.live_len(FileId(0));
+    let hand_over = Control::HandOver { trims: true };
+    let outcome = rig.engine.control(hand_over);
+    rig.disk.change_medium(|medium| medium.faults.write = 1.0);
+    while outcome.get().is_none() {
+        rig.poll_md();
+        rig.step_disk();
+    }
+    assert!(matches!(outcome.get(), Some(Err(EngineError::Io(_)))));
+    rig.disk.change_medium(|medium| medium.faults.write = 0.0);
+    assert_eq!(rig.disk.live_len(FileId(0)), before);
+    rig.write(CLUSTER, &[2; 512]).unwrap();
+    rig.flush().unwrap();
+    rig.control(hand_over).unwrap();
+    assert!(rig.disk.live_len(FileId(0)) < before);
+}
+
 #[test]
 fn an_image_whose_mark_cannot_be_synced_stays_and_nothing_counts_as_stable() {
     let rig = Rig::new(16 * CLUSTER);
