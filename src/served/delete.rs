@@ -3,7 +3,7 @@
 //!
 //! What the latter have and that one lacks is copied into it, beside the guest and beside
 //! whoever reads any of them: into the top by the engine ([`CopyUp`]), into another one by this
-//! job alone, as nobody else writes to that ([`Lift`]). Of the snapshots nothing changes by that,
+//! job alone, as nobody else writes to that (`Lift`). Of the snapshots nothing changes by that,
 //! and the image that gets it reads the same at every moment. If the disk that is served lies on
 //! it, the engine goes on with the copies ([`Redirect`]). Then nothing needs the snapshots any
 //! more, and that is stable: the descriptor is put in place that tells of a disk without them, the

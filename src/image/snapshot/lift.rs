@@ -11,6 +11,9 @@
 //! Nobody else may write to the image. It is marked as in use from before the first change to
 //! after the last, as any that changes.
 
+use std::io;
+use std::ops::Range;
+
 use super::merge::{Level, no_room};
 use super::open_for_change;
 use crate::format::{Geometry, GuestCluster, Guid, HostCluster, ImageKind, InUse, is_zero};
@@ -40,6 +43,7 @@ pub(crate) struct Lift<F> {
     plain_size: u64,
     /// Nothing lies below them: a cluster of zeros need not be there.
     is_base: bool,
+    plain_data: PlainData,
     /// Where to look on.
     next: u32,
     /// The next cluster of the file.
@@ -93,6 +97,7 @@ impl<F: ImageFile> Lift<F> {
             lower,
             plain_size,
             is_base,
+            plain_data: PlainData::default(),
             next: 0,
             host: first.0,
             unmapped: Vec::new(),
@@ -202,8 +207,8 @@ impl<F: ImageFile> Lift<F> {
 
     /// The first cluster from here on that is to be copied, and which of the images below has it
     /// where. So many are looked at.
-    fn find(&self, from: u32, looks: u32) -> Result<Found> {
-        let geometry = self.upper.geometry();
+    fn find(&mut self, from: u32, looks: u32) -> Result<Found> {
+        let geometry = *self.upper.geometry();
         let end = geometry.disk_clusters() as u32;
         let mut guest = GuestCluster(from);
         for _ in 0..looks {
@@ -220,9 +225,9 @@ impl<F: ImageFile> Lift<F> {
                         }
                         Level::Plain(file) => {
                             let start = geometry.cluster_start(guest);
-                            let data = file.next_data(start);
+                            let data = self.plain_data.find(file, start);
                             let data = data.context(file.path(), "look for data in")?;
-                            let data = data.map_or(self.plain_size, |data| data.start.max(start));
+                            let data = data.unwrap_or(self.plain_size);
                             if data >= self.plain_size {
                                 // It has nothing from here on.
                                 guest = if index == 0 { GuestCluster(end) } else { guest };
@@ -311,6 +316,29 @@ impl<F: ImageFile> Lift<F> {
         self.upper.write_entries(guests)?;
         self.unmapped.clear();
         Ok(())
+    }
+}
+
+/// Where data begins in a raw file, for who asks from its start to its end, cluster by cluster: the
+/// host is asked once for each range of data, as it may look at all of a file's extents for each
+/// question.
+#[derive(Default)]
+struct PlainData {
+    /// Of this range the answer is known.
+    known: Range<u64>,
+    /// The data at its end, if there is any.
+    data: Option<Range<u64>>,
+}
+
+impl PlainData {
+    /// The first byte of data from here on, if there is any.
+    fn find(&mut self, file: &impl ImageFile, start: u64) -> io::Result<Option<u64>> {
+        if !self.known.contains(&start) {
+            self.data = file.next_data(start)?;
+            let end = self.data.as_ref().map_or(u64::MAX, |data| data.end);
+            self.known = start..end;
+        }
+        Ok(self.data.as_ref().map(|data| data.start.max(start)))
     }
 }
 
