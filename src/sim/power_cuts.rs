@@ -202,8 +202,13 @@ fn power_cuts_of_disks_whose_levels_go() {
         return;
     }
     for record in [record, both] {
-        for case in [Case::Merge, Case::Lift, Case::MergeKilled] {
-            assert!(record.cases.get(case) > 100, "too seldom: {case:?}");
+        for (case, at_least) in [
+            (Case::Merge, 100),
+            (Case::Lift, 100),
+            (Case::MergeKilled, 20),
+        ] {
+            let times = record.cases.get(case);
+            assert!(times > at_least, "too seldom: {case:?}, {times}");
         }
         let under_way = record.cases.get(Case::MergeCut);
         assert!(under_way > record.cuts.all() / 3, "{under_way} cuts");
