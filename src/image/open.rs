@@ -255,9 +255,11 @@ fn open_bundle(bundle: Bundle, mode: OpenMode) -> Result<OpenImage> {
     let path = bundle.path().to_owned();
     let mut bundle = bundle;
     for _ in 0..TRIES {
-        let (files, locks) = open_files(&bundle, mode)?;
-        // What the descriptor said before the locks were taken may be history.
+        let opened = open_files(&bundle, mode);
+        // What the descriptor said before the locks were taken may be history, and a file gone that
+        // it has named.
         if bundle.is_current()? {
+            let (files, locks) = opened?;
             if mode.access != Access::Read {
                 // A process that was killed may have put this descriptor in place, and not
                 // have come to making that stable.
@@ -273,6 +275,7 @@ fn open_bundle(bundle: Bundle, mode: OpenMode) -> Result<OpenImage> {
                 locks,
             });
         }
+        drop(opened);
         bundle = Bundle::open(&path)?;
     }
     Err(ImageError::Busy(path))

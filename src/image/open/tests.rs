@@ -149,3 +149,25 @@ fn who_is_about_to_go_is_waited_for_on_each_level() {
     lock(top).unwrap();
     drop(held);
 }
+
+/// Snapshots are deleted beside those who read the disk.
+#[test]
+fn who_finds_a_level_gone_reads_the_descriptor_again() {
+    use crate::image::{create, create_snapshot, delete_snapshot};
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("disk");
+    create(&path, Sector(16 * CLUSTER), ClusterSize::MIN).unwrap();
+    create_snapshot(&path, None, None).unwrap();
+    let before = Bundle::open(&path).unwrap();
+    let [base, _] = before.descriptor().images() else {
+        panic!("it has two levels");
+    };
+    let base = base.guid;
+    delete_snapshot(&path, base, &()).unwrap();
+    assert_eq!(open_bundle(before, READ).unwrap().files.len(), 1);
+    // A file that is not there, and no other descriptor either.
+    let bundle = Bundle::open(&path).unwrap();
+    std::fs::remove_file(path.join(&bundle.descriptor().images()[0].file)).unwrap();
+    let refused = open_bundle(bundle, READ).unwrap_err();
+    assert!(refused.to_string().contains("No such file"), "{refused}");
+}
