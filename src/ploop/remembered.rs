@@ -48,7 +48,8 @@ const AT_FIRST: usize = 512;
 
 /// A sync has failed: nothing becomes stable any more.
 const SYNC_FAILED: u64 = 1;
-/// The disk has everything: the image was flushed and about to be closed.
+/// The disk has everything: the image was flushed and about to be closed. It still has if a sync
+/// fails later, before something else is written for the guest.
 const SETTLED: u64 = 2;
 /// The process served the image read-only, so there is nothing that the disk does not have.
 const READ_ONLY: u64 = 4;
@@ -182,10 +183,7 @@ impl Remembered {
                 .word(index)
                 .map_or(0, |word| word.load(Ordering::Acquire))
         };
-        get(AT_MAGIC) == MAGIC
-            && get(AT_VERSION) == VERSION
-            && get(AT_FLAGS) & !READ_ONLY == SETTLED
-            && get(AT_DOUBTS) == 0
+        get(AT_MAGIC) == MAGIC && get(AT_VERSION) == VERSION && get(AT_FLAGS) & SETTLED != 0
     }
 
     /// The note of such memory.

@@ -6,6 +6,8 @@ use crate::format::GuestCluster;
 use crate::ploop::{CopyUp, CopyUpStep, TakeOverError};
 use crate::storage::SharedWords;
 
+mod settled;
+
 const SECTOR: usize = 512;
 
 fn awaiting() -> Options {
@@ -414,34 +416,6 @@ fn after_a_failed_sync_what_has_moved_is_still_mapped_where_it_was() {
             mortal = mortal.die_and_rise();
         }
     }
-}
-
-/// That a disk with a sector of 7 and the note 5 is served, and outlives another death.
-fn expect_to_go_on(mortal: Mortal) {
-    assert_eq!(mortal.rig.engine.note(), Some(5));
-    assert_eq!(mortal.rig.read(0, SECTOR), [7; SECTOR]);
-    // And on it goes.
-    mortal.rig.write(CLUSTER, &[8; SECTOR]).unwrap();
-    let mortal = mortal.die_and_rise();
-    assert_eq!(mortal.rig.read(CLUSTER, SECTOR), [8; SECTOR]);
-    assert_eq!(mortal.rig.engine.note(), Some(5));
-}
-
-#[test]
-fn after_a_clean_end_there_is_nothing_to_take_over() {
-    let mortal = Mortal::single();
-    mortal.rig.write(0, &[7; SECTOR]).unwrap();
-    mortal.rig.engine.set_note(5);
-    mortal.rig.control(Control::Close).unwrap();
-    let levels = mortal.levels.clone();
-    let (rig, memory) = mortal.die();
-    assert!(!rig.engine.awaits_take_over());
-    rig.engine.take_over(again(&memory)).unwrap();
-    expect_to_go_on(Mortal {
-        rig,
-        memory,
-        levels,
-    });
 }
 
 #[test]
@@ -929,63 +903,6 @@ fn memory_that_is_shorter_than_a_disk_which_has_grown_is_made_longer() {
         let mortal = mortal.die_and_rise();
         assert_eq!(mortal.rig.read((NEW - 1) * CLUSTER, SECTOR), [9; SECTOR]);
         mortal.rig.check_full();
-    }
-}
-
-#[test]
-fn a_clean_end_is_one_though_the_image_has_another_shape_since() {
-    use std::sync::atomic::Ordering::Relaxed;
-    const LEVELS: usize = 5;
-    let mortal = Mortal::single();
-    mortal.rig.write(0, &[7; SECTOR]).unwrap();
-    mortal.rig.engine.set_note(5);
-    mortal.rig.control(Control::Close).unwrap();
-    let (rig, memory) = mortal.die();
-    // As if it had had two.
-    memory.word(LEVELS).unwrap().store(2, Relaxed);
-    rig.engine.take_over(again(&memory)).unwrap();
-    assert_eq!(rig.engine.note(), Some(5));
-    assert_eq!(rig.read(0, SECTOR), [7; SECTOR]);
-    assert_eq!(memory.word(LEVELS).unwrap().load(Relaxed), 1);
-}
-
-#[test]
-fn a_process_takes_back_what_another_one_has_had_and_not_served() {
-    use std::sync::atomic::Ordering::Relaxed;
-    const MAGIC: usize = 0;
-    // How far the other process has come, and whether attributes are kept.
-    for (is_begun, is_cleared) in [(false, false), (true, false), (true, true)] {
-        for keeps_names in [true, false] {
-            let mortal = Mortal::single();
-            mortal.rig.write(0, &[7; SECTOR]).unwrap();
-            mortal.rig.engine.set_note(5);
-            mortal.rig.control(Control::Close).unwrap();
-            let levels = mortal.levels.clone();
-            let (rig, memory) = mortal.die();
-            if is_begun {
-                rig.engine.take_over(again(&memory)).unwrap();
-            }
-            if is_cleared {
-                memory.word(MAGIC).unwrap().store(0, Relaxed);
-            }
-            let disk = rig.disk.clone();
-            kill(rig);
-            if !keeps_names {
-                disk.set_opening(FileId(0), 0).unwrap();
-            }
-            let rig = Rig::open_chain(&disk, levels.clone(), awaiting());
-            assert!(rig.engine.awaits_take_over());
-            if is_begun && !keeps_names {
-                rig.engine.take_over(again(&memory)).unwrap_err();
-            }
-            rig.engine.take_back(again(&memory)).unwrap();
-            assert!(!rig.engine.awaits_take_over());
-            expect_to_go_on(Mortal {
-                rig,
-                memory,
-                levels,
-            });
-        }
     }
 }
 
