@@ -29,10 +29,15 @@ struct Step {
 
 #[derive(Clone, Debug)]
 enum Change {
-    Write { offset: u64, bytes: Vec<u8> },
+    Write {
+        offset: u64,
+        bytes: Vec<u8>,
+    },
     SetLen(u64),
     Zero(Range<u64>),
     Sync,
+    /// What it covers no later sync makes stable.
+    FailedSync,
 }
 
 #[derive(Default)]
@@ -40,6 +45,8 @@ struct State {
     initial: Vec<Vec<u8>>,
     current: Vec<Vec<u8>>,
     steps: Vec<Step>,
+    syncs_until_failure: Option<usize>,
+    next_write_is_full: bool,
 }
 
 /// Some files on one disk, whose power can fail.
@@ -76,6 +83,32 @@ impl Medium {
             path: name.into(),
             hides_holes: false,
         }
+    }
+
+    /// One of them, opened once more.
+    pub fn reopen(&self, index: usize) -> MemImage {
+        MemImage {
+            medium: self.clone(),
+            index,
+            path: "again".into(),
+            hides_holes: false,
+        }
+    }
+
+    /// So many syncs succeed, and the one behind them fails.
+    pub fn fail_sync_after(&self, syncs: Option<usize>) {
+        self.0.borrow_mut().syncs_until_failure = syncs;
+    }
+
+    /// The next write is done, and fails for want of space.
+    pub fn fail_next_write(&self) {
+        self.0.borrow_mut().next_write_is_full = true;
+    }
+
+    /// What is left of all files if the power goes now and nothing survives but what is stable.
+    pub fn stable(&self) -> Vec<Vec<u8>> {
+        let state = self.0.borrow();
+        state.cut(state.steps.len(), || false).0
     }
 
     /// All files as they are now.
@@ -115,9 +148,12 @@ impl State {
         let mut files = self.initial.clone();
         let mut unsynced = false;
         for (index, step) in self.steps[..end].iter().enumerate() {
-            let synced = self.steps[index..end]
-                .iter()
-                .any(|later| later.file == step.file && matches!(later.change, Change::Sync));
+            let mut later = self.steps[index..end].iter();
+            let first_sync = later.find(|later| {
+                let is_sync = matches!(later.change, Change::Sync | Change::FailedSync);
+                later.file == step.file && is_sync
+            });
+            let synced = first_sync.is_some_and(|sync| matches!(sync.change, Change::Sync));
             unsynced |= !synced;
             apply(&mut files[step.file], &step.change, || synced || keep());
         }
@@ -153,7 +189,7 @@ fn apply(file: &mut Vec<u8>, change: &Change, mut keep: impl FnMut() -> bool) {
                 file[start..end].fill(0);
             }
         }
-        Change::Sync => {}
+        Change::Sync | Change::FailedSync => {}
     }
 }
 
@@ -162,7 +198,7 @@ impl MemImage {
         let end = match &change {
             Change::Write { offset, bytes } => offset + bytes.len() as u64,
             Change::SetLen(len) => *len,
-            Change::Zero(_) | Change::Sync => 0,
+            Change::Zero(_) | Change::Sync | Change::FailedSync => 0,
         };
         if end > LEN_MAX {
             return Err(io::ErrorKind::StorageFull.into());
@@ -196,7 +232,11 @@ impl ImageFile for MemImage {
 
     fn write_all_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
         let bytes = bytes.to_vec();
-        self.change(Change::Write { offset, bytes })
+        self.change(Change::Write { offset, bytes })?;
+        match std::mem::take(&mut self.medium.0.borrow_mut().next_write_is_full) {
+            true => Err(io::ErrorKind::StorageFull.into()),
+            false => Ok(()),
+        }
     }
 
     fn set_len(&self, len: u64) -> io::Result<()> {
@@ -208,6 +248,13 @@ impl ImageFile for MemImage {
     }
 
     fn sync(&self) -> io::Result<()> {
+        let left = self.medium.0.borrow().syncs_until_failure;
+        if left == Some(0) {
+            self.medium.fail_sync_after(None);
+            self.change(Change::FailedSync)?;
+            return Err(rustix::io::Errno::IO.into());
+        }
+        self.medium.fail_sync_after(left.map(|left| left - 1));
         self.change(Change::Sync)
     }
 

@@ -55,8 +55,11 @@ pub(crate) struct Lift<F> {
     unmapped_bytes: u64,
     buffer: Vec<u8>,
     is_begun: bool,
-    /// It is marked as in use: somebody else who did not come to an end has left it so, perhaps.
+    /// It is marked as in use, or may be so: closing it is not over.
     is_marked: bool,
+    /// Somebody else who did not come to an end has left it marked, and not all that is read of
+    /// it need be on the disk: see [`Self::write_again`].
+    is_inherited: bool,
     /// A sync may have failed: nothing that was written is to be relied on.
     is_lost: bool,
     total: u64,
@@ -104,6 +107,7 @@ impl<F: ImageFile> Lift<F> {
             unmapped_bytes: UNMAPPED_BYTES,
             is_begun: false,
             is_marked,
+            is_inherited: is_marked,
             is_lost: false,
             total: 0,
             done: 0,
@@ -195,10 +199,11 @@ impl<F: ImageFile> Lift<F> {
         if !self.is_marked {
             return Ok(());
         }
+        self.begin()?;
         self.map()?;
         if rule::kept(Rule::LevelMapBeforeDrop) {
             let closed = self.upper.finish(InUse::Closed);
-            closed.inspect_err(|_| self.is_lost = true)?;
+            closed.inspect_err(|_| self.take_back_mark())?;
         }
         self.is_begun = false;
         self.is_marked = false;
@@ -287,6 +292,11 @@ impl<F: ImageFile> Lift<F> {
 
     fn begin(&mut self) -> Result<()> {
         if !self.is_begun {
+            // A write of the mark that fails may have been done.
+            self.is_marked = true;
+            if self.is_inherited {
+                self.write_again()?;
+            }
             if rule::kept(Rule::MarkBeforeLevelChanges) {
                 let begun = self.upper.begin();
                 // If the mark was written, its sync has failed.
@@ -294,9 +304,45 @@ impl<F: ImageFile> Lift<F> {
                 begun.inspect_err(|_| self.is_lost = is_marked)?;
             }
             self.is_begun = true;
-            self.is_marked = true;
+            self.is_inherited = false;
         }
         Ok(())
+    }
+
+    /// Whoever left the image marked may have done so after a failed sync: what that covered, the
+    /// kernel takes for written, and no later sync writes it. It can be read, and a cut takes it
+    /// away. So the mark and all entries are written once more, for the next sync; each entry's
+    /// cluster was stable before its entry was written. Behind the last of these the length, too,
+    /// is in doubt: it grows anew from there.
+    fn write_again(&mut self) -> Result<()> {
+        let end = self.upper.geometry().host_offset(HostCluster(self.host));
+        if self.file_len > end {
+            self.upper.set_len(end)?;
+            self.file_len = end;
+        }
+        // An entry that is empty was so when the image was closed last: entries only come.
+        let entries = (0..).map(GuestCluster).zip(self.upper.bat());
+        let mapped = entries.filter(|(_, entry)| **entry != 0);
+        let mapped = mapped.map(|(guest, _)| guest);
+        // The first sector has the mark.
+        let mark = std::iter::once(GuestCluster(0));
+        self.upper.write_entries(mark.chain(mapped))
+    }
+
+    /// The closed mark may be in the kernel's memory alone, or not at all. For who comes next
+    /// the image is in use, so that he writes it again.
+    fn take_back_mark(&mut self) {
+        self.is_lost = true;
+        let is_held = self.upper.file().require_lock().is_ok();
+        if is_held && self.upper.header().in_use == InUse::Closed {
+            self.upper.set_mark(InUse::Open);
+            if let Err(error) = self.upper.write_header() {
+                log::warn!(
+                    "{}: cannot be marked as in use: {error}",
+                    self.upper.path().display()
+                );
+            }
+        }
     }
 
     /// What was copied is made stable, then mapped.

@@ -1,7 +1,9 @@
 use super::*;
 use crate::format::{Header, Version};
 use crate::image::check::check_delta;
-use crate::image::testing::{CLUSTER, Entry, Medium, MemImage, header, image};
+use crate::image::testing::{
+    CLUSTER, Entry, Medium, MemImage, cluster_content, header, image, read_cluster,
+};
 use Entry::{At, Hole};
 
 /// Images below one that gets what they have.
@@ -270,5 +272,83 @@ fn a_wrong_map_is_refused() {
         };
         let (_medium, lift) = case.begin(&case.files());
         assert!(matches!(lift, Err(ImageError::Corrupt { .. })));
+    }
+}
+
+/// A lift into an empty image, of clusters whose entries are in two sectors.
+fn two_sectors() -> (Medium, Vec<u32>) {
+    let guests = vec![0, 1, 120];
+    let header = header(Version::V2, 130);
+    let mut entries = vec![Hole; 121];
+    for (index, guest) in (0..).zip(&guests) {
+        entries[*guest as usize] = At(index);
+    }
+    let medium = Medium::default();
+    medium.file("upper", image(&header, &[], 0));
+    medium.file("lower", image(&header, &entries, 3));
+    (medium, guests)
+}
+
+fn begin_again(medium: &Medium) -> Lift<MemImage> {
+    let load = |index| Delta::load(medium.reopen(index)).unwrap();
+    let lower = vec![Level::Ploop(load(1))];
+    let mut lift = Lift::new(load(0), lower, 0, true).unwrap();
+    lift.map_after(1);
+    lift
+}
+
+/// How many of the clusters the image has, each as it should be.
+#[track_caller]
+fn count_right(upper: Vec<u8>, guests: &[u32]) -> (usize, bool) {
+    let upper = crate::image::testing::delta(upper);
+    upper.require_readable().unwrap();
+    let mapped = (0..).zip(guests).filter(|(index, guest)| {
+        let is_mapped = upper.lookup(GuestCluster(**guest)).is_some();
+        assert!(!is_mapped || read_cluster(&upper, **guest) == cluster_content(*index));
+        is_mapped
+    });
+    (mapped.count(), upper.require_sound().is_ok())
+}
+
+#[test]
+fn what_a_failed_sync_may_have_lost_is_written_again() {
+    let mut failures = 0;
+    loop {
+        let (medium, guests) = two_sectors();
+        medium.fail_sync_after(Some(failures));
+        let mut lift = begin_again(&medium);
+        let failed = loop {
+            match lift.step() {
+                Ok(LiftStep::Done) => break false,
+                step if step.is_err() => break true,
+                _ => {}
+            }
+        };
+        if !failed {
+            break;
+        }
+        failures += 1;
+        let mut lift = begin_again(&medium);
+        while lift.step().unwrap() != LiftStep::Done {}
+        let (count, is_closed) = count_right(medium.stable()[0].clone(), &guests);
+        assert!(count == guests.len() && is_closed, "{count}, {is_closed}");
+        medium.cut_everywhere(4, |files| {
+            let (count, is_closed) = count_right(files[0].clone(), &guests);
+            assert!(!is_closed || count == 0 || count == guests.len());
+        });
+    }
+    // The mark, each cluster, all at the end, and the closed mark.
+    assert_eq!(failures, 6);
+}
+
+#[test]
+fn a_mark_that_may_have_been_written_is_taken_away_again() {
+    let (medium, guests) = two_sectors();
+    let mut lift = begin_again(&medium);
+    medium.fail_next_write();
+    assert_eq!(lift.step().unwrap(), LiftStep::Full);
+    lift.close().unwrap();
+    for files in [medium.contents(), medium.stable()] {
+        assert_eq!(count_right(files[0].clone(), &guests), (0, true));
     }
 }
