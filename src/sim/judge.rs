@@ -115,8 +115,12 @@ impl World {
         }
         self.scenario.check_extension(view, &image)?;
         let Before { closed, file, .. } = &self.before;
-        let is_old = *closed && view.has_data_of(top, file);
-        if image.closed && !self.before.is_troubled && !view.has_data_of(top, live) && !is_old {
+        let is_old = *closed && view.has_data_of(top, &image, file);
+        if image.closed
+            && !self.before.is_troubled
+            && !view.has_data_of(top, &image, live)
+            && !is_old
+        {
             return Err("I12: the image is marked as closed, and its content is neither the old nor the new one".to_owned());
         }
         if image.plain {

@@ -157,8 +157,8 @@ impl World {
                 continue;
             }
             let image = self.read_image(view, level)?;
-            let is_old = changing.was_closed && view.has_data_of(level, &changing.before);
-            if image.closed && !is_old && !view.has_data_of(level, &changing.live) {
+            let is_old = changing.was_closed && view.has_data_of(level, &image, &changing.before);
+            if image.closed && !is_old && !view.has_data_of(level, &image, &changing.live) {
                 return Err(format!(
                     "I12: level {} is marked as closed, and its content is neither the old nor \
                      the new one",

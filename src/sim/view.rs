@@ -5,9 +5,11 @@ use std::cell::RefCell;
 
 use smallvec::SmallVec;
 
+use super::checker::Image;
 use super::disk::for_sectors;
 use super::file::{ContentId, Contents, Left, SECTOR, SimFile};
 use super::pattern::{self, Value};
+use crate::format::Header;
 use crate::storage::FileId;
 
 /// See the module's text.
@@ -68,11 +70,29 @@ impl<'a> View<'a> {
         }
     }
 
-    /// Whether readers of the file see the same as those of another, but for the first
-    /// sector.
-    pub fn has_data_of(&self, file: FileId, other: &SimFile) -> bool {
-        let (sectors, len) = self.files[usize::from(file.0)];
-        len == other.len() && sectors.get(1..) == other.sectors().get(1..)
+    /// Whether readers of the file, which is this `image`, see the same as those of another. What
+    /// the first sector says beside the entries is left out, as the mark is there, and so are
+    /// clusters that nothing is mapped to: a hole that was punched while the image was being
+    /// closed need not be stable, and whoever opens the image takes such a cluster for one that
+    /// was left with data in it.
+    pub fn has_data_of(&self, file: FileId, image: &Image, other: &SimFile) -> bool {
+        let sectors_of = |offset: u64, len: u64| {
+            let sector = SECTOR as u64;
+            offset / sector..(offset + len) / sector
+        };
+        let bytes = |content| self.contents.get(content);
+        let is_same = |sector: u64| {
+            let (own, its) = (self.content(file, sector), other.sector(sector));
+            own == its || bytes(own) == bytes(its)
+        };
+        let entries = |content| &bytes(content)[Header::LEN..];
+        let mapped = image.map.iter().filter(|offset| **offset != 0);
+        self.len(file) == other.len()
+            && entries(self.content(file, 0)) == entries(other.sector(0))
+            && sectors_of(0, image.data_start).skip(1).all(is_same)
+            && mapped
+                .flat_map(|offset| sectors_of(*offset, image.cluster))
+                .all(is_same)
     }
 
     fn content(&self, file: FileId, sector: u64) -> ContentId {
