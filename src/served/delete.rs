@@ -98,7 +98,6 @@ impl Deletion {
         let engine = site.engine;
         let bundle = bundle_of(site.bundle.as_deref_mut())?;
         bundle.refresh()?;
-        let going = self.which.find(bundle)?;
         // Nor may the descriptor be replaced by who may have lost the disk since the last look.
         if !engine.disk().can_retire() {
             return Err(JobError::Impossible(
@@ -106,7 +105,7 @@ impl Deletion {
                  look like that; 'ploop-img snapshot delete' deletes it when nobody uses the disk",
             ));
         }
-        let range = match going {
+        let range = match self.which.find(bundle)? {
             Going::Leaf(guid) => {
                 self.deleted = Some(delete_leaf(bundle, guid)?);
                 return Ok(Step::Done);
