@@ -160,6 +160,17 @@ pub fn measure(setting: &Setting, rounds: u32) -> Result<Changes> {
     })
 }
 
+/// A run in which it is not looked what is read: after jobs a part of the disk is, in the end.
+fn plan(setting: &Setting, round: u32) -> Plan {
+    Plan {
+        limit: Some(setting.run_time),
+        budget: None,
+        generation: PREPARED,
+        expected: None,
+        seed: u64::from(round) << 32,
+    }
+}
+
 /// A server with its control socket, and a client of that.
 struct Site {
     station: Station,
@@ -195,14 +206,7 @@ impl Site {
     /// In requests a second, and the longest in milliseconds.
     fn run(&mut self, setting: &Setting, workload: &Workload, round: u32) -> Result<(f64, f64)> {
         setting.check_interrupted()?;
-        let plan = Plan {
-            limit: Some(setting.run_time),
-            budget: None,
-            generation: PREPARED,
-            expected: None,
-            seed: u64::from(round) << 32,
-        };
-        let (outcome, _) = self.station.run(workload, &plan)?;
+        let (outcome, _) = self.station.run(workload, &plan(setting, round))?;
         let rate = outcome.requests as f64 / outcome.elapsed.as_secs_f64();
         Ok((rate, outcome.latency.max() as f64 / 1e6))
     }
@@ -299,16 +303,16 @@ fn measure_job(setting: &Setting, bed: Bed, work: Work, rounds: u32) -> Result<B
         moved_alone: 0.0,
     };
     for round in 0..rounds {
-        let alone = |site: &mut Site| site.run(setting, &workload, round).map(|(rate, _)| rate);
+        let rate = |site: &mut Site| site.run(setting, &workload, round).map(|run| run.0);
         // What follows what shall not matter.
         let is_first = round % 2 == 0;
         if is_first {
-            beside.alone.push(alone(&mut site)?);
+            beside.alone.push(rate(&mut site)?);
         }
         work.begin(&mut site.qmp, guid.as_ref())?;
         let (before, _) = site.progress()?;
         let start = Instant::now();
-        beside.beside.push(alone(&mut site)?);
+        beside.beside.push(rate(&mut site)?);
         let time = start.elapsed();
         let job = site.job()?;
         let is_running = job["status"] == "running";
@@ -317,7 +321,7 @@ fn measure_job(setting: &Setting, bed: Bed, work: Work, rounds: u32) -> Result<B
         beside.moved.push((after - before) / time.as_secs_f64());
         site.end_job(true)?;
         if !is_first {
-            beside.alone.push(alone(&mut site)?);
+            beside.alone.push(rate(&mut site)?);
         }
     }
     let start = Instant::now();
@@ -398,13 +402,7 @@ fn measure_holds(
                 }
                 _ => json!({}),
             };
-            let plan = Plan {
-                limit: Some(setting.run_time),
-                budget: None,
-                generation: PREPARED,
-                expected: None,
-                seed: u64::from(round) << 32,
-            };
+            let plan = plan(setting, round);
             let longest = thread::scope(|scope| {
                 let change = scope.spawn(|| {
                     thread::sleep(setting.run_time / 3);
