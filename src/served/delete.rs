@@ -39,6 +39,10 @@ const AT_ONCE: usize = 4;
 /// How long a step takes at least, if there is so much to do.
 const STEP: Duration = Duration::from_millis(20);
 
+/// For so long a step waits for the copies that it has begun, in all: whoever steers the job is
+/// heard between two steps.
+const LONGEST_STEP: Duration = Duration::from_millis(500);
+
 /// How long it waits at once for copies.
 const PAUSE: Duration = Duration::from_millis(5);
 
@@ -211,17 +215,21 @@ fn begin_lifting(bundle: &Bundle, levels: &Levels, range: Range) -> Result<Stage
 /// So many clusters, at most.
 fn copy(site: &mut Site<'_, HostDisk>, range: Range, mut copies: CopyUp, limit: u64) -> Gone {
     let engine = site.engine;
-    let end = Instant::now() + STEP;
+    let start = Instant::now();
     let (before, _) = copies.progress();
     let refusal = loop {
         let left = limit.saturating_sub(copies.progress().0 - before);
-        if left == 0 {
+        let took = start.elapsed();
+        let begins = left > 0 && took < STEP;
+        // The rest that follows is the guest's alone, and is as long as the step took.
+        if !begins && (copies.under_way() == 0 || took >= LONGEST_STEP) {
             break None;
         }
         // Those that end now are not begun anew.
         let at_once = usize::try_from(left).map_or(AT_ONCE, |left| {
             left.saturating_sub(copies.under_way()).min(AT_ONCE)
         });
+        let at_once = if begins { at_once } else { 0 };
         match copies.step(engine, at_once) {
             Ok(CopyUpStep::On) => {}
             Ok(CopyUpStep::Waits) => copies.wait(PAUSE),
@@ -234,9 +242,6 @@ fn copy(site: &mut Site<'_, HostDisk>, range: Range, mut copies: CopyUp, limit: 
                 return Ok((Next::Deleted(Box::new(deleted)), None));
             }
             Err(error) => return Err(error.into()),
-        }
-        if Instant::now() >= end {
-            break None;
         }
     };
     Ok((Next::Stage(Stage::Copying(range, copies)), refusal))

@@ -133,9 +133,16 @@ fn a_step_copies_no_more_than_it_may() {
         if matches!(step, Ok(Step::Done)) {
             break;
         }
-        // Copies that a step leaves under way are those of the next one.
         let copied = (job.progress().done - before) / CLUSTER.bytes();
         assert!(copied <= clusters, "{copied} of {at_most}");
+        let Stage::Copying(_, copies) = &job.stage else {
+            panic!("there is more to copy");
+        };
+        assert_eq!(
+            copies.under_way(),
+            0,
+            "the rest after a step is the guest's"
+        );
         assert!(matches!(step, Ok(Step::More { bytes }) if bytes == copied * CLUSTER.bytes()));
     }
     while rig.step(&mut job).unwrap() != Step::Done {}
