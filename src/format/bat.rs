@@ -138,7 +138,8 @@ pub fn scan_bat_with(
 ) -> BatScan {
     let mut scanner = BatScanner::new(geometry, file_len);
     for value in entries.into_iter().take(geometry.entries as usize) {
-        scanner.look_at_all(std::iter::once(value), |_, _| (), &mut report);
+        let value = std::iter::once(value);
+        scanner.look_at_all(value, |_, _| (), &mut report, || file_len);
     }
     scanner.end()
 }
@@ -158,15 +159,11 @@ pub struct BatScanner<'a> {
 impl<'a> BatScanner<'a> {
     /// Before the first entry. `file_len` is the length of the image file in bytes.
     pub fn new(geometry: &'a Geometry, file_len: u64) -> Self {
-        let clusters = geometry
-            .host_clusters_below(file_len)
-            .min(u64::from(geometry.host_cluster_limit()));
-        let is_last_whole = geometry.host_offset(HostCluster(clusters as u32)) <= file_len;
-        let whole = clusters - u64::from(!is_last_whole && clusters > 0);
+        let (clusters, whole) = clusters_of(geometry, file_len);
         Self {
             geometry,
             disk_clusters: geometry.disk_clusters(),
-            whole: geometry.first_host_cluster().0..whole as u32,
+            whole: geometry.first_host_cluster().0..whole,
             next: 0,
             scan: BatScan {
                 used: ClusterSet::new(clusters),
@@ -187,6 +184,10 @@ impl<'a> BatScanner<'a> {
     /// Looks at the next entries, and gives those that map a cluster to `map`, with the place,
     /// and those that are wrong to `report`.
     ///
+    /// Before one counts as pointing behind the end of the file, `file_len` is asked how long that
+    /// is now: somebody may be at work who makes the file longer first, and maps a cluster there
+    /// then. So what it says has to be younger than the entries.
+    ///
     /// There may be millions, and a guest that stands still until all were looked at: of a good
     /// one, this looks at nothing but its place.
     #[inline]
@@ -195,6 +196,7 @@ impl<'a> BatScanner<'a> {
         values: impl ExactSizeIterator<Item = u32>,
         mut map: impl FnMut(GuestCluster, HostCluster),
         mut report: impl FnMut(BatProblem),
+        mut file_len: impl FnMut() -> u64,
     ) {
         let first = self.next;
         let end = u64::from(first) + values.len() as u64;
@@ -211,7 +213,7 @@ impl<'a> BatScanner<'a> {
                 map(GuestCluster(guest), host);
                 continue;
             }
-            match self.judge(GuestCluster(guest), value) {
+            match self.judge(GuestCluster(guest), value, &mut file_len) {
                 Ok(host) => map(GuestCluster(guest), host),
                 Err(problem) => report(problem),
             }
@@ -222,8 +224,16 @@ impl<'a> BatScanner<'a> {
 
     /// What an entry maps to, or what is wrong with it.
     #[cold]
-    fn judge(&mut self, guest: GuestCluster, value: u32) -> Result<HostCluster, BatProblem> {
+    fn judge(
+        &mut self,
+        guest: GuestCluster,
+        value: u32,
+        file_len: impl FnOnce() -> u64,
+    ) -> Result<HostCluster, BatProblem> {
         let host = self.geometry.host_cluster(value);
+        if host.is_some_and(|host| host.0 >= self.whole.end) {
+            self.lengthen(file_len());
+        }
         match host.filter(|host| self.whole.contains(&host.0)) {
             Some(host) if self.scan.used.insert(host) => {
                 self.count(guest);
@@ -231,6 +241,13 @@ impl<'a> BatScanner<'a> {
             }
             _ => Err(self.problem_with(guest, value)),
         }
+    }
+
+    /// The file has this length now; it matters only if it is longer than it was.
+    fn lengthen(&mut self, file_len: u64) {
+        let (clusters, whole) = clusters_of(self.geometry, file_len);
+        self.scan.used.lengthen(clusters);
+        self.whole.end = self.whole.end.max(whole);
     }
 
     /// What is wrong with an entry that is not good.
@@ -260,6 +277,17 @@ impl<'a> BatScanner<'a> {
         scan.end = scan.end.max(scan.used.end());
         scan
     }
+}
+
+/// How many host clusters a file of this length has, a started last one included, and how many
+/// without that.
+fn clusters_of(geometry: &Geometry, file_len: u64) -> (u64, u32) {
+    let clusters = geometry
+        .host_clusters_below(file_len)
+        .min(u64::from(geometry.host_cluster_limit()));
+    let is_last_whole = geometry.host_offset(HostCluster(clusters as u32)) <= file_len;
+    let whole = clusters - u64::from(!is_last_whole && clusters > 0);
+    (clusters, whole as u32)
 }
 
 fn unmappable(geometry: &Geometry, guest: GuestCluster, value: u32) -> BatProblem {

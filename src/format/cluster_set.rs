@@ -24,6 +24,14 @@ impl ClusterSet {
         }
     }
 
+    /// The file has become longer, if this is more than [`Self::len`].
+    pub fn lengthen(&mut self, len: u64) {
+        if len > self.len {
+            self.words.resize(len.div_ceil(BITS) as usize, 0);
+            self.len = len;
+        }
+    }
+
     /// How many clusters can be in it.
     pub const fn len(&self) -> u64 {
         self.len
@@ -115,6 +123,16 @@ mod tests {
         assert!(!set.insert(HostCluster(200)) && !set.contains(HostCluster(200)));
         assert_eq!(gaps(&set, 4), [(5, 63), (65, 127), (129, 199)]);
         assert_eq!(set.end(), HostCluster(200));
+    }
+
+    #[test]
+    fn more_can_be_in_it_when_the_file_is_longer() {
+        let mut set = ClusterSet::new(62);
+        set.insert(HostCluster(61));
+        set.lengthen(66);
+        set.lengthen(3);
+        assert!(set.insert(HostCluster(65)) && !set.insert(HostCluster(66)));
+        assert_eq!(gaps(&set, 60), [(60, 61), (62, 65)]);
     }
 
     #[test]

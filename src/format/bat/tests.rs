@@ -57,6 +57,31 @@ fn an_empty_bat_of_an_empty_file_area() {
 }
 
 #[test]
+fn a_file_may_become_longer_while_its_bat_is_looked_at() {
+    let geometry = v2();
+    let mut scanner = BatScanner::new(&geometry, 2 * CLUSTER);
+    let (mut mapped, mut problems, mut asked) = (Vec::new(), Vec::new(), 0);
+    scanner.look_at_all(
+        [1, 3, 2, 4, 5].into_iter(),
+        |guest, host| mapped.push((guest.0, host.0)),
+        |problem| problems.push(problem),
+        || {
+            asked += 1;
+            4 * CLUSTER + 1
+        },
+    );
+    assert_eq!(mapped, [(0, 1), (1, 3), (2, 2)]);
+    let (guest, host) = (GuestCluster(3), HostCluster(4));
+    let cut = BatProblem::Truncated { guest, host };
+    let (guest, host) = (GuestCluster(4), HostCluster(5));
+    assert_eq!(problems, [cut, BatProblem::BeyondEnd { guest, host }]);
+    assert_eq!(asked, 3, "only where it matters");
+    let scan = scanner.end();
+    assert_eq!(used(&scan), [1, 2, 3, 4].map(HostCluster));
+    assert_eq!((scan.used.len(), scan.end), (5, HostCluster(5)));
+}
+
+#[test]
 fn an_entry_behind_the_disk_is_used_and_no_problem() {
     let scan = scan_bat(&v2(), 2 * CLUSTER, [0, 0, 0, 0, 0, 0, 0, 0, 0, 1]);
     assert!(scan.is_clean());
@@ -214,6 +239,7 @@ proptest! {
                 piece.iter().copied(),
                 |guest, host| mapped.push((guest, host)),
                 |problem| listed.push(problem),
+                || file_len,
             );
         }
         let pieces = scanner.end();

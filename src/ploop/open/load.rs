@@ -1,6 +1,7 @@
 //! Reading a chain: headers and BATs of all levels are checked, and merged into
 //! one mapping. Writes nothing.
 
+use std::cell::Cell;
 use std::io;
 
 use super::super::bat::{Bat, BatSize};
@@ -179,7 +180,9 @@ fn map_plain(file: FileId, geometry: &Geometry, bat: &Bat) {
     }
 }
 
-/// Reads, checks and merges the BAT of one level; says how long its file is, too.
+/// Reads, checks and merges the BAT of one level; says how long its file is, too. One that gets
+/// what others have while it is read (`image/snapshot/lift.rs`) becomes longer first, and has the
+/// entries then.
 fn load_bat(
     disk: &impl Disk,
     file: FileId,
@@ -198,12 +201,15 @@ fn load_bat(
         });
     }
     let mut scanner = BatScanner::new(geometry, len);
+    let len = Cell::new(len);
     let mut first_problem = None;
     for_chunks(disk, file, needed, |words| {
         if words == &ZEROS[..words.len()] {
             return scanner.skip(words.len() as u32 / 4);
         }
         let words = words.chunks_exact(4);
+        // Once for all of them is enough: they were read before.
+        let mut is_asked = false;
         scanner.look_at_all(
             words.map(|word| u32::from_le_bytes([word[0], word[1], word[2], word[3]])),
             // Others are not written down: the memory for them may not even be there.
@@ -211,12 +217,19 @@ fn load_bat(
             |problem| {
                 first_problem.get_or_insert(problem);
             },
+            || {
+                if !std::mem::replace(&mut is_asked, true) {
+                    // If it is not known, it is what it was.
+                    len.set(disk.len(file).unwrap_or(0).max(len.get()));
+                }
+                len.get()
+            },
         );
     })
     .map_err(OpenError::io("read the BAT", file))?;
     let scan = scanner.end();
     match first_problem {
-        None => Ok((scan, len)),
+        None => Ok((scan, len.get())),
         Some(first) => Err(OpenError::CorruptBat {
             level: file.0,
             problems: scan.problem_count,
@@ -268,3 +281,6 @@ pub(super) fn read_bat_tail(
         .map_err(OpenError::io("read the BAT", file))?;
     Ok(tail)
 }
+
+#[cfg(all(test, not(ploop_loom)))]
+mod tests;
