@@ -168,6 +168,7 @@ impl<F: ImageFile> Lift<F> {
     }
 
     fn try_step(&mut self) -> Result<LiftStep> {
+        self.require_nothing_lost()?;
         let unmapped = self.unmapped.len() as u64 * self.cluster_bytes();
         if unmapped >= self.unmapped_bytes {
             self.map()?;
@@ -199,6 +200,7 @@ impl<F: ImageFile> Lift<F> {
         if !self.is_marked {
             return Ok(());
         }
+        self.require_nothing_lost()?;
         self.begin()?;
         self.map()?;
         if rule::kept(Rule::LevelMapBeforeDrop) {
@@ -208,6 +210,15 @@ impl<F: ImageFile> Lift<F> {
         self.is_begun = false;
         self.is_marked = false;
         Ok(())
+    }
+
+    /// A sync that failed is not made good by one that succeeds later.
+    fn require_nothing_lost(&self) -> Result<()> {
+        let lost = || io::Error::other("a sync of it has failed, and it may lack what it covered");
+        match self.is_lost {
+            true => Err(lost()).context(self.upper.path(), "go on with"),
+            false => Ok(()),
+        }
     }
 
     /// The first cluster from here on that is to be copied, and which of the images below has it

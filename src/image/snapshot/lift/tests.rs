@@ -352,3 +352,27 @@ fn a_mark_that_may_have_been_written_is_taken_away_again() {
         assert_eq!(count_right(files[0].clone(), &guests), (0, true));
     }
 }
+
+/// Nothing of what it could not make stable counts, however often it is told to come to an end.
+#[test]
+fn one_that_cannot_be_closed_when_it_is_given_up_stays_marked() {
+    // The sync of what was copied, that of its entries, and that of the closed mark.
+    for failures in 0..3 {
+        let (medium, guests) = two_sectors();
+        let mut lift = begin_again(&medium);
+        lift.map_after(u64::MAX);
+        assert_eq!(lift.step().unwrap(), LiftStep::More);
+        medium.fail_sync_after(Some(failures));
+        assert!(lift.close().is_err());
+        assert!(lift.close().is_err() && lift.step().is_err());
+        drop(lift);
+        for files in [medium.contents(), medium.stable()] {
+            let (_, is_closed) = count_right(files[0].clone(), &guests);
+            assert!(!is_closed, "after {failures} syncs");
+        }
+        // Who deletes the image below later goes on with it.
+        let mut lift = begin_again(&medium);
+        while lift.step().unwrap() != LiftStep::Done {}
+        assert_eq!(count_right(medium.stable()[0].clone(), &guests), (3, true));
+    }
+}
