@@ -43,7 +43,8 @@ pub(crate) struct Lift<F> {
     plain_size: u64,
     /// Nothing lies below them: a cluster of zeros need not be there.
     is_base: bool,
-    plain_data: PlainData,
+    /// Of each of them.
+    data: Vec<Data>,
     /// Where to look on.
     next: u32,
     /// The next cluster of the file.
@@ -97,10 +98,10 @@ impl<F: ImageFile> Lift<F> {
             file_len: upper.file_len()?,
             buffer: vec![0; geometry.cluster.bytes() as usize],
             upper,
+            data: lower.iter().map(|_| Data::default()).collect(),
             lower,
             plain_size,
             is_base,
-            plain_data: PlainData::default(),
             next: 0,
             host: first.0,
             unmapped: Vec::new(),
@@ -226,6 +227,7 @@ impl<F: ImageFile> Lift<F> {
     fn find(&mut self, from: u32, looks: u32) -> Result<Found> {
         let geometry = *self.upper.geometry();
         let end = geometry.disk_clusters() as u32;
+        let size = geometry.cluster.bytes();
         let mut guest = GuestCluster(from);
         for _ in 0..looks {
             if guest.0 >= end {
@@ -235,14 +237,19 @@ impl<F: ImageFile> Lift<F> {
                 for (index, level) in self.lower.iter().enumerate() {
                     match level {
                         Level::Ploop(delta) => {
-                            if let Some(offset) = delta.lookup(guest) {
-                                return Ok(Found::Cluster(guest, (index, offset)));
+                            let Some(offset) = delta.lookup(guest) else {
+                                continue;
+                            };
+                            let file = delta.file();
+                            // One that was preallocated, perhaps.
+                            if self.is_base && self.data[index].has_none(file, offset, size)? {
+                                break;
                             }
+                            return Ok(Found::Cluster(guest, (index, offset)));
                         }
                         Level::Plain(file) => {
                             let start = geometry.cluster_start(guest);
-                            let data = self.plain_data.find(file, start);
-                            let data = data.context(file.path(), "look for data in")?;
+                            let data = self.data[index].find(file, start)?;
                             let data = data.unwrap_or(self.plain_size);
                             if data >= self.plain_size {
                                 // It has nothing from here on.
@@ -376,26 +383,33 @@ impl<F: ImageFile> Lift<F> {
     }
 }
 
-/// Where data begins in a raw file, for who asks from its start to its end, cluster by cluster: the
-/// host is asked once for each range of data, as it may look at all of a file's extents for each
-/// question.
+/// Where data begins in a file, for who asks mostly from its start to its end, cluster by cluster:
+/// the host is asked once for each range of data, as it may look at all of a file's extents for
+/// each question.
 #[derive(Default)]
-struct PlainData {
+struct Data {
     /// Of this range the answer is known.
     known: Range<u64>,
     /// The data at its end, if there is any.
     data: Option<Range<u64>>,
 }
 
-impl PlainData {
+impl Data {
     /// The first byte of data from here on, if there is any.
-    fn find(&mut self, file: &impl ImageFile, start: u64) -> io::Result<Option<u64>> {
+    fn find(&mut self, file: &impl ImageFile, start: u64) -> Result<Option<u64>> {
         if !self.known.contains(&start) {
-            self.data = file.next_data(start)?;
+            let found = file.next_data(start);
+            self.data = found.context(file.path(), "look for data in")?;
             let end = self.data.as_ref().map_or(u64::MAX, |data| data.end);
             self.known = start..end;
         }
         Ok(self.data.as_ref().map(|data| data.start.max(start)))
+    }
+
+    /// Whether all of a range is a hole.
+    fn has_none(&mut self, file: &impl ImageFile, start: u64, len: u64) -> Result<bool> {
+        let data = self.find(file, start)?;
+        Ok(data.is_none_or(|data| data >= start + len))
     }
 }
 

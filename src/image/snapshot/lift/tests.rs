@@ -174,6 +174,40 @@ fn zeros_are_copied_only_to_hide_what_is_below() {
 }
 
 #[test]
+fn of_a_preallocated_image_only_what_is_no_hole_is_to_be_copied() {
+    // Each of three clusters of the file is a hole, and one of a level above that is one, too.
+    let mut base = image(&header(Version::V2, 9), &[At(3), At(1), At(0), At(2)], 4);
+    for index in [0, 2, 3] {
+        let start = base.len() - (4 - index) * CLUSTER;
+        base[start..start + CLUSTER].fill(0);
+    }
+    let mut middle = image(&header(Version::V2, 9), &[Hole, At(0)], 1);
+    let start = middle.len() - CLUSTER;
+    middle[start..].fill(0);
+    let upper = || image(&header(Version::V2, 9), &[Hole, Hole, Hole, Hole, At(0)], 1);
+    for (lower, is_base, total) in [
+        (vec![(base.clone(), false)], true, 1),
+        // What lies below would show.
+        (vec![(base.clone(), false)], false, 4),
+        (vec![(middle, false), (base, false)], true, 0),
+    ] {
+        let upper = upper();
+        let case = Case {
+            upper,
+            lower,
+            is_base,
+        };
+        let (medium, lift) = case.begin(&case.files());
+        let mut lift = lift.unwrap();
+        assert_eq!(lift.progress(), (0, total));
+        let before = case.view(&case.files(), true);
+        while lift.step().unwrap() != LiftStep::Done {}
+        assert_eq!(lift.progress(), (total, total));
+        assert!(case.view(&medium.contents(), !is_base) == before);
+    }
+}
+
+#[test]
 fn behind_the_end_of_a_smaller_disk_there_are_zeros() {
     for version in [Version::V2, Version::V1] {
         let lower = image(&odd(version, 3 * 64 - 20), &[At(0), At(1), At(2)], 3);
