@@ -241,6 +241,16 @@ mod tests {
     }
 
     #[test]
+    fn a_step_moves_what_the_limit_grants_for_a_slice() {
+        assert_eq!(step_within(0), u64::MAX, "there is no limit");
+        // Of a second a slice is a tenth.
+        assert_eq!(step_within(50 << 20), 5 << 20);
+        assert_eq!(step_within(u64::MAX), u64::MAX / 10);
+        // Less than that is less than any step can be.
+        assert_eq!(step_within(9), 0);
+    }
+
+    #[test]
     fn nobody_rests_for_a_guest_that_does_nothing() {
         let held = |share| Held {
             is_cancelled: false,

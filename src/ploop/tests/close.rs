@@ -270,6 +270,36 @@ fn an_image_that_was_trimmed_and_is_served_on_is_as_long_as_before() {
     assert!(rig.disk.live_len(FileId(0)) < before);
 }
 
+/// Nothing that is behind its end could be made stable any more, and nobody is told that it was.
+#[test]
+fn an_image_that_stays_shorter_than_it_was_counts_as_one_that_cannot_be_synced() {
+    let rig = Rig::new(16 * CLUSTER);
+    rig.write(0, &[1; 512]).unwrap();
+    rig.flush().unwrap();
+    let before = rig.disk.live_len(FileId(0));
+    let hand_over = Control::HandOver { trims: true };
+    let outcome = rig.engine.control(hand_over);
+    rig.disk.change_medium(|medium| {
+        medium.faults.write = 1.0;
+        medium.len_max = before - 1;
+    });
+    while outcome.get().is_none() {
+        rig.poll_md();
+        rig.step_disk();
+    }
+    assert!(matches!(outcome.get(), Some(Err(EngineError::Io(_)))));
+    rig.disk.change_medium(|medium| {
+        medium.faults.write = 0.0;
+        medium.len_max = u64::MAX;
+    });
+    assert!(rig.disk.live_len(FileId(0)) < before);
+    assert!(!rig.engine.is_suspended());
+    assert_eq!(rig.read(0, 512), [1; 512]);
+    rig.write(0, &[2; 512]).unwrap();
+    assert_eq!(rig.flush(), Err(EngineError::SyncFailed));
+    assert_eq!(rig.control(hand_over), Err(EngineError::SyncFailed));
+}
+
 #[test]
 fn an_image_whose_mark_cannot_be_synced_stays_and_nothing_counts_as_stable() {
     let rig = Rig::new(16 * CLUSTER);
