@@ -56,6 +56,8 @@ enum Order {
     Watch(FileWatch),
     /// The image was opened anew, or is not open: others may have changed its bundle.
     ReadBundle,
+    /// Others may have changed what of it is no part of the disk.
+    CatchUp,
     /// Why the disk may not become larger, if there is such a reason.
     Hides(Option<ImageError>),
     Do(Errand),
@@ -135,6 +137,12 @@ impl Caretaker {
     /// Others may have changed the bundle of the disk, which is not open here, or was not.
     pub fn read_bundle_anew(&self) {
         self.tell(Order::ReadBundle);
+    }
+
+    /// Another process has served the disk since the bundle was read, of whose images nothing has
+    /// changed.
+    pub fn catch_up(&self) {
+        self.tell(Order::CatchUp);
     }
 
     /// The image was opened anew; `hidden` is why its disk may not become larger now, if there
@@ -276,6 +284,13 @@ impl Kept {
         }
     }
 
+    fn catch_up(&mut self) {
+        let read = self.bundle.as_mut().map_or(Ok(()), Bundle::catch_up);
+        if let Err(error) = read {
+            log::error!("the disk cannot be changed: {}", with_causes(&error));
+        }
+    }
+
     /// As `ploop-img snapshot list --output json` shows them.
     fn list_snapshots(&mut self) -> Result<Value, String> {
         let bundle = self.bundle.as_mut();
@@ -372,6 +387,7 @@ fn work(orders: &Receiver<Order>, mut disk: Kept) {
         match order {
             Ok(Order::Watch(files)) => rounds = Rounds::of(files),
             Ok(Order::ReadBundle) => disk.read_bundle(),
+            Ok(Order::CatchUp) => disk.catch_up(),
             Ok(Order::Hides(hidden)) => disk.hidden = hidden.map(Arc::new),
             Ok(Order::Do(errand)) => errand.carry_out(&mut disk, &mut rounds),
             Ok(Order::Begin(begun)) => course = Some(begun),

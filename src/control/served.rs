@@ -173,6 +173,14 @@ impl Image {
         Ok(())
     }
 
+    /// The files are this process's by now, and what of the bundle is no part of the disk may be
+    /// other than it was when they were opened.
+    pub fn catch_up(&self) {
+        if let Some(caretaker) = &self.standing.caretaker {
+            caretaker.catch_up();
+        }
+    }
+
     /// The disk has this size by now. A raw image does not say so itself, and whoever has
     /// opened it may have read an old descriptor. One that is shorter keeps what it was
     /// opened with.

@@ -95,6 +95,20 @@ impl Bundle {
         Ok(())
     }
 
+    /// Reads the descriptor again, of a disk whose images were opened by what it said before and
+    /// which another process has served since: branches that it is no part of may have gone.
+    ///
+    /// # Errors
+    /// As [`Self::open`]; or the disk consists of other images by now. What was read before stays.
+    pub fn catch_up(&mut self) -> Result<()> {
+        let now = read_descriptor(&self.folder)?;
+        if now.chain(now.top()) != self.descriptor.chain(self.descriptor.top()) {
+            return Err(changed(&self.folder));
+        }
+        self.descriptor = now;
+        Ok(())
+    }
+
     /// Reads the descriptor again, whatever it says: nobody here has the disk open that it
     /// describes.
     ///

@@ -2,6 +2,7 @@
 
 use std::fs::{self, File};
 use std::os::unix::fs::{FileExt, MetadataExt};
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
@@ -25,7 +26,7 @@ use crate::death::{NEVER, begin, expect, reconnect, write};
 use crate::front_end::*;
 use crate::grow::{Halt, create, rig_of};
 use crate::stat::{Host, VARIABLE};
-use crate::upgrade::{Fake, GO, REFUSED, upgrades};
+use crate::upgrade::{Fake, GO, REFUSED, SERVING, relay_until, upgrades};
 use crate::{OK, Rig, expect_service, start_front_end, wait_for};
 
 pub const CREATE: &str = "snapshot-create";
@@ -684,6 +685,34 @@ fn a_process_that_came_before_a_deletion_does_not_take_over_after_it() {
     drop(front_end);
     backend.stop();
     expect_sound(&rig.image, 0);
+}
+
+/// Of the disk it has opened nothing has changed, so it takes over.
+#[test]
+fn a_process_that_came_before_a_branch_went_can_change_the_disk() {
+    let rig = bundle();
+    let backend = serve(&rig, &[]);
+    let mut qmp = Qmp::connect(&control(&rig));
+    let (stays, goes) = (take(&mut qmp), take(&mut qmp));
+    backend.stop();
+    let path = rig.image.to_str().unwrap();
+    crate::ploop_img(["snapshot", "switch", path, &stays]).ok();
+    let socket = format!("--upgrade-socket={}", upgrades(&rig).display());
+    let backend = serve(&rig, &[&socket]);
+    let at = rig.folder.path().join("relay");
+    let listener = UnixListener::bind(&at).unwrap();
+    let successor = backend.spawn_successor(&rig.image, &at, &[]);
+    // By now it has read the descriptor.
+    let (theirs, _) = listener.accept().unwrap();
+    delete(&mut Qmp::connect(&control(&rig)), &goes);
+    let ours = UnixStream::connect(upgrades(&rig)).unwrap();
+    relay_until(SERVING, &theirs, &ours);
+    let backend = backend.gives_way_to(successor);
+    let mut qmp = Qmp::connect(&control(&rig));
+    delete(&mut qmp, &stays);
+    take(&mut qmp);
+    backend.stop();
+    expect_sound(&rig.image, 1);
 }
 
 #[test]

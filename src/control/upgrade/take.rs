@@ -108,6 +108,7 @@ pub(in crate::control) fn take_over(
     expect(receive(ANSWER_TIME)?, kind::GO)?;
 
     let limit = deadline::Limit::start(TIME_TO_SERVE).map_err(Error::Setup)?;
+    image.catch_up();
     image.set_raw_size(state.size).map_err(Error::Setup)?;
     // Not before: what it knows of the files would be old.
     let disk = image.disk(args)?;
