@@ -221,6 +221,17 @@ impl SimFile {
         &self.live
     }
 
+    /// Whether a cut could leave this content in a sector, and another one as well.
+    pub fn may_become(&self, sector: u64, content: ContentId) -> bool {
+        let Some(unstable) = self.sectors.get(&(sector as u32)) else {
+            return false;
+        };
+        let mut versions = unstable.versions.iter();
+        let stable = self.stable.get(sector as usize).copied();
+        stable.unwrap_or(ContentId::ZEROS) == content
+            || versions.any(|version| version.value == content)
+    }
+
     /// Whether something would be lost if the power went now and nothing
     /// survived.
     pub fn is_unsynced(&self) -> bool {

@@ -76,6 +76,17 @@ impl<'a> View<'a> {
     /// closed need not be stable, and whoever opens the image takes such a cluster for one that
     /// was left with data in it.
     pub fn has_data_of(&self, file: FileId, image: &Image, other: &SimFile) -> bool {
+        self.has_data_but(file, image, other, |_, _| false)
+    }
+
+    /// The same, but for sectors of clusters that may have other content, as `may_have` says.
+    pub fn has_data_but(
+        &self,
+        file: FileId,
+        image: &Image,
+        other: &SimFile,
+        may_have: impl Fn(u64, ContentId) -> bool,
+    ) -> bool {
         let sectors_of = |offset: u64, len: u64| {
             let sector = SECTOR as u64;
             offset / sector..(offset + len) / sector
@@ -92,7 +103,7 @@ impl<'a> View<'a> {
             && sectors_of(0, image.data_start).skip(1).all(is_same)
             && mapped
                 .flat_map(|offset| sectors_of(*offset, image.cluster))
-                .all(is_same)
+                .all(|sector| is_same(sector) || may_have(sector, self.content(file, sector)))
     }
 
     fn content(&self, file: FileId, sector: u64) -> ContentId {
