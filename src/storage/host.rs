@@ -8,6 +8,7 @@
 //! what is in the files.
 
 mod clone;
+mod direct;
 mod file;
 mod job;
 mod lease;

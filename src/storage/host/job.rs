@@ -14,8 +14,9 @@ use std::os::fd::RawFd;
 
 use rustix::io::Errno;
 
+use super::direct::{Alignment, refuses_direct};
 use super::errno;
-use super::file::{Alignment, Description, Fallocation, SharedFile, refuses_direct};
+use super::file::{Description, Fallocation, SharedFile};
 use super::lease;
 use super::pieces::{PIECE_LEN, Piece, Pieces};
 use crate::storage::{Buffer, FileId, Op, Segment, ZeroMode};

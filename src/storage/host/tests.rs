@@ -15,7 +15,8 @@ use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
-use super::file::{Alignment, Fallocation};
+use super::direct::Alignment;
+use super::file::Fallocation;
 use super::job::{Job, Step, Verdict};
 use super::*;
 use crate::storage::ZeroMode;

@@ -8,8 +8,9 @@ use std::ops::Range;
 
 use rustix::io::Errno;
 
+use super::super::direct::Alignment;
 use super::super::errno;
-use super::super::file::{Alignment, Description};
+use super::super::file::Description;
 use super::super::pieces::{PIECE_LEN, Piece, Pieces};
 use super::{Job, Memory, Obstacle, Route, Step, Verdict, memory_from, zero};
 use crate::storage::zeros::first_data;
