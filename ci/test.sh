@@ -45,6 +45,11 @@ stage_guest() {
 }
 
 stage_tests() {
+    cargo test --locked --workspace --no-run
+    if is_asked_for power_cuts; then
+        # Half of the time the tests wait, for guests and for clocks.
+        begin_power_cuts
+    fi
     cargo test --locked --workspace
 }
 
@@ -71,7 +76,23 @@ stage_libvirt() {
 # Simulated power cuts, always the same, so that it is the change that a failure tells of; ci/sim.sh
 # alone makes the long run, and other ones each time.
 stage_power_cuts() {
-    ci/sim.sh 150000 1
+    [ -n "$power_cuts" ] || begin_power_cuts
+    local result=0
+    wait "$power_cuts" || result=$?
+    power_cuts=
+    cat target/power_cuts.log
+    return "$result"
+}
+
+begin_power_cuts() {
+    mkdir -p target
+    # In a session of their own, to be ended with all that belongs to them.
+    setsid nice -n 19 ci/sim.sh 60000 1 > target/power_cuts.log 2>&1 &
+    power_cuts=$!
+}
+
+end_power_cuts() {
+    [ -z "$power_cuts" ] || kill -- "-$power_cuts" 2> /dev/null || true
 }
 
 # Each fuzz target for a short time; ci/fuzz.sh alone runs them longer. Where there is no
@@ -133,6 +154,11 @@ stage_bench() {
     ci/bench.sh --short
 }
 
+# Whether this stage is one of those that run.
+is_asked_for() {
+    [[ " ${stages[*]} " == *" $1 "* ]]
+}
+
 failed() {
     printf '\nci/test.sh: FAILED in stage %s\n' "$current" >&2
 }
@@ -143,8 +169,11 @@ for stage in "${stages[@]}"; do
 done
 
 trap failed ERR
+trap end_power_cuts EXIT
 timings=
 left_out=
+# The process that makes them, while it does.
+power_cuts=
 for current in "${stages[@]}"; do
     printf '\n=== %s\n' "$current"
     started=$SECONDS

@@ -21,6 +21,7 @@ mod limits;
 mod lock_loss;
 mod lost_write;
 mod model;
+mod operations;
 mod plain;
 mod power_cut;
 mod returns;

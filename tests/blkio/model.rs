@@ -36,7 +36,13 @@ pub struct Model {
     busy: Vec<Busy>,
     /// No request may give space back.
     keeps_space: bool,
+    /// One that is being taken.
+    picture: Option<Picture>,
 }
+
+/// What each sector of the disk may hold as it was at one moment of a span of time, as far as
+/// sectors are those of one lane.
+pub struct Picture(Vec<SmallVec<[u32; 3]>>);
 
 /// A request in flight.
 struct Busy {
@@ -83,6 +89,30 @@ impl Model {
             rng: SmallRng::seed_from_u64(seed ^ (lane as u64) << 32),
             busy: Vec::new(),
             keeps_space: false,
+            picture: None,
+        }
+    }
+
+    /// The span of time begins in which a picture of the disk is taken.
+    pub fn begin_picture(&mut self) {
+        self.picture = Some(Picture(self.sectors.clone()));
+    }
+
+    /// That ends: what begins from now on is not in the picture.
+    pub fn end_picture(&mut self) -> Picture {
+        self.picture.take().expect("one is being taken")
+    }
+
+    /// Checks what a picture shows of this lane's sectors.
+    pub fn check_picture(&self, picture: &Picture, bytes: &[u8]) {
+        let sectors = picture.0.iter().zip(bytes.chunks_exact(SECTOR));
+        for (sector, (possible, found)) in (0..).zip(sectors) {
+            let holds = |version: &u32| content(sector, *version) == found;
+            assert!(
+                !self.owns(sector) || possible.iter().any(holds),
+                "sector {sector} holds none of the versions {possible:?}: {:x?}",
+                &found[..16]
+            );
         }
     }
 
@@ -196,9 +226,13 @@ impl Model {
 
     /// From now on the sectors may hold this version.
     fn may_become(&mut self, sectors: Range<u64>, version: u32) -> u64 {
-        for possible in &mut self.sectors[sectors.start as usize..sectors.end as usize] {
-            if !possible.contains(&version) {
-                possible.push(version);
+        let now = Some(&mut self.sectors);
+        let picture = self.picture.as_mut().map(|picture| &mut picture.0);
+        for all in now.into_iter().chain(picture) {
+            for possible in &mut all[sectors.start as usize..sectors.end as usize] {
+                if !possible.contains(&version) {
+                    possible.push(version);
+                }
             }
         }
         self.survivors.change_starts(sectors, version)
