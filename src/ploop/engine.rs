@@ -19,7 +19,7 @@ use super::entry::{Entry, Place};
 use super::epoch::Epochs;
 use super::inbox::Inbox;
 use super::levels::{Level, LevelMap, Levels};
-use super::options::{OnLockLoss, Options};
+use super::options::{OnEnospc, OnLockLoss, Options};
 use super::pio::{Pio, QueueMessage, Work};
 use super::preempt;
 use super::queue::Queue;
@@ -347,6 +347,7 @@ impl<D: Disk> Engine<D> {
             ..EngineReport::default()
         };
         self.gauges.fill(&mut report);
+        report.waits_for_space = report.is_host_full && self.options.on_enospc == OnEnospc::Stop;
         report
     }
 

@@ -15,6 +15,8 @@ pub struct EngineReport {
     pub parked: u64,
     /// Whether the host file system is full, as far as is known.
     pub is_host_full: bool,
+    /// It is, and writes that need space wait for it; else they fail.
+    pub waits_for_space: bool,
     /// In which metadata was written or synced, since the image was opened.
     pub rounds: u64,
     /// Of the image file, since then, those for stable single writes not counted.

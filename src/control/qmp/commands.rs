@@ -176,7 +176,7 @@ fn query_commands(arguments: Arguments, _: &mut Context<'_>) -> Answer {
 fn query_status(arguments: Arguments, context: &mut Context<'_>) -> Answer {
     arguments.end()?;
     let engine = context.subject.engine();
-    let status = match (engine.is_host_full, engine.is_suspended) {
+    let status = match (engine.waits_for_space, engine.is_suspended) {
         _ if matches!(engine.lock, LockStanding::InDoubt | LockStanding::Lost) => "io-error",
         (true, _) => "io-error",
         (_, true) => "paused",

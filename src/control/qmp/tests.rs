@@ -543,7 +543,10 @@ fn a_disk_that_waits_for_space_does_not_run() {
     };
     let running = json!({ "status": "running", "running": true });
     assert_eq!(status(&mut session, &fake), running);
+    // Where writes fail, the guest goes on.
     fake.engine.is_host_full = true;
+    assert_eq!(status(&mut session, &fake), running);
+    fake.engine.waits_for_space = true;
     let full = json!({ "status": "io-error", "running": false });
     assert_eq!(status(&mut session, &fake), full);
 }
