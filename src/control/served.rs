@@ -719,12 +719,12 @@ impl Subject for Served {
         self.device.statistics().bins()
     }
 
-    fn boundaries(&self) -> [Option<Vec<u64>>; 3] {
-        self.device.statistics().boundaries()
-    }
-
     fn ask_for_bins(&self, boundaries: [Option<Vec<u64>>; 3]) {
         self.device.statistics().ask_for_bins(boundaries);
+    }
+
+    fn give_up_bins(&self) {
+        self.device.statistics().give_up_bins();
     }
 
     fn write_threshold(&self) -> u64 {

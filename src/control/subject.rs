@@ -36,11 +36,11 @@ pub trait Subject {
     /// What of that was [asked for](Self::ask_for_bins).
     fn bins(&self) -> LatencyBins;
 
-    /// The boundaries of reads, writes and flushes that were asked for.
-    fn boundaries(&self) -> [Option<Vec<u64>>; 3];
-
-    /// Asks for others.
+    /// Asks for intervals of reads, writes and flushes, where boundaries are given.
     fn ask_for_bins(&self, boundaries: [Option<Vec<u64>>; 3]);
+
+    /// Asks for none any more.
+    fn give_up_bins(&self);
 
     /// The first byte of the top level's file that whoever listens is told of when it, or one
     /// behind it, is used; 0 if there is none.

@@ -125,13 +125,29 @@ pub struct LatencyBins {
     pub flushes: Option<Bins>,
 }
 
-/// Which intervals are counted, of each kind, and what there was before.
+/// Which intervals are counted, of each kind that was asked for.
 #[derive(Debug, Default)]
 struct Asked {
-    reads: Option<Vec<u64>>,
-    writes: Option<Vec<u64>>,
-    flushes: Option<Vec<u64>>,
-    before: Latencies,
+    reads: Option<AskedOfKind>,
+    writes: Option<AskedOfKind>,
+    flushes: Option<AskedOfKind>,
+}
+
+/// Of one kind.
+#[derive(Debug)]
+struct AskedOfKind {
+    boundaries: Vec<u64>,
+    /// What there was when somebody asked.
+    before: Histogram,
+}
+
+impl AskedOfKind {
+    fn bins(&self, now: &Histogram) -> Bins {
+        Bins {
+            counts: now.since(&self.before).bins(&self.boundaries),
+            boundaries: self.boundaries.clone(),
+        }
+    }
 }
 
 /// One queue.
@@ -221,38 +237,41 @@ impl Statistics {
     }
 
     /// Counts reads, writes and flushes from now on by intervals between these
-    /// boundaries, in ns, which ascend; `None`: not.
+    /// boundaries, in ns, which ascend; without any there is one interval. `None`: those go on
+    /// as they are.
     pub fn ask_for_bins(&self, [reads, writes, flushes]: [Option<Vec<u64>>; 3]) {
-        let before = self.latencies();
-        *self.asked() = Asked {
-            reads,
-            writes,
-            flushes,
-            before,
-        };
+        let now = self.latencies();
+        let mut asked = self.asked();
+        let Asked {
+            reads: of_reads,
+            writes: of_writes,
+            flushes: of_flushes,
+        } = &mut *asked;
+        for (boundaries, before, of_kind) in [
+            (reads, now.reads, of_reads),
+            (writes, now.writes, of_writes),
+            (flushes, now.flushes, of_flushes),
+        ] {
+            if let Some(boundaries) = boundaries {
+                *of_kind = Some(AskedOfKind { boundaries, before });
+            }
+        }
     }
 
-    /// The intervals that are asked for at present, to be asked for with others.
-    pub fn boundaries(&self) -> [Option<Vec<u64>>; 3] {
-        let asked = self.asked();
-        [&asked.reads, &asked.writes, &asked.flushes].map(Clone::clone)
+    /// Counts nothing by intervals any more.
+    pub fn give_up_bins(&self) {
+        *self.asked() = Asked::default();
     }
 
     /// What was asked for.
     pub fn bins(&self) -> LatencyBins {
         let now = self.latencies();
         let asked = self.asked();
-        let bins = |boundaries: &Option<Vec<u64>>, now: &Histogram, before: &Histogram| {
-            let boundaries = boundaries.as_ref()?;
-            Some(Bins {
-                counts: now.since(before).bins(boundaries),
-                boundaries: boundaries.clone(),
-            })
-        };
+        let bins = |asked: &Option<AskedOfKind>, now| asked.as_ref().map(|asked| asked.bins(now));
         LatencyBins {
-            reads: bins(&asked.reads, &now.reads, &asked.before.reads),
-            writes: bins(&asked.writes, &now.writes, &asked.before.writes),
-            flushes: bins(&asked.flushes, &now.flushes, &asked.before.flushes),
+            reads: bins(&asked.reads, &now.reads),
+            writes: bins(&asked.writes, &now.writes),
+            flushes: bins(&asked.flushes, &now.flushes),
         }
     }
 
@@ -497,6 +516,16 @@ mod tests {
         assert_eq!(bins.reads.map(|bins| bins.counts), Some(vec![2, 1, 0]));
         assert_eq!(bins.writes, None);
         assert_eq!(bins.flushes.map(|bins| bins.counts), Some(vec![0, 0]));
+        // Others go on.
+        statistics.ask_for_bins([None, Some(Vec::new()), None]);
+        let bins = statistics.bins();
+        assert_eq!(bins.reads.map(|bins| bins.counts), Some(vec![2, 1, 0]));
+        assert_eq!(bins.writes.map(|bins| bins.counts), Some(vec![0]));
+        statistics.ask_for_bins([Some(vec![10_000]), None, None]);
+        let bins = statistics.bins();
+        assert_eq!(bins.reads.map(|bins| bins.counts), Some(vec![0, 0]));
+        statistics.give_up_bins();
+        assert_eq!(statistics.bins(), LatencyBins::default());
     }
 
     #[test]

@@ -231,33 +231,36 @@ const MAX_BOUNDARIES: usize = 1024;
 fn set_latency_histogram(mut arguments: Arguments, context: &mut Context<'_>) -> Answer {
     let id = arguments.required_text("id")?;
     let all = arguments.counts("boundaries")?;
-    let kinds = ["read", "write", "flush"];
-    let mut own = Vec::new();
-    for kind in kinds {
-        own.push(arguments.counts(&format!("boundaries-{kind}"))?);
-    }
-    // There are no zones to append to.
-    arguments.counts("boundaries-zap")?;
+    let mut own = |kind| arguments.counts(&format!("boundaries-{kind}"));
+    let (read, write, zap, flush) = (own("read")?, own("write")?, own("zap")?, own("flush")?);
     arguments.end()?;
     require_disk(&id)?;
-    let is_given = |list: &Option<Vec<u64>>| list.is_some();
-    // Kinds that are not named keep theirs, and without any name all are given up.
-    let mut boundaries = match is_given(&all) || own.iter().any(is_given) {
-        true => context.subject.boundaries(),
-        false => [const { None }; 3],
-    };
-    for ((kind, new), now) in kinds.into_iter().zip(own).zip(&mut boundaries) {
-        let Some(list) = new.or_else(|| all.clone()) else {
-            continue;
-        };
-        let ascends = list.windows(2).all(|pair| pair[0] < pair[1]);
-        if list.is_empty() || list.len() > MAX_BOUNDARIES || list[0] == 0 || !ascends {
-            let desc = format!("Device '{id}' set {kind} boundaries fail");
-            return Err(Failure::generic(desc));
-        }
-        *now = Some(list);
+    // QEMU does not look at those of appending to zones here, of which there are none.
+    if [&all, &read, &write, &flush]
+        .into_iter()
+        .all(Option::is_none)
+    {
+        context.subject.give_up_bins();
+        return Ok(json!({}));
     }
-    context.subject.ask_for_bins(boundaries);
+    let of_kind = |own: Option<Vec<u64>>, kind: &str| {
+        let list = own.or_else(|| all.clone());
+        let is_valid = |list: &Vec<u64>| {
+            let ascends = list.windows(2).all(|pair| pair[0] < pair[1]);
+            ascends && list.first() != Some(&0) && list.len() <= MAX_BOUNDARIES
+        };
+        match list.as_ref().is_none_or(is_valid) {
+            true => Ok(list),
+            false => Err(Failure::generic(format!(
+                "Device '{id}' set {kind} boundaries fail"
+            ))),
+        }
+    };
+    let (reads, writes) = (of_kind(read, "read")?, of_kind(write, "write")?);
+    of_kind(zap, "append write")?;
+    let flushes = of_kind(flush, "flush")?;
+    // Kinds that are not named keep theirs, and what was counted of them.
+    context.subject.ask_for_bins([reads, writes, flushes]);
     Ok(json!({}))
 }
 

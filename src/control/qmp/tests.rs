@@ -91,12 +91,12 @@ impl Subject for Fake {
         self.statistics.bins()
     }
 
-    fn boundaries(&self) -> [Option<Vec<u64>>; 3] {
-        self.statistics.boundaries()
-    }
-
     fn ask_for_bins(&self, boundaries: [Option<Vec<u64>>; 3]) {
         self.statistics.ask_for_bins(boundaries);
+    }
+
+    fn give_up_bins(&self) {
+        self.statistics.give_up_bins();
     }
 
     fn write_threshold(&self) -> u64 {
@@ -507,23 +507,39 @@ fn latencies_are_counted_by_intervals_that_a_client_has_set() {
     let command = "block-latency-histogram-set";
     let mut set =
         |arguments: Value| obey(&mut session, &fake, command, arguments)["error"]["desc"].clone();
-    for odd in [json!([]), json!([0]), json!([5, 5]), json!([9, 3])] {
-        let refused = set(json!({ "id": "disk", "boundaries": odd }));
-        assert_eq!(refused, "Device 'disk' set read boundaries fail");
+    for odd in [json!([0]), json!([5, 5]), json!([9, 3])] {
+        for (name, kind) in [
+            ("boundaries", "read"),
+            ("boundaries-write", "write"),
+            ("boundaries-flush", "flush"),
+        ] {
+            let refused = set(json!({ "id": "disk", name: odd }));
+            assert_eq!(refused, format!("Device 'disk' set {kind} boundaries fail"));
+        }
+        let refused = set(json!({ "id": "disk", "boundaries-flush": [1], "boundaries-zap": odd }));
+        assert_eq!(refused, "Device 'disk' set append write boundaries fail");
     }
+    let boundaries = |fake: &Fake| {
+        let LatencyBins {
+            reads,
+            writes,
+            flushes,
+        } = fake.bins();
+        [reads, writes, flushes].map(|bins| bins.map(|bins| bins.boundaries))
+    };
     let unset = [const { None }; 3];
-    assert_eq!(fake.boundaries(), unset);
+    assert_eq!(boundaries(&fake), unset);
     assert!(
         set(json!({ "id": "disk", "boundaries": [10, 50], "boundaries-write": [7] })).is_null()
     );
     assert_eq!(
-        fake.boundaries(),
+        boundaries(&fake),
         [Some(vec![10, 50]), Some(vec![7]), Some(vec![10, 50])]
     );
-    assert!(set(json!({ "id": "disk", "boundaries-read": [1] })).is_null());
+    assert!(set(json!({ "id": "disk", "boundaries-read": [] })).is_null());
     assert_eq!(
-        fake.boundaries(),
-        [Some(vec![1]), Some(vec![7]), Some(vec![10, 50])]
+        boundaries(&fake),
+        [Some(vec![]), Some(vec![7]), Some(vec![10, 50])]
     );
     let query = json!({ "execute": "query-blockstats" }).to_string();
     let stats = ask_of(&mut session, &query, &fake)["return"][0]["stats"].clone();
@@ -531,7 +547,14 @@ fn latencies_are_counted_by_intervals_that_a_client_has_set() {
     assert_eq!(stats["wr_latency_histogram"], expected);
     let answer = obey(&mut session, &fake, command, json!({ "id": "disk" }));
     assert_eq!(answer, json!({ "return": {} }));
-    assert_eq!(fake.boundaries(), unset);
+    assert_eq!(boundaries(&fake), unset);
+    // As QEMU does it.
+    let all = json!({ "id": "disk", "boundaries": [5] });
+    obey(&mut session, &fake, command, all);
+    let zap = json!({ "id": "disk", "boundaries-zap": [0] });
+    let answer = obey(&mut session, &fake, command, zap);
+    assert_eq!(answer, json!({ "return": {} }));
+    assert_eq!(boundaries(&fake), unset);
 }
 
 #[test]
