@@ -210,7 +210,8 @@ impl Jobs {
         if !is_well_formed(&terms.id) {
             return Err(format!("Invalid job ID '{}'", terms.id));
         }
-        if self.0.iter().any(|job| job.id == terms.id) {
+        let of_name = self.0.iter().find(|job| job.id == terms.id);
+        if of_name.is_some_and(|job| !job.is_forsaken(&is_there)) {
             return Err(format!("Job ID '{}' already in use", terms.id));
         }
         if self.0.len() >= MAX_CONCLUDED && self.forsaken(is_there).is_none() {
@@ -224,16 +225,22 @@ impl Jobs {
     /// The oldest that is over and that nobody will dismiss, most likely: the next client can
     /// do so, but has not begun it.
     fn forsaken(&self, is_there: impl Fn(ClientId) -> bool) -> Option<usize> {
-        let is_it = |job: &Record| job.status == Status::Concluded && !is_there(job.client);
-        self.0.iter().position(is_it)
+        self.0.iter().position(|job| job.is_forsaken(&is_there))
     }
 
-    /// Forgets one where there is no room for another.
-    pub fn make_room(&mut self, is_there: impl Fn(ClientId) -> bool) -> Option<Event> {
-        if self.0.len() < MAX_CONCLUDED {
-            return None;
-        }
-        let at = self.forsaken(is_there)?;
+    /// Forgets one that has the same name, or the oldest where there is no room for another.
+    /// It can be done without: see [`Self::check`].
+    pub fn make_room(
+        &mut self,
+        terms: &Terms,
+        is_there: impl Fn(ClientId) -> bool,
+    ) -> Option<Event> {
+        let of_name = self.0.iter().position(|job| job.id == terms.id);
+        let at = match of_name {
+            Some(at) => at,
+            None if self.0.len() < MAX_CONCLUDED => return None,
+            None => self.forsaken(is_there)?,
+        };
         Some(self.0.remove(at).turn(Status::Null))
     }
 
@@ -361,6 +368,11 @@ impl Jobs {
 }
 
 impl Record {
+    /// Whether it is over, and the one who was to dismiss it has gone.
+    fn is_forsaken(&self, is_there: impl Fn(ClientId) -> bool) -> bool {
+        self.status == Status::Concluded && !is_there(self.client)
+    }
+
     fn turn(&mut self, status: Status) -> Event {
         self.status = status;
         self.event()
@@ -599,14 +611,15 @@ mod tests {
         let is_there = |client| client == there;
         for index in 0..MAX_CONCLUDED {
             let client = if index % 4 == 2 { gone } else { there };
-            assert_eq!(jobs.make_room(is_there), None, "there is room");
+            let next = terms(&format!("j{index}"), false);
+            assert_eq!(jobs.make_room(&next, is_there), None, "there is room");
             begin_as(&mut jobs, client, &format!("j{index}"), false);
             jobs.end(Ended::Well);
         }
         for index in (2..MAX_CONCLUDED).step_by(4) {
             let more = terms(&format!("more{index}"), false);
             assert_eq!(jobs.check(&more, is_there), Ok(()));
-            let told = jobs.make_room(is_there).unwrap();
+            let told = jobs.make_room(&more, is_there).unwrap();
             let id = format!("j{index}");
             assert!(!jobs.has(&id));
             let status = "null";
@@ -614,12 +627,34 @@ mod tests {
             begin_as(&mut jobs, there, &more.id, false);
             jobs.end(Ended::Well);
         }
-        assert!(jobs.check(&terms("more", false), is_there).is_err());
-        assert_eq!(jobs.make_room(is_there), None);
+        let more = terms("more", false);
+        assert!(jobs.check(&more, is_there).is_err());
+        assert_eq!(jobs.make_room(&more, is_there), None);
         // One that runs is nobody's to forget.
         let (_, _) = jobs.apply("j0", Verb::Dismiss).unwrap();
         begin_as(&mut jobs, gone, "runs", false);
-        assert!(jobs.check(&terms("more", false), is_there).is_err());
-        assert_eq!(jobs.make_room(is_there), None);
+        let more = terms("more", false);
+        assert!(jobs.check(&more, is_there).is_err());
+        assert_eq!(jobs.make_room(&more, is_there), None);
+    }
+
+    #[test]
+    fn the_name_of_one_whose_client_is_gone_can_be_had_again() {
+        let mut jobs = Jobs::default();
+        let gone = ClientId::of(1);
+        let is_there = |client| client != gone;
+        let one = terms("one", false);
+        begin_as(&mut jobs, gone, "one", false);
+        let in_use = Err("Job ID 'one' already in use".to_owned());
+        assert_eq!(jobs.check(&one, is_there), in_use, "it runs");
+        jobs.end(Ended::Well);
+        assert_eq!(jobs.check(&one, |_| true), in_use, "its client is there");
+        assert_eq!(jobs.check(&one, is_there), Ok(()));
+        let told = jobs.make_room(&one, is_there);
+        assert_eq!(
+            told.map(|event| vec![event]).as_deref().map(self::told),
+            Some(vec!["null".to_owned()])
+        );
+        assert!(!jobs.has("one"));
     }
 }

@@ -18,6 +18,7 @@ mod metrics;
 mod place;
 pub mod qmp;
 mod question;
+mod reach;
 mod sandbox;
 mod served;
 mod signals;
@@ -36,7 +37,7 @@ use std::thread;
 use thiserror::Error;
 
 pub use args::{Args, LockTime};
-pub use asker::{AskError, Asker};
+pub use asker::{AskError, Asker, JobEnd};
 pub use logging::{LogFormat, Logging};
 pub use metrics::MetricsAddress;
 #[cfg(fuzzing)]

@@ -471,3 +471,31 @@ fn who_interrupts_ploop_img_cancels_the_job() {
     backend.stop();
     expect_sound(&host.rig.image);
 }
+
+#[test]
+fn ploop_img_knows_how_a_job_has_ended_that_somebody_else_dismisses() {
+    let host = host();
+    let backend = host.serve(&[]);
+    let mut front_end = start_front_end(backend.socket());
+    prepare(&mut front_end);
+    let mut qmp = Qmp::connect(&socket_of(&host));
+    // While the process stands still, nothing of what is asked of it is done.
+    let halt = Halt::of(&backend);
+    let child = compact_by_name(&host)
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    wait_for("the job", || !jobs(&mut qmp).is_empty());
+    let name = jobs(&mut qmp)[0]["id"].as_str().unwrap().to_owned();
+    let pid = rustix::process::Pid::from_child(&child);
+    rustix::process::kill_process(pid, rustix::process::Signal::STOP).unwrap();
+    drop(halt);
+    statuses(&mut qmp, "concluded");
+    qmp.ask("job-dismiss", json!({ "id": name }));
+    rustix::process::kill_process(pid, rustix::process::Signal::CONT).unwrap();
+    let said = Ran::from(child.wait_with_output().unwrap()).ok();
+    assert!(said.contains("given back"), "{said}");
+    drop(front_end);
+    backend.stop();
+}

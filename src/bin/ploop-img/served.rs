@@ -8,7 +8,8 @@ use std::thread;
 use std::time::Duration;
 
 use serde_json::{Value, json};
-use vhost_user_ploop::control::{AskError, Asker, file_id, find_control_socket};
+use uuid::Uuid;
+use vhost_user_ploop::control::{AskError, Asker, JobEnd, file_id, find_control_socket};
 use vhost_user_ploop::format::{Guid, SECTOR_SIZE, Sector};
 use vhost_user_ploop::image::{self, Access, ImageError, NewSize, OpenMode, Progress, Shrink};
 
@@ -333,7 +334,9 @@ fn run_job(
     mut arguments: Value,
     progress: &dyn Progress,
 ) -> Result<Result<(), NoJob>, AskError> {
-    let id = format!("ploop-img-{}", std::process::id());
+    // The number of the process is that of others in other containers.
+    let id = format!("ploop-img-{}", Uuid::new_v4().simple());
+    server.heed_job(&id);
     arguments["job-id"] = id.as_str().into();
     arguments["auto-dismiss"] = false.into();
     match server.ask_with(command, arguments) {
@@ -363,7 +366,13 @@ fn wait_for_job(
         let jobs = server.ask("query-jobs")?;
         let mut jobs = jobs.as_array().into_iter().flatten();
         let Some(job) = jobs.find(|job| job["id"] == id) else {
-            return Err(AskError::Odd);
+            // Somebody else has dismissed it. What it has come to was told before.
+            return match server.job_end() {
+                Some(JobEnd::Well) => Ok(None),
+                Some(JobEnd::Cancelled) => Ok(Some(CANCELLED.to_owned())),
+                Some(JobEnd::Failed(why)) => Ok(Some(why.clone())),
+                None => Err(AskError::JobGone),
+            };
         };
         let number = |name: &str| job[name].as_u64().unwrap_or_default();
         let (done, total) = (number("current-progress"), number("total-progress"));
@@ -372,7 +381,11 @@ fn wait_for_job(
         }
         progress.done(done);
         if job["status"] == "concluded" {
-            server.ask_with("job-dismiss", json!({ "id": id }))?;
+            match server.ask_with("job-dismiss", json!({ "id": id })) {
+                // Somebody else has.
+                Ok(_) | Err(AskError::Refused(_)) => {}
+                Err(error) => return Err(error),
+            }
             return Ok(job["error"].as_str().map(str::to_owned));
         }
         if progress.is_cancelled() && !is_cancelled {

@@ -68,7 +68,7 @@ impl MainLoop<'_> {
             ops.add(changed_events(changed))?;
         }
         let is_there = |client| self.desk.monitor.has(client);
-        let mut events = Vec::from_iter(self.desk.jobs.make_room(is_there));
+        let mut events = Vec::from_iter(self.desk.jobs.make_room(terms, is_there));
         events.extend(self.desk.jobs.begin((terms, client), kind, reins));
         self.underway = Some(Underway {
             operation,

@@ -1,15 +1,10 @@
 //! The process that takes over.
 
-use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::thread;
-use std::time::{Duration, Instant};
-
-use rustix::io::Errno;
-use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, socket_with};
+use std::time::Duration;
 
 use super::{
     ANSWER_TIME, State, Terms, UpgradeError, VERSION, bound_at, folder_of, kind, part, read_path,
@@ -17,6 +12,7 @@ use super::{
 };
 use crate::control::bound::Bound;
 use crate::control::main_loop::{Carried, Room};
+use crate::control::reach::connect_in_time;
 use crate::control::sandbox::Reached;
 use crate::control::served::{Image, Served};
 use crate::control::signals::Signals;
@@ -27,9 +23,6 @@ use crate::peer::Peer;
 
 /// How long the process that serves may need to drain its rings and close the image.
 const DRAIN: Duration = Duration::from_secs(60);
-
-/// The pause between two tries to connect to a process that has much to accept.
-const CONNECT_PAUSE: Duration = Duration::from_millis(10);
 
 /// How long the guest may wait for this process. Afterwards the other one goes on.
 const TIME_TO_SERVE: Duration = Duration::from_secs(5);
@@ -168,7 +161,7 @@ fn connect(path: &Path, args: &Args) -> Result<UnixStream, UpgradeError> {
         path: path.to_owned(),
         source,
     };
-    let socket = connect_in_time(path).map_err(failed)?;
+    let socket = connect_in_time(path, ANSWER_TIME).map_err(failed)?;
     let Peer { uid, .. } = Peer::of(&socket).map_err(failed)?;
     let own = own_user();
     let later = args.user.map(|user| user.user);
@@ -177,23 +170,6 @@ fn connect(path: &Path, args: &Args) -> Result<UnixStream, UpgradeError> {
         return Err(UpgradeError::Stranger { path, uid });
     }
     Ok(socket)
-}
-
-/// Does not wait for ever for a process that accepts nobody.
-fn connect_in_time(path: &Path) -> io::Result<UnixStream> {
-    let until = Instant::now() + ANSWER_TIME;
-    let address = SocketAddrUnix::new(path)?;
-    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-    let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
-    loop {
-        match rustix::net::connect(&socket, &address) {
-            Ok(()) => return Ok(socket.into()),
-            Err(Errno::AGAIN) if Instant::now() < until => thread::sleep(CONNECT_PAUSE),
-            Err(Errno::AGAIN) => return Err(io::ErrorKind::TimedOut.into()),
-            Err(Errno::INTR) => {}
-            Err(errno) => return Err(errno.into()),
-        }
-    }
 }
 
 /// Comes to terms. Returns where the sockets of front-ends and of control clients are, if
