@@ -24,6 +24,10 @@ pub enum ImageError {
         /// Of the system.
         source: io::Error,
     },
+    /// A snapshot is no more, and its file is still there, or a power cut may bring back the
+    /// descriptor that names it.
+    #[error("the snapshot is deleted, but not all of that is done: {0}")]
+    DeletedBut(#[source] Box<ImageError>),
     /// A FIFO, a device, a socket or a symbolic link in place of an image.
     #[error("{}: is {kind}, expected {expected}", path.display())]
     WrongKind {

@@ -358,12 +358,12 @@ fn has_space(engine: &Engine<HostDisk>, stage: &Stage) -> bool {
 /// One that nothing lies on: nothing has to be copied.
 fn delete_leaf(bundle: &mut Bundle, guid: Guid) -> Result<Deleted, JobError> {
     let note = image::note_of(bundle, guid);
-    image::remove_leaf_beside(bundle, guid)?;
+    let doubt = image::remove_leaf_beside(bundle, guid)?.err();
     log::info!("deleted the snapshot {guid}");
     Ok(Deleted {
         snapshots: vec![(guid, note)],
         levels: Vec::new(),
-        doubt: None,
+        doubt,
         space: Vec::new(),
     })
 }

@@ -995,3 +995,26 @@ fn a_file_that_cannot_be_removed_is_told_of() {
     remove_left_over(&rig.image);
     expect_sound(&rig.image, 0);
 }
+
+#[test]
+fn a_tip_whose_file_cannot_be_removed_is_deleted_all_the_same() {
+    let rig = bundle();
+    let image = rig.image.to_str().unwrap();
+    let off_line = |args: &[&str]| crate::ploop_img(args).ok().trim().to_owned();
+    let base = off_line(&["snapshot", "create", image]);
+    let tip = off_line(&["snapshot", "create", image]);
+    off_line(&["snapshot", "switch", image, &base]);
+    let socket = format!("--control={}", control(&rig).display());
+    let backend = rig.serve_without(&[libc::SYS_unlinkat], Errno::ACCESS, &[&socket]);
+    let mut qmp = Qmp::connect(&control(&rig));
+    let ended = end_of_job(&mut qmp, DELETE, of(&tip)).unwrap();
+    let expected = "deleted, but not all of that is done";
+    assert!(ended.contains(expected), "{ended}");
+    assert_eq!(qmp.event("SNAPSHOT_DELETED"), of(&tip));
+    assert_eq!(list(&rig.image).len(), 2);
+    assert_eq!(images(&rig.image).len(), 3);
+    backend.signal(rustix::process::Signal::TERM);
+    backend.ends();
+    remove_left_over(&rig.image);
+    expect_sound(&rig.image, 1);
+}

@@ -16,7 +16,7 @@ use crate::format::{Guid, ImageKind};
 use crate::image::bundle::Bundle;
 use crate::image::check::{Repair, check_delta};
 use crate::image::delta::Delta;
-use crate::image::error::Result;
+use crate::image::error::{ImageError, Result};
 use crate::image::file::HostImage;
 use crate::image::open::{Access, OpenMode, image_of, lock};
 use crate::image::progress::Progress;
@@ -43,13 +43,19 @@ fn delete(held: &mut Held, guid: Guid, progress: &dyn Progress) -> Result<()> {
     let descriptor = held.bundle.descriptor();
     let is_snapshot = descriptor.shot(guid).is_some() && guid != descriptor.top();
     match is_snapshot && descriptor.children(guid).next().is_none() {
-        true => remove_leaf(&mut held.bundle, guid),
+        true => remove_leaf(&mut held.bundle, guid)?.map_err(deleted_but),
         false => collapse(held, guid, progress),
     }
 }
 
-/// Removes a snapshot that nothing lies on. Its image is held, or else nobody uses it.
-fn remove_leaf(bundle: &mut Bundle, guid: Guid) -> Result<()> {
+/// Says of a snapshot that is no more what was not done.
+fn deleted_but(source: ImageError) -> ImageError {
+    ImageError::DeletedBut(Box::new(source))
+}
+
+/// Removes a snapshot that nothing lies on. Its image is held, or else nobody uses it. If what
+/// comes back is an error within, the snapshot is no more.
+fn remove_leaf(bundle: &mut Bundle, guid: Guid) -> Result<Result<()>> {
     let mut descriptor = bundle.descriptor().clone();
     let image = descriptor
         .remove_leaf(guid)
@@ -57,15 +63,15 @@ fn remove_leaf(bundle: &mut Bundle, guid: Guid) -> Result<()> {
     let new = bundle.prepare(descriptor)?;
     new.require_unchanged()?;
     // Until that is stable a power cut may bring back the one that names the file.
-    new.put()??;
-    bundle.folder().remove(&image.file)
+    let is_stable = new.put()?;
+    Ok(is_stable.and_then(|()| bundle.folder().remove(&image.file)))
 }
 
 /// The same of a disk that the caller serves, so that nobody else changes its bundle.
 ///
 /// # Errors
 /// There is no such snapshot, others lie on it, somebody uses it, or any I/O error.
-pub(crate) fn remove_leaf_beside(bundle: &mut Bundle, guid: Guid) -> Result<()> {
+pub(crate) fn remove_leaf_beside(bundle: &mut Bundle, guid: Guid) -> Result<Result<()>> {
     let file = open_for_change(bundle, guid)?;
     // To look for who has it would take rights that are given up.
     let mode = OpenMode::new(Access::Change).names_no_holder();
@@ -103,7 +109,8 @@ pub(super) fn collapse(held: &mut Held, guid: Guid, progress: &dyn Progress) -> 
         .map_err(|error| edit_error(held, error))?;
     held.bundle.save(descriptor)?;
     held.follow();
-    held.bundle.folder().remove(&merged.file)
+    let removed = held.bundle.folder().remove(&merged.file);
+    removed.map_err(deleted_but)
 }
 
 /// Opens what is merged into; `is_resumed` says that a merge may have been cut off
