@@ -978,9 +978,7 @@ impl<D: Disk> Engine<D> {
     /// No snapshot can be made of this disk now.
     pub(crate) fn open_for_snapshot(&self) -> Result<(), EngineError> {
         self.open_for_growth()?;
-        if self.levels.is_full() {
-            return Err(EngineError::TooDeep);
-        }
+        self.levels.require_room()?;
         self.settle()
     }
 

@@ -81,6 +81,14 @@ pub enum EngineError {
         super::levels::LEVELS_MAX
     )]
     TooDeep,
+    /// Each level takes a number, and one that is deleted does not give its own back.
+    #[error(
+        "this process has used up its {} numbers for levels, of which each snapshot takes one, \
+         whether it was deleted since or not: end it and start another one, or have another one \
+         take over from it (--take-over)",
+        super::levels::LEVELS_MAX
+    )]
+    NoLevelNumber,
     /// The top was not closed for a new one.
     #[error("the top is in use, and no other one can take its place")]
     TopInUse,

@@ -12,11 +12,15 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use super::alloc::Allocator;
 use super::engine::Engine;
 use super::entry::Place;
+use super::error::EngineError;
 use crate::format::{Descriptor, Geometry, HostCluster, Sector};
 use crate::storage::{Disk, FileId};
 
 /// The most deltas in a chain.
 pub(super) const LEVELS_MAX: usize = Descriptor::LEVELS_MAX;
+
+/// When a process can have so many levels more, the log says so.
+const FEW_NUMBERS: usize = 16;
 
 /// Where the clusters of one file of the chain are.
 #[derive(Clone, Copy, Debug)]
@@ -124,8 +128,28 @@ impl Levels {
     }
 
     /// Whether there is room for another level.
-    pub fn is_full(&self) -> bool {
-        self.len() >= self.list.len()
+    ///
+    /// # Errors
+    /// Why there is none.
+    pub fn require_room(&self) -> Result<(), EngineError> {
+        match self.numbers_left() {
+            0 if self.iter().any(Level::is_dropped) => Err(EngineError::NoLevelNumber),
+            0 => Err(EngineError::TooDeep),
+            _ => Ok(()),
+        }
+    }
+
+    /// How many levels more this process can have.
+    fn numbers_left(&self) -> usize {
+        self.list.len() - self.len()
+    }
+
+    /// How many more snapshots this process can make, if it is time to say so: those that are
+    /// deleted do not count, though the chain could be longer.
+    pub fn low_on_numbers(&self) -> Option<usize> {
+        let left = self.numbers_left();
+        let is_low = left <= FEW_NUMBERS && self.iter().any(Level::is_dropped);
+        is_low.then_some(left)
     }
 
     pub fn len(&self) -> usize {
@@ -208,5 +232,44 @@ impl Needless {
         for file in self.files(engine) {
             engine.levels.get(file).drop_from_chain();
         }
+    }
+}
+
+#[cfg(all(test, not(ploop_loom)))]
+mod tests {
+    use super::*;
+    use crate::format::{ClusterSize, Header};
+
+    #[test]
+    fn who_has_no_number_left_is_told_what_helps() {
+        let header = Header::new(Sector(1 << 20), ClusterSize::DEFAULT).unwrap();
+        let map = LevelMap {
+            geometry: *header.geometry(),
+            plain: false,
+        };
+        let none = || Allocator::new(HostCluster(0), HostCluster(0));
+        let levels = Levels::new(vec![map], none());
+        let count = |levels: &Levels| {
+            let mut count = 0;
+            while levels.require_room().is_ok() {
+                assert!(levels.push(map, none()));
+                count += 1;
+            }
+            count
+        };
+        assert_eq!(count(&levels), LEVELS_MAX - 1);
+        assert!(!levels.push(map, none()));
+        assert_eq!(levels.require_room(), Err(EngineError::TooDeep));
+        assert_eq!(levels.low_on_numbers(), None, "the chain is so long");
+        levels.get(FileId(5)).drop_from_chain();
+        assert_eq!(levels.require_room(), Err(EngineError::NoLevelNumber));
+        assert_eq!(levels.low_on_numbers(), Some(0));
+        let levels = Levels::new(vec![map; 3], none());
+        levels.get(FileId(1)).drop_from_chain();
+        assert_eq!(levels.low_on_numbers(), None);
+        while levels.low_on_numbers().is_none() {
+            assert!(levels.push(map, none()));
+        }
+        assert_eq!(levels.len(), LEVELS_MAX - FEW_NUMBERS);
     }
 }

@@ -40,8 +40,8 @@ impl<D: Disk> MdWriter<D> {
             Err(EngineError::ReadOnly)
         } else if engine.has_sync_failed() {
             Err(EngineError::SyncFailed)
-        } else if engine.levels.is_full() {
-            Err(EngineError::TooDeep)
+        } else if let Err(error) = engine.levels.require_room() {
+            Err(error)
         } else if self.growing.is_some() {
             Err(EngineError::Growing)
         } else if self.geometry.disk_size != engine.disk_size() {
@@ -146,6 +146,12 @@ impl<D: Disk> MdWriter<D> {
         let first = geometry.first_host_cluster();
         if !engine.levels.push(map, Allocator::new(first, first)) {
             return Err(EngineError::TooDeep);
+        }
+        if let Some(left) = engine.levels.low_on_numbers() {
+            log::warn!(
+                "this process can make {left} snapshots more, however many are deleted: after \
+                 that another one has to be started, or take over"
+            );
         }
         *engine.lock_geometry() = geometry;
         self.geometry = geometry;
