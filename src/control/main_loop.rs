@@ -327,15 +327,7 @@ impl MainLoop<'_> {
             });
         }
         self.refuse_questions("The program is about to end");
-        if let Some(Underway { operation, asker }) = self.underway.take() {
-            let wants = asker.as_ref().map(|asker| asker.wants);
-            let concluded = self.conclude(operation.end(), wants);
-            if let Some(asker) = asker {
-                self.desk
-                    .monitor
-                    .answer_last(asker.client, concluded.answer);
-            }
-        }
+        self.end_underway();
     }
 
     /// A control client has come.

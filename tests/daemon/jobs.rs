@@ -365,6 +365,17 @@ fn the_end_of_the_program_calls_a_job_off() {
     let mut qmp = Qmp::connect(&control(&rig));
     begin_slowly(&mut qmp, json!({}));
     backend.stop();
+    let words = qmp.last_words();
+    let has = |name: &str, data: Value| {
+        let mut events = words.iter().filter(|word| word["event"] == name);
+        let is_it = |event: &Value| {
+            let mut members = data.as_object().unwrap().iter();
+            members.all(|(name, value)| event["data"][name] == *value)
+        };
+        assert!(events.any(is_it), "{name} {data}: {words:?}");
+    };
+    has("BLOCK_JOB_CANCELLED", json!({ "device": "slow" }));
+    has("JOB_STATUS_CHANGE", json!({ "status": "concluded" }));
     let backend = serve(&rig, &[]);
     let mut front_end = start_front_end(backend.socket());
     expect_prepared(&mut front_end);

@@ -37,9 +37,9 @@ pub(super) enum Wants {
 }
 
 /// What has come of it.
-pub(super) struct Concluded {
+struct Concluded {
     /// What its client is told.
-    pub answer: Result<Value, Failure>,
+    answer: Result<Value, Failure>,
     /// There are snapshots more or less.
     snapshots: Vec<Event>,
     /// What there is to tell of a job that is over.
@@ -133,13 +133,29 @@ impl MainLoop<'_> {
         self.desk.monitor.answer(asker.client, answer, ops)
     }
 
+    /// Waits for what is being done when nothing else is waited for any more, and tells whoever
+    /// is there what has come of it.
+    pub(super) fn end_underway(&mut self) {
+        let Some(Underway { operation, asker }) = self.underway.take() else {
+            return;
+        };
+        let wants = asker.as_ref().map(|asker| asker.wants);
+        let Concluded {
+            answer,
+            snapshots,
+            events,
+        } = self.conclude(operation.end(), wants);
+        for event in events.iter().chain(&snapshots) {
+            self.desk.monitor.tell_last(event);
+        }
+        if let Some(asker) = asker {
+            self.desk.monitor.answer_last(asker.client, answer);
+        }
+    }
+
     /// Whoever has to know of it learns what has become of the disk. Of a job nobody `wants`
     /// anything.
-    pub(super) fn conclude(
-        &mut self,
-        result: Result<Done, TaskError>,
-        wants: Option<Wants>,
-    ) -> Concluded {
+    fn conclude(&mut self, result: Result<Done, TaskError>, wants: Option<Wants>) -> Concluded {
         let snapshots = match &result {
             Ok(Done::Grown(_)) => {
                 if let Some(connection) = &self.connection {

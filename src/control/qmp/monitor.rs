@@ -133,6 +133,14 @@ impl Monitor {
         }
     }
 
+    /// Tells all of this when nothing is waited for any more, as far as they can be told at once.
+    pub fn tell_last(&mut self, event: &Event) {
+        let line = event.line();
+        for client in &mut self.clients {
+            let _ = client.tell(&line);
+        }
+    }
+
     fn with(
         &mut self,
         is_it: impl Fn(&Client) -> bool,
