@@ -60,6 +60,10 @@ const TURN: Duration = Duration::from_secs(5);
 /// How many may wait at a time. One more, and the first of them has to go.
 const MAX_WAITING: usize = 16;
 
+/// Questions of clients that have hung up, at most: each has descriptors until it is answered,
+/// and a thread, perhaps, and on storage that does not answer that can be for ever.
+const MAX_UNHEARD: usize = 16;
+
 /// Events of the main loop.
 mod event {
     pub const SIGNAL: u32 = 0;
@@ -391,8 +395,8 @@ impl MainLoop<'_> {
                 self.begin_end();
                 Ok(())
             }
-            Wish::Flush => self.ask(self.served.flush(), client, ops),
-            Wish::ListSnapshots => self.ask(self.served.list_snapshots(), client, ops),
+            Wish::Flush => self.ask(Served::flush, client, ops),
+            Wish::ListSnapshots => self.ask(Served::list_snapshots, client, ops),
             Wish::Resize(size) => {
                 let task = Task::Grow(size);
                 self.begin(task, Wants::Nothing, client, ops)
@@ -431,11 +435,18 @@ impl MainLoop<'_> {
     /// Waits for the answer to what a client wants to know, unless it cannot be asked.
     fn ask(
         &mut self,
-        question: Result<Question, String>,
+        question: impl FnOnce(&Served) -> Result<Question, String>,
         client: ClientId,
         ops: &mut EventOps,
     ) -> Result<(), event_manager::Error> {
-        match question {
+        let asked = match self.unheard_questions() {
+            MAX_UNHEARD.. => Err(format!(
+                "{MAX_UNHEARD} questions of clients that have hung up are not answered yet: most \
+                 likely the storage does not answer"
+            )),
+            _ => question(self.served),
+        };
+        match asked {
             Ok(question) => {
                 ops.add(answer_events(&question))?;
                 self.questions.push((client, question));
@@ -446,6 +457,14 @@ impl MainLoop<'_> {
                 self.desk.monitor.answer(client, refusal, ops)
             }
         }
+    }
+
+    /// How many answers nobody waits for any more. Those who do are only so many.
+    fn unheard_questions(&self) -> usize {
+        let clients = self.questions.iter().map(|(client, _)| *client);
+        clients
+            .filter(|client| !self.desk.monitor.has(*client))
+            .count()
     }
 
     fn pass_on_answer(

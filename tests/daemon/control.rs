@@ -16,6 +16,7 @@ use virtio_bindings::virtio_blk::{VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_IN, VIRTIO_BL
 use crate::common::backend::Backend;
 use crate::common::qmp::Qmp;
 use crate::front_end::*;
+use crate::grow::Halt;
 use crate::{IOERR, OK, Rig, descriptors, expect_service, start_front_end, wait_for};
 
 pub fn control(rig: &Rig) -> PathBuf {
@@ -436,4 +437,38 @@ fn who_takes_over_is_asked_at_the_same_place() {
     drop(front_end);
     backend.stop();
     assert!(!control(&rig).exists());
+}
+
+#[test]
+fn questions_of_clients_that_have_hung_up_are_only_so_many() {
+    let rig = crate::jobs::rig();
+    let backend = serve(&rig, &[]);
+    let mut qmp = Qmp::connect(&control(&rig));
+    let sockets = || {
+        let folder = format!("/proc/{}/fd", backend.pid());
+        let links = fs::read_dir(folder).unwrap().map(|entry| {
+            let link = fs::read_link(entry.unwrap().path());
+            link.is_ok_and(|link| link.to_string_lossy().starts_with("socket:"))
+        });
+        links.filter(|is_socket| *is_socket).count()
+    };
+    let before = sockets();
+    let halt = Halt::of(&backend);
+    for _ in 0..16 {
+        let mut gone = Qmp::connect(&control(&rig));
+        gone.begin("snapshot-list", json!({}));
+        drop(gone);
+        wait_for("it to be gone", || sockets() == before);
+    }
+    for question in ["snapshot-list", "flush"] {
+        let answer = qmp.answer(question, json!({}));
+        let desc = answer["error"]["desc"].as_str().unwrap();
+        assert!(desc.contains("16 questions"), "{desc}");
+    }
+    drop(halt);
+    wait_for("the answers", || {
+        qmp.answer("snapshot-list", json!({}))["error"].is_null()
+    });
+    qmp.ask("flush", json!({}));
+    backend.stop();
 }
