@@ -110,10 +110,11 @@ pub struct Terms {
 }
 
 impl Terms {
-    /// Of one that its client does not know as a job.
-    pub(super) fn nameless() -> Self {
+    /// Of one that its client does not know as a job. Others can see and stop it, by a name that
+    /// nobody can ask for: those that QEMU makes up begin so.
+    pub(super) fn unnamed(kind: &str) -> Self {
         Self {
-            id: String::new(),
+            id: format!("#{kind}"),
             speed: 0,
             guest_share: GUEST_SHARE,
             auto_dismiss: true,

@@ -420,8 +420,7 @@ impl MainLoop<'_> {
                 self.begin_job((Plan::Delete(which), &terms), client, ops)
             }
             Wish::DeleteInternalSnapshot(which) => {
-                let task = Task::Job(Plan::Delete(which));
-                self.begin(task, Wants::Snapshot, client, ops)
+                self.begin_unnamed(Plan::Delete(which), Wants::Snapshot, client, ops)
             }
             Wish::SwitchSnapshot(_) => {
                 let why = self.served.why_no_switch(self.connection.is_some());

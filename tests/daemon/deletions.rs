@@ -497,9 +497,37 @@ fn a_client_of_qemu_deletes_by_name_and_waits_for_the_end() {
         other.answer("compact", json!({ "job-id": "x" }))["error"]["desc"] == busy
     });
     assert_eq!(desc(&other.answer(CREATE, json!({}))), busy);
-    assert_eq!(other.ask("query-jobs", json!({})), json!([]));
+    // Others can see it, and stop it.
+    let job = other.ask("query-jobs", json!({}))[0].clone();
+    assert_eq!(
+        (&job["id"], &job["type"]),
+        (&json!("#snapshot-delete"), &json!("snapshot-delete"))
+    );
+    let busy = other.answer(
+        DELETE,
+        json!({ "guid": id(0), "job-id": "#snapshot-delete" }),
+    );
+    assert_eq!(
+        desc(&busy),
+        "A snapshot of the disk is being deleted already"
+    );
+    other.ask("job-cancel", json!({ "id": "#snapshot-delete" }));
     drop(halt);
-    assert_eq!(qmp.end(QEMUS)["return"]["id"], id(0));
+    assert_eq!(desc(&qmp.end(QEMUS)), "Operation canceled");
+    assert_eq!(
+        other.event("BLOCK_JOB_CANCELLED")["device"],
+        "#snapshot-delete"
+    );
+    assert_eq!(other.ask("query-jobs", json!({})), json!([]));
+    let unasked = other.answer(
+        DELETE,
+        json!({ "guid": id(0), "job-id": "#snapshot-delete" }),
+    );
+    assert_eq!(desc(&unasked), "Invalid job ID '#snapshot-delete'");
+    assert_eq!(
+        qmp.ask(QEMUS, json!({ "device": "disk", "id": id(0) }))["id"],
+        id(0)
+    );
     expect_service(&mut front_end);
     drop(front_end);
     backend.stop();

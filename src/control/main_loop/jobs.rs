@@ -9,7 +9,7 @@ use vmm_sys_util::eventfd::EventFd;
 use super::super::caretaker::Plan;
 use super::super::jobs::{Reins, Terms, Verb};
 use super::super::qmp::{ClientId, Event, Failure};
-use super::tasks::Underway;
+use super::tasks::{Asker, Underway, Wants};
 use super::{MainLoop, done_events, event};
 
 /// What a client is to hear, and all of them.
@@ -36,7 +36,12 @@ impl MainLoop<'_> {
         client: ClientId,
         ops: &mut EventOps,
     ) -> Result<(), Error> {
-        let (answer, events) = match self.try_begin_job((plan, terms), client, ops)? {
+        let is_there = |client| self.desk.monitor.has(client);
+        let begun = match self.desk.jobs.check(terms, is_there) {
+            Ok(()) => self.try_begin_job((plan, terms), (client, None), ops)?,
+            Err(why) => Err(self.refusal().map_or(why, str::to_owned)),
+        };
+        let (answer, events) = match begun {
             Ok(events) => (Ok(json!({})), events),
             Err(why) => (Err(Failure::generic(why)), Vec::new()),
         };
@@ -44,18 +49,34 @@ impl MainLoop<'_> {
         self.desk.monitor.answer(client, answer, ops)
     }
 
+    /// Begins one that its client does not know as a job, and whose end it waits for, or says why
+    /// not.
+    pub(super) fn begin_unnamed(
+        &mut self,
+        plan: Plan,
+        wants: Wants,
+        client: ClientId,
+        ops: &mut EventOps,
+    ) -> Result<(), Error> {
+        let terms = Terms::unnamed(plan.kind());
+        let asker = Some(Asker { client, wants });
+        match self.try_begin_job((plan, &terms), (client, asker), ops)? {
+            Ok(events) => self.tell_all(&events, ops),
+            Err(why) => {
+                let refusal = Err(Failure::generic(why));
+                self.desk.monitor.answer(client, refusal, ops)
+            }
+        }
+    }
+
     fn try_begin_job(
         &mut self,
         (plan, terms): (Plan, &Terms),
-        client: ClientId,
+        (client, asker): (ClientId, Option<Asker>),
         ops: &mut EventOps,
     ) -> Result<Result<Vec<Event>, String>, Error> {
         if let Some(why) = self.refusal() {
             return Ok(Err(why.to_owned()));
-        }
-        let is_there = |client| self.desk.monitor.has(client);
-        if let Err(why) = self.desk.jobs.check(terms, is_there) {
-            return Ok(Err(why));
         }
         let kind = plan.kind();
         let reins = Arc::new(Reins::new(terms));
@@ -70,10 +91,7 @@ impl MainLoop<'_> {
         let is_there = |client| self.desk.monitor.has(client);
         let mut events = Vec::from_iter(self.desk.jobs.make_room(terms, is_there));
         events.extend(self.desk.jobs.begin((terms, client), kind, reins));
-        self.underway = Some(Underway {
-            operation,
-            asker: None,
-        });
+        self.underway = Some(Underway { operation, asker });
         Ok(Ok(events))
     }
 

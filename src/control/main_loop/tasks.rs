@@ -1,13 +1,11 @@
 //! What is done to the disk because a client wants it, one thing at a time, and who hears what
 //! has come of it.
 
-use std::sync::Arc;
-
 use event_manager::{Error, EventOps};
 use serde_json::{Value, json};
 
 use super::super::caretaker::{Done, NewChain, Operation, Task, TaskError};
-use super::super::jobs::{Ended, Reins, Terms};
+use super::super::jobs::Ended;
 use super::super::qmp::{ClientId, Event, Failure, snapshot_info};
 use super::super::upgrade::Successor;
 use super::{MainLoop, done_events, jobs, successor_events};
@@ -57,7 +55,7 @@ impl MainLoop<'_> {
     ) -> Result<(), Error> {
         let begun = match self.refusal() {
             Some(why) => Err(why.to_owned()),
-            None => self.try_begin(task).map_err(|error| error.words()),
+            None => self.served.begin(task).map_err(|error| error.words()),
         };
         match begun {
             Ok(operation) => {
@@ -70,17 +68,6 @@ impl MainLoop<'_> {
                 let refusal = Err(Failure::generic(why));
                 self.desk.monitor.answer(client, refusal, ops)
             }
-        }
-    }
-
-    fn try_begin(&mut self, task: Task) -> Result<Operation, TaskError> {
-        match task {
-            // Whose client knows of no jobs: nobody can do anything with this one.
-            Task::Job(plan) => {
-                let reins = Arc::new(Reins::new(&Terms::nameless()));
-                self.served.begin_job(plan, reins)
-            }
-            task => self.served.begin(task),
         }
     }
 
@@ -102,7 +89,7 @@ impl MainLoop<'_> {
             return Ok(());
         };
         ops.remove(done_events(&operation))?;
-        if let Some(changed) = operation.changed().filter(|_| asker.is_none()) {
+        if let Some(changed) = operation.changed() {
             ops.remove(jobs::changed_events(changed))?;
         }
         self.go_on_after(operation.result(), asker, ops)
@@ -194,10 +181,8 @@ impl MainLoop<'_> {
         Concluded {
             answer: answer.map_err(Failure::generic),
             snapshots,
-            events: match wants {
-                None => self.desk.jobs.end(ended),
-                Some(_) => Vec::new(),
-            },
+            // Of what is no job there is nothing.
+            events: self.desk.jobs.end(ended),
         }
     }
 
