@@ -23,7 +23,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, SyncSender, channel, s
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
-use rustix::event::{PollFd, PollFlags, poll};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use serde_json::Value;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
@@ -245,6 +245,12 @@ impl Caretaker {
         })
     }
 }
+
+/// How often who waits for the end of an operation looks whether the image is lost.
+const LOOK: Timespec = Timespec {
+    tv_sec: 0,
+    tv_nsec: 100_000_000,
+};
 
 /// Between two times that some space of a deleted snapshot is given back.
 const REST: Duration = Duration::from_millis(5);
@@ -573,10 +579,10 @@ pub(super) struct Stop {
 impl Stop {
     fn call_off(&self) -> bool {
         if let Some(tether) = &self.tether {
-            tether.reins.cancel();
+            let has_ended = tether.reins.cancel();
             tether.look();
-            // It ends with the step that is under way.
-            return false;
+            // One that has begun ends with the step that is under way.
+            return has_ended;
         }
         self.call_off.call_off_with(|| {
             if let Some(engine) = self.engine.upgrade() {
@@ -585,16 +591,24 @@ impl Stop {
         })
     }
 
-    /// Calls it off, and waits for its end if it is too late for that. Then the image can be
-    /// closed. Gives back what has become of its levels, unless that was taken already.
-    pub fn end(self) -> Option<Change> {
-        if !self.call_off() {
+    /// Calls it off, and waits for its end if it is too late for that, unless the image `is_lost`
+    /// meanwhile: what waits for storage that does not answer may do so for ever. Then the image
+    /// can be closed, or let go. Gives back what has become of its levels, unless that was taken
+    /// already.
+    pub fn end(self, is_lost: impl Fn() -> bool) -> Option<Change> {
+        let mut has_ended = self.call_off();
+        while !has_ended && !is_lost() {
             // SAFETY: the descriptor is open as long as `self` is there.
             let is_over = unsafe { BorrowedFd::borrow_raw(self.is_over.as_raw_fd()) };
             let mut fds = [PollFd::from_borrowed_fd(is_over, PollFlags::IN)];
             // Nobody reads it, so it stays readable.
-            while poll(&mut fds, None).is_err() {}
+            has_ended = poll(&mut fds, Some(&LOOK)).is_ok_and(|ready| ready > 0);
         }
         self.new_chain.take()
+    }
+
+    /// Whether this is where what it does to the levels is put.
+    pub fn puts_into(&self, new_chain: &NewChain) -> bool {
+        self.new_chain.is_same(new_chain)
     }
 }

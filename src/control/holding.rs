@@ -156,6 +156,8 @@ impl Holding {
     pub fn follow(&self, new_chain: &NewChain) {
         if let Some(mut held) = self.try_lock_held()
             && let Some(held) = &mut *held
+            // Not of one that was left behind with an image whose lock was lost.
+            && held.operation.as_ref().is_some_and(|stop| stop.puts_into(new_chain))
             && let Some(change) = new_chain.take()
         {
             held.image.follow(change, held.running.engine());
@@ -272,7 +274,7 @@ impl Holder<HostDisk> for Holding {
         let start = Instant::now();
         let engine = Arc::clone(opened.running.engine());
         if let Some(operation) = opened.operation.take()
-            && let Some(change) = operation.end()
+            && let Some(change) = operation.end(|| engine.has_lost_lock())
         {
             opened.image.follow(change, &engine);
         }

@@ -130,6 +130,8 @@ pub(super) struct Reins(Mutex<Held>);
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Held {
     pub is_cancelled: bool,
+    /// Its first step was begun.
+    pub has_begun: bool,
     pub wants_pause: bool,
     pub speed: u64,
     pub guest_share: u8,
@@ -145,6 +147,7 @@ impl Reins {
     pub fn new(terms: &Terms) -> Self {
         Self(Mutex::new(Held {
             is_cancelled: false,
+            has_begun: false,
             wants_pause: false,
             speed: terms.speed,
             guest_share: terms.guest_share,
@@ -159,9 +162,19 @@ impl Reins {
         *self.lock()
     }
 
-    /// It shall end.
-    pub fn cancel(&self) {
-        self.lock().is_cancelled = true;
+    /// It shall end. `true` if it has not begun, and never will.
+    pub fn cancel(&self) -> bool {
+        let mut held = self.lock();
+        held.is_cancelled = true;
+        !held.has_begun
+    }
+
+    /// A step is about to begin, unless [`Held::is_cancelled`] or [`Held::wants_pause`] says
+    /// otherwise.
+    pub fn begin_step(&self) -> Held {
+        let mut held = self.lock();
+        held.has_begun |= !held.is_cancelled && !held.wants_pause;
+        *held
     }
 
     /// Who runs it tells how it goes. `true` if its status is another by that.
@@ -338,7 +351,10 @@ impl Jobs {
                 self.0.remove(at);
                 return Ok((false, vec![event]));
             }
-            Verb::Cancel => job.reins.cancel(),
+            // Whoever runs it tells of its end in any case.
+            Verb::Cancel => {
+                job.reins.cancel();
+            }
             Verb::SetSpeed(speed) => job.reins.lock().speed = speed_of(speed)?,
             Verb::Pause => {
                 if std::mem::replace(&mut job.reins.lock().wants_pause, true) {

@@ -587,7 +587,7 @@ impl MainLoop<'_> {
             .underway
             .take_if(|underway| underway.operation.call_off());
         if let Some(Underway { operation, asker }) = called_off {
-            ops.remove(done_events(&operation))?;
+            self.forget_events_of(&operation, ops)?;
             return self.go_on_after(operation.end(), asker, ops);
         }
         if self.underway.is_some() {

@@ -63,7 +63,7 @@ impl Course {
         if self.time_left().is_none_or(|time| !time.is_zero()) {
             return Some(self);
         }
-        let held = self.reins.held();
+        let held = self.reins.begin_step();
         let Some(engine) = self.engine.upgrade() else {
             self.end(Err(TaskError::Cancelled));
             return None;
@@ -254,6 +254,7 @@ mod tests {
     fn nobody_rests_for_a_guest_that_does_nothing() {
         let held = |share| Held {
             is_cancelled: false,
+            has_begun: true,
             wants_pause: false,
             speed: 0,
             guest_share: share,

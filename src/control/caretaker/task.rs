@@ -173,6 +173,11 @@ impl NewChain {
         *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(change);
     }
 
+    /// Whether the other one is where this one puts it, too.
+    pub(super) fn is_same(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
+
     /// `None` if there is none, or it was taken.
     pub fn take(&self) -> Option<Change> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).take()

@@ -3,9 +3,11 @@
 use std::path::PathBuf;
 
 use super::*;
+use crate::control::jobs::Terms;
 use crate::format::{ClusterSize, Guid};
 use crate::image::{Access, OpenImage, OpenMode};
 use crate::ploop::{Options, Running};
+use crate::served::job::{Site, Step};
 use crate::storage::HostOptions;
 use crate::storage::lock::ImageLock;
 
@@ -209,5 +211,76 @@ fn of_a_bare_image_there_are_no_snapshots() {
     let why = caretaker.list_snapshots().unwrap().answer().unwrap_err();
     assert!(why.contains("bare image"), "{why}");
     drop(caretaker);
+    rig.end();
+}
+
+/// A job whose first step waits for this, as for storage that does not answer.
+struct Hangs(Receiver<()>);
+
+impl served::job::Job<HostDisk> for Hangs {
+    fn step(&mut self, _: &mut Site<'_, HostDisk>) -> Result<Step, JobError> {
+        let _ = self.0.recv();
+        Ok(Step::Done)
+    }
+
+    fn progress(&self) -> served::job::Progress {
+        served::job::Progress::default()
+    }
+
+    fn cancel(&mut self, _: &mut Site<'_, HostDisk>) {}
+}
+
+#[test]
+fn nobody_waits_for_a_job_that_has_not_begun_or_whose_image_is_lost() {
+    let rig = Rig::new(None);
+    let engine = rig.running.engine().clone();
+    let orders = rig.caretaker.as_ref().unwrap().orders.clone();
+    let event = || Arc::new(EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK).unwrap());
+    let begin = || {
+        let (go_on, waits) = channel();
+        let reins = Arc::new(Reins::new(&Terms::unnamed("test")));
+        let (is_over, changed) = (event(), event());
+        let (tell, result) = sync_channel(1);
+        let new_chain = NewChain::default();
+        let course = Course {
+            ending: Ending(Arc::clone(&is_over)),
+            engine: Arc::downgrade(&engine),
+            job: Box::new(Hangs(waits)),
+            reins: Arc::clone(&reins),
+            changed: Arc::clone(&changed),
+            new_chain: new_chain.clone(),
+            tell,
+            pace: Pace::new(Arc::new(|| None)),
+        };
+        let stop = Stop {
+            engine: Arc::downgrade(&engine),
+            call_off: Arc::default(),
+            tether: Some(Tether {
+                reins,
+                changed,
+                orders: orders.clone(),
+            }),
+            is_over,
+            new_chain,
+        };
+        (course, stop, go_on, result)
+    };
+    let (course, stop, go_on, result) = begin();
+    let reins = stop.tether.as_ref().unwrap().reins.clone();
+    assert!(orders.send(Order::Begin(course)).is_ok());
+    while !reins.held().has_begun {
+        std::thread::yield_now();
+    }
+    let (unbegun, never, _go_on, called_off) = begin();
+    assert!(stop.clone().end(|| true).is_none());
+    // The thread will hear of it when it is free.
+    assert!(never.call_off());
+    assert!(never.end(|| false).is_none());
+    drop(go_on);
+    assert!(stop.end(|| false).is_none(), "it ends after all");
+    assert!(matches!(result.recv(), Ok(Ok(Done::Job))));
+    assert!(orders.send(Order::Begin(unbegun)).is_ok());
+    assert!(matches!(called_off.recv(), Ok(Err(TaskError::Cancelled))));
+    drop((engine, orders));
     rig.end();
 }

@@ -88,11 +88,21 @@ impl MainLoop<'_> {
         let Some(Underway { operation, asker }) = self.underway.take() else {
             return Ok(());
         };
-        ops.remove(done_events(&operation))?;
-        if let Some(changed) = operation.changed() {
-            ops.remove(jobs::changed_events(changed))?;
-        }
+        self.forget_events_of(&operation, ops)?;
         self.go_on_after(operation.result(), asker, ops)
+    }
+
+    /// Nothing is heard of it any more.
+    pub(super) fn forget_events_of(
+        &self,
+        operation: &Operation,
+        ops: &mut EventOps,
+    ) -> Result<(), Error> {
+        ops.remove(done_events(operation))?;
+        match operation.changed() {
+            Some(changed) => ops.remove(jobs::changed_events(changed)),
+            None => Ok(()),
+        }
     }
 
     pub(super) fn go_on_after(
