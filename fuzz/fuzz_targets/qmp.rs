@@ -77,6 +77,10 @@ impl Subject for Disk {
         "fe00-20d3".to_owned()
     }
 
+    fn folder_id(&self) -> Option<String> {
+        None
+    }
+
     fn is_open(&self) -> bool {
         true
     }

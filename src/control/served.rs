@@ -60,6 +60,8 @@ pub(super) struct Image {
 #[derive(Clone)]
 pub(super) struct Standing {
     pub caretaker: Option<Arc<Caretaker>>,
+    /// See [`Subject::folder_id`].
+    folder: Option<String>,
     statistics: Arc<Statistics>,
     throttle: Arc<Throttle>,
     notices: Arc<Notices>,
@@ -86,6 +88,7 @@ impl Image {
         let notices = Arc::new(Notices::new()?);
         let standing = Standing {
             caretaker: None,
+            folder: None,
             statistics: Arc::default(),
             throttle: Arc::default(),
             write_threshold: Arc::new(WriteThreshold::new(Arc::clone(&notices))),
@@ -166,6 +169,10 @@ impl Image {
         }
         // The descriptor has to follow even if nobody has named it.
         let bundle = bundle.or_else(|| image::bundle_around(&args.blk_file));
+        self.standing.folder = bundle.as_ref().and_then(|bundle| {
+            let folder = bundle.folder().file().metadata();
+            folder.as_ref().map(file_id).ok()
+        });
         // Lower levels stay what they are.
         let hidden = image::require_nothing_hidden(&self.files, &self.chain).err();
         let keeps = sandbox.keeping_to(bundle.as_ref(), &self.files)?;
@@ -330,6 +337,7 @@ impl Image {
         Ok(Served {
             device: Arc::new(self.furnish(device, args, cpus)?),
             way: Way::ForRings(holding),
+            folder: self.standing.folder.clone(),
             caretaker: self.standing.caretaker.clone(),
         })
     }
@@ -351,6 +359,7 @@ impl Image {
                     running: Box::new(running),
                     locks,
                 },
+                folder: self.standing.folder.clone(),
                 caretaker: self.standing.caretaker.clone(),
             }),
             Err(error) => {
@@ -430,6 +439,8 @@ impl Image {
 pub(super) struct Served {
     device: Arc<BlockDevice<HostDisk>>,
     way: Way,
+    /// See [`Subject::folder_id`].
+    folder: Option<String>,
     caretaker: Option<Arc<Caretaker>>,
 }
 
@@ -601,11 +612,13 @@ impl Served {
         let Self {
             device,
             way,
+            folder,
             caretaker,
         } = self;
         let keep = |way| Self {
             device: Arc::clone(&device),
             way,
+            folder,
             caretaker,
         };
         match way {
@@ -685,6 +698,10 @@ impl Subject for Served {
             Way::Always { top, .. } => top.clone(),
             Way::ForRings(holding) => holding.top(),
         }
+    }
+
+    fn folder_id(&self) -> Option<String> {
+        self.folder.clone()
     }
 
     fn is_open(&self) -> bool {

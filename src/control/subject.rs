@@ -15,6 +15,9 @@ pub trait Subject {
     /// Device and inode of the file of its top level, which can be called by many paths.
     fn file_id(&self) -> String;
 
+    /// The same of the folder in which all is that belongs to it, if there is one.
+    fn folder_id(&self) -> Option<String>;
+
     /// Whether its image is open here. While it is not, the rest is what was known last.
     fn is_open(&self) -> bool;
 

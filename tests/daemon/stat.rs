@@ -127,6 +127,29 @@ fn a_process_can_be_hidden_or_named() {
     backend.stop();
 }
 
+#[test]
+fn a_copy_of_hard_links_is_not_taken_for_the_disk() {
+    let mut host = Host::new();
+    host.rig.image = create(host.rig.folder.path(), "bundle", &[]);
+    let backend = host.serve(&[]);
+    let copy = host.rig.folder.path().join("copy");
+    fs::create_dir(&copy).unwrap();
+    for entry in fs::read_dir(&host.rig.image).unwrap() {
+        let entry = entry.unwrap();
+        fs::hard_link(entry.path(), copy.join(entry.file_name())).unwrap();
+    }
+    let image = std::mem::replace(&mut host.rig.image, copy);
+    for said in [
+        host.resize(&[], "+64M").fails(),
+        host.ploop_img(&["snapshot", "create"]).fails(),
+    ] {
+        assert!(said.contains("hard links"), "{said}");
+    }
+    host.rig.image = image;
+    host.resize(&[], "+64M").ok();
+    backend.stop();
+}
+
 /// What `ploop-img` says on both streams, without the file's name.
 fn said(ran: Ran) -> (Option<i32>, String, String) {
     (ran.code, ran.stdout, ran.stderr)

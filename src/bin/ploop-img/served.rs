@@ -11,7 +11,9 @@ use serde_json::{Value, json};
 use uuid::Uuid;
 use vhost_user_ploop::control::{AskError, Asker, JobEnd, file_id, find_control_socket};
 use vhost_user_ploop::format::{Guid, SECTOR_SIZE, Sector};
-use vhost_user_ploop::image::{self, Access, ImageError, NewSize, OpenMode, Progress, Shrink};
+use vhost_user_ploop::image::{
+    self, Access, Bundle, ImageError, NewSize, OpenMode, Progress, Shrink,
+};
 
 use crate::notes;
 
@@ -138,7 +140,29 @@ fn server_to_change(path: &Path, control: Option<&Path>) -> Result<Asker, Refusa
         let nodes = nodes.map_err(|error| said(&error))?;
         return Err(said(&other_disk(control, &nodes)));
     }
+    require_same_folder(&engine, image.bundle.as_ref(), path)?;
     Ok(server)
+}
+
+/// That what has the image of the disk at `path` for its own is the same bundle: a copy of hard
+/// links has the same files, and what is done to the one disk would change the other.
+fn require_same_folder(
+    engine: &Value,
+    bundle: Option<&Bundle>,
+    path: &Path,
+) -> Result<(), Refusal> {
+    let own = bundle.and_then(|bundle| id_of(bundle.folder().file()));
+    // One of an older version does not say it.
+    let theirs = engine["folder-id"].as_str();
+    match (own, theirs) {
+        (Some(own), Some(theirs)) if own != theirs => Err(say(
+            path,
+            &"its image is part of another disk, too, which is being served: the one is a copy of \
+              the other that consists of hard links. What is done to one of them changes both; \
+              copy the files",
+        )),
+        _ => Ok(()),
+    }
 }
 
 fn say(path: &Path, error: &dyn Display) -> Refusal {

@@ -207,9 +207,10 @@ fn query_blockstats(mut arguments: Arguments, context: &mut Context<'_>) -> Answ
 fn query_engine(arguments: Arguments, context: &mut Context<'_>) -> Answer {
     arguments.end()?;
     let (report, queues) = (context.subject.engine(), context.subject.queues());
-    let file_id = context.subject.file_id();
     let is_open = context.subject.is_open();
-    Ok(shapes::engine(&file_id, is_open, &report, &queues))
+    let mut engine = shapes::engine(&context.subject.file_id(), is_open, &report, &queues);
+    engine["folder-id"] = context.subject.folder_id().into();
+    Ok(engine)
 }
 
 fn query_latencies(arguments: Arguments, context: &mut Context<'_>) -> Answer {

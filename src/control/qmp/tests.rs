@@ -53,6 +53,10 @@ impl Subject for Fake {
         "fe00-20d3".to_owned()
     }
 
+    fn folder_id(&self) -> Option<String> {
+        Some("fe00-1000".to_owned())
+    }
+
     fn has_write_cache(&self) -> bool {
         true
     }
@@ -232,6 +236,7 @@ fn the_disk_is_described_in_qemus_shapes() {
     let engine = &ask(&mut session, r#"{"execute":"query-engine"}"#)["return"];
     assert_eq!(engine["queues"][0]["in-flight"], 2);
     assert_eq!(engine["file-id"], "fe00-20d3");
+    assert_eq!(engine["folder-id"], "fe00-1000");
 }
 
 /// The answer to a command with these arguments.
