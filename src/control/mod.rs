@@ -44,6 +44,7 @@ pub use metrics::MetricsAddress;
 pub use metrics::fuzzing;
 pub use place::{
     Place as ControlPlace, all as control_places, file_id, find as find_control_socket,
+    find_likely as find_likely_control_socket,
 };
 pub use sandbox::{RunAs, Sandbox, SandboxError, SandboxOptions, SeccompMode};
 pub use signals::Signals;

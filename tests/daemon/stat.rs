@@ -128,6 +128,68 @@ fn a_process_can_be_hidden_or_named() {
 }
 
 #[test]
+fn processes_that_serve_one_file_have_a_socket_each() {
+    let mut host = Host::new();
+    host.rig.image = create(host.rig.folder.path(), "bundle", &[]);
+    let serve = |name: &str, options: &[&str]| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_vhost-user-ploop"));
+        command.env(VARIABLE, &host.runtime);
+        let socket = host.rig.folder.path().join(name);
+        Backend::start_as(command, &host.rig.image, &socket, options)
+    };
+    let first = serve("first", &[]);
+    let guid = host.ploop_img(&["snapshot", "create"]).ok();
+    let exports = ["second", "third"].map(|name| serve(name, &["--snapshot", guid.trim()]));
+    // All three are called by the file that the first one began with.
+    let place = |number: &str| {
+        let file = fs::metadata(host.rig.image.join("root.hds")).unwrap();
+        let name = format!("{:x}-{:x}{number}/control", file.dev(), file.ino());
+        host.runtime.join(name)
+    };
+    assert!(["", ".2", ".3"].iter().all(|number| place(number).exists()));
+    let ask = |path: &str| {
+        let mut command = ploop_img_command();
+        command.env(VARIABLE, &host.runtime);
+        command
+            .args(["stat", "--output=json", path])
+            .stdin(Stdio::null());
+        let said = Ran::from(command.output().unwrap()).ok();
+        let stat: Value = serde_json::from_str(&said).unwrap();
+        stat["node"]["ro"].clone()
+    };
+    let image = host.rig.image.to_str().unwrap();
+    assert_eq!(ask(image), false);
+    // The first one does not serve that any more.
+    assert_eq!(ask(&format!("{image}/root.hds")), true);
+    exports.into_iter().for_each(Backend::stop);
+    first.stop();
+    assert!(!place(".2").exists());
+}
+
+#[test]
+fn folders_of_processes_that_have_ended_go_when_another_one_starts() {
+    let host = Host::new();
+    let long_ago = std::time::SystemTime::now() - std::time::Duration::from_secs(120);
+    let make = |name: &str, is_old: bool| {
+        let folder = host.runtime.join(name);
+        fs::create_dir(&folder).unwrap();
+        if is_old {
+            let folder = fs::File::open(&folder).unwrap();
+            folder.set_modified(long_ago).unwrap();
+        }
+        folder
+    };
+    let (old, young, used) = (make("1-1", true), make("1-2", false), make("1-3", true));
+    fs::write(used.join("control"), "").unwrap();
+    fs::File::open(&used)
+        .unwrap()
+        .set_modified(long_ago)
+        .unwrap();
+    host.serve(&[]).stop();
+    assert!(!old.exists() && young.exists() && used.exists());
+}
+
+#[test]
 fn a_copy_of_hard_links_is_not_taken_for_the_disk() {
     let mut host = Host::new();
     host.rig.image = create(host.rig.folder.path(), "bundle", &[]);

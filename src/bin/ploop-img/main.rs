@@ -83,7 +83,7 @@ fn run(command: Command) -> Result<ExitCode, ImageError> {
             let mut mode = read_mode(&disk);
             let info = match image::info(&disk.path, mode) {
                 // Who can be asked can be believed to keep it in order.
-                Err(ImageError::Locked { .. }) if served::server_of(&disk.path).is_some() => {
+                Err(ImageError::Locked { .. }) if served::is_served(&disk.path) => {
                     mode = mode_for(disk.snapshot, true);
                     image::info(&disk.path, mode)?
                 }

@@ -18,9 +18,14 @@ use vhost_user_ploop::image::{
 use crate::notes;
 
 /// The process that serves the disk and can be asked, if it is where it would be.
-pub fn server_of(path: &Path) -> Option<Asker> {
+fn server_of(path: &Path) -> Option<Asker> {
     let socket = find_control_socket(path).ok().flatten()?;
     Asker::connect(&socket).ok()
+}
+
+/// Whether such a process says that it serves that disk.
+pub fn is_served(path: &Path) -> bool {
+    connect(path, None, Purpose::Change).is_ok()
 }
 
 /// One that was found.

@@ -5,7 +5,9 @@ use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use vhost_user_ploop::control::{ControlPlace, control_places, file_id, find_control_socket};
+use vhost_user_ploop::control::{
+    ControlPlace, control_places, file_id, find_likely_control_socket,
+};
 
 use crate::served;
 
@@ -35,7 +37,7 @@ impl Wanted {
         let is_folder = |path: &PathBuf| path.is_dir() && !is_bundle(path);
         let (folders, disks) = paths.into_iter().partition::<Vec<_>, _>(is_folder);
         for disk in &disks {
-            let found = find_control_socket(disk).map_err(|error| error.to_string())?;
+            let found = find_likely_control_socket(disk).map_err(|error| error.to_string())?;
             found.ok_or_else(|| served::unknown(disk))?;
         }
         let folder = |path| Folder {
@@ -54,7 +56,7 @@ impl Wanted {
         let mut sockets: BTreeSet<_> = self.sockets.iter().cloned().collect();
         let found = self.disks.iter().filter_map(|disk| {
             // It may have been moved meanwhile.
-            find_control_socket(disk).ok().flatten()
+            find_likely_control_socket(disk).ok().flatten()
         });
         sockets.extend(found);
         let is_all = self.disks.is_empty() && self.folders.is_empty() && self.sockets.is_empty();
