@@ -2,14 +2,16 @@
 # Domains of libvirt and one disk. A domain that comes second is turned away at once,
 # whether it starts or the disk is attached to it, while both guests go on; when the first
 # is gone, the second gets the disk. A guest goes on after its back-end was killed and
-# started again. And QEMU, under libvirt's user, gets at a socket that has its group.
+# started again. QEMU, under libvirt's user, gets at a socket that has its group. And a guest
+# moves to another libvirtd with a back-end of its own, and back, while it works.
 #
 # usage: ci/libvirt.sh                the tests
 #        ci/libvirt.sh COMMAND...     a command of yours, beside a libvirtd
 #
 # libvirtd runs in private mount, network and process namespaces, with files and settings
 # of its own: one of the machine is not touched, and all is gone when this ends. COMMAND
-# finds it with `virsh`, and the folder of this run in $BED.
+# finds it with `virsh`, and the folder of this run in $BED. The other one has a namespace of
+# each kind but processes, a name and a network address, as if on another host.
 #
 # Runs as root, without KVM. Installs what is missing (qemu/install-tools.sh).
 set -Eeuo pipefail
@@ -23,6 +25,13 @@ target=$(mkdir -p "${CARGO_TARGET_DIR:-target}" && cd "${CARGO_TARGET_DIR:-targe
 # The user and the group of QEMU under Debian's libvirt.
 qemu_user=libvirt-qemu
 socket=/run/disk.sock
+# How QEMU comes back to a back-end, and gets at its socket.
+reconnect="<reconnect enabled='yes' timeout='1'/>"
+rights=(--socket-mode=660 --socket-group="$qemu_user")
+# What enters the namespaces that a back-end is to run in; empty for those of this script.
+in_namespaces=()
+# Of this host and of the other one.
+addresses=(10.79.0.1 10.79.0.2)
 # How long something may take that takes a second or two on a machine that is not busy.
 patience=300
 
@@ -55,11 +64,14 @@ make_bed() {
     touch "$BED/backend.log"
     # QEMU's user finds its files in here.
     chmod 711 "$BED"
-    mkdir -p "$BED"/{etc,log,domains} /etc/libvirt /var/{lib,cache,log}/libvirt
+    mkdir -p "$BED"/{etc,log,domains,sockets} /etc/libvirt /var/{lib,cache,log}/libvirt
     for folder in /run /etc/libvirt /var/lib/libvirt /var/cache/libvirt; do
         mount -t tmpfs -o mode=755 private "$folder"
     done
     mount --bind "$BED/log" /var/log/libvirt
+    # Where the one host's virsh finds the other's libvirtd.
+    mkdir /run/libvirt
+    mount --bind "$BED/sockets" /run/libvirt
     # The one of this network, and without control groups: libvirt would make some in those
     # of the machine.
     umount --recursive --lazy /sys
@@ -76,9 +88,14 @@ make_bed() {
 user = "$qemu_user"
 group = "$qemu_user"
 stdio_handler = "file"
+# Two hosts use the files of a domain, and each would remember an owner of its own.
+remember_owner = 0
 SETTINGS
-    # There is no polkit.
-    echo 'auth_unix_rw = "none"' >/etc/libvirt/libvirtd.conf
+    # There is no polkit. And a guest is not moved between hosts of one number or name.
+    cat >/etc/libvirt/libvirtd.conf <<SETTINGS
+auth_unix_rw = "none"
+host_uuid = "$(cat /proc/sys/kernel/random/uuid)"
+SETTINGS
     libvirtd --pid-file /run/libvirtd.pid >"$BED/log/libvirtd" 2>&1 &
     libvirtd=$!
     export LIBVIRT_DEFAULT_URI=qemu:///system
@@ -86,6 +103,37 @@ SETTINGS
         kill -0 "$libvirtd" 2>/dev/null || { cat "$BED/log/libvirtd" >&2; die "libvirtd has ended"; }
         sleep 0.1
     done
+}
+
+# Another host, whose files are in $BED/other: its namespaces, a libvirtd in them, and a network
+# between the two.
+make_other_host() {
+    local started=$SECONDS
+    mkdir "$BED/other"
+    BED=$BED/other unshare --mount --net --uts "$repo/ci/libvirt.sh" other-host \
+        >"$BED/other/said" 2>&1 &
+    other=$!
+    in_other=(nsenter --target "$other" --mount --net)
+    other_uri="qemu+unix:///system?socket=$BED/other/sockets/libvirt-sock"
+    until timeout 60 virsh --connect "$other_uri" uri >/dev/null 2>&1; do
+        if ! kill -0 "$other" 2>/dev/null || [ $((SECONDS - started)) -gt "$patience" ]; then
+            cat "$BED/other/said" >&2
+            die "the other host's libvirtd is not there"
+        fi
+        sleep 0.1
+    done
+    ip link add host0 type veth peer name host1 netns "$other"
+    ip address add "${addresses[0]}/24" dev host0
+    ip link set host0 up
+    "${in_other[@]}" ip address add "${addresses[1]}/24" dev host1
+    "${in_other[@]}" ip link set host1 up
+}
+
+# That host, until it is killed.
+be_other_host() {
+    echo other-host >/proc/sys/kernel/hostname
+    make_bed
+    wait
 }
 
 # virsh, which has to answer: a libvirtd or a QEMU that hangs fails the test.
@@ -114,8 +162,8 @@ readies() { grep -c ' ready: ' "$BED/backend.log" || true; }
 start_backend() {
     local before
     before=$(readies)
-    "$target/release/vhost-user-ploop" --socket-path="$socket" --blk-file="$BED/disk" \
-        "$@" >>"$BED/backend.log" 2>&1 &
+    "${in_namespaces[@]}" "$target/release/vhost-user-ploop" --socket-path="$socket" \
+        --blk-file="$disk" "$@" >>"$BED/backend.log" 2>&1 &
     backend=$!
     until [ "$(readies)" -gt "$before" ]; do
         kill -0 "$backend" 2>/dev/null || { cat "$BED/backend.log" >&2; die "the back-end has ended"; }
@@ -128,6 +176,19 @@ stop_backend() {
     kill "$backend"
     wait "$backend" || code=$?
     [ "$code" = 0 ] || { cat "$BED/backend.log" >&2; die "the back-end ended with status $code"; }
+}
+
+# The same on the other host.
+start_other_backend() {
+    local BED=$BED/other backend
+    local -a in_namespaces=("${in_other[@]}")
+    start_backend "$@"
+    other_backend=$backend
+}
+
+stop_other_backend() {
+    local BED=$BED/other backend=$other_backend
+    stop_backend
 }
 
 # Kills it, and starts another one in its place. It leaves its socket, for the next one to
@@ -181,7 +242,7 @@ define() {
     <controller type='pci' model='pcie-root-port'/>
     <controller type='usb' model='none'/>
     <memballoon model='none'/>
-    <serial type='file'><source path='$folder/console'/></serial>
+    <serial type='file'><source path='$folder/console' append='on'/></serial>
     ${2:-}
   </devices>
 </domain>
@@ -228,8 +289,8 @@ goes_on() {
 # Nobody has the disk open, and it was closed as it should be.
 is_sound() {
     local image
-    "$target/release/ploop-img" check "$BED/disk" || return 1
-    for image in "$BED"/disk/*.hds*; do
+    "$target/release/ploop-img" check "$disk" || return 1
+    for image in "$disk"/*.hds*; do
         qemu-img check -f parallels "$image" || return 1
     done
 }
@@ -267,9 +328,14 @@ second_script="$round"'
     while [ -e /dev/vda ]; do sleep 1; done'
 
 tests() {
-    local reconnect="<reconnect enabled='yes' timeout='1'/>" tag way counted
-    local -a rights=(--socket-mode=660 --socket-group="$qemu_user")
-    "$target/release/ploop-img" create "$BED/disk" 1G
+    test_one_host
+    test_moves
+    ! grep -a 'I/O error' "$BED"/domains/*/console || die "a guest has seen an error"
+}
+
+test_one_host() {
+    local tag way counted
+    "$target/release/ploop-img" create "$disk" 1G
     define owner "$(device "$reconnect")" <<<"$owner_script"
     define second <<<"$second_script"
     define third "$(device)" <<<"true"
@@ -338,19 +404,52 @@ tests() {
         is_off saved || die "a domain that was saved is there"
         # It is complete, and anybody's.
         is_sound
-        "$target/release/ploop-img" snapshot create "$BED/disk"
-        # The console begins anew.
+        "$target/release/ploop-img" snapshot create "$disk"
         case $way in
             save) ask restore "$BED/domains/saved/memory" ;;
             managedsave) ask start saved ;;
         esac
         wait_for saved has_counted saved rounds $((counted + 2))
-        ! "$target/release/ploop-img" check "$BED/disk" 2>/dev/null || die "a domain that was restored has no disk"
+        ! "$target/release/ploop-img" check "$disk" 2>/dev/null || die "a domain that was restored has no disk"
     done
     ask destroy saved
     stop_backend
     is_sound
-    ! grep -a 'I/O error' "$BED"/domains/*/console || die "a guest has seen an error"
+}
+
+# A guest goes from one host to the other, each with a libvirtd and a back-end, and back.
+test_moves() {
+    local way counted disk=$BED/moving
+    say "a domain that moves to another libvirtd and back"
+    "$target/release/ploop-img" create "$disk" 1G
+    make_other_host
+    start_backend "${rights[@]}" --lock=running
+    start_other_backend "${rights[@]}" --lock=running
+    define moving "$(device "$reconnect")" <<<"$owner_script"
+    ask start moving
+    wait_for moving has_counted moving rounds 1
+    for way in there back there; do
+        counted=$(told moving rounds)
+        case $way in
+            there) ask migrate --live moving "$other_uri" --migrateuri "tcp://${addresses[1]}" ;;
+            back)
+                ask --connect "$other_uri" migrate --live moving "$LIBVIRT_DEFAULT_URI" \
+                    --migrateuri "tcp://${addresses[0]}" ;;
+        esac
+        # What it was at when it moved, and something that is all done on the host where it is.
+        wait_for moving has_counted moving rounds $((counted + 2))
+        ! "$target/release/ploop-img" check "$disk" 2>/dev/null || die "a domain that has moved has no disk"
+    done
+    is_off moving || die "a domain that has moved is still here"
+    # A guest that was moved is nobody's here, and neither is its disk.
+    stop_backend
+    [ "$(ask --connect "$other_uri" domstate moving)" = running ] || die "the domain is gone"
+    goes_on moving rounds
+    ask --connect "$other_uri" destroy moving
+    stop_other_backend
+    is_sound
+    "$target/release/ploop-img" convert -O raw "$disk" "$BED/raw"
+    [ "$(head -c 13 "$BED/raw")" = "by the owner" ] || die "the disk has lost what was written to it"
 }
 
 case ${1:-} in
@@ -361,7 +460,9 @@ case ${1:-} in
         enter tests
         say "everything as it should be, after $SECONDS seconds"
         ;;
+    other-host) be_other_host ;;
     inside)
+        disk=$BED/disk
         make_bed
         "${@:2}"
         ;;
