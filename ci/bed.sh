@@ -15,10 +15,18 @@ die() { say "$*" >&2; exit 1; }
 
 # Puts the packages that are in $programs.new/debs into the place of the programs.
 unpack_packages() {
-    local name
-    mkdir -p "$programs.new/root"
+    local name folder root=$programs.new/root
+    mkdir -p "$root"
     for name in "$programs.new"/debs/*.deb; do
-        dpkg -x "$name" "$programs.new/root"
+        dpkg -x "$name" "$root"
+    done
+    # Where /lib is a link into /usr, its files belong there too. This is done once: another run
+    # may have these files open, and what is copied over a library changes it where it is in use.
+    for folder in lib sbin bin; do
+        [ -d "$root/$folder" ] || continue
+        [ -L /lib ] || die "cannot use the packages: /lib is no link into /usr"
+        mkdir -p "$root/usr/$folder"
+        cp -a "$root/$folder/." "$root/usr/$folder/"
     done
     rm -rf "$programs"
     mv "$programs.new" "$programs"
@@ -61,16 +69,9 @@ say_if_dead() {
 
 # Makes the unpacked programs appear where they belong, for this namespace alone.
 overlay_programs() {
-    local folder
     mkdir layer
     mount -t tmpfs layer layer
     mkdir layer/upper layer/work
-    # Where /lib is a link into /usr, its files belong there too.
-    for folder in lib sbin bin; do
-        [ -d "$programs/root/$folder" ] || continue
-        [ -L /lib ] || die "cannot use the packages: /lib is no link into /usr"
-        cp -a "$programs/root/$folder/." "$programs/root/usr/$folder/"
-    done
     mount -t overlay -o "lowerdir=$programs/root/usr:/usr,upperdir=$BED/layer/upper,workdir=$BED/layer/work" \
         overlay /usr
     ldconfig -C "$BED/ld.so.cache"
