@@ -55,12 +55,13 @@ test_on() {
 run_tests() {
     take_place
     on_two_mounts blkio volume::a_host_that_comes_back volume::another_host \
-        volume::a_guest_that_has_waited volume::a_server gluster::a_host_that_comes_back
+        volume::a_server gluster::a_host_that_comes_back
     if [ "$BED_KIND" = strict ]; then
         on_two_mounts guest migration::mounts
         on_two_mounts blkio gluster::a_guest_whose_servers
         return
     fi
+    on_two_mounts blkio volume::a_guest_that_has_waited
     PLOOP_REQUIRE_PEERS=1 PLOOP_TEST_FOLDERS=$BED/m1 \
         cargo test --locked --offline --lib storage::host
     run_ordinary_tests
