@@ -176,6 +176,11 @@ impl<'a> BatScanner<'a> {
         }
     }
 
+    /// The entry to come.
+    pub const fn next(&self) -> GuestCluster {
+        GuestCluster(self.next)
+    }
+
     /// The next `count` entries are zero.
     pub fn skip(&mut self, count: u32) {
         self.next += count;

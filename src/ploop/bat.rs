@@ -93,6 +93,14 @@ impl Bat {
         }
     }
 
+    /// Most of these entries are about to be set.
+    #[cfg_attr(ploop_loom, expect(unused_variables, reason = "it has no mapping"))]
+    pub fn expect(&self, clusters: std::ops::Range<u32>) {
+        #[cfg(not(ploop_loom))]
+        self.entries
+            .expect(clusters.start as usize..clusters.end as usize);
+    }
+
     /// Sets an entry that is what the disk has, before any other thread looks.
     pub fn load(&self, cluster: GuestCluster, entry: Entry) {
         self.entry(cluster).store(entry.bits(), Ordering::Relaxed);

@@ -13,7 +13,7 @@ pub type Reserved<T> = Box<[T]>;
 
 #[cfg(not(ploop_loom))]
 mod mapped {
-    use std::ops::Deref;
+    use std::ops::{Deref, Range};
     use std::ptr::{self, NonNull};
 
     use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap_anonymous, munmap};
@@ -21,6 +21,9 @@ mod mapped {
 
     /// What the kernel may make one page of.
     const HUGE_PAGE: usize = 2 << 20;
+
+    /// The least that a mapping is long.
+    const PAGE: usize = 4096;
 
     /// See the module's text.
     pub struct Reserved<T> {
@@ -62,6 +65,28 @@ mod mapped {
         }
     }
 
+    impl<T> Reserved<T> {
+        /// Most of these will be set soon. The system may provide memory for them in large
+        /// pieces, which takes it a fraction of the time; not so for few of them, which would
+        /// take a whole such piece.
+        pub fn expect(&self, these: Range<usize>) {
+            if these.len() * size_of::<T>() < HUGE_PAGE / 2 {
+                return;
+            }
+            let base = self.start.as_ptr() as usize;
+            let mapped = base..base + (self.len.max(1) * size_of::<T>()).next_multiple_of(PAGE);
+            let start = base + these.start * size_of::<T>();
+            let end = base + these.end * size_of::<T>();
+            let start = (start / HUGE_PAGE * HUGE_PAGE).max(mapped.start);
+            let end = end.next_multiple_of(HUGE_PAGE).min(mapped.end);
+            if start < end {
+                let at = self.start.as_ptr().cast::<u8>().wrapping_add(start - base);
+                // SAFETY: it is a part of this mapping; the advice changes no content.
+                let _ = unsafe { madvise(at.cast(), end - start, Advice::LinuxHugepage) };
+            }
+        }
+    }
+
     impl<T> Deref for Reserved<T> {
         type Target = [T];
 
@@ -96,6 +121,49 @@ mod mapped {
             list[len - 1].store(7, Ordering::Relaxed);
             assert_eq!(list[len - 1].load(Ordering::Relaxed), 7);
             assert_eq!(list[0].load(Ordering::Relaxed), 0);
+        }
+
+        /// Whether the kernel has been advised to make huge pages of what is at an address.
+        fn is_advised(address: usize) -> bool {
+            let maps = std::fs::read_to_string("/proc/self/smaps").unwrap();
+            let mut is_here = false;
+            for line in maps.lines() {
+                let range = line
+                    .split(' ')
+                    .next()
+                    .and_then(|range| range.split_once('-'));
+                let hex = |text| usize::from_str_radix(text, 16).ok();
+                if let Some((Some(start), Some(end))) =
+                    range.map(|(start, end)| (hex(start), hex(end)))
+                {
+                    is_here = (start..end).contains(&address);
+                } else if is_here && let Some(flags) = line.strip_prefix("VmFlags:") {
+                    return flags.split(' ').any(|flag| flag == "hg");
+                }
+            }
+            panic!("nothing is mapped at {address:#x}");
+        }
+
+        #[test]
+        fn memory_comes_in_large_pieces_only_where_it_is_expected() {
+            if !std::path::Path::new("/sys/kernel/mm/transparent_hugepage").exists() {
+                return;
+            }
+            let list = Reserved::<AtomicU64>::zeroed(1 << 24, 1 << 23).unwrap();
+            let address = |index: usize| &raw const list[index] as usize;
+            list[0].store(7, Ordering::Relaxed);
+            let (here, last, far) = (address(1 << 20), address((1 << 21) - 1), address(1 << 22));
+            assert!(![here, last, far].into_iter().any(is_advised));
+            list.expect(1 << 20..1 << 21);
+            assert!(is_advised(here) && is_advised(last));
+            assert!(!is_advised(far) && !is_advised(address(1 << 19)));
+            // Too few, and to the very end.
+            list.expect((1 << 24) - 5..1 << 24);
+            assert!(!is_advised(address((1 << 24) - 1)));
+            list.expect((1 << 24) - (1 << 17)..1 << 24);
+            assert!(is_advised(address((1 << 24) - 1)));
+            assert_eq!(list[0].load(Ordering::Relaxed), 7);
+            assert_eq!(list[1 << 20].load(Ordering::Relaxed), 0);
         }
     }
 }

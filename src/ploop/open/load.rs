@@ -203,28 +203,37 @@ fn load_bat(
     let mut scanner = BatScanner::new(geometry, len);
     let len = Cell::new(len);
     let mut first_problem = None;
-    for_chunks(disk, file, needed, |words| {
-        if words == &ZEROS[..words.len()] {
-            return scanner.skip(words.len() as u32 / 4);
+    for_pieces(disk, file, needed, |entries| {
+        let chunks = || entries.chunks(ZEROS.len());
+        let used = chunks().filter(|words| !is_zero(words)).count();
+        if used > chunks().len() / 2 {
+            let first = scanner.next().0;
+            bat.expect(first..first + entries.len() as u32 / 4);
         }
-        let words = words.chunks_exact(4);
-        // Once for all of them is enough: they were read before.
-        let mut is_asked = false;
-        scanner.look_at_all(
-            words.map(|word| u32::from_le_bytes([word[0], word[1], word[2], word[3]])),
-            // Others are not written down: the memory for them may not even be there.
-            |guest, host| bat.load(guest, Entry::mapped(file, host)),
-            |problem| {
-                first_problem.get_or_insert(problem);
-            },
-            || {
-                if !std::mem::replace(&mut is_asked, true) {
-                    // If it is not known, it is what it was.
-                    len.set(disk.len(file).unwrap_or(0).max(len.get()));
-                }
-                len.get()
-            },
-        );
+        for words in chunks() {
+            if is_zero(words) {
+                scanner.skip(words.len() as u32 / 4);
+                continue;
+            }
+            let words = words.chunks_exact(4);
+            // Once for all of them is enough: they were read before.
+            let mut is_asked = false;
+            scanner.look_at_all(
+                words.map(|word| u32::from_le_bytes([word[0], word[1], word[2], word[3]])),
+                // Others are not written down: the memory for them may not even be there.
+                |guest, host| bat.load(guest, Entry::mapped(file, host)),
+                |problem| {
+                    first_problem.get_or_insert(problem);
+                },
+                || {
+                    if !std::mem::replace(&mut is_asked, true) {
+                        // If it is not known, it is what it was.
+                        len.set(disk.len(file).unwrap_or(0).max(len.get()));
+                    }
+                    len.get()
+                },
+            );
+        }
     })
     .map_err(OpenError::io("read the BAT", file))?;
     let scan = scanner.end();
@@ -238,9 +247,13 @@ fn load_bat(
     }
 }
 
-/// Gives the BAT, which ends at `end`, to `each`, in pieces as long as [`ZEROS`] but for the last
-/// of what is read at once.
-fn for_chunks(
+/// Of at most as many bytes as [`ZEROS`] has.
+fn is_zero(bytes: &[u8]) -> bool {
+    bytes == &ZEROS[..bytes.len()]
+}
+
+/// Gives the entries of the BAT, which ends at `end`, to `each`, as many as are read at once.
+fn for_pieces(
     disk: &impl Disk,
     file: FileId,
     end: u64,
@@ -255,8 +268,7 @@ fn for_chunks(
         let len = (end - at).min(buffer.len() as u64);
         disk.read_exact_at(file, &mut buffer[..len as usize], at)?;
         let skip = (Header::LEN as u64).saturating_sub(at);
-        let entries = &buffer[skip as usize..len as usize];
-        entries.chunks(ZEROS.len()).for_each(&mut each);
+        each(&buffer[skip as usize..len as usize]);
         at += len;
     }
     Ok(())
