@@ -8,7 +8,7 @@
 use md5::{Digest, Md5};
 use thiserror::Error;
 
-use super::Sector;
+use super::{ClusterSize, Sector};
 
 const MAGIC: u64 = 0xAB23_4CEF_23DC_EA87;
 const DIRTY_BITMAP: u64 = 0x2038_5FAE_252C_B34A;
@@ -41,13 +41,50 @@ pub enum ExtensionError {
 pub struct DirtyBitmap {
     /// How much of the disk it covers.
     pub size: Sector,
-    /// Its name, a GUID in the byte order of the file.
-    pub id: [u8; 16],
+    /// Its name.
+    pub id: BitmapId,
     /// What one bit covers, in sectors.
     pub granularity: u32,
     /// 0: all clear, 1: all set, else the sector of the image file where a
     /// cluster of bits starts.
     pub l1: Vec<u64>,
+}
+
+/// The name of a dirty bitmap: a GUID in the byte order of the file, which is also that of its
+/// digits as QEMU shows them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BitmapId(pub [u8; 16]);
+
+/// After how many bytes a GUID has a hyphen.
+const GROUPS: [usize; 4] = [4, 6, 8, 10];
+
+impl BitmapId {
+    /// Reads what [`Display`](std::fmt::Display) shows, and nothing else: small letters, no
+    /// braces.
+    pub fn parse(text: &str) -> Option<Self> {
+        let digits: Vec<u8> = text.bytes().filter(|byte| *byte != b'-').collect();
+        if digits.len() != 32 || !digits.iter().all(u8::is_ascii_hexdigit) {
+            return None;
+        }
+        let mut id = [0; 16];
+        for (byte, pair) in id.iter_mut().zip(digits.chunks_exact(2)) {
+            let pair = std::str::from_utf8(pair).ok()?;
+            *byte = u8::from_str_radix(pair, 16).ok()?;
+        }
+        Some(Self(id)).filter(|id| id.to_string() == text)
+    }
+}
+
+impl std::fmt::Display for BitmapId {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        for (index, byte) in self.0.iter().enumerate() {
+            if GROUPS.contains(&index) {
+                f.write_str("-")?;
+            }
+            write!(f, "{byte:02x}")?;
+        }
+        Ok(())
+    }
 }
 
 /// A checked extension.
@@ -87,6 +124,43 @@ impl Extension {
         Ok(extension)
     }
 
+    /// Whether a cluster of so many bytes has room for bitmaps with so many clusters of bits
+    /// each.
+    pub fn fits(clusters_of_bits: impl Iterator<Item = u64>, cluster_bytes: u64) -> bool {
+        let heads = (FEATURE_HEAD_LEN + BITMAP_HEAD_LEN) as u64;
+        let bitmaps = clusters_of_bits.map(|count| heads.saturating_add(count.saturating_mul(8)));
+        // And what ends the list.
+        let fixed = (HEAD_LEN + FEATURE_HEAD_LEN) as u64;
+        bitmaps.fold(fixed, u64::saturating_add) <= cluster_bytes
+    }
+
+    /// The cluster that [`Self::parse`] reads; features that are not known are left out. `None`
+    /// if it has no room for them.
+    pub fn to_bytes(&self, cluster: ClusterSize) -> Option<Vec<u8>> {
+        let counts = self.bitmaps.iter().map(|bitmap| bitmap.l1.len() as u64);
+        if !Self::fits(counts, cluster.bytes()) {
+            return None;
+        }
+        let mut bytes = vec![0; HEAD_LEN];
+        for bitmap in &self.bitmaps {
+            let size = BITMAP_HEAD_LEN + 8 * bitmap.l1.len();
+            bytes.extend(DIRTY_BITMAP.to_le_bytes());
+            bytes.extend(0_u64.to_le_bytes());
+            bytes.extend((size as u32).to_le_bytes());
+            bytes.extend([0; 4]);
+            bytes.extend(bitmap.size.0.to_le_bytes());
+            bytes.extend(bitmap.id.0);
+            bytes.extend(bitmap.granularity.to_le_bytes());
+            bytes.extend((bitmap.l1.len() as u32).to_le_bytes());
+            bytes.extend(bitmap.l1.iter().flat_map(|entry| entry.to_le_bytes()));
+        }
+        bytes.resize(cluster.bytes() as usize, 0);
+        bytes[..8].copy_from_slice(&MAGIC.to_le_bytes());
+        let checksum = Md5::digest(&bytes[HEAD_LEN..]);
+        bytes[8..HEAD_LEN].copy_from_slice(&checksum);
+        Some(bytes)
+    }
+
     /// Where the clusters of the image file start that hold bits, in sectors.
     pub fn clusters(&self) -> impl Iterator<Item = Sector> {
         let entries = self.bitmaps.iter().flat_map(|bitmap| &bitmap.l1);
@@ -108,7 +182,7 @@ impl DirtyBitmap {
         let mut entries = Bytes(l1);
         Ok(Self {
             size: Sector(size.ok_or_else(cut)?),
-            id: id.and_then(|id| id.try_into().ok()).ok_or_else(cut)?,
+            id: BitmapId(id.and_then(|id| id.try_into().ok()).ok_or_else(cut)?),
             granularity: granularity.ok_or_else(cut)?,
             l1: std::iter::from_fn(|| entries.u64()).collect(),
         })

@@ -20,7 +20,7 @@ pub use cluster_set::ClusterSet;
 pub use descriptor::{
     Descriptor, DescriptorError, EditError, Guid, GuidError, Image, ImageKind, Shot, XmlError,
 };
-pub use extension::{DirtyBitmap, Extension, ExtensionError};
+pub use extension::{BitmapId, DirtyBitmap, Extension, ExtensionError};
 pub use foreign::ForeignFormat;
 pub use growth::{Fate, Growth};
 pub use header::{Geometry, Header, HeaderError, InUse, TooLarge, Version, is_marked_in_use};

@@ -30,6 +30,7 @@ use super::shape::LevelShape;
 use super::stable_writes::{Generation, StableWrites};
 use super::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, AtomicUsize, Ordering, fence};
 use super::take_over::Beginning;
+use super::tracking::{Bitmap, Tracking};
 use crate::format::{
     ClusterSize, Geometry, GuestCluster, Header, HostCluster, InUse, Packing, Sector,
 };
@@ -65,6 +66,8 @@ pub struct Engine<D: Disk> {
     pub(super) options: Options,
     /// A power of two: what the offset and length of a write must be multiples of.
     write_alignment: u32,
+    /// What was changed, for whoever wants to know.
+    pub(super) tracking: Tracking,
     /// See [`Disk::has_stable_writes`].
     has_stable_writes: bool,
     /// What a change has to wait for before it completes: bits of [`before_end`].
@@ -106,6 +109,7 @@ pub struct Engine<D: Disk> {
 
 /// What an engine starts from.
 pub(super) struct Shared {
+    pub bitmaps: Vec<Bitmap>,
     pub levels: Vec<LevelMap>,
     pub bat: Bat,
     pub alloc: Allocator,
@@ -234,6 +238,7 @@ pub(super) enum WritePlan {
 impl<D: Disk> Engine<D> {
     pub(super) fn new(disk: D, shared: Shared, options: Options) -> io::Result<Self> {
         let Shared {
+            bitmaps,
             levels,
             bat,
             alloc,
@@ -258,6 +263,7 @@ impl<D: Disk> Engine<D> {
             md: Arc::new(Inbox::new()?),
             options,
             write_alignment,
+            tracking: Tracking::new(write_alignment),
             has_stable_writes,
             before_end: AtomicU8::new(0),
             suspended: AtomicBool::new(false),
@@ -279,6 +285,7 @@ impl<D: Disk> Engine<D> {
             #[cfg(test)]
             abandoned: AtomicBool::new(false),
         };
+        engine.have_bitmaps(bitmaps);
         engine.check_old_use();
         Ok(engine)
     }
@@ -622,8 +629,12 @@ impl<D: Disk> Engine<D> {
         offset: u32,
         data: &Segments,
     ) -> WritePlan {
-        let align = self.write_alignment as usize - 1;
-        if (offset as usize | data.len()) & align != 0 {
+        let (align, is_tracked) = self.tracking.terms();
+        if is_tracked {
+            let start = self.grid().cluster_start(cluster) + u64::from(offset);
+            self.tracking.mark(start, data.len() as u64);
+        }
+        if (offset as usize | data.len()) & align as usize != 0 {
             return WritePlan::Runner;
         }
         loop {

@@ -55,7 +55,8 @@ use super::options::OnEnospc;
 use super::pio::{Home, Pio, QueueMessage, Work};
 use super::preempt;
 use super::rule::{self, Rule};
-use crate::format::{Geometry, GuestCluster, Header, HostCluster, InUse};
+use super::tracking::{Bitmap, saved};
+use crate::format::{Geometry, GuestCluster, Header, HostCluster, InUse, Sector};
 use crate::notices::Notice;
 use crate::storage::{AlignedBuf, Buffer, Completion, Disk, FileId, Io, Op, ZeroMode};
 
@@ -1299,11 +1300,18 @@ impl<D: Disk> MdWriter<D> {
             return Ok(());
         };
         let top = engine.top();
+        let bitmaps = engine.all_bitmaps();
+        let disk = &engine.disk;
         if is_passed {
-            return mark_closed(&engine.disk, top, &mut metadata.header).map_err(cannot_mark);
+            let end = HostCluster(engine.alloc().end());
+            let extension = save_bitmaps(disk, top, &self.geometry, (&bitmaps, end));
+            if extension.is_some() && rule::kept(Rule::BitmapsBeforeMark) {
+                disk.sync(top).map_err(cannot_mark)?;
+            }
+            return mark_closed(disk, top, &mut metadata.header, extension).map_err(cannot_mark);
         }
-        let len = self.geometry.host_offset(used_end(&engine, &self.geometry));
-        cut_and_mark(&engine.disk, top, len, &mut metadata.header).map_err(cannot_mark)?;
+        let end = used_end(&engine, &self.geometry);
+        cut_and_mark(disk, top, (end, &bitmaps), &mut metadata.header).map_err(cannot_mark)?;
         engine.forget_opening();
         Ok(())
     }
@@ -1328,19 +1336,47 @@ fn errno_of(error: &io::Error) -> Errno {
     Errno::from_io_error(error).unwrap_or(Errno::IO)
 }
 
-fn cut_and_mark(disk: &impl Disk, top: FileId, len: u64, header: &mut Header) -> io::Result<()> {
+fn cut_and_mark(
+    disk: &impl Disk,
+    top: FileId,
+    (end, bitmaps): (HostCluster, &[Bitmap]),
+    header: &mut Header,
+) -> io::Result<()> {
+    let geometry = *header.geometry();
+    let len = geometry.host_offset(end);
     if disk.len(top)? > len {
         disk.set_len(top, len)?;
     }
-    if rule::kept(Rule::SyncBeforeMark) {
+    let extension = save_bitmaps(disk, top, &geometry, (bitmaps, end));
+    let is_synced = extension.is_none() || rule::kept(Rule::BitmapsBeforeMark);
+    if is_synced && rule::kept(Rule::SyncBeforeMark) {
         disk.sync(top)?;
     }
-    mark_closed(disk, top, header)?;
+    mark_closed(disk, top, header, extension)?;
     preempt::point("mark written");
     disk.sync(top)
 }
 
-fn mark_closed(disk: &impl Disk, top: FileId, header: &mut Header) -> io::Result<()> {
-    header.in_use = InUse::Closed;
+/// Those that are persistent, behind all else. Where the extension is, if there is one now.
+fn save_bitmaps(
+    disk: &impl Disk,
+    top: FileId,
+    geometry: &Geometry,
+    bitmaps: (&[Bitmap], HostCluster),
+) -> Option<Sector> {
+    saved::save(disk, top, geometry, bitmaps)?.extension
+}
+
+fn mark_closed(
+    disk: &impl Disk,
+    top: FileId,
+    header: &mut Header,
+    extension: Option<Sector>,
+) -> io::Result<()> {
+    header.in_use = match extension {
+        Some(_) => InUse::ClosedWithExtension,
+        None => InUse::Closed,
+    };
+    header.extension = extension.unwrap_or(Sector(0));
     disk.write_all_at(top, &header.to_bytes(), 0)
 }

@@ -41,6 +41,7 @@ mod shape;
 mod stable_writes;
 mod sync;
 mod take_over;
+mod tracking;
 mod write_threshold;
 
 pub(crate) use control::Outcome;
@@ -59,6 +60,8 @@ pub use runner::Runner;
 pub use running::Running;
 pub use shape::{LevelShape, Shape};
 pub use take_over::{LeftMemory, TakeOverError};
+pub use tracking::saved::read_bitmaps;
+pub use tracking::{BITMAPS_MAX, BitmapAction, BitmapError, BitmapInfo};
 pub use write_threshold::WriteThreshold;
 
 #[cfg(all(test, ploop_loom))]

@@ -16,6 +16,7 @@ use super::options::Options;
 use super::rule::{self, Rule};
 use super::runner::Runner;
 use super::take_over::{Beginning, refuse_take_over};
+use super::tracking::saved;
 use crate::format::{
     BatScan, ClusterSize, Geometry, GuestCluster, Header, HostCluster, InUse, Sector,
 };
@@ -78,12 +79,18 @@ impl<D: Disk> Engine<D> {
             disk.forgo_direct();
         }
         let beginning = beginning(&disk, top, loaded.image.as_ref(), &options);
+        // Before the mark says that they miss what is written from now on.
+        let bitmaps = match &loaded.image {
+            Some(image) if !options.read_only => saved::load(&disk, top, &image.header),
+            _ => Vec::new(),
+        };
         let (alloc, metadata) = match &loaded.image {
             Some(image) => prepare_image(&disk, top, image, &options)?,
             None => prepare_plain(&disk, top, &geometry, &options)?,
         };
         let Loaded { levels, bat, .. } = loaded;
         let shared = Shared {
+            bitmaps,
             levels,
             bat,
             alloc,
@@ -253,9 +260,9 @@ fn refuse_former_guest(disk: &impl Disk, file: FileId) -> Result<(), OpenError> 
 }
 
 /// Before anything else of the file changes, the mark is stable (I12). The format
-/// extension is not valid from then on, and dropped. A last cluster that is not
-/// whole, left by an extension that was cut off, is made whole; a file that cannot be
-/// made so long gets its old header back.
+/// extension is not valid from then on, and forgotten: its bitmaps were read. A last cluster
+/// that is not whole, left by an extension that was cut off, is made whole; a file that cannot
+/// be made so long gets its old header back.
 fn mark_in_use(
     disk: &impl Disk,
     file: FileId,
@@ -263,14 +270,10 @@ fn mark_in_use(
     file_len: u64,
 ) -> Result<(), OpenError> {
     let before = header.to_bytes();
-    if header.in_use == InUse::ClosedWithExtension && header.extension.0 != 0 {
-        log::warn!(
-            "the dirty bitmaps of the image are dropped, as they would miss what is written \
-             from now on: the next backup has to be a full one"
-        );
-    }
     header.in_use = InUse::Open;
-    header.extension = Sector(0);
+    if rule::kept(Rule::BitmapsEndWithUse) {
+        header.extension = Sector(0);
+    }
     header.clear_empty();
     let failed = || OpenError::io("mark the image as in use", file);
     disk.write_all_at(file, &header.to_bytes(), 0)

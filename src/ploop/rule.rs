@@ -62,6 +62,12 @@ pub(crate) enum Rule {
     MarkBeforeChange,
     /// I12: everything else is stable before the closed mark is written.
     SyncBeforeMark,
+    /// I12: bitmaps are stable before the mark that says that they are there.
+    BitmapsBeforeMark,
+    /// I12: bitmaps that an image had are not valid any more once it is in use.
+    BitmapsEndWithUse,
+    /// A change is recorded in bitmaps before it is begun.
+    ChangeIsRecorded,
     /// I6, I12: a cluster that has moved is mapped where it is now when it is stable there.
     MoveBeforeMapping,
     /// I12: no cluster is given out any more that lies where the larger BAT goes.
@@ -182,7 +188,7 @@ mod broken {
         /// Every one but [`Self::OldIoBeforeCut`]: the moment in which that matters is so short that
         /// it has a test of its own (`tests/compact.rs`).
         #[cfg_attr(ploop_loom, allow(dead_code, reason = "the simulator breaks them all"))]
-        pub(crate) const ALL: [Self; 58] = [
+        pub(crate) const ALL: [Self; 61] = [
             Self::RemovalBeforeReuse,
             Self::FailedPageRemovesNothing,
             Self::TellBeforeMark,
@@ -208,6 +214,9 @@ mod broken {
             Self::OneWriteOfPage,
             Self::MarkBeforeChange,
             Self::SyncBeforeMark,
+            Self::BitmapsBeforeMark,
+            Self::BitmapsEndWithUse,
+            Self::ChangeIsRecorded,
             Self::MoveBeforeMapping,
             Self::NothingNewInTheWay,
             Self::CopiesInTheWayEnd,

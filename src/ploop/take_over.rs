@@ -158,6 +158,7 @@ impl<D: Disk> Engine<D> {
             log::error!("a larger disk cannot be remembered: {error}");
         }
         *now = *geometry;
+        self.tracking.reach(geometry.disk_size.bytes());
         self.set_disk_size(geometry.disk_size);
     }
 

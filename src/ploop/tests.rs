@@ -27,6 +27,7 @@ mod reuse;
 mod space;
 mod take_over;
 mod threads;
+mod tracking;
 mod writeback;
 
 const CLUSTER: u64 = 32 << 10;

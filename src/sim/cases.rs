@@ -51,6 +51,8 @@ pub enum Case {
     ExtensionKept,
     /// I12: the power went and the format extension was not valid any more.
     ExtensionDropped,
+    /// I12: the image was closed with bitmaps.
+    ClosedWithBitmaps,
     /// I12: the disk became larger.
     Larger,
     /// I12: a cluster moved for that.
@@ -90,7 +92,7 @@ pub enum Case {
 }
 
 impl Case {
-    const ALL: [(Self, &'static str); 35] = [
+    const ALL: [(Self, &'static str); 36] = [
         (Self::Moved, "I1  cluster passed to another guest cluster"),
         (Self::Reused, "I2  freed cluster mapped again"),
         (Self::Flush, "I3  flush with something to flush"),
@@ -111,6 +113,7 @@ impl Case {
         (Self::Passed, "I12 closed for another process"),
         (Self::ExtensionKept, "I12 cut that left a format extension"),
         (Self::ExtensionDropped, "I12 cut after one was dropped"),
+        (Self::ClosedWithBitmaps, "I12 image closed with bitmaps"),
         (Self::Larger, "I12 disk that became larger"),
         (Self::MovedForBat, "I12 cluster that moved for a larger BAT"),
         (

@@ -93,6 +93,11 @@ impl Heritage {
         }
         world.disk.change_medium(|medium| medium.faults = faults);
         world.see_size(&opened.engine)?;
+        if !profile.read_only {
+            // The image was not closed, so it has none.
+            world.bitmaps.end();
+            world.bitmaps.are_loaded(&opened.engine, false)?;
+        }
         let before = opened.engine.mapped_here();
         opened
             .engine

@@ -113,7 +113,16 @@ impl World {
             let judged = self.model.check_after_cut(index, found);
             judged.map_err(|wrong| format!("after the cut, guest sector {sector}: {wrong:?}"))?;
         }
-        self.scenario.check_extension(view, &image)?;
+        let found = self.scenario.layout.sectors().map(|sector| {
+            let value = checker::guest_sector(view, &lower, &image, sector);
+            (sector, value)
+        });
+        let found: Vec<_> = match image.extension {
+            Some(_) => found.collect(),
+            None => Vec::new(),
+        };
+        self.bitmaps
+            .judge(view, (top, &image), found.iter().copied())?;
         let Before { closed, file, .. } = &self.before;
         let is_old = *closed && view.has_data_of(top, &image, file);
         if image.closed

@@ -9,6 +9,7 @@ use std::collections::BTreeMap;
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
 
+use super::bitmap::{self, Bitmaps};
 use super::cases::{Case, Cases};
 use super::checker::{self, Image};
 use super::death::Heritage;
@@ -109,6 +110,7 @@ impl Life {
             lower: Vec::new(),
             changing: Vec::new(),
             before,
+            bitmaps: Bitmaps::default(),
             sizes: vec![scenario.disk_sectors],
             raw_lens: Vec::new(),
             is_growing: false,
@@ -124,6 +126,7 @@ impl Life {
             disk,
             next_value,
         };
+        world.scenario.tell_bitmap(&mut world.bitmaps, next_value);
         let read = world.disk.view(|view| world.read_lower(view));
         world.lower = read.expect("the images were made well");
         let mut life = Self { world, mix };
@@ -192,6 +195,11 @@ impl Life {
             world.find_gone(false)?;
             let live = world.disk.snapshot(world.scenario.top());
             let image = world.disk.view(|view| world.judge(view, &live))?;
+            let was_lost = image.extension.is_none() && !world.bitmaps.is_empty();
+            if was_lost && ending == Ending::Passed && !profile.read_only {
+                return Err("I12: the image was passed on without its bitmaps".to_owned());
+            }
+            world.settle_bitmaps(&image)?;
             self.learn(&image, Model::inherit);
             return Ok(());
         }
@@ -218,6 +226,7 @@ impl Life {
         world.levels_are_settled()?;
         world.set_size(image.sectors);
         self.judge_ending(ending, &profile, &image)?;
+        self.world.settle_bitmaps(&image)?;
         self.learn(&image, Model::rebase);
         Ok(())
     }
@@ -266,10 +275,16 @@ impl Life {
             }
         };
         world.see_size(&opened.engine)?;
+        if !profile.read_only {
+            world.bitmaps.are_loaded(&opened.engine, is_faulty)?;
+        }
         let mut heritage = profile
             .deaths
             .map(|_| Heritage::new(&opened.engine, &options));
         let mut session = Session::new(opened, world, profile, policy);
+        if world.rng.random_ratio(1, 2) {
+            session.change_bitmaps(world)?;
+        }
         set_trouble(world, profile);
         let deaths = profile.deaths.unwrap_or(0);
         let mortal = |heritage: &Heritage, deaths_left| {
@@ -296,10 +311,10 @@ impl Life {
                 return Ok(Ending::Cut);
             }
             match world.rng.random_range(0..24) {
-                0..6 => close(&mut session, world).map(Ending::Closed),
+                0..7 => close(&mut session, world).map(Ending::Closed),
                 // Of what has failed only the dead would know.
-                6..8 if !profile.has_trouble() => Ok(Ending::Killed),
-                8..11 if !profile.has_trouble() => {
+                7..9 if !profile.has_trouble() => Ok(Ending::Killed),
+                9..12 if !profile.has_trouble() => {
                     session
                         .close(world, Control::Pass)
                         .map(|closed| match closed {
@@ -366,15 +381,53 @@ impl Life {
         let is_in_haste = ending == Ending::Closed(Closed::InHaste);
         let is_closed = is_in_haste || ending == Ending::Closed(Closed::Well);
         if is_closed && !image.plain && !profile.read_only {
-            let tail = image.tail(world.disk.live_len(world.scenario.top()));
-            if !image.closed || (tail > 0 && !is_in_haste) {
+            let tail = world.unexplained_tail(image)?;
+            let was_lost = image.extension.is_none() && !world.bitmaps.is_empty();
+            let may_fail = profile.has_trouble();
+            if !image.closed || (tail > 0 && !is_in_haste && !(was_lost && may_fail)) {
                 return Err(format!(
                     "I12: the image was closed; its mark says {}, {tail} bytes are behind its last cluster",
                     image.closed
                 ));
             }
+            if was_lost && !may_fail {
+                return Err("I12: the image was closed without its bitmaps".to_owned());
+            }
+            let with_bitmaps = image.extension.is_some() && !world.bitmaps.is_empty();
+            world.cases.count_if(Case::ClosedWithBitmaps, with_bitmaps);
         }
         Ok(())
+    }
+}
+
+impl World {
+    /// What the file of the top has behind its last mapped cluster, beside bitmaps and, before
+    /// these, holes.
+    fn unexplained_tail(&self, image: &Image) -> Result<u64, Failure> {
+        let top = self.scenario.top();
+        let len = self.disk.live_len(top);
+        let place = self.disk.view(|view| bitmap::place(view, top, image))?;
+        let Some(bitmaps) = place else {
+            return Ok(image.tail(len));
+        };
+        let used_end = len - image.tail(len);
+        let data = self.disk.data_from(top, used_end);
+        let is_hole = data.is_none_or(|data| data.start >= bitmaps.start);
+        Ok(match is_hole {
+            true => len - bitmaps.end,
+            false => len - used_end,
+        })
+    }
+
+    /// What there is of bitmaps from now on.
+    fn settle_bitmaps(&mut self, image: &Image) -> Result<(), Failure> {
+        let Self {
+            disk,
+            bitmaps,
+            scenario,
+            ..
+        } = self;
+        disk.view(|view| bitmaps.settle(view, scenario.top(), image))
     }
 }
 
@@ -429,7 +482,10 @@ fn close(session: &mut Session, world: &mut World) -> Result<Closed, Failure> {
         1 => Control::HandOver { trims: false },
         _ => Control::Close,
     };
-    let closed = session.close(world, how)?;
+    let mut closed = session.close(world, how)?;
+    if closed == Closed::Badly && how.can_go_on() && session.use_on(world)? {
+        closed = session.close(world, Control::Close)?;
+    }
     world.cases.count_if(
         Case::Marking,
         closed == Closed::Cut && world.disk.is_unsynced(),

@@ -13,11 +13,13 @@
 //! - [`death`]: the process alone is gone, and the guest goes on with another one;
 //! - [`shot`]: snapshots, and what a cut leaves of a name that is not stable;
 //! - [`merge`]: levels that go, likewise; [`lift`]: another than the top gets what they have;
+//! - [`bitmap`]: what dirty bitmaps have to say once an image is closed;
 //! - [`view`]: what the files hold, now or after a cut;
 //! - [`judge`]: whether a cut, made or imagined, leaves what it may;
 //! - [`checker`]: reads an image without a line of the code under test;
 //! - [`rules`]: that the proof fails for engines that break a rule.
 
+mod bitmap;
 mod cases;
 pub(crate) mod checker;
 mod compaction;

@@ -119,6 +119,7 @@ fn power_cuts_single_image() {
         Case::Passed,
         Case::Killed,
         Case::ExtensionDropped,
+        Case::ClosedWithBitmaps,
         Case::TakenOver,
     ] {
         assert!(record.cases.get(case) > 0, "never happened: {case:?}");

@@ -10,6 +10,7 @@ use rand::Rng;
 use rand::rngs::SmallRng;
 use rand::seq::IndexedRandom;
 
+use super::bitmap::Bitmaps;
 use super::checker::{CLOSED_WITH_EXTENSION, Image};
 use super::disk::{Faults, Medium, SimDisk};
 use super::file::SECTOR;
@@ -384,24 +385,17 @@ impl Scenario {
         bytes
     }
 
-    /// Whether the extension that the header of the top tells of is still what it was.
-    ///
-    /// # Errors
-    /// If it is not.
-    pub fn check_extension(&self, view: &View<'_>, image: &Image) -> Result<(), String> {
-        let Some(at) = image.extension else {
-            return Ok(());
-        };
-        let bytes = self.extension_bytes();
-        if self.extension
-            && at == self.data_start(self.levels - 1)
-            && view.read(self.top(), at, bytes.len()) == bytes
-        {
-            return Ok(());
+    /// The bitmap of that: every byte of bits is 0xee.
+    pub fn tell_bitmap(&self, bitmaps: &mut Bitmaps, last_value: u64) {
+        if !self.extension || self.is_plain_top() {
+            return;
         }
-        Err(format!(
-            "I12: the header tells of a format extension at {at:#x}, and it is not there"
-        ))
+        let mut id = [0; 16];
+        (id[0], id[8]) = (7, 7);
+        let granules = 0..self.disk_sectors.div_ceil(128);
+        let set = granules.filter(|granule| 0xee_u32 >> (granule % 8) & 1 == 1);
+        let set = set.map(|granule| granule * 128..(granule + 1) * 128);
+        bitmaps.come_with((id, 128), set.collect(), Value(last_value));
     }
 
     /// Whether a lower delta has the cluster.

@@ -15,6 +15,7 @@ use rand::rngs::SmallRng;
 use rand::seq::IndexedRandom;
 use rustix::io::Errno;
 
+use super::bitmap::Bitmaps;
 use super::cases::Cases;
 use super::checker::Image;
 use super::compaction::Compacting;
@@ -33,7 +34,7 @@ use crate::ploop::{Engine, EngineError, MdWriter, OnEnospc, Opened, Queue, Runne
 use crate::storage::SharedWords;
 
 use self::growth::Larger;
-pub use self::requests::InFlight;
+pub use self::requests::{Ask, InFlight};
 
 /// Turns until what should have ended counts as hanging.
 const PATIENCE: u32 = 40_000;
@@ -62,6 +63,8 @@ pub struct World {
     pub changing: Vec<Changing>,
     /// See there.
     pub before: Before,
+    /// Those of the top.
+    pub bitmaps: Bitmaps,
     /// Sizes of which the disk of the top has one, in sectors.
     pub sizes: Vec<u64>,
     /// Lengths that a raw top may have while it grows, or after a cut.
@@ -663,6 +666,9 @@ impl Session {
             && let Some(result) = quiesce.outcome.get()
         {
             self.judge(world, "suspend", &quiesce.flush, result)?;
+            if result.is_ok() {
+                self.change_bitmaps(world)?;
+            }
             self.check_quiet(world, "suspended")?;
             self.times_suspended += 1;
             self.suspension = Suspension::Yes(self.times_suspended);
@@ -846,6 +852,31 @@ impl Session {
             Ok(()) => Closed::Well,
             Err(_) => Closed::Badly,
         })
+    }
+
+    /// The image could not be handed over, and is used on for a while; the host is as it should
+    /// be. `false` if it cannot be closed any more.
+    ///
+    /// # Errors
+    /// What the engine did wrong.
+    pub fn use_on(&mut self, world: &mut World) -> Result<bool, Failure> {
+        world.disk.change_medium(|medium| {
+            medium.faults = Faults::default();
+            medium.capacity = None;
+        });
+        if !world.disk.is_powered() {
+            return Ok(false);
+        }
+        if self.engine.report().has_sync_failed {
+            world.bitmaps.are_void();
+            return Ok(false);
+        }
+        for _ in 0..world.rng.random_range(0..6) {
+            if self.queue_count() > 0 {
+                self.push(world, 64, Action::Write)?;
+            }
+        }
+        Ok(true)
     }
 
     /// The power is gone, or the process: lets go of everything. What is given back is

@@ -44,7 +44,7 @@ fn bitmaps_and_unknown_features() {
         extension.bitmaps,
         [DirtyBitmap {
             size: Sector(1000),
-            id: [7; 16],
+            id: BitmapId([7; 16]),
             granularity: 128,
             l1: vec![0, 1, 4096],
         }]
@@ -92,5 +92,61 @@ proptest! {
         // Only has to end, in one way or the other.
         let _ = Extension::parse(&cluster(&features));
         let _ = Extension::parse(&features);
+    }
+}
+
+#[test]
+fn what_is_written_is_read_again() {
+    let cluster = ClusterSize::MIN;
+    let bitmap = |byte, l1: Vec<u64>| DirtyBitmap {
+        size: Sector(70_000),
+        id: BitmapId([byte; 16]),
+        granularity: 8,
+        l1,
+    };
+    let bitmaps = vec![
+        bitmap(1, vec![0, 1, 4096, 1]),
+        bitmap(2, vec![]),
+        bitmap(3, vec![7]),
+    ];
+    let written = Extension {
+        bitmaps,
+        unknown: Vec::new(),
+    };
+    let bytes = written.to_bytes(cluster).unwrap();
+    assert_eq!(bytes.len() as u64, cluster.bytes());
+    assert_eq!(Extension::parse(&bytes), Ok(written));
+    // What fits, and what does not.
+    let fixed = HEAD_LEN + 2 * FEATURE_HEAD_LEN + BITMAP_HEAD_LEN;
+    let most = (CLUSTER - fixed) / 8;
+    for (count, fits) in [(most, true), (most + 1, false)] {
+        let full = Extension {
+            bitmaps: vec![bitmap(1, vec![1; count])],
+            unknown: Vec::new(),
+        };
+        let bytes = full.to_bytes(cluster);
+        assert_eq!(bytes.is_some(), fits);
+        if let Some(bytes) = bytes {
+            assert_eq!(Extension::parse(&bytes), Ok(full));
+        }
+    }
+}
+
+#[test]
+fn names_are_shown_as_qemu_shows_them() {
+    let text = "c0c2bdc4-2c5c-4bb5-8f53-40eb0b5bb5f5";
+    let id = BitmapId::parse(text).unwrap();
+    assert_eq!(id.0[..5], [0xc0, 0xc2, 0xbd, 0xc4, 0x2c]);
+    assert_eq!(id.to_string(), text);
+    for wrong in [
+        "",
+        "c0c2bdc42c5c4bb58f5340eb0b5bb5f5",
+        "C0C2BDC4-2C5C-4BB5-8F53-40EB0B5BB5F5",
+        "{c0c2bdc4-2c5c-4bb5-8f53-40eb0b5bb5f5}",
+        "c0c2bdc-42c5c-4bb5-8f53-40eb0b5bb5f5",
+        "c0c2bdc4-2c5c-4bb5-8f53-40eb0b5bb5f",
+        "g0c2bdc4-2c5c-4bb5-8f53-40eb0b5bb5f5",
+    ] {
+        assert_eq!(BitmapId::parse(wrong), None, "{wrong}");
     }
 }

@@ -21,6 +21,7 @@ use crate::format::HostCluster;
 use crate::ploop::EngineError;
 use crate::ploop::preempt;
 use crate::ploop::rule::{self, Rule};
+use crate::ploop::tracking::saved;
 use crate::storage::Disk;
 
 impl<D: Disk> MdWriter<D> {
@@ -115,18 +116,37 @@ impl<D: Disk> MdWriter<D> {
             engine.set_sync_failed("the sync of the closed mark");
             cannot_mark(error)
         };
-        if trims && self.cut(used_end(&engine, &self.geometry))? {
+        let is_cut = trims && self.cut(used_end(&engine, &self.geometry))?;
+        if is_cut {
             log::debug!("the file was cut behind its last cluster");
-            if rule::kept(Rule::SyncBeforeMark) {
+        }
+        // Nowhere where clusters may be given out if the image is served on.
+        let behind = (&*engine.all_bitmaps(), HostCluster(engine.alloc().end()));
+        let saved = saved::save(&engine.disk, top, &self.geometry, behind);
+        let extension = saved.and_then(|saved| saved.extension);
+        let is_saved = extension.is_some() && rule::kept(Rule::BitmapsBeforeMark);
+        let mut mark = || {
+            if (is_cut && rule::kept(Rule::SyncBeforeMark)) || is_saved {
                 engine.disk.sync(top).map_err(failed_sync)?;
             }
+            if let Some(metadata) = &mut self.metadata {
+                mark_closed(&engine.disk, top, &mut metadata.header, extension)
+                    .map_err(cannot_mark)?;
+            }
+            preempt::point("mark written");
+            engine.disk.sync(top).map_err(failed_sync)
+        };
+        let marked = mark();
+        match (&marked, saved) {
+            (Ok(()), _) => log::debug!("the closed mark is stable"),
+            (Err(_), Some(saved)) => {
+                // What was written there are no zeros.
+                let alloc = engine.alloc();
+                alloc.claim(saved.end, saved.end - saved.start);
+                alloc.doubt_length(HostCluster(saved.start));
+            }
+            (Err(_), None) => {}
         }
-        if let Some(metadata) = &mut self.metadata {
-            mark_closed(&engine.disk, top, &mut metadata.header).map_err(cannot_mark)?;
-        }
-        preempt::point("mark written");
-        engine.disk.sync(top).map_err(failed_sync)?;
-        log::debug!("the closed mark is stable");
-        Ok(())
+        marked
     }
 }

@@ -29,7 +29,7 @@ use super::super::rule::{self, Rule};
 use super::grow::tail_len;
 use super::reclaim::Reclaim;
 use super::{ControlStage, MdWriter, Metadata, Phase, Waiter, cannot_mark, mark_closed};
-use crate::format::{Header, InUse};
+use crate::format::{Header, InUse, Sector};
 use crate::storage::{Disk, FileId};
 
 impl<D: Disk> MdWriter<D> {
@@ -117,7 +117,7 @@ impl<D: Disk> MdWriter<D> {
             return Ok(());
         };
         let top = engine.top();
-        mark_closed(&engine.disk, top, &mut metadata.header).map_err(cannot_mark)?;
+        mark_closed(&engine.disk, top, &mut metadata.header, None).map_err(cannot_mark)?;
         preempt::point("mark written");
         engine.disk.sync(top).map_err(|error| {
             engine.set_sync_failed("the sync of the closed mark");
@@ -158,7 +158,7 @@ impl<D: Disk> MdWriter<D> {
         if !rule::kept(Rule::MarkBeforeNewTop)
             && let Some(metadata) = &mut self.metadata
         {
-            let _ = mark_closed(&engine.disk, old, &mut metadata.header);
+            let _ = mark_closed(&engine.disk, old, &mut metadata.header, None);
         }
         self.metadata = Some(metadata_of(header));
         if rule::kept(Rule::OldTopIsLeftAlone) {
@@ -195,6 +195,7 @@ impl<D: Disk> MdWriter<D> {
         };
         let top = engine.top();
         metadata.header.in_use = InUse::Open;
+        metadata.header.extension = Sector(0);
         let bytes = metadata.header.to_bytes();
         let error = match engine.disk.write_all_at(top, &bytes, 0) {
             Ok(()) => match engine.disk.sync(top) {

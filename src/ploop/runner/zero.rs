@@ -48,6 +48,9 @@ impl<D: Disk> Runner<D> {
     fn plan_zero(&self, cluster: GuestCluster, from: u64, len: u64, kind: ZeroKind) -> ZeroPlan {
         let engine = &self.engine;
         let grid = engine.grid();
+        if engine.tracking.terms().1 {
+            engine.tracking.mark(from, len);
+        }
         let offset = from - grid.cluster_start(cluster);
         // Read inside the epoch: a disk that has become larger is not used beyond its old
         // end before this is over.

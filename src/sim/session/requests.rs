@@ -219,6 +219,7 @@ impl Session {
             start: Sector(range.start),
         };
         let (id, kind) = self.new_change(world);
+        world.bitmaps.change_begins(&range);
         let index = world.index(&range);
         world.model.touch(id, index, value, true);
         (kind, Some(memory), ask)
@@ -238,6 +239,7 @@ impl Session {
                 start: Sector(range.start),
                 count: Sector(range.end - range.start),
             });
+            world.bitmaps.change_begins(&range);
             self.touch_zeroed(world, id, &range, discard);
         }
         let unmap = world.rng.random();
@@ -312,6 +314,10 @@ impl Session {
             return Err(format!("S22: request {tag} was done while suspended"));
         }
         let good = done.result.is_ok();
+        if good {
+            let per_cluster = world.scenario.cluster / SECTOR as u64;
+            world.bitmaps.change_ended(tag, &request, per_cluster);
+        }
         match request.kind {
             Kind::Read { read, first } if good => {
                 let bytes = request.memory.map(|memory| memory.to_vec());
