@@ -219,6 +219,7 @@ fn goes_on_with_the_next_process(lose: impl FnOnce(&Path), come_back: impl FnOnc
     come_back();
     let log = backend.ends_to_be_started_anew();
     eprintln!("{log}");
+    wait_for_servers(folder.path());
     let backend = go_on(&mut front_end, &place, &region);
     expect_end_of(&mut front_end, head);
     survivor::expect(&mut front_end, 0, 1);

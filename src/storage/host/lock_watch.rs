@@ -460,9 +460,13 @@ impl Looked {
             path: path(),
             source,
         };
-        let found = filesystem::stat_path_now(self.file.path()).map_err(away)?;
-        let (place, found) = (self.place, Place::from(found));
-        let place = place.ok_or_else(|| NotOpenable::Other(path()))?;
+        let place = self.place.ok_or_else(|| NotOpenable::Other(path()))?;
+        let found = match filesystem::stat_path_now(self.file.path()) {
+            // GlusterFS answers that, too, by a description that this host has of the file.
+            Err(error) if is_refused_for_good(&error) => return Ok(()),
+            found => found.map_err(away)?,
+        };
+        let found = Place::from(found);
         if self.is_remounted(found) {
             // Whoever opens it there finds who else has it.
             return Ok(());
