@@ -171,7 +171,8 @@ struct State {
     /// See [`Disk::opening`].
     openings: Vec<u64>,
     /// Stable writes that were done, and whose sync has failed so: where they were. They
-    /// do not fail in this way when they are tried again.
+    /// do not fail in this way when they are tried again, however many others are made there
+    /// meanwhile; so nothing does until the power goes, or the process.
     undone: Vec<(FileId, u64, Errno)>,
 }
 
@@ -436,6 +437,7 @@ impl SimDisk {
         state.powered = true;
         state.life += 1;
         state.changes_left = None;
+        state.undone.clear();
         state.ios.clear();
         state.metadata_writes.clear();
     }
@@ -911,6 +913,7 @@ impl State {
         self.powered = true;
         self.life += 1;
         self.changes_left = None;
+        self.undone.clear();
         self.ios.clear();
         self.completed.clear();
         self.metadata_writes.clear();

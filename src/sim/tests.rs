@@ -169,6 +169,27 @@ fn a_stable_write_whose_sync_fails_loses_what_others_wrote_and_tells_one() {
     assert_eq!(found, all.map(|(a, b)| (1024, a, b)));
 }
 
+/// Or else it would look as if the first try had written nothing.
+#[test]
+fn a_write_whose_sync_has_failed_can_be_made_again_though_others_are_made_there() {
+    let disk = disk(Medium::default(), 1);
+    let mut io = disk.open_io(1).unwrap();
+    let faults = |faults| disk.change_medium(|medium| medium.faults = faults);
+    faults(Faults {
+        stable_write: 1.0,
+        ..Faults::default()
+    });
+    assert!(run(&disk, &mut io, write(0, 2, true)).result.is_err());
+    faults(Faults::default());
+    assert!(run(&disk, &mut io, write(0, 3, true)).result.is_ok());
+    faults(Faults {
+        write: 1.0,
+        ..Faults::default()
+    });
+    assert!(run(&disk, &mut io, write(0, 2, false)).result.is_ok());
+    assert!(run(&disk, &mut io, write(512, 2, false)).result.is_err());
+}
+
 #[test]
 fn a_cut_leaves_the_sectors_of_the_device_whole() {
     for seed in 0..500 {

@@ -182,8 +182,6 @@ impl State {
         if end < sectors {
             return None;
         }
-        self.undone
-            .retain(|(undone, at, _)| (*undone, *at) != (file, offset));
         Some(Ok(()))
     }
 
