@@ -21,6 +21,7 @@ from qemu.qmp import EventListener, ExecuteError, QMPClient
 
 PATIENCE = 30
 DISK = "disk"
+BITMAP = "c0c2bdc4-2c5c-4bb5-8f53-40eb0b5bb5f5"
 MIB = 1 << 20
 SIZE = 64 * MIB
 
@@ -67,6 +68,17 @@ def steps():
     yield "grow", {"by": MIB}, lambda it: str(SIZE + 2 * MIB) in json.dumps(it)
     yield "block_resize", {"device": DISK, "size": MIB}, Fails("cannot shrink")
     yield "flush", {}, NOTHING
+    bitmap = {"node": DISK, "name": BITMAP}
+    yield "block-dirty-bitmap-add", {"persistent": True, **bitmap}, NOTHING
+    yield "block-dirty-bitmap-add", {"node": DISK, "name": "other"}, NOTHING
+    yield "block-dirty-bitmap-disable", {"node": DISK, "name": "other"}, NOTHING
+    yield "block-dirty-bitmap-enable", {"node": DISK, "name": "other"}, NOTHING
+    merged = {"node": DISK, "target": BITMAP, "bitmaps": ["other"]}
+    yield "block-dirty-bitmap-merge", merged, NOTHING
+    yield "block-dirty-bitmap-remove", {"node": DISK, "name": "other"}, NOTHING
+    clear = {"type": "block-dirty-bitmap-clear", "data": bitmap}
+    yield "transaction", {"actions": [clear]}, NOTHING
+    yield "block-dirty-bitmap-clear", bitmap, NOTHING
     yield "snapshot-create", {"description": "first"}, lambda it: "guid" in it
     yield "blockdev-snapshot-internal-sync", {"device": DISK, "name": "second"}, NOTHING
     yield "snapshot-list", {}, lambda it: len(it) == 3

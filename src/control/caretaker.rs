@@ -24,7 +24,7 @@ use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use serde_json::Value;
+use serde_json::{Value, json};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 pub(super) use self::course::Activity;
@@ -36,7 +36,7 @@ use super::sandbox::KeepTo;
 use super::{Error as StartError, with_causes};
 use crate::format::Sector;
 use crate::image::{self, Bundle, ImageError, NewSnapshot};
-use crate::ploop::{Engine, EngineError, Outcome};
+use crate::ploop::{BitmapAction, BitmapError, Engine, EngineError, Outcome};
 use crate::served::delete::Leftover;
 use crate::served::job::JobError;
 use crate::served::snapshot::{self, SnapshotError};
@@ -66,6 +66,7 @@ enum Order {
     /// Something else is wanted of what is under way.
     Look,
     ListSnapshots(Answerer),
+    ChangeBitmaps(Weak<Engine<HostDisk>>, Vec<BitmapAction>, Answerer),
 }
 
 struct Errand {
@@ -131,6 +132,26 @@ impl Caretaker {
         let (question, answerer) = Question::new().map_err(|error| error.to_string())?;
         // If the thread has ended, the question says so.
         let _ = self.orders.send(Order::ListSnapshots(answerer));
+        Ok(question)
+    }
+
+    /// Has all of this done to the dirty bitmaps of this engine's disk, at one moment, between
+    /// steps of a job. Returns at once.
+    ///
+    /// # Errors
+    /// In words: the disk is only read, or there are no more descriptors.
+    pub fn change_bitmaps(
+        &self,
+        engine: &Arc<Engine<HostDisk>>,
+        actions: Vec<BitmapAction>,
+    ) -> Result<Question, String> {
+        if !self.can_change {
+            return Err(EngineError::ReadOnly.to_string());
+        }
+        let (question, answerer) = Question::new().map_err(|error| error.to_string())?;
+        // If the thread has ended, the question says so.
+        let order = Order::ChangeBitmaps(Arc::downgrade(engine), actions, answerer);
+        let _ = self.orders.send(order);
         Ok(question)
     }
 
@@ -326,7 +347,7 @@ impl Kept {
     fn make_snapshot(
         &mut self,
         engine: &Engine<HostDisk>,
-        (new, is_unique): (&NewSnapshot, bool),
+        (new, is_unique, bitmaps): (&NewSnapshot, bool, &[BitmapAction]),
         call_off: &CallOff,
         new_chain: &NewChain,
     ) -> Result<Done, TaskError> {
@@ -338,7 +359,7 @@ impl Kept {
                 return Err(TaskError::NameTaken(name.clone()));
             }
         }
-        let (created, doubt) = match snapshot::create(engine, bundle, new, call_off) {
+        let (created, doubt) = match snapshot::create(engine, bundle, (new, bitmaps), call_off) {
             Ok(created) => (Box::new(created), None),
             // The disk has another top all the same.
             Err(error) => {
@@ -398,11 +419,29 @@ fn work(orders: &Receiver<Order>, mut disk: Kept) {
             Ok(Order::Do(errand)) => errand.carry_out(&mut disk, &mut rounds),
             Ok(Order::Begin(begun)) => course = Some(begun),
             Ok(Order::ListSnapshots(answerer)) => answerer.answer(disk.list_snapshots()),
+            Ok(Order::ChangeBitmaps(engine, actions, answerer)) => {
+                answerer.answer(change_bitmaps(&engine, &actions));
+            }
             Ok(Order::Look) | Err(RecvTimeoutError::Timeout) => {}
             Err(RecvTimeoutError::Disconnected) => return,
         }
         course = course.and_then(|course| course.go_on(&mut disk));
         disk.give_back_some();
+    }
+}
+
+fn change_bitmaps(
+    engine: &Weak<Engine<HostDisk>>,
+    actions: &[BitmapAction],
+) -> Result<Value, String> {
+    // The image was closed since, perhaps.
+    let engine = engine.upgrade().ok_or(EngineError::Stopped);
+    let changed = engine
+        .map_err(BitmapError::from)
+        .and_then(|engine| engine.change_bitmaps(actions));
+    match changed {
+        Ok(()) => Ok(json!({})),
+        Err(error) => Err(with_causes(&error)),
     }
 }
 
@@ -474,9 +513,14 @@ impl Errand {
                 let grown = disk.grow(engine, *size, &call_off, rounds);
                 grown.map(Done::Grown)
             }
-            (Task::Snapshot { new, is_unique }, Some(engine)) => {
-                disk.make_snapshot(engine, (new, *is_unique), &call_off, &new_chain)
-            }
+            (
+                Task::Snapshot {
+                    new,
+                    is_unique,
+                    bitmaps,
+                },
+                Some(engine),
+            ) => disk.make_snapshot(engine, (new, *is_unique, bitmaps), &call_off, &new_chain),
             // That is begun in another way.
             (Task::Job(_), _) => Err(TaskError::Gone),
         };

@@ -407,12 +407,24 @@ impl MainLoop<'_> {
                 let task = Task::Grow(Sector(old_size.0.saturating_add(by.0)));
                 self.begin(task, Wants::Size, client, ops)
             }
-            Wish::CreateSnapshot { new, is_unique } => {
+            Wish::ChangeBitmaps(actions) => {
+                self.ask(|served| served.change_bitmaps(actions), client, ops)
+            }
+            Wish::CreateSnapshot {
+                new,
+                is_unique,
+                bitmaps,
+            } => {
                 let wants = match is_unique {
                     true => Wants::Nothing,
                     false => Wants::Guid,
                 };
-                self.begin(Task::Snapshot { new, is_unique }, wants, client, ops)
+                let task = Task::Snapshot {
+                    new,
+                    is_unique,
+                    bitmaps,
+                };
+                self.begin(task, wants, client, ops)
             }
             Wish::ListJobs { are_of_block } => self.list_jobs(are_of_block, client, ops),
             Wish::Compact(terms) => self.begin_job((Plan::Compact, &terms), client, ops),

@@ -3,7 +3,7 @@
 //! - `framing`: from a stream of bytes to objects;
 //! - `message`: from an object to a request, and from its end to the answer;
 //! - `arguments`: those of a request;
-//! - `commands`: what is done for each;
+//! - `commands`: what is done for each; `bitmaps`: those for dirty bitmaps, and transactions;
 //! - `shapes`: answers as QEMU shapes them;
 //! - `names`: of the disk and its levels;
 //! - `event`: what clients are told unasked;
@@ -18,6 +18,7 @@
 //! a disk is served: what it says of one it asks a [`Subject`](super::Subject).
 
 mod arguments;
+mod bitmaps;
 mod client;
 mod commands;
 mod event;

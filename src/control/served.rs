@@ -30,7 +30,8 @@ use crate::format::Sector;
 use crate::image::{self, Bundle, OpenImage};
 use crate::notices::Notices;
 use crate::ploop::{
-    self, Chain, Engine, EngineError, EngineReport, LevelShape, Running, Shape, WriteThreshold,
+    self, BitmapAction, BitmapInfo, Chain, Engine, EngineError, EngineReport, LevelShape, Running,
+    Shape, WriteThreshold,
 };
 use crate::served::delete::GoneLevel;
 use crate::served::snapshot::Created;
@@ -576,6 +577,24 @@ impl Served {
         }
     }
 
+    /// Has all of this done to the dirty bitmaps of the disk, at one moment. Returns at once.
+    ///
+    /// # Errors
+    /// In words.
+    pub fn change_bitmaps(&self, actions: Vec<BitmapAction>) -> Result<Question, String> {
+        let engine = self.engine().ok_or_else(|| {
+            let why = match self.is_at_rest() {
+                true => TaskError::NotOpen("bitmap"),
+                false => TaskError::Turning,
+            };
+            why.words()
+        })?;
+        match &self.caretaker {
+            Some(caretaker) => caretaker.change_bitmaps(&engine, actions),
+            None => Err(TaskError::Gone.words()),
+        }
+    }
+
     /// Has all that was written until now put into the files, the mapping included. Returns
     /// at once.
     ///
@@ -758,6 +777,10 @@ impl Subject for Served {
             (None, Way::ForRings(holding)) => holding.write_threshold().set(bytes),
             (None, Way::Always { running, .. }) => running.engine().set_write_threshold(bytes),
         }
+    }
+
+    fn bitmaps(&self) -> Vec<BitmapInfo> {
+        Self::engine(self).map_or_else(Vec::new, |engine| engine.bitmaps())
     }
 
     fn limits(&self) -> ThrottleLimits {

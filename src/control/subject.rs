@@ -5,7 +5,7 @@
 use std::path::PathBuf;
 
 use crate::device::{Latencies, LatencyBins, LimitsError, QueueReport, ThrottleLimits, Totals};
-use crate::ploop::EngineReport;
+use crate::ploop::{BitmapInfo, EngineReport};
 
 /// A disk that is being served.
 pub trait Subject {
@@ -51,6 +51,9 @@ pub trait Subject {
 
     /// Has that told of, once. Of a ploop image that is written to.
     fn set_write_threshold(&self, bytes: u64);
+
+    /// Its dirty bitmaps, with what was changed until now. None while its image is not open.
+    fn bitmaps(&self) -> Vec<BitmapInfo>;
 
     /// What guests may do.
     fn limits(&self) -> ThrottleLimits;

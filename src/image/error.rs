@@ -8,6 +8,7 @@ use thiserror::Error;
 use crate::format::{
     DescriptorError, EditError, ForeignFormat, Guid, HeaderError, Sector, TooLarge,
 };
+use crate::ploop::{BitmapError, OpenError};
 use crate::storage::lock::LockError;
 
 /// Why an operation on an image failed. The text says what to do where something
@@ -256,6 +257,22 @@ pub enum ImageError {
         path: PathBuf,
         /// What, why, and what to do instead.
         why: String,
+    },
+    /// Something cannot be done to its dirty bitmaps.
+    #[error("{}: {source}", path.display())]
+    Bitmap {
+        /// Of the image file.
+        path: PathBuf,
+        /// Why.
+        source: BitmapError,
+    },
+    /// The engine cannot open it.
+    #[error("{}: {source}", path.display())]
+    Engine {
+        /// Of the image file.
+        path: PathBuf,
+        /// Why.
+        source: OpenError,
     },
     /// A signal ended the operation.
     #[error("{}: interrupted; {state}", path.display())]

@@ -5,11 +5,12 @@ use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 
+use super::bitmaps::bitmaps_of;
 use super::delta::Delta;
 use super::error::{IoContext, Result};
 use super::open::{OpenMode, image_of, open};
 use crate::format::{Guid, Header, InUse, SECTOR_SIZE, Version};
-use crate::ploop::Level;
+use crate::ploop::{BitmapInfo, Level};
 use crate::storage::HostFile;
 
 /// One image file; serialised it has the keys of `qemu-img info --output=json`.
@@ -62,9 +63,40 @@ pub struct PloopInfo {
     pub file_length: u64,
     /// "closed", "open", or "closed, with a valid extension".
     pub in_use: &'static str,
+    /// Dirty bitmaps that it was closed with.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub bitmaps: Vec<BitmapNote>,
     /// Of the level in its bundle.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub guid: Option<String>,
+}
+
+/// A dirty bitmap; serialised it has keys that `qemu-img info --output=json` has of qcow2.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct BitmapNote {
+    /// A GUID.
+    pub name: String,
+    /// What a bit covers, in bytes.
+    pub granularity: u64,
+    /// What of the disk was changed, in bytes.
+    pub count: u64,
+}
+
+impl From<BitmapInfo> for BitmapNote {
+    fn from(bitmap: BitmapInfo) -> Self {
+        let BitmapInfo {
+            name,
+            granularity,
+            count,
+            ..
+        } = bitmap;
+        Self {
+            name,
+            granularity,
+            count,
+        }
+    }
 }
 
 /// Everything that is known about a disk.
@@ -140,6 +172,10 @@ fn describe(level: Level, file: &HostFile, guid: Option<Guid>) -> Result<ImageIn
                     data_offset: geometry.data_start,
                     file_length: metadata.len(),
                     in_use: in_use(delta.header()),
+                    bitmaps: bitmaps_of(file, level)?
+                        .into_iter()
+                        .map(Into::into)
+                        .collect(),
                     guid: guid.map(|guid| guid.to_string()),
                 },
             });

@@ -4,6 +4,7 @@
 //! disk. Must not know how a guest is served, nor how results are shown: the
 //! operations return reports, `ploop-img` prints them.
 
+mod bitmaps;
 mod bundle;
 mod check;
 mod compact;
@@ -34,6 +35,7 @@ mod testing;
 mod tests;
 mod version;
 
+pub use bitmaps::{change_bitmaps, list_bitmaps};
 pub use bundle::{Bundle, Location, NewDescriptor};
 pub use check::{CheckReport, Repair, check, check_served};
 pub use compact::compact;
@@ -44,7 +46,7 @@ pub use delta::{Delta, read_header};
 pub use error::{ImageError, Result};
 pub use file::{HostImage, ImageFile};
 pub use folder::{Folder, NewFile, NewFolder};
-pub use info::{DiskInfo, FormatSpecific, ImageInfo, PloopInfo, info};
+pub use info::{BitmapNote, DiskInfo, FormatSpecific, ImageInfo, PloopInfo, info};
 pub use layout::{Layout, LevelLayout, Part, Stretch, layout};
 pub use map::{MapEntry, map, map_since};
 pub use measure::{Measure, measure_copy, measure_new};

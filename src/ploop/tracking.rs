@@ -98,8 +98,8 @@ pub enum BitmapError {
     #[error("Bitmap name cannot be empty")]
     NoName,
     /// It is longer than QEMU's may be.
-    #[error("Bitmap name too long")]
-    LongName,
+    #[error("Bitmap name too long: {0}")]
+    LongName(String),
     /// No power of two, or less than a sector.
     #[error("Granularity must be power of 2 and at least 512")]
     Granularity,
@@ -373,7 +373,7 @@ fn check_name(bitmaps: &[Bitmap], name: &str) -> Result<(), BitmapError> {
         return Err(BitmapError::NoName);
     }
     if name.len() > NAME_MAX {
-        return Err(BitmapError::LongName);
+        return Err(BitmapError::LongName(name.to_owned()));
     }
     match bitmaps.iter().any(|bitmap| bitmap.name == name) {
         true => Err(BitmapError::Exists(name.to_owned())),

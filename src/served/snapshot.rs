@@ -12,7 +12,7 @@ use thiserror::Error;
 use super::{CallOff, GrowError};
 use crate::format::{Geometry, Guid, Header};
 use crate::image::{Bundle, ImageError, NewDelta, NewDescriptor, NewSnapshot};
-use crate::ploop::{Engine, EngineError};
+use crate::ploop::{BitmapAction, BitmapError, Engine, EngineError};
 use crate::storage::lock::ImageLock;
 use crate::storage::{Disk, HostDisk, HostFile, NewTop};
 
@@ -22,6 +22,9 @@ pub enum SnapshotError {
     /// The engine cannot, or the host.
     #[error("no snapshot was made")]
     Engine(#[from] EngineError),
+    /// What is to be done to dirty bitmaps at its moment cannot be done.
+    #[error(transparent)]
+    Bitmap(#[from] BitmapError),
     /// The new top cannot be made, or the descriptor of the bundle not be read or replaced.
     #[error("no snapshot was made")]
     Image(#[source] ImageError),
@@ -61,6 +64,9 @@ pub struct Created {
 /// one thread, which makes all changes of the bundle. The caller replaces what it knows of the
 /// files: those that are [watched](HostDisk::watch), locked, given to another process.
 ///
+/// `bitmaps` is done to the dirty bitmaps of the disk at the moment of which the snapshot is: one
+/// that is cleared then has what was changed since.
+///
 /// `call_off` calls it off until requests are held.
 ///
 /// # Errors
@@ -69,10 +75,11 @@ pub struct Created {
 pub fn create(
     engine: &Engine<HostDisk>,
     bundle: &mut Bundle,
-    new: &NewSnapshot,
+    (new, bitmaps): (&NewSnapshot, &[BitmapAction]),
     call_off: &CallOff,
 ) -> Result<Created, SnapshotError> {
     begin(call_off)?;
+    engine.check_bitmaps(bitmaps)?;
     bundle.refresh().map_err(SnapshotError::Image)?;
     engine.open_for_snapshot()?;
     let header = engine.header_on_top()?;
@@ -81,7 +88,8 @@ pub fn create(
         .disk()
         .with_top(|top, path| NewDelta::above(bundle, (top, path), &header, guid, new))
         .map_err(SnapshotError::Image)?;
-    let created = create_above(engine, bundle, &delta, header, guid, call_off);
+    let named = (guid, bitmaps);
+    let created = create_above(engine, bundle, (&delta, header), named, call_off);
     if created.is_err() && bundle.descriptor() != delta.descriptor() {
         // Nothing names it.
         delta.remove(bundle);
@@ -95,9 +103,8 @@ pub fn create(
 fn create_above(
     engine: &Engine<HostDisk>,
     bundle: &mut Bundle,
-    delta: &NewDelta,
-    header: Header,
-    guid: Guid,
+    (delta, header): (&NewDelta, Header),
+    (guid, bitmaps): (Guid, &[BitmapAction]),
     call_off: &CallOff,
 ) -> Result<Created, SnapshotError> {
     let (file, lock) = delta.open(bundle).map_err(SnapshotError::Image)?;
@@ -119,6 +126,12 @@ fn create_above(
     commit(call_off)?;
     let hold = Hold::begin(engine)?;
     let named = name(descriptor)?;
+    if !bitmaps.is_empty()
+        && let Err(error) = engine.change_bitmaps_now(bitmaps)
+    {
+        // It was possible before, and nobody else changes any.
+        log::error!("the dirty bitmaps are not what was asked for: {error}");
+    }
     hold.switch(new_top, header, named.is_ok())?;
     let created = Created { guid, top, lock };
     match named {

@@ -441,3 +441,169 @@ fn snapshots_are_made_and_deleted_as_by_qemu_storage_daemon() {
     assert_eq!(them.ask("quit", json!({})), us.ask("quit", json!({})));
     backend.ends();
 }
+
+#[test]
+fn bitmaps_are_those_of_qemu_storage_daemon() {
+    if !require_tool("qemu-storage-daemon") || !require_tool("qemu-img") {
+        return;
+    }
+    let rig = Rig::new();
+    let peer = Peer::with_snapshots(rig.folder.path());
+    let backend = serve(&rig, &[]);
+    let (mut them, mut us) = (Qmp::connect(&peer.monitor), Qmp::connect(&control(&rig)));
+    let nodes = |qmp: &mut Qmp| disk_of(&qmp.ask("query-named-block-nodes", json!({})));
+    for (command, arguments) in things_to_do_to_bitmaps() {
+        let [theirs, ours] =
+            [&mut them, &mut us].map(|qmp| qmp.answer(&command, arguments.clone()));
+        assert_eq!(theirs, ours, "{command} {arguments}");
+        let [theirs, ours] = [&mut them, &mut us].map(|qmp| nodes(qmp)["dirty-bitmaps"].clone());
+        assert_eq!(theirs, ours, "after {command} {arguments}");
+    }
+    assert_eq!(them.ask("quit", json!({})), us.ask("quit", json!({})));
+    backend.ends();
+}
+
+fn things_to_do_to_bitmaps() -> Vec<(String, Value)> {
+    const GUID: &str = "c0c2bdc4-2c5c-4bb5-8f53-40eb0b5bb5f5";
+    let run = |verb: &str, arguments: Value| (format!("block-dirty-bitmap-{verb}"), arguments);
+    let named = |name: &str| json!({ "node": "disk", "name": name });
+    let granular =
+        |granularity: Value| json!({ "node": "disk", "name": "x", "granularity": granularity });
+    let merge = |bitmaps: Value| {
+        let merged = json!({ "node": "disk", "target": "a", "bitmaps": bitmaps });
+        run("merge", merged)
+    };
+    let act = |actions: Value| ("transaction".to_owned(), json!({ "actions": actions }));
+    let action = |verb: &str, data: Value| json!({ "type": format!("block-dirty-bitmap-{verb}"), "data": data });
+    let abort = json!({ "type": "abort", "data": {} });
+    let mut all = vec![
+        run("add", named("a")),
+        run("add", named("a")),
+        run("add", named("")),
+        run("add", named(&"x".repeat(1024))),
+        run("add", json!({ "node": "x", "name": "b" })),
+        run("add", json!({ "node": "x", "name": "" })),
+        run("add", json!({ "name": "b" })),
+        run("add", json!({ "node": "disk" })),
+        run("add", json!({ "node": "disk", "name": "b", "z": 1 })),
+        run(
+            "add",
+            json!({ "node": "disk", "name": "b", "persistent": 5 }),
+        ),
+        run(
+            "add",
+            json!({ "node": "disk", "name": "d", "disabled": true, "granularity": 4096 }),
+        ),
+        run(
+            "add",
+            json!({ "node": "disk", "name": GUID, "persistent": true }),
+        ),
+        run(
+            "add",
+            json!({ "node": "disk", "name": GUID, "persistent": true }),
+        ),
+    ];
+    for odd in [
+        json!(1000),
+        json!(256),
+        json!(0),
+        json!(-1),
+        json!(1_u64 << 32),
+        json!("4096"),
+        json!(4096.5),
+    ] {
+        all.push(run("add", granular(odd)));
+    }
+    for verb in ["clear", "enable", "disable", "remove"] {
+        all.extend([
+            run(verb, named("x")),
+            run(verb, named("")),
+            run(verb, json!({ "node": "x", "name": "a" })),
+            run(verb, json!({ "name": "a" })),
+            run(verb, json!({ "node": "disk", "name": 1 })),
+        ]);
+    }
+    all.extend([
+        run("enable", named("d")),
+        run("enable", named("d")),
+        run("disable", named("a")),
+        run("disable", named("a")),
+        run("clear", named("a")),
+        merge(json!(["d", GUID])),
+        merge(json!(["d", "x"])),
+        merge(json!([{ "node": "disk", "name": "d" }])),
+        merge(json!([{ "node": "x", "name": "d" }])),
+        merge(json!([{ "name": "d" }])),
+        merge(json!([5])),
+        merge(json!("d")),
+        run(
+            "merge",
+            json!({ "node": "disk", "target": "x", "bitmaps": ["d"] }),
+        ),
+        run(
+            "merge",
+            json!({ "node": "x", "target": "a", "bitmaps": ["d"] }),
+        ),
+        run("merge", json!({ "node": "disk", "target": "a" })),
+        act(json!([])),
+        act(json!([
+            action("add", named("e")),
+            action("enable", named("a")),
+            action("clear", named("d"))
+        ])),
+        act(json!([
+            action("add", named("f")),
+            action("clear", named("x"))
+        ])),
+        act(json!([action("add", named("f")), abort])),
+        act(json!([
+            action("remove", named("e")),
+            action("add", named("g")),
+            abort
+        ])),
+        act(json!([
+            action("remove", named("e")),
+            action("add", named("g"))
+        ])),
+        act(json!([action("add", json!({ "node": "disk" }))])),
+        act(json!([action(
+            "add",
+            json!({ "node": "disk", "name": "h", "z": 1 })
+        )])),
+        act(json!([action(
+            "merge",
+            json!({ "node": "disk", "target": "a", "bitmaps": [1] })
+        )])),
+        act(json!([action("add", named("h")), { "type": "no-such", "data": {} }])),
+        act(json!([{ "type": "abort" }])),
+        act(json!([{ "type": "abort", "data": 1 }])),
+        act(json!([{ "type": 5, "data": {} }])),
+        act(json!([{ "data": {} }])),
+        act(json!([{ "type": "abort", "data": {}, "z": 1 }])),
+        act(json!([{ "type": "abort", "data": { "z": 1 } }])),
+        act(json!([5])),
+        act(json!(5)),
+        ("transaction".to_owned(), json!({})),
+        ("transaction".to_owned(), json!({ "actions": [], "z": 1 })),
+        (
+            "transaction".to_owned(),
+            json!({ "actions": [], "properties": { "completion-mode": "individual" } }),
+        ),
+        (
+            "transaction".to_owned(),
+            json!({ "actions": [], "properties": { "completion-mode": "x" } }),
+        ),
+        (
+            "transaction".to_owned(),
+            json!({
+                "actions": [action("clear", named("a"))],
+                "properties": { "completion-mode": "grouped" },
+            }),
+        ),
+        run("remove", named("a")),
+        run("remove", named(GUID)),
+        run("remove", named("d")),
+        run("remove", named("g")),
+    ]);
+    all
+}

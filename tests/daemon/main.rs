@@ -1,5 +1,6 @@
 //! The daemon as a process: its command line, its socket, its threads, its end.
 
+mod bitmaps;
 mod cloud_hypervisor;
 #[path = "../common/mod.rs"]
 mod common;

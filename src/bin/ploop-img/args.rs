@@ -8,6 +8,7 @@ use vhost_user_ploop::format::{ClusterSize, Guid, Sector, SnapshotNotes, Version
 
 use vhost_user_ploop::image::{self, DiskFormat, NewSize};
 
+use crate::bitmap::Bitmap;
 use crate::size::{parse_bytes, parse_cluster_size, parse_disk_size, parse_new_size};
 use crate::top::{Column, LONGEST};
 
@@ -314,6 +315,22 @@ Examples:
         what: Option<Snapshot>,
         #[command(flatten)]
         letters: Letters,
+    },
+    /// Say what of a disk was changed since some moment: dirty bitmaps
+    ///
+    /// A bitmap says it for a backup that copies only that. It is in the image when nobody serves
+    /// the disk, and 'qemu-nbd --bitmap' reads it there. One that is not there any more has to be
+    /// taken for 'everything was changed': after a crash there are none, nor after an image was
+    /// changed off line. Of a disk that is being served, the process that serves it does it.
+    #[command(after_help = "\
+Examples:
+  ploop-img bitmap add vm1                    prints the name of the new one
+  ploop-img bitmap add vm1 c0c2bdc4-2c5c-4bb5-8f53-40eb0b5bb5f5 -g 64k
+  ploop-img bitmap list vm1
+  ploop-img bitmap clear vm1 c0c2bdc4-2c5c-4bb5-8f53-40eb0b5bb5f5")]
+    Bitmap {
+        #[command(subcommand)]
+        what: Bitmap,
     },
     /// Show what a guest does with its disk at present
     ///

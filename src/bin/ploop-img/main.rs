@@ -3,6 +3,7 @@
 //! Reads the command line, calls the library, shows what comes back.
 
 mod args;
+mod bitmap;
 mod notes;
 mod picture;
 mod progress;
@@ -250,6 +251,14 @@ fn run(command: Command) -> Result<ExitCode, ImageError> {
             what: None,
             letters,
         } => return snapshot_by_letter(letters),
+        Command::Bitmap { what } => {
+            return Ok(match bitmap::run(what)? {
+                Ok(()) => ExitCode::SUCCESS,
+                Err(Refusal::Image(error)) => return Err(error),
+                // It was said.
+                Err(_) => ExitCode::FAILURE,
+            });
+        }
         Command::Stat {
             path,
             control,

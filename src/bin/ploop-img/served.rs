@@ -131,7 +131,7 @@ pub fn read<T>(
 
 /// The process that serves the top at `path`: who listens at `control`, or is found by the
 /// image.
-fn server_to_change(path: &Path, control: Option<&Path>) -> Result<Asker, Refusal> {
+pub fn server_to_change(path: &Path, control: Option<&Path>) -> Result<Asker, Refusal> {
     let said = |error: &dyn Display| say(path, error);
     let mut server = match control {
         None => server_of(path).ok_or(Refusal::Unserved)?,
@@ -170,7 +170,7 @@ fn require_same_folder(
     }
 }
 
-fn say(path: &Path, error: &dyn Display) -> Refusal {
+pub fn say(path: &Path, error: &dyn Display) -> Refusal {
     let error = error.to_string();
     let path = format!("{}: ", path.display());
     // The process may have named it itself.

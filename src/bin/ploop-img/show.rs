@@ -10,8 +10,8 @@ use rustix::io::Errno;
 use serde::Serialize;
 use vhost_user_ploop::format::{ClusterSize, Guid, Sector};
 use vhost_user_ploop::image::{
-    CheckReport, Comparison, Difference, DiskInfo, ImageError, ImageInfo, MapEntry, Measure,
-    SnapshotInfo,
+    BitmapNote, CheckReport, Comparison, Difference, DiskInfo, ImageError, ImageInfo, MapEntry,
+    Measure, SnapshotInfo,
 };
 
 use vhost_user_ploop::printable::{Printable, is_obeyed};
@@ -145,10 +145,27 @@ fn level_info(info: &ImageInfo) {
         );
         say!("    data offset: {}", data.data_offset);
         say!("    in use: {}", data.in_use);
+        if !data.bitmaps.is_empty() {
+            say!("    dirty bitmaps:");
+        }
+        for note in &data.bitmaps {
+            bitmap(note, "");
+        }
         if let Some(guid) = &data.guid {
             say!("    GUID: {guid}");
         }
     }
+}
+
+/// One dirty bitmap, and what else there is to say of it.
+pub fn bitmap(bitmap: &BitmapNote, state: &str) {
+    let BitmapNote {
+        name,
+        granularity,
+        count,
+    } = bitmap;
+    let (granularity, count) = (human(*granularity), human(*count));
+    say!("{name}  {count} changed, in units of {granularity}{state}");
 }
 
 /// `check`: each finding, then the sum.

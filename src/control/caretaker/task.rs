@@ -9,7 +9,7 @@ use crate::control::qmp::no_such_snapshot;
 use crate::control::with_causes;
 use crate::format::{Guid, Sector, SnapshotNote};
 use crate::image::{ImageError, NewSnapshot};
-use crate::ploop::EngineError;
+use crate::ploop::{BitmapAction, EngineError};
 use crate::served::GrowError;
 use crate::served::compact::Compaction;
 use crate::served::delete::{Deleted, Deletion, GoneLevel, Which};
@@ -28,6 +28,8 @@ pub(in crate::control) enum Task {
         new: NewSnapshot,
         /// No other may have the same description.
         is_unique: bool,
+        /// What is done to dirty bitmaps at the moment of which it is.
+        bitmaps: Vec<BitmapAction>,
     },
     /// Long work, step by step.
     Job(Plan),

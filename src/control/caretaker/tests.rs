@@ -73,6 +73,7 @@ fn snapshot(description: &str, is_unique: bool) -> Task {
             description: Some(description.to_owned()),
         },
         is_unique,
+        bitmaps: Vec::new(),
     }
 }
 

@@ -6,21 +6,91 @@ use super::message::Failure;
 
 /// Taken one by one; see [`Self::end`].
 #[derive(Debug)]
-pub(super) struct Arguments(Map<String, Value>);
+pub(super) struct Arguments {
+    all: Map<String, Value>,
+    /// Of what they are a part, as in `actions[0].`.
+    place: String,
+}
 
 impl Arguments {
     pub fn new(arguments: Map<String, Value>) -> Self {
-        Self(arguments)
+        Self {
+            all: arguments,
+            place: String::new(),
+        }
+    }
+
+    /// Of a part of others.
+    pub fn within(place: &str, arguments: Map<String, Value>) -> Self {
+        Self {
+            all: arguments,
+            place: format!("{place}."),
+        }
     }
 
     /// Another is one too many.
     pub fn end(&self) -> Result<(), Failure> {
-        match self.0.keys().next() {
+        match self.all.keys().next() {
             Some(name) => Err(Failure::generic(format!(
-                "Parameter '{name}' is unexpected"
+                "Parameter '{}{name}' is unexpected",
+                self.place
             ))),
             None => Ok(()),
         }
+    }
+
+    /// A number of 32 bits.
+    pub fn uint32(&mut self, name: &str) -> Result<Option<u32>, Failure> {
+        let Some(value) = self.all.remove(name) else {
+            return Ok(None);
+        };
+        let expects = |kind: &str| {
+            let name = self.full_name(name);
+            Failure::generic(format!("Parameter '{name}' expects {kind}"))
+        };
+        if value.as_i64().is_none() && value.as_u64().is_none() {
+            return Err(expects("uint64"));
+        }
+        let narrow = value.as_u64().map(u32::try_from);
+        match narrow {
+            Some(Ok(number)) => Ok(Some(number)),
+            _ => Err(expects("uint32_t")),
+        }
+    }
+
+    pub fn object(&mut self, name: &str) -> Result<Option<Self>, Failure> {
+        let map = self.take(name, "object", |value| value.as_object().cloned())?;
+        Ok(map.map(|map| Self::within(&self.full_name(name), map)))
+    }
+
+    pub fn required_object(&mut self, name: &str) -> Result<Self, Failure> {
+        let object = self.object(name)?;
+        object.ok_or_else(|| self.missing(name))
+    }
+
+    /// Each with its place.
+    pub fn required_list(&mut self, name: &str) -> Result<Vec<(String, Value)>, Failure> {
+        let list = self.take(name, "array", |value| value.as_array().cloned())?;
+        let list = list.ok_or_else(|| self.missing(name))?;
+        let name = self.full_name(name);
+        let place = |(index, value)| (format!("{name}[{index}]"), value);
+        Ok(list.into_iter().enumerate().map(place).collect())
+    }
+
+    pub fn required_objects(&mut self, name: &str) -> Result<Vec<Self>, Failure> {
+        let object = |(place, value): (String, Value)| match value {
+            Value::Object(map) => Ok(Self::within(&place, map)),
+            _ => Err(wrong_type(&place, "object")),
+        };
+        self.required_list(name)?.into_iter().map(object).collect()
+    }
+
+    fn full_name(&self, name: &str) -> String {
+        format!("{}{name}", self.place)
+    }
+
+    fn missing(&self, name: &str) -> Failure {
+        missing(&self.full_name(name))
     }
 
     pub fn bool(&mut self, name: &str) -> Result<Option<bool>, Failure> {
@@ -44,17 +114,17 @@ impl Arguments {
 
     pub fn required_count(&mut self, name: &str) -> Result<u64, Failure> {
         let number = self.count(name)?;
-        number.ok_or_else(|| missing(name))
+        number.ok_or_else(|| self.missing(name))
     }
 
     /// A number that is not negative, and may be as large as 64 bits can say.
     pub fn required_size(&mut self, name: &str) -> Result<u64, Failure> {
-        match self.0.remove(name) {
+        match self.all.remove(name) {
             // What is larger is read as a fraction.
             Some(value) => value
                 .as_u64()
                 .ok_or_else(|| Failure::generic(format!("Parameter '{name}' expects uint64"))),
-            None => Err(missing(name)),
+            None => Err(self.missing(name)),
         }
     }
 
@@ -66,12 +136,12 @@ impl Arguments {
     /// The same, which has to be there.
     pub fn required_integer(&mut self, name: &str) -> Result<i64, Failure> {
         let number = self.integer(name)?;
-        number.ok_or_else(|| missing(name))
+        number.ok_or_else(|| self.missing(name))
     }
 
     pub fn required_text(&mut self, name: &str) -> Result<String, Failure> {
         let text = self.text(name)?;
-        text.ok_or_else(|| missing(name))
+        text.ok_or_else(|| self.missing(name))
     }
 
     /// Numbers that are not negative.
@@ -102,10 +172,11 @@ impl Arguments {
         kind: &str,
         read: impl FnOnce(&Value) -> Option<T>,
     ) -> Result<Option<T>, Failure> {
-        let Some(value) = self.0.remove(name) else {
+        let Some(value) = self.all.remove(name) else {
             return Ok(None);
         };
-        read(&value).map(Some).ok_or_else(|| wrong_type(name, kind))
+        let read = read(&value).map(Some);
+        read.ok_or_else(|| wrong_type(&self.full_name(name), kind))
     }
 }
 
@@ -113,7 +184,7 @@ pub(super) fn missing(name: &str) -> Failure {
     Failure::generic(format!("Parameter '{name}' is missing"))
 }
 
-fn wrong_type(name: &str, kind: &str) -> Failure {
+pub(super) fn wrong_type(name: &str, kind: &str) -> Failure {
     Failure::generic(format!(
         "Invalid parameter type for '{name}', expected: {kind}"
     ))

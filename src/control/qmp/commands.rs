@@ -6,6 +6,7 @@
 use serde_json::{Value, json};
 
 use super::arguments::{Arguments, missing};
+use super::bitmaps;
 use super::message::{Answer, Class, Failure, Request, no_such_snapshot};
 use super::names::{DISK, lower_level};
 use super::shapes;
@@ -14,6 +15,7 @@ use crate::control::subject::Subject;
 use crate::device::ThrottleLimits;
 use crate::format::{Guid, SECTOR_SIZE, Sector, SnapshotNotes};
 use crate::image::NewSnapshot;
+use crate::ploop::BitmapAction;
 use crate::served::delete::Which;
 use crate::storage::LockStanding;
 
@@ -42,7 +44,11 @@ pub enum Wish {
         new: NewSnapshot,
         /// No other may have the same description.
         is_unique: bool,
+        /// What is done to dirty bitmaps at the moment of which it is.
+        bitmaps: Vec<BitmapAction>,
     },
+    /// All of this is to be done to dirty bitmaps, at one moment, or nothing. Likewise.
+    ChangeBitmaps(Vec<BitmapAction>),
     /// Which jobs there are. Likewise.
     ListJobs {
         /// As `query-block-jobs` has them; else as `query-jobs`.
@@ -89,6 +95,12 @@ pub(super) struct Context<'a> {
 type Run = fn(Arguments, &mut Context<'_>) -> Answer;
 
 const COMMANDS: &[(&str, Run)] = &[
+    ("block-dirty-bitmap-add", bitmaps::add),
+    ("block-dirty-bitmap-clear", bitmaps::clear),
+    ("block-dirty-bitmap-disable", bitmaps::disable),
+    ("block-dirty-bitmap-enable", bitmaps::enable),
+    ("block-dirty-bitmap-merge", bitmaps::merge),
+    ("block-dirty-bitmap-remove", bitmaps::remove),
     ("block-job-set-speed", set_job_speed),
     ("block-latency-histogram-set", set_latency_histogram),
     ("block-set-write-threshold", set_write_threshold),
@@ -125,6 +137,7 @@ const COMMANDS: &[(&str, Run)] = &[
     ("snapshot-merge", merge_snapshots),
     ("snapshot-switch", switch_snapshot),
     ("throttle", throttle),
+    ("transaction", bitmaps::transaction),
 ];
 
 /// The one by which a client ends its introduction.
@@ -396,6 +409,7 @@ fn create_snapshot(mut arguments: Arguments, context: &mut Context<'_>) -> Answe
     context.wish = Wish::CreateSnapshot {
         new: NewSnapshot { guid, description },
         is_unique: false,
+        bitmaps: Vec::new(),
     };
     Ok(json!({}))
 }
@@ -470,19 +484,25 @@ fn create_internal_snapshot(mut arguments: Arguments, context: &mut Context<'_>)
     let device = arguments.required_text("device")?;
     let name = arguments.required_text("name")?;
     arguments.end()?;
-    require_root(&device)?;
+    context.wish = Wish::CreateSnapshot {
+        new: internal_snapshot(&device, name)?,
+        is_unique: true,
+        bitmaps: Vec::new(),
+    };
+    Ok(json!({}))
+}
+
+/// A snapshot of this name, of this device.
+pub(super) fn internal_snapshot(device: &str, name: String) -> Result<NewSnapshot, Failure> {
+    require_root(device)?;
     if name.is_empty() {
         return Err(Failure::generic("Name is empty"));
     }
     require_description(Some(&name))?;
-    context.wish = Wish::CreateSnapshot {
-        new: NewSnapshot {
-            guid: None,
-            description: Some(name),
-        },
-        is_unique: true,
-    };
-    Ok(json!({}))
+    Ok(NewSnapshot {
+        guid: None,
+        description: Some(name),
+    })
 }
 
 /// Takes the name of the device or of its top node.

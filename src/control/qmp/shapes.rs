@@ -8,7 +8,7 @@ use crate::device::{
     Bins, Histogram, KindCounts, Latencies, LatencyBins, QueueReport, ThrottleLimits, Totals,
 };
 use crate::format::{Guid, SnapshotNote};
-use crate::ploop::EngineReport;
+use crate::ploop::{BitmapInfo, EngineReport};
 use crate::storage::LockStanding;
 
 /// `BlockInfo`: the one device.
@@ -85,6 +85,15 @@ fn node(subject: &dyn Subject, levels: &[Level], index: usize) -> Option<Value> 
         ThrottleLimits::default()
     };
     add_limits(&mut node, &limits);
+    let bitmaps = if is_top {
+        subject.bitmaps()
+    } else {
+        Vec::new()
+    };
+    if !bitmaps.is_empty() {
+        // The newest first.
+        node["dirty-bitmaps"] = bitmaps.iter().rev().map(bitmap).collect();
+    }
     if let Some(below) = below {
         node["backing_file"] = below.file.to_string_lossy().into();
     }
@@ -102,6 +111,19 @@ pub(in crate::control) fn snapshot_info(guid: Guid, note: Option<&SnapshotNote>)
         "date-nsec": note.map_or(0, |note| note.date.subsec_nanosecond()),
         "vm-clock-sec": 0,
         "vm-clock-nsec": 0,
+    })
+}
+
+/// `BlockDirtyInfo`.
+fn bitmap(bitmap: &BitmapInfo) -> Value {
+    json!({
+        "name": bitmap.name,
+        "count": bitmap.count,
+        "granularity": bitmap.granularity,
+        "recording": bitmap.records,
+        "persistent": bitmap.is_persistent,
+        // Nobody but a command uses one.
+        "busy": false,
     })
 }
 

@@ -20,7 +20,7 @@ use crate::device::{
 };
 use crate::format::Sector;
 use crate::peer::Peer;
-use crate::ploop::EngineReport;
+use crate::ploop::{BitmapInfo, EngineReport};
 
 /// A disk with a snapshot.
 #[derive(Default)]
@@ -111,6 +111,10 @@ impl Subject for Fake {
         self.write_threshold.store(bytes, Ordering::Relaxed);
     }
 
+    fn bitmaps(&self) -> Vec<BitmapInfo> {
+        Vec::new()
+    }
+
     fn limits(&self) -> ThrottleLimits {
         self.throttle.limits()
     }
@@ -194,6 +198,7 @@ fn unknown_commands_and_arguments_are_errors_with_the_clients_name_for_them() {
             "qmp_capabilities",
             "snapshot-delete",
             "snapshot-switch",
+            "transaction",
         ];
         let has_own = has_own.contains(&name);
         if has_own || name.starts_with("block") || name.starts_with("job-") {

@@ -155,7 +155,10 @@ fn what_cannot_be_is_refused_as_qemu_does_and_nothing_of_it_is_done() {
     let not_found = |name: &str| Err(BitmapError::NotFound(name.to_owned()));
     for (action, error) in [
         (add("", 512, false), BitmapError::NoName),
-        (add(&"x".repeat(1024), 512, false), BitmapError::LongName),
+        (
+            add(&"x".repeat(1024), 512, false),
+            BitmapError::LongName("x".repeat(1024)),
+        ),
         (add("a", 512, false), BitmapError::Exists("a".to_owned())),
         (add("b", 1000, false), BitmapError::Granularity),
         (add("b", 256, false), BitmapError::Granularity),

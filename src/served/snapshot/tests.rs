@@ -87,7 +87,7 @@ impl Rig {
         let created = create(
             &engine,
             &mut self.bundle,
-            &NewSnapshot::default(),
+            (&NewSnapshot::default(), &[]),
             &call_off,
         )?;
         self.locks.last_mut().unwrap().stop_writing().unwrap();
@@ -273,7 +273,7 @@ fn a_snapshot_that_is_called_off_leaves_nothing() {
     let call_off = CallOff::default();
     assert!(call_off.call_off(&engine));
     let new = NewSnapshot::default();
-    let made = create(&engine, &mut rig.bundle, &new, &call_off);
+    let made = create(&engine, &mut rig.bundle, (&new, &[]), &call_off);
     assert!(matches!(made, Err(SnapshotError::CalledOff)), "{made:?}");
     assert_eq!(rig.files(), [Descriptor::FILE_NAME, "root.hds"]);
     drop(engine);
