@@ -4,6 +4,7 @@
 //! image, changes bitmaps and closes it. The format has no place for it that one does not
 //! record, so that cannot be changed here.
 
+use std::io;
 use std::path::Path;
 
 use super::delta::Delta;
@@ -75,9 +76,16 @@ pub fn change_bitmaps(path: &Path, actions: &[BitmapAction]) -> Result<()> {
     })?;
     let running = Running::start(opened).context(&top.path, "start a thread for")?;
     let changed = running.engine().change_bitmaps(actions);
+    let mut expected = running.engine().bitmaps();
+    expected.retain(|bitmap| bitmap.is_persistent);
     let closed = running.close();
     changed.map_err(wrong)?;
-    closed.map_err(|error| wrong(error.into()))
+    closed.map_err(|error| wrong(error.into()))?;
+    if bitmaps_of(top, Level::Ploop)?.len() == expected.len() {
+        return Ok(());
+    }
+    let full = io::Error::other("the host had no space for them, and all are lost");
+    Err(full).context(&top.path, "keep the dirty bitmaps of")
 }
 
 /// A disk of files that are open already. The last may be written to.

@@ -187,7 +187,12 @@ impl<F: ImageFile> Lift<F> {
                 Ok(LiftStep::More)
             }
             Found::End => {
-                self.close()?;
+                match self.is_marked {
+                    true => self.close()?,
+                    // It says that it is closed: but whoever wrote that has failed at it, perhaps,
+                    // and could not take it back.
+                    false => self.upper.sync()?,
+                }
                 Ok(LiftStep::Done)
             }
         }

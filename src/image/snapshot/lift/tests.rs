@@ -410,3 +410,18 @@ fn one_that_cannot_be_closed_when_it_is_given_up_stays_marked() {
         assert_eq!(count_right(medium.stable()[0].clone(), &guests), (3, true));
     }
 }
+
+/// It was written, and the host said that it was not, nor could the other one be.
+#[test]
+fn a_closed_mark_that_is_there_already_becomes_stable() {
+    let (medium, guests) = two_sectors();
+    let mut lift = begin_again(&medium);
+    while lift.step().unwrap() != LiftStep::Done {}
+    let mut image = Delta::load(medium.reopen(0)).unwrap();
+    image.begin().unwrap();
+    image.set_mark(InUse::Closed);
+    image.write_header().unwrap();
+    assert_eq!(count_right(medium.stable()[0].clone(), &guests), (3, false));
+    assert_eq!(begin_again(&medium).step().unwrap(), LiftStep::Done);
+    assert_eq!(count_right(medium.stable()[0].clone(), &guests), (3, true));
+}
