@@ -113,6 +113,10 @@ const LEFT_FOR: Duration = Duration::from_secs(60);
 /// can remove what is in its folder, and nothing beside it.
 fn remove_left_over(folder: &Path) {
     for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
+        // Others may have folders there, and want them empty.
+        if !is_name_of_folder(&entry.file_name().to_string_lossy()) {
+            continue;
+        }
         let changed = entry.metadata().and_then(|metadata| metadata.modified());
         let age = changed.ok().and_then(|changed| changed.elapsed().ok());
         if age.is_some_and(|age| age >= LEFT_FOR) {
@@ -120,6 +124,19 @@ fn remove_left_over(folder: &Path) {
             let _ = unlinkat(CWD, entry.path(), AtFlags::REMOVEDIR);
         }
     }
+}
+
+/// Whether a folder of this name is one that [`make`] has made: `fe00-20d3` or `fe00-20d3.2`.
+fn is_name_of_folder(name: &str) -> bool {
+    let (id, number) = match name.split_once('.') {
+        Some((id, number)) => (id, Some(number)),
+        None => (name, None),
+    };
+    let is_hex = |text: &str| !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_hexdigit());
+    let is_id = id
+        .split_once('-')
+        .is_some_and(|(device, inode)| is_hex(device) && is_hex(inode));
+    is_id && number.is_none_or(|number| number.parse::<u8>().is_ok())
 }
 
 /// Where a running disk is asked.
@@ -209,4 +226,29 @@ fn serves(socket: &Path, top: &str, patience: Duration) -> Result<bool, AskError
     let mut asker = Asker::connect_within(socket, patience)?;
     let engine = asker.ask("query-engine")?;
     Ok(engine["file-id"] == top)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_folders_of_such_processes_are_called_so() {
+        for name in ["fe00-20d3", "fe00-20d3.2", "0-1.16"] {
+            assert!(is_name_of_folder(name), "{name}");
+        }
+        for name in [
+            "sshd",
+            "web1",
+            "fe00",
+            "fe00-",
+            "-1",
+            "fe00-20d3.x",
+            "fe00-20d3.",
+            "vm-2",
+            "",
+        ] {
+            assert!(!is_name_of_folder(name), "{name}");
+        }
+    }
 }
