@@ -62,6 +62,12 @@ pub enum EngineError {
     /// There is not the memory for the BAT of a larger disk.
     #[error("there is not enough memory for the block allocation table of so large a disk")]
     Memory,
+    /// A dirty bitmap would have more bits than one may have.
+    #[error(
+        "a dirty bitmap of the disk is too fine for so large a disk: remove it first, and make one \
+         of a larger granularity then"
+    )]
+    FineBitmap,
     /// Two cannot make it larger at a time, nor is a snapshot made meanwhile.
     #[error("the disk is already being made larger")]
     Growing,

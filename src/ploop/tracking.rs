@@ -283,6 +283,13 @@ impl Tracking {
         }
     }
 
+    /// Whether no bitmap would have too many bits if the disk were so large.
+    pub fn can_tell_of(&self, disk_bytes: u64) -> bool {
+        let bitmaps = self.bitmaps.lock().unwrap_or_else(PoisonError::into_inner);
+        let bits = |bitmap: &Bitmap| disk_bytes.div_ceil(1 << bitmap.bits.shift());
+        bitmaps.iter().all(|bitmap| bits(bitmap) <= BITS_MAX)
+    }
+
     /// Is ready for a larger disk, before anybody sees it.
     pub fn reach(&self, disk_bytes: u64) {
         if let Some(log) = &*self.log.load() {

@@ -139,13 +139,13 @@ impl<D: Disk> MdWriter<D> {
         let marked = mark();
         match (&marked, saved) {
             (Ok(()), _) => log::debug!("the closed mark is stable"),
-            (Err(_), Some(saved)) => {
+            (Err(_), Some(saved)) if saved.end > saved.start => {
                 // What was written there are no zeros.
                 let alloc = engine.alloc();
                 alloc.claim(saved.end, saved.end - saved.start);
                 alloc.doubt_length(HostCluster(saved.start));
             }
-            (Err(_), None) => {}
+            (Err(_), _) => {}
         }
         marked
     }

@@ -158,6 +158,15 @@ impl Cow {
             self.pios.extend(waiting.pop_front());
         }
         let grid = engine.grid();
+        if engine.tracking.terms().1 {
+            // Of those that came in time nobody has looked again whether they are recorded, and
+            // since they were planned a bitmap may have been cleared.
+            for pio in &self.pios {
+                let (start, end) = covered(pio, cluster, grid);
+                let from = grid.cluster_start(cluster) + start;
+                engine.tracking.mark(from, end - start);
+            }
+        }
         let size = grid.cluster().bytes() as usize;
         let mut bytes = match read {
             Some((0, mut bytes)) => {

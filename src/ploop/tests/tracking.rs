@@ -214,6 +214,51 @@ fn a_write_that_waited_for_space_while_a_bitmap_was_cleared_is_in_it() {
     assert_eq!(rig.dirty("a", 4096), [CLUSTER / 4096]);
 }
 
+/// A copy of the cluster takes it in, and nobody plans it anew. Both wait for space at first, which
+/// comes while the bitmap is cleared.
+#[test]
+fn neither_is_one_forgotten_that_a_copy_takes_in() {
+    let disk = empty_image(Medium::default(), 2, DISK);
+    let base = Rig::open(&disk, 1, options());
+    base.write(0, &[1; CLUSTER as usize]).unwrap();
+    base.control(Control::Close).unwrap();
+    drop(base);
+    let clear = [Action::Clear("a".to_owned())];
+    let mut waited = 0;
+    for turns in 0..40 {
+        let rig = Rig::open(&disk, 2, options());
+        rig.change(&[add("a", 4096, false)]).unwrap();
+        let writes = [0, 4096].map(|at| rig.push_write_to(0, at, &[5; 512]));
+        (0..turns).for_each(|_| rig.turn());
+        rig.control(Control::Suspend).unwrap();
+        (0..200).for_each(|_| rig.turn());
+        rig.engine.change_bitmaps_now(&clear).unwrap();
+        let ended = writes.map(|tag| rig.ended(tag));
+        let wait = ended.map(|ended| ended.is_none());
+        rig.control(Control::Resume).unwrap();
+        for (tag, ended) in writes.into_iter().zip(ended) {
+            assert_eq!(ended.unwrap_or_else(|| rig.result(tag)), Ok(()));
+        }
+        let expected: Vec<u64> = (0..2).filter(|index| wait[*index as usize]).collect();
+        assert_eq!(rig.dirty("a", 4096), expected, "{turns}");
+        waited += u32::from(wait == [true; 2]);
+        drop(rig);
+        disk.power_off();
+        disk.power_on();
+    }
+    assert!(waited > 0);
+}
+
+#[test]
+fn a_disk_does_not_grow_beyond_what_its_bitmaps_can_tell() {
+    let rig = Rig::new(DISK);
+    rig.change(&[add("a", 512, false)]).unwrap();
+    let grow = |bytes: u64| rig.control(Control::PrepareGrowth(Sector(bytes / 512)));
+    assert_eq!(grow((512 << 29) + CLUSTER), Err(EngineError::FineBitmap));
+    rig.change(&[Action::Remove("a".to_owned())]).unwrap();
+    grow((512 << 29) + CLUSTER).unwrap();
+}
+
 #[test]
 fn what_is_written_to_where_a_disk_has_grown_is_known() {
     let rig = Rig::new(DISK);
@@ -417,6 +462,35 @@ fn a_bitmap_that_is_not_right_has_everything_set() {
             );
             assert_eq!(loaded.first().map(|it| it.bits.count()), expected);
         }
+    }
+}
+
+/// More than the address space of 64 bits is told of by a cluster of bits.
+#[test]
+fn a_granularity_without_bounds_is_no_danger() {
+    use crate::format::{BitmapId, DirtyBitmap, Extension, InUse};
+
+    let cluster = ClusterSize::from_bytes(2 << 20).unwrap();
+    let mut header = Header::new(Sector((2 << 20) / 512), cluster).unwrap();
+    let at = header.geometry().data_start;
+    header.in_use = InUse::ClosedWithExtension;
+    for offset in [at / 512, u64::MAX, u64::MAX / 512 + 1] {
+        header.extension = Sector(offset);
+        let bitmap = DirtyBitmap {
+            size: header.geometry().disk_size,
+            id: BitmapId::parse(GUID).unwrap(),
+            granularity: 1 << 31,
+            l1: vec![1],
+        };
+        let extension = Extension {
+            bitmaps: vec![bitmap],
+            unknown: Vec::new(),
+        };
+        let disk = SimDisk::new(1, Medium::default(), 1);
+        disk.prepare(FileId(0), at, &extension.to_bytes(cluster).unwrap());
+        disk.prepare(FileId(0), 0, &header.to_bytes());
+        let loaded = saved::load(&disk, FileId(0), &header);
+        assert_eq!(loaded.len(), usize::from(offset == at / 512));
     }
 }
 

@@ -40,7 +40,10 @@ pub(in crate::ploop) fn load(disk: &impl Disk, file: FileId, header: &Header) ->
     }
     let geometry = header.geometry();
     let mut cluster = vec![0; geometry.cluster.bytes() as usize];
-    let read = disk.read_exact_at(file, &mut cluster, header.extension.bytes());
+    let read = match header.extension.0.checked_mul(SECTOR_SIZE) {
+        Some(offset) => disk.read_exact_at(file, &mut cluster, offset),
+        None => Err(io::ErrorKind::UnexpectedEof.into()),
+    };
     let extension = match read.map(|()| Extension::parse(&cluster)) {
         Ok(Ok(extension)) => extension,
         Ok(Err(error)) => {
@@ -118,14 +121,16 @@ fn read_bits(
     }
     let cluster = geometry.cluster.bytes();
     // That a cluster of bits covers, in bytes.
-    let covers = (cluster * 8).checked_shl(shift).unwrap_or(u64::MAX);
+    let covers = 1_u64.checked_shl(shift);
+    let covers = covers.and_then(|granularity| granularity.checked_mul(cluster * 8));
+    let covers = covers.unwrap_or(u64::MAX);
     if stored.l1.len() as u64 != disk_bytes.div_ceil(covers) {
         return Err("its table has another length".to_owned());
     }
     let mut bits = Bits::new(shift);
     let mut bytes = vec![0; cluster as usize];
     for (index, entry) in (0_u64..).zip(&stored.l1) {
-        let start = index * covers;
+        let start = index.saturating_mul(covers);
         match *entry {
             0 => {}
             1 => bits.set(start, disk_bytes.min(start.saturating_add(covers))),
@@ -157,8 +162,8 @@ pub(in crate::ploop) fn save(
     }
     let mut saved = Saved {
         extension: None,
-        start: 0,
-        end: 0,
+        start: at_least.0,
+        end: at_least.0,
     };
     let len = disk.len(file);
     match try_save(disk, file, geometry, (&persistent, at_least), &mut saved) {
