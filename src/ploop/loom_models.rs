@@ -59,6 +59,7 @@ fn engine(entry: Entry) -> Arc<Engine<NoDisk>> {
     let bat = Bat::holes(size, size).unwrap();
     bat.load(CLUSTER, entry);
     let shared = Shared {
+        bitmaps: Vec::new(),
         levels: vec![level],
         bat,
         alloc: Allocator::new(HOST, HOST),
