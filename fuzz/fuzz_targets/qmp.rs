@@ -13,7 +13,7 @@ use vhost_user_ploop::device::{
     Latencies, LatencyBins, LimitsError, QueueReport, ThrottleLimits, Totals,
 };
 use vhost_user_ploop::format::Sector;
-use vhost_user_ploop::ploop::EngineReport;
+use vhost_user_ploop::ploop::{BitmapInfo, EngineReport};
 
 const COMMANDS: &[&str] = &[
     "query-block",
@@ -114,6 +114,16 @@ impl Subject for Disk {
     }
 
     fn give_up_bins(&self) {}
+
+    fn bitmaps(&self) -> Vec<BitmapInfo> {
+        vec![BitmapInfo {
+            name: "since-noon".to_owned(),
+            granularity: 65536,
+            count: 131_072,
+            records: true,
+            is_persistent: false,
+        }]
+    }
 
     fn write_threshold(&self) -> u64 {
         0

@@ -7,8 +7,8 @@
 //! record. So their number costs a request nothing, and without any it costs none.
 //!
 //! Bitmaps change while requests are held and nothing is in flight: each change of the disk is
-//! on one side of that. A write that waits for space is planned anew after it. What is set too
-//! early, or though the change has failed, makes a backup copy more than it had to; what is
+//! on one side of that. A write that waits for space is planned anew after it, or taken in by the
+//! copy of its cluster, which marks it (`runner/cow.rs`). What is set too early, or though the change has failed, makes a backup copy more than it had to; what is
 //! missed would make it wrong.
 //!
 //! The disk grows under a log that has room for the largest; what is new is clear.

@@ -5,7 +5,6 @@
 //! A snapshot is what was acknowledged at one moment: so it holds what was completed before it
 //! was asked for, and nothing that began after the answer.
 
-use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
 use std::time::Instant;
@@ -295,7 +294,7 @@ impl Life {
         assert_eq!(report["corruptions"], 0, "{found:?}");
         assert!(matches!(found.code, Some(0 | LEAKS)), "{found:?}");
         let names = names_in(path).into_iter();
-        let images: VecDeque<_> = names.filter(|name| name.contains(".hds")).collect();
+        let images: Vec<_> = names.filter(|name| name.contains(".hds")).collect();
         assert_eq!(images.len(), self.shots.len() + 1, "{images:?}");
         if require_tool("qemu-img") {
             images

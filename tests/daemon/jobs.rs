@@ -3,7 +3,7 @@
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
 use std::thread;
 
@@ -453,6 +453,18 @@ fn ploop_img_compacts_whether_the_disk_is_served_or_not() {
     expect_sound(&host.rig.image);
 }
 
+/// Has `ploop-img` compact the disk, and says what the job is called.
+fn begin_compaction_by_name(host: &Host, qmp: &mut Qmp) -> (Child, String) {
+    let child = compact_by_name(host)
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    wait_for("the job", || !jobs(qmp).is_empty());
+    let name = jobs(qmp)[0]["id"].as_str().unwrap().to_owned();
+    (child, name)
+}
+
 #[test]
 fn who_interrupts_ploop_img_cancels_the_job() {
     let host = host();
@@ -461,13 +473,7 @@ fn who_interrupts_ploop_img_cancels_the_job() {
     prepare(&mut front_end);
     let mut qmp = Qmp::connect(&socket_of(&host));
     let halt = Halt::of(&backend);
-    let child = compact_by_name(&host)
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .unwrap();
-    wait_for("the job", || !jobs(&mut qmp).is_empty());
-    let name = jobs(&mut qmp)[0]["id"].as_str().unwrap().to_owned();
+    let (child, name) = begin_compaction_by_name(&host, &mut qmp);
     qmp.ask("block-job-set-speed", json!({ "device": name, "speed": 1 }));
     drop(halt);
     let pid = rustix::process::Pid::from_child(&child);
@@ -490,15 +496,8 @@ fn ploop_img_knows_how_a_job_has_ended_that_somebody_else_dismisses() {
     let mut front_end = start_front_end(backend.socket());
     prepare(&mut front_end);
     let mut qmp = Qmp::connect(&socket_of(&host));
-    // While the process stands still, nothing of what is asked of it is done.
     let halt = Halt::of(&backend);
-    let child = compact_by_name(&host)
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .unwrap();
-    wait_for("the job", || !jobs(&mut qmp).is_empty());
-    let name = jobs(&mut qmp)[0]["id"].as_str().unwrap().to_owned();
+    let (child, name) = begin_compaction_by_name(&host, &mut qmp);
     let pid = rustix::process::Pid::from_child(&child);
     rustix::process::kill_process(pid, rustix::process::Signal::STOP).unwrap();
     drop(halt);

@@ -14,7 +14,7 @@ use crate::image::NewSnapshot;
 use crate::ploop::BitmapAction;
 
 /// A command for one bitmap, and the action of a transaction of the same name.
-pub(super) type Read = fn(Arguments) -> Result<Asked, Failure>;
+type Read = fn(Arguments) -> Result<Asked, Failure>;
 
 /// By name.
 const ACTIONS: &[(&str, Read)] = &[
@@ -38,7 +38,7 @@ const UNKNOWN_HERE: [&str; 4] = [
 
 /// What is asked for, before it is known whether that can be.
 #[derive(Debug)]
-pub(super) enum Asked {
+enum Asked {
     /// Of a node's bitmap, and of others that have sources.
     Bitmap {
         node: String,
@@ -146,36 +146,18 @@ fn not_found(name: &str) -> Failure {
     Failure::generic(format!("Dirty bitmap '{name}' not found"))
 }
 
-/// Has one of the actions done alone.
-fn alone(read: Read, arguments: Arguments, context: &mut Context<'_>) -> Answer {
+/// Has the action of this name done alone.
+pub(super) fn alone(name: &str, arguments: Arguments, context: &mut Context<'_>) -> Answer {
+    let read = reader_of(name).ok_or_else(|| not_accepted("type", name))?;
     let mut plan = Plan::default();
     plan.add(read(arguments)?, context.subject)?;
     context.wish = plan.wish();
     Ok(json!({}))
 }
 
-pub(super) fn add(arguments: Arguments, context: &mut Context<'_>) -> Answer {
-    alone(read_add, arguments, context)
-}
-
-pub(super) fn remove(arguments: Arguments, context: &mut Context<'_>) -> Answer {
-    alone(read_remove, arguments, context)
-}
-
-pub(super) fn clear(arguments: Arguments, context: &mut Context<'_>) -> Answer {
-    alone(read_clear, arguments, context)
-}
-
-pub(super) fn enable(arguments: Arguments, context: &mut Context<'_>) -> Answer {
-    alone(read_enable, arguments, context)
-}
-
-pub(super) fn disable(arguments: Arguments, context: &mut Context<'_>) -> Answer {
-    alone(read_disable, arguments, context)
-}
-
-pub(super) fn merge(arguments: Arguments, context: &mut Context<'_>) -> Answer {
-    alone(read_merge, arguments, context)
+fn reader_of(name: &str) -> Option<Read> {
+    let known = ACTIONS.iter().find(|(known, _)| *known == name);
+    known.map(|(_, read)| *read)
 }
 
 pub(super) fn transaction(mut arguments: Arguments, context: &mut Context<'_>) -> Answer {
@@ -183,8 +165,7 @@ pub(super) fn transaction(mut arguments: Arguments, context: &mut Context<'_>) -
     let mut asked = Vec::new();
     for mut action in actions {
         let kind = action.required_text("type")?;
-        let known = ACTIONS.iter().find(|(name, _)| *name == kind);
-        let Some((_, read)) = known else {
+        let Some(read) = reader_of(&kind) else {
             return Err(match UNKNOWN_HERE.contains(&kind.as_str()) {
                 true => Failure::generic(format!(
                     "There is no '{kind}' here, in a transaction or without one"

@@ -95,12 +95,24 @@ pub(super) struct Context<'a> {
 type Run = fn(Arguments, &mut Context<'_>) -> Answer;
 
 const COMMANDS: &[(&str, Run)] = &[
-    ("block-dirty-bitmap-add", bitmaps::add),
-    ("block-dirty-bitmap-clear", bitmaps::clear),
-    ("block-dirty-bitmap-disable", bitmaps::disable),
-    ("block-dirty-bitmap-enable", bitmaps::enable),
-    ("block-dirty-bitmap-merge", bitmaps::merge),
-    ("block-dirty-bitmap-remove", bitmaps::remove),
+    ("block-dirty-bitmap-add", |all, context| {
+        bitmaps::alone("block-dirty-bitmap-add", all, context)
+    }),
+    ("block-dirty-bitmap-clear", |all, context| {
+        bitmaps::alone("block-dirty-bitmap-clear", all, context)
+    }),
+    ("block-dirty-bitmap-disable", |all, context| {
+        bitmaps::alone("block-dirty-bitmap-disable", all, context)
+    }),
+    ("block-dirty-bitmap-enable", |all, context| {
+        bitmaps::alone("block-dirty-bitmap-enable", all, context)
+    }),
+    ("block-dirty-bitmap-merge", |all, context| {
+        bitmaps::alone("block-dirty-bitmap-merge", all, context)
+    }),
+    ("block-dirty-bitmap-remove", |all, context| {
+        bitmaps::alone("block-dirty-bitmap-remove", all, context)
+    }),
     ("block-job-set-speed", set_job_speed),
     ("block-latency-histogram-set", set_latency_histogram),
     ("block-set-write-threshold", set_write_threshold),

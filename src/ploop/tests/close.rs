@@ -247,57 +247,51 @@ fn an_image_that_cannot_be_marked_is_served_on_as_one_in_use() {
     assert_eq!(rig.disk.read_live(FileId(0), 44, 4), [0; 4]);
 }
 
-/// A sync makes the length stable that the file has, not the one that it had before.
-#[test]
-fn an_image_that_was_trimmed_and_is_served_on_is_as_long_as_before() {
+const TRIMMED: Control = Control::HandOver { trims: true };
+
+/// An image with one cluster whose trimmed hand-over has failed, on a medium that was also changed
+/// so meanwhile, given the length that the file had before; and that length.
+fn hand_over_in_vain(change: impl FnOnce(&mut Medium, u64)) -> (Rig, u64) {
     let rig = Rig::new(16 * CLUSTER);
     rig.write(0, &[1; 512]).unwrap();
     rig.flush().unwrap();
     let before = rig.disk.live_len(FileId(0));
-    let hand_over = Control::HandOver { trims: true };
-    let outcome = rig.engine.control(hand_over);
-    rig.disk.change_medium(|medium| medium.faults.write = 1.0);
+    let outcome = rig.engine.control(TRIMMED);
+    rig.disk.change_medium(|medium| {
+        medium.faults.write = 1.0;
+        change(medium, before);
+    });
     while outcome.get().is_none() {
         rig.poll_md();
         rig.step_disk();
     }
     assert!(matches!(outcome.get(), Some(Err(EngineError::Io(_)))));
     rig.disk.change_medium(|medium| medium.faults.write = 0.0);
+    (rig, before)
+}
+
+/// A sync makes the length stable that the file has, not the one that it had before.
+#[test]
+fn an_image_that_was_trimmed_and_is_served_on_is_as_long_as_before() {
+    let (rig, before) = hand_over_in_vain(|_, _| {});
     assert_eq!(rig.disk.live_len(FileId(0)), before);
     rig.write(CLUSTER, &[2; 512]).unwrap();
     rig.flush().unwrap();
-    rig.control(hand_over).unwrap();
+    rig.control(TRIMMED).unwrap();
     assert!(rig.disk.live_len(FileId(0)) < before);
 }
 
 /// Nothing that is behind its end could be made stable any more, and nobody is told that it was.
 #[test]
 fn an_image_that_stays_shorter_than_it_was_counts_as_one_that_cannot_be_synced() {
-    let rig = Rig::new(16 * CLUSTER);
-    rig.write(0, &[1; 512]).unwrap();
-    rig.flush().unwrap();
-    let before = rig.disk.live_len(FileId(0));
-    let hand_over = Control::HandOver { trims: true };
-    let outcome = rig.engine.control(hand_over);
-    rig.disk.change_medium(|medium| {
-        medium.faults.write = 1.0;
-        medium.len_max = before - 1;
-    });
-    while outcome.get().is_none() {
-        rig.poll_md();
-        rig.step_disk();
-    }
-    assert!(matches!(outcome.get(), Some(Err(EngineError::Io(_)))));
-    rig.disk.change_medium(|medium| {
-        medium.faults.write = 0.0;
-        medium.len_max = u64::MAX;
-    });
+    let (rig, before) = hand_over_in_vain(|medium, before| medium.len_max = before - 1);
+    rig.disk.change_medium(|medium| medium.len_max = u64::MAX);
     assert!(rig.disk.live_len(FileId(0)) < before);
     assert!(!rig.engine.is_suspended());
     assert_eq!(rig.read(0, 512), [1; 512]);
     rig.write(0, &[2; 512]).unwrap();
     assert_eq!(rig.flush(), Err(EngineError::SyncFailed));
-    assert_eq!(rig.control(hand_over), Err(EngineError::SyncFailed));
+    assert_eq!(rig.control(TRIMMED), Err(EngineError::SyncFailed));
 }
 
 #[test]
