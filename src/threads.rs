@@ -11,6 +11,7 @@ use std::panic;
 use std::sync::mpsc::sync_channel;
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread::{self, Builder, JoinHandle};
+use std::time::Duration;
 
 use crate::headroom;
 
@@ -70,6 +71,22 @@ static RESTRICT: OnceLock<Restrict> = OnceLock::new();
 /// process counts.
 pub fn restrict_with(restrict: Restrict) {
     let _ = RESTRICT.set(restrict);
+}
+
+/// Processor time that the calling thread has taken since it began. Zero where the kernel
+/// does not say.
+#[must_use]
+pub fn processor_time() -> Duration {
+    let mut time = libc::timespec {
+        tv_sec: 0,
+        tv_nsec: 0,
+    };
+    // SAFETY: `time` is valid for writing during the call. (Of the libraries here that wrap
+    // it, rustix asks the kernel for something at the first call that a restricted thread
+    // may not.)
+    unsafe { libc::clock_gettime(libc::CLOCK_THREAD_CPUTIME_ID, &raw mut time) };
+    let seconds = u64::try_from(time.tv_sec).unwrap_or_default();
+    Duration::from_secs(seconds) + Duration::from_nanos(time.tv_nsec.unsigned_abs())
 }
 
 /// Starts a thread of this role.

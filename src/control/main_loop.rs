@@ -185,6 +185,13 @@ pub(super) fn run(
         for client in manager.subscriber_mut(id)?.desk.monitor.take_stalled() {
             manager.event_ops(id)?.remove(Events::empty(&client))?;
         }
+        while let Some(client) = manager.subscriber_mut(id)?.desk.monitor.take_rested() {
+            if let Err(error) = manager.event_ops(id)?.add(client) {
+                log::warn!("a control client cannot be served any more: {error}");
+                let monitor = &mut manager.subscriber_mut(id)?.desk.monitor;
+                monitor.drop_client(client.fd());
+            }
+        }
         for client in manager.subscriber_mut(id)?.desk.metrics.take_overdue() {
             manager.event_ops(id)?.remove(Events::empty(&client))?;
         }

@@ -9,6 +9,7 @@
 //! - `event`: what clients are told unasked;
 //! - `session`: one client's talk, without a socket;
 //! - `client`: its socket;
+//! - `allowance`: how much of the processor clients may take;
 //! - `monitor`: all clients.
 //!
 //! Everything runs in the main loop and waits for nothing: clients are other programs of
@@ -17,6 +18,7 @@
 //! `docs/control.md` describes commands and events. Knows JSON and QMP. Must not know how
 //! a disk is served: what it says of one it asks a [`Subject`](super::Subject).
 
+mod allowance;
 mod arguments;
 mod bitmaps;
 mod client;

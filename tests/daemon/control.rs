@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::io::{Read, Write};
+use std::iter;
 use std::net::Shutdown;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
@@ -349,6 +350,52 @@ fn a_client_that_is_refused_one_thing_after_another_keeps_nobody_waiting() {
         reader.join().unwrap();
         writer.join().unwrap();
     }
+}
+
+/// What takes the main loop long enough that whoever asks has to wait for the next turn.
+const FLOOD: usize = 1_200;
+
+#[test]
+fn a_client_that_asks_for_much_at_once_is_answered_to_the_end() {
+    let rig = Rig::new();
+    let backend = serve(&rig, &[]);
+    let mut client = Qmp::connect(&control(&rig));
+    let mut socket = client.socket.try_clone().unwrap();
+    let writer = thread::spawn(move || {
+        let question = json!({ "execute": "query-named-block-nodes", "id": 1 });
+        let all = question.to_string().repeat(FLOOD);
+        socket.write_all(all.as_bytes()).unwrap();
+        socket.shutdown(Shutdown::Write).unwrap();
+    });
+    let answers = iter::from_fn(|| client.hear()).filter(|answer| answer["return"].is_array());
+    assert_eq!(answers.count(), FLOOD);
+    writer.join().unwrap();
+    backend.stop();
+}
+
+#[test]
+fn clients_that_have_hung_up_before_their_next_turn_keep_nobody_out() {
+    let rig = Rig::new();
+    let backend = serve(&rig, &[]);
+    let mut clients: Vec<_> = stopped(&backend, || {
+        let connect = |_| UnixStream::connect(control(&rig)).unwrap();
+        (0..MAX_CLIENTS).map(connect).collect()
+    });
+    for client in &mut clients {
+        client.set_read_timeout(Some(PATIENCE)).unwrap();
+        assert!(client.read(&mut [0; 1 << 10]).unwrap() > 0, "it is greeted");
+    }
+    let question = json!({ "execute": "query-status" }).to_string();
+    for client in &mut clients {
+        // Refused, for want of an introduction, which costs no less.
+        client.set_nonblocking(true).unwrap();
+        let _ = client.write(question.repeat(1_000).as_bytes());
+    }
+    thread::sleep(Duration::from_millis(500));
+    // Hung up on together: a place that is left free is not what is tried.
+    stopped(&backend, || drop(clients));
+    Qmp::connect(&control(&rig)).ask("query-status", json!({}));
+    backend.stop();
 }
 
 fn expect_reads(front_end: &mut FrontEnd) {

@@ -2,7 +2,8 @@
 //!
 //! Nothing is waited for. A client that does not read its answers is not asked for more
 //! commands, and one that stays so, or that events pile up for, is hung up on. No client
-//! keeps the others waiting either: of what it has sent, a little is done at a time.
+//! keeps the others waiting either: of what it has sent, a little is done at a time, and
+//! while it rests nothing.
 
 use std::collections::VecDeque;
 use std::os::fd::{AsRawFd, RawFd};
@@ -70,6 +71,8 @@ pub(in crate::control) struct Client {
     heard_at: Instant,
     /// Since when it has read nothing though there is something.
     stalled_since: Option<Instant>,
+    /// When it has its next turn, if it has to wait for that.
+    rests_until: Option<Instant>,
     /// It sends no more.
     has_ended: bool,
 }
@@ -87,6 +90,7 @@ impl Client {
             output: VecDeque::new(),
             heard_at: Instant::now(),
             stalled_since: None,
+            rests_until: None,
             has_ended: false,
         };
         client.put(&Session::greeting());
@@ -164,9 +168,33 @@ impl Client {
         self.session.hears_events()
     }
 
-    /// When it has to go unless it reads something before.
+    /// When it has to go unless it reads something before. While it rests it is not asked
+    /// whether it has.
     pub fn until(&self) -> Option<Instant> {
-        self.stalled_since.map(|since| since + PATIENCE)
+        let since = self.stalled_since.filter(|_| self.rests_until.is_none())?;
+        Some(since + PATIENCE)
+    }
+
+    /// It has no turn until then, and the main loop waits for nothing of it: where nothing is
+    /// wanted it would still be told that the other side has hung up, again and again.
+    pub fn rest(&mut self, until: Instant) {
+        self.rests_until = Some(until);
+    }
+
+    /// Its next turn has come.
+    pub fn has_rested(&mut self) {
+        self.rests_until = None;
+    }
+
+    /// When its [rest](Self::rest) is over.
+    pub fn rests_until(&self) -> Option<Instant> {
+        self.rests_until
+    }
+
+    /// Whether it has hung up while nobody waits for that. What it has sent before is worth
+    /// less than the place that it takes.
+    pub fn has_left_at_rest(&self) -> bool {
+        self.rests_until.is_some() && has_hung_up(&self.socket)
     }
 
     /// What is to be waited for.

@@ -9,6 +9,7 @@ use event_manager::{Error, EventOps, Events};
 
 use serde_json::Value;
 
+use super::allowance::Allowance;
 use super::client::{Client, ClientId, Stay};
 use super::commands::Wish;
 use super::event::Event;
@@ -16,6 +17,7 @@ use super::message::Failure;
 use crate::control::subject::Subject;
 use crate::headroom;
 use crate::peer::Peer;
+use crate::threads::processor_time;
 
 /// Most clients at a time. What each can make the process hold is bounded, too.
 const MAX_CLIENTS: usize = 16;
@@ -30,6 +32,7 @@ pub(in crate::control) struct Monitor {
     clients: Vec<Client>,
     /// How many there have ever been.
     admitted: u64,
+    allowance: Allowance,
     /// By which their events are known in the main loop.
     data: u32,
 }
@@ -40,13 +43,18 @@ impl Monitor {
         Self {
             clients: Vec::new(),
             admitted: 0,
+            allowance: Allowance::default(),
             data,
         }
     }
 
     /// What is waited for when a main loop begins.
     pub fn first_events(&self) -> impl Iterator<Item = Events> {
-        self.clients.iter().map(|client| client.events(self.data))
+        let awake = self
+            .clients
+            .iter()
+            .filter(|client| client.rests_until().is_none());
+        awake.map(|client| client.events(self.data))
     }
 
     /// One more has connected. It is greeted, and what it has sent already is read, when its
@@ -56,6 +64,9 @@ impl Monitor {
     /// Any of `epoll_ctl(2)` that is not about this client.
     pub fn admit(&mut self, socket: UnixStream, ops: &mut EventOps) -> Result<(), Error> {
         let peer = Peer::of(&socket).ok();
+        if self.clients.len() >= MAX_CLIENTS {
+            self.clients.retain(|client| !client.has_left_at_rest());
+        }
         if self.clients.len() >= MAX_CLIENTS {
             match most_idle(&self.clients, peer, Instant::now()) {
                 Some(at) => {
@@ -72,14 +83,17 @@ impl Monitor {
             }
         }
         self.admitted += 1;
-        let client = match Client::new(socket, ClientId(self.admitted), peer) {
+        let mut client = match Client::new(socket, ClientId(self.admitted), peer) {
             Ok(client) => client,
             Err(error) => {
                 log::warn!("a control client cannot be served: {error}");
                 return Ok(());
             }
         };
-        if let Err(error) = ops.add(client.events(self.data)) {
+        // Who has had a turn and connects anew comes to another one no sooner.
+        if let Some(until) = self.allowance.newcomers_wait_until(Instant::now()) {
+            client.rest(until);
+        } else if let Err(error) = ops.add(client.events(self.data)) {
             log::warn!("a control client cannot be served: {error}");
             return Ok(());
         }
@@ -103,12 +117,27 @@ impl Monitor {
         subject: &dyn Subject,
         ops: &mut EventOps,
     ) -> Result<Option<(ClientId, Wish)>, Error> {
-        let is_it = |client: &Client| client.as_raw_fd() == fd;
-        let serve = |client: &mut Client| match has_memory() {
+        let Some(at) = self.at(|client| client.as_raw_fd() == fd) else {
+            return Ok(None);
+        };
+        let resting = self.clients.iter().filter_map(Client::rests_until).count();
+        let client = &mut self.clients[at];
+        let before = processor_time();
+        let (stay, wish) = match has_memory() {
             true => client.serve(subject),
             false => (Stay::Goes, Wish::Nothing),
         };
-        self.with(is_it, serve, ops)
+        let cost = processor_time().saturating_sub(before);
+        let rests_until = self.allowance.charge(cost, resting, Instant::now());
+        let id = client.id();
+        match (stay, rests_until) {
+            (Stay::Stays, Some(until)) => {
+                ops.remove(client.events(self.data))?;
+                client.rest(until);
+            }
+            _ => self.go_on(at, stay, ops)?,
+        }
+        Ok((wish != Wish::Nothing).then_some((id, wish)))
     }
 
     /// Answers the command of this client that waits for it, if the client is still there.
@@ -121,9 +150,13 @@ impl Monitor {
         answer: Result<Value, Failure>,
         ops: &mut EventOps,
     ) -> Result<(), Error> {
-        let is_it = |client: &Client| client.id() == id;
-        let answer = |client: &mut Client| (client.answer(answer), Wish::Nothing);
-        self.with(is_it, answer, ops).map(drop)
+        match self.at(|client| client.id() == id) {
+            Some(at) => {
+                let stay = self.clients[at].answer(answer);
+                self.go_on(at, stay, ops)
+            }
+            None => Ok(()),
+        }
     }
 
     /// The same when nothing is waited for any more: it hears what it can be told at once.
@@ -141,19 +174,8 @@ impl Monitor {
         }
     }
 
-    fn with(
-        &mut self,
-        is_it: impl Fn(&Client) -> bool,
-        act: impl FnOnce(&mut Client) -> (Stay, Wish),
-        ops: &mut EventOps,
-    ) -> Result<Option<(ClientId, Wish)>, Error> {
-        let Some(at) = self.clients.iter().position(is_it) else {
-            return Ok(None);
-        };
-        let client = &mut self.clients[at];
-        let (id, (stay, wish)) = (client.id(), act(client));
-        self.go_on(at, stay, ops)?;
-        Ok((wish != Wish::Nothing).then_some((id, wish)))
+    fn at(&self, is_it: impl Fn(&Client) -> bool) -> Option<usize> {
+        self.clients.iter().position(is_it)
     }
 
     /// Tells all that have introduced themselves.
@@ -178,12 +200,15 @@ impl Monitor {
         Ok(())
     }
 
-    /// When [`Self::take_stalled`] has something to give.
+    /// When [`Self::take_stalled`] or [`Self::take_rested`] has something to give.
     pub fn deadline(&self) -> Option<Instant> {
-        self.clients.iter().filter_map(Client::until).min()
+        let stalled = self.clients.iter().filter_map(Client::until);
+        let rested = self.clients.iter().filter_map(Client::rests_until);
+        stalled.chain(rested).min()
     }
 
-    /// Those that have read nothing for too long; to be hung up on.
+    /// Those that have read nothing for too long; to be hung up on, and no more to be waited
+    /// for.
     pub fn take_stalled(&mut self) -> Vec<Client> {
         let now = Instant::now();
         let is_stalled = |client: &Client| client.until().is_some_and(|until| until <= now);
@@ -194,12 +219,32 @@ impl Monitor {
         stalled
     }
 
+    /// Ends the rest of one whose turn it is. What it returns is to be waited for from now on;
+    /// if that cannot be done, the client has to be [dropped](Self::drop_client).
+    pub fn take_rested(&mut self) -> Option<Events> {
+        let now = Instant::now();
+        let is_rested = |client: &&mut Client| client.rests_until().is_some_and(|it| it <= now);
+        let client = self.clients.iter_mut().find(is_rested)?;
+        client.has_rested();
+        Some(client.events(self.data))
+    }
+
+    /// Hangs up on the client with that descriptor, which is not waited for.
+    pub fn drop_client(&mut self, fd: RawFd) {
+        self.clients.retain(|client| client.as_raw_fd() != fd);
+    }
+
     /// Waits from now on for what this client needs, or hangs up on it.
     fn go_on(&mut self, at: usize, stay: Stay, ops: &mut EventOps) -> Result<(), Error> {
-        let stays = stay == Stay::Stays && ops.modify(self.clients[at].events(self.data)).is_ok();
+        let client = &self.clients[at];
+        let is_resting = client.rests_until().is_some();
+        let stays =
+            stay == Stay::Stays && (is_resting || ops.modify(client.events(self.data)).is_ok());
         if !stays {
             let client = self.clients.swap_remove(at);
-            ops.remove(client.events(self.data))?;
+            if !is_resting {
+                ops.remove(client.events(self.data))?;
+            }
         }
         Ok(())
     }
