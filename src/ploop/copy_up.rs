@@ -43,8 +43,9 @@ pub struct CopyUp {
     stage: Stage,
     /// Clusters that they had for the disk at first.
     total: u64,
-    /// Of these, copied.
-    done: u64,
+    /// Of these, those that they have, as far as is known: what the guest has copied counts
+    /// until they are counted again.
+    left: u64,
 }
 
 enum Stage {
@@ -86,15 +87,21 @@ impl CopyUp {
         let top = engine.top();
         let below = engine.levels.below(top).ok_or(EngineError::NoLevelBelow)?;
         let levels = Needless::new(lowest.unwrap_or(below), top);
-        let entries = engine.bat.iter();
-        let total = entries.filter(|entry| levels.has(entry.place())).count() as u64;
+        let total = levels.count(engine);
         Ok(Self {
             levels,
             top,
             stage: Stage::begin(),
             total,
-            done: 0,
+            left: total,
         })
+    }
+
+    /// How many clusters have to be copied yet, counted anew: the guest has copied some of them,
+    /// perhaps.
+    pub fn count_left<D: Disk>(&mut self, engine: &Engine<D>) -> u64 {
+        self.left = self.left.min(self.levels.count(engine));
+        self.left
     }
 
     /// Which it is about, base first.
@@ -113,7 +120,7 @@ impl CopyUp {
 
     /// How many clusters there are to be copied, and how many of them were, by whomever.
     pub fn progress(&self) -> (u64, u64) {
-        (self.done.min(self.total), self.total)
+        (self.total.saturating_sub(self.left), self.total)
     }
 
     /// How many copies are under way.
@@ -168,7 +175,7 @@ impl CopyUp {
                 None => Ok(CopyUpStep::Waits),
                 Some(Ok(())) => {
                     self.stage = Stage::Ready;
-                    self.done = self.total;
+                    self.left = 0;
                     Ok(CopyUpStep::Ready)
                 }
                 Some(Err(error)) => {
@@ -197,7 +204,7 @@ impl CopyUp {
         while let Some(result) = under_way.front().and_then(Outcome::get) {
             under_way.pop_front();
             match result {
-                Ok(()) => self.done += 1,
+                Ok(()) => self.left = self.left.saturating_sub(1),
                 Err(EngineError::NoSpace) => refusal = Some(CopyUpStep::Full),
                 Err(EngineError::Suspended) => refusal = Some(CopyUpStep::Held),
                 Err(error) => return Err(error),

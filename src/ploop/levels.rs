@@ -219,6 +219,12 @@ impl Needless {
         self.level_of(place).is_some()
     }
 
+    /// How many clusters of the disk are in them.
+    pub(super) fn count<D: Disk>(self, engine: &Engine<D>) -> u64 {
+        let entries = engine.bat.iter();
+        entries.filter(|entry| self.has(entry.place())).count() as u64
+    }
+
     /// Base first.
     pub fn files<D: Disk>(self, engine: &Engine<D>) -> Vec<FileId> {
         let files = (self.lowest.0..self.above.0).map(FileId);

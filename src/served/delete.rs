@@ -124,7 +124,7 @@ impl Deletion {
             false => begin_lifting(bundle, &levels, range)?,
         };
         self.look_at_progress(engine);
-        if !has_space(engine, &self.stage) {
+        if !has_space(engine, &mut self.stage) {
             return Err(JobError::Impossible(NO_SPACE));
         }
         Ok(Step::More { bytes: 0 })
@@ -143,15 +143,16 @@ impl Deletion {
         };
     }
 
-    fn go_on(&mut self, site: &mut Site<'_, HostDisk>, stage: Stage) -> Result<Step, JobError> {
+    fn go_on(&mut self, site: &mut Site<'_, HostDisk>) -> Result<Step, JobError> {
         let engine = site.engine;
-        if self.is_sure && !has_space(engine, &stage) {
+        let is_full = self.is_sure && !has_space(engine, &mut self.stage);
+        self.look_at_progress(engine);
+        if is_full {
             // What is left is the guest's.
-            self.stage = stage;
             return Ok(Step::HostFull);
         }
         let before = self.progress.done;
-        let (stage, step) = match stage {
+        let (stage, step) = match std::mem::replace(&mut self.stage, Stage::Done) {
             Stage::Copying(range, copies) => {
                 let limit = if self.is_sure { limit_of(site) } else { 1 };
                 copy(site, range, copies, limit)?
@@ -169,7 +170,7 @@ impl Deletion {
             }
         }
         self.look_at_progress(engine);
-        if !self.is_sure && !has_space(engine, &self.stage) {
+        if !self.is_sure && !has_space(engine, &mut self.stage) {
             self.cancel(site);
             return Err(JobError::Impossible(NO_SPACE));
         }
@@ -300,9 +301,12 @@ fn redirect(
 
 impl Job<HostDisk> for Deletion {
     fn step(&mut self, site: &mut Site<'_, HostDisk>) -> Result<Step, JobError> {
-        match std::mem::replace(&mut self.stage, Stage::Done) {
-            Stage::Begin => self.begin(site),
-            stage => self.go_on(site, stage),
+        match self.stage {
+            Stage::Begin => {
+                self.stage = Stage::Done;
+                self.begin(site)
+            }
+            _ => self.go_on(site),
         }
     }
 
@@ -343,16 +347,23 @@ fn limit_of(site: &Site<'_, HostDisk>) -> u64 {
 }
 
 /// Whether the host has so much space as what is left to be copied takes.
-fn has_space(engine: &Engine<HostDisk>, stage: &Stage) -> bool {
-    let disk = engine.disk();
+fn has_space(engine: &Engine<HostDisk>, stage: &mut Stage) -> bool {
     let (done, total) = match stage {
         Stage::Copying(..) if engine.may_share_clusters() => return true,
         Stage::Copying(_, copies) => copies.progress(),
         Stage::Lifting(_, it) => it.lift.progress(),
         Stage::Redirecting(..) | Stage::Begin | Stage::Done => return true,
     };
-    let needed = (total - done) * cluster_of(engine);
-    disk.free_space().is_ok_and(|free| free >= needed)
+    let has_space_for = |clusters: u64| {
+        let free = engine.disk().free_space();
+        free.is_ok_and(|free| free >= clusters * cluster_of(engine))
+    };
+    match stage {
+        _ if has_space_for(total - done) => true,
+        // The guest has copied some of them, perhaps, and that has taken its space.
+        Stage::Copying(_, copies) => has_space_for(copies.count_left(engine)),
+        _ => false,
+    }
 }
 
 /// One that nothing lies on: nothing has to be copied.

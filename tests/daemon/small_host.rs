@@ -112,3 +112,42 @@ fn expect_space_for_the_guest(cluster: u64) {
     backend.stop();
     ploop_img(["check", rig.image.to_str().unwrap()]).ok();
 }
+
+/// What the guest has written meanwhile takes no space any more, wherever that is.
+#[test]
+fn a_deletion_asks_for_no_space_for_what_the_guest_has_copied() {
+    let Some(small) = SmallFs::tmpfs(64 << 20) else {
+        return;
+    };
+    let cluster = 64 << 10;
+    let rig = rig(&small, cluster);
+    let backend = serve(&rig, &[]);
+    let mut front_end = start_front_end(backend.socket());
+    for piece in 0..NEEDED / PIECE {
+        write(&mut front_end.rings[0], piece, byte_of(piece));
+    }
+    let mut qmp = Qmp::connect(&control(&rig));
+    let guid = qmp.ask("snapshot-create", json!({}))["guid"].clone();
+    let _ballast = small.fill_but(NEEDED + (4 << 20));
+    let slow = json!({ "guid": guid, "job-id": "job", "speed": 1, "auto-dismiss": false });
+    qmp.ask("snapshot-delete", slow);
+    wait_for("a step", || progress(&mut qmp) > 0);
+    // Far from where the job is, which has not enough left for all of it then.
+    for piece in NEEDED / PIECE / 2..NEEDED / PIECE {
+        write(&mut front_end.rings[0], piece, 7);
+    }
+    let speed = json!({ "device": "job", "speed": 0 });
+    qmp.ask("block-job-set-speed", speed);
+    assert_eq!(error_of(&mut qmp), None);
+    for piece in 0..NEEDED / PIECE {
+        let byte = if piece < NEEDED / PIECE / 2 {
+            byte_of(piece)
+        } else {
+            7
+        };
+        expect(&mut front_end, piece * PIECE / 512, byte);
+    }
+    drop(front_end);
+    backend.stop();
+    ploop_img(["check", rig.image.to_str().unwrap()]).ok();
+}
