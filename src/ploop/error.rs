@@ -68,6 +68,12 @@ pub enum EngineError {
          of a larger granularity then"
     )]
     FineBitmap,
+    /// The format has one cluster for the tables of all.
+    #[error(
+        "the image has no place for the persistent dirty bitmaps of so large a disk: remove one \
+         first, or make it anew with a larger granularity"
+    )]
+    ManyBitmaps,
     /// Two cannot make it larger at a time, nor is a snapshot made meanwhile.
     #[error("the disk is already being made larger")]
     Growing,

@@ -283,11 +283,20 @@ impl Tracking {
         }
     }
 
-    /// Whether no bitmap would have too many bits if the disk were so large.
-    pub fn can_tell_of(&self, disk_bytes: u64) -> bool {
+    /// That the disk may be so large, as far as its bitmaps are concerned.
+    ///
+    /// # Errors
+    /// One would have too many bits, or those that are persistent no place in the image.
+    pub fn require_room(&self, disk_bytes: u64, cluster: u64) -> Result<(), EngineError> {
         let bitmaps = self.bitmaps.lock().unwrap_or_else(PoisonError::into_inner);
         let bits = |bitmap: &Bitmap| disk_bytes.div_ceil(1 << bitmap.bits.shift());
-        bitmaps.iter().all(|bitmap| bits(bitmap) <= BITS_MAX)
+        if bitmaps.iter().any(|bitmap| bits(bitmap) > BITS_MAX) {
+            return Err(EngineError::FineBitmap);
+        }
+        match have_place(&bitmaps, disk_bytes, cluster) {
+            true => Ok(()),
+            false => Err(EngineError::ManyBitmaps),
+        }
     }
 
     /// Is ready for a larger disk, before anybody sees it.
@@ -411,15 +420,21 @@ fn check_place(bitmaps: &[Bitmap], name: &str, room: &Room) -> Result<(), Bitmap
     if BitmapId::parse(name).is_none() {
         return Err(BitmapError::NoGuid(name.to_owned()));
     }
-    let persistent = bitmaps.iter().filter(|bitmap| bitmap.is_persistent);
-    let clusters = persistent.map(|bitmap| {
-        let bits = room.disk_bytes.div_ceil(1 << bitmap.bits.shift());
-        bits.div_ceil(8).div_ceil(room.cluster)
-    });
-    match Extension::fits(clusters, room.cluster) {
+    match have_place(bitmaps, room.disk_bytes, room.cluster) {
         true => Ok(()),
         false => Err(BitmapError::NoPlace),
     }
+}
+
+/// Whether an image of such clusters can hold those that are persistent, of a disk of so many
+/// bytes.
+fn have_place(bitmaps: &[Bitmap], disk_bytes: u64, cluster: u64) -> bool {
+    let persistent = bitmaps.iter().filter(|bitmap| bitmap.is_persistent);
+    let clusters = persistent.map(|bitmap| {
+        let bits = disk_bytes.div_ceil(1 << bitmap.bits.shift());
+        bits.div_ceil(8).div_ceil(cluster)
+    });
+    Extension::fits(clusters, cluster)
 }
 
 impl<D: Disk> Engine<D> {

@@ -259,9 +259,8 @@ impl<D: Disk> MdWriter<D> {
         if !engine.has_room_for(&geometry) {
             return Err(EngineError::Memory);
         }
-        if !engine.tracking.can_tell_of(geometry.disk_size.bytes()) {
-            return Err(EngineError::FineBitmap);
-        }
+        let (bytes, cluster) = (geometry.disk_size.bytes(), geometry.cluster.bytes());
+        engine.tracking.require_room(bytes, cluster)?;
         let stage = match &growth {
             // Either there is nothing to do, or all but the last step was done before.
             _ if size == old => Stage::Prepared,

@@ -259,6 +259,27 @@ fn a_disk_does_not_grow_beyond_what_its_bitmaps_can_tell() {
     grow((512 << 29) + CLUSTER).unwrap();
 }
 
+/// All of them are lost when the image is closed, else.
+#[test]
+fn a_disk_does_not_grow_beyond_what_the_image_can_say_of_its_bitmaps() {
+    let rig = Rig::new(128 << 30);
+    let other = GUID.replace("c0", "a1");
+    let both = [add(GUID, 512, true), add(&other, 512, true)];
+    rig.change(&both).unwrap();
+    let grow = |rig: &Rig, bytes: u64| {
+        rig.control(Control::PrepareGrowth(Sector(bytes / 512)))?;
+        rig.control(Control::CommitGrowth)
+    };
+    assert_eq!(grow(&rig, 256 << 30), Err(EngineError::ManyBitmaps));
+    let rig = rig.reopen();
+    assert_eq!(rig.engine.bitmaps().len(), 2);
+    // Those that are not in the image are no hindrance.
+    rig.change(&[Action::Remove(other), add("a", 512, false)])
+        .unwrap();
+    grow(&rig, 256 << 30).unwrap();
+    assert_eq!(rig.reopen().engine.bitmaps().len(), 1);
+}
+
 #[test]
 fn what_is_written_to_where_a_disk_has_grown_is_known() {
     let rig = Rig::new(DISK);
