@@ -168,7 +168,7 @@ impl<D: Disk> MdWriter<D> {
         // If it stays longer, what is behind is not used until the file is made longer.
         engine.disk.set_len(top, len).map_err(|error| {
             log::error!("cannot cut the image file: {error}");
-            EngineError::Io(super::errno_of(&error))
+            EngineError::Io(super::close::errno_of(&error))
         })
     }
 

@@ -298,7 +298,7 @@ impl<D: Disk> MdWriter<D> {
         let made = disk
             .set_len(top, old.bytes())
             .and_then(|()| disk.set_len(top, size.bytes()));
-        made.map_err(|error| EngineError::of_host(super::errno_of(&error)))
+        made.map_err(|error| EngineError::of_host(super::close::errno_of(&error)))
     }
 
     pub(super) fn commit_growth(&mut self, outcome: Outcome) {

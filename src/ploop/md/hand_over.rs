@@ -16,7 +16,9 @@
 //! ahead: a file system that gives hundreds of MiB back while others write has been seen to take
 //! 9 s. What is left, the next opening finds as space that nothing uses.
 
-use super::{ControlStage, MdWriter, Waiter, cannot_mark, errno_of, mark_closed, used_end};
+use super::close::{cannot_mark, errno_of, mark_closed, used_end};
+use super::control::ControlStage;
+use super::{MdWriter, Waiter};
 use crate::format::HostCluster;
 use crate::ploop::EngineError;
 use crate::ploop::preempt;

@@ -12,7 +12,9 @@ use std::collections::{HashMap, VecDeque};
 
 use super::super::alloc::Extent;
 use super::super::rule::{self, Rule};
+use super::{MdOp, MdWriter};
 use crate::format::HostCluster;
+use crate::storage::{Disk, Op, ZeroMode};
 
 /// A number of a round of the metadata thread; they count up.
 pub(super) type RoundNumber = u64;
@@ -22,6 +24,14 @@ const LEAKED_AT_ONCE: usize = 64;
 
 /// Batches of leaked clusters under way.
 const LEAKED_BATCHES: usize = 2;
+
+/// Holes that are punched at the same time, at most: they wait for each other in
+/// the kernel, and pages and syncs for them.
+const PUNCHES: usize = 2;
+
+/// Bytes of one, at most, unless a cluster has more: who waits for one that is under way,
+/// to close the image for instance, shall not wait for long.
+const HOLE_BYTES: u64 = 32 << 20;
 
 /// What a batch waits for next.
 #[derive(Debug, PartialEq, Eq)]
@@ -280,6 +290,44 @@ fn extents_of(mut clusters: Vec<u32>) -> Vec<Extent> {
         }
     }
     extents
+}
+
+impl<D: Disk> MdWriter<D> {
+    pub(super) fn step_reclaim(&mut self) {
+        // Who opens an image next that is passed on finds what is left.
+        if self.is_closing() || self.leaves_file_alone() {
+            return;
+        }
+        let engine = self.engine.clone();
+        if self.reclaim.has_open() && !self.reclaim.awaits_io() {
+            self.reclaim.close_batch(engine.epochs.advance());
+        }
+        let first = match rule::kept(Rule::NoPunchInTheWay) {
+            true => engine.alloc().first(),
+            false => 0,
+        };
+        let at_most = HOLE_BYTES >> engine.grid().cluster().shift();
+        let at_most = u32::try_from(at_most).unwrap_or(u32::MAX);
+        let holes = self
+            .reclaim
+            .begin_punching(first, at_most, |epoch| engine.epochs.all_reached(epoch));
+        self.holes.extend(holes);
+        while self.punching < PUNCHES
+            && let Some((batch, extent)) = self.holes.pop_front()
+        {
+            self.punching += 1;
+            let shift = engine.grid().cluster().shift();
+            let is_punched = rule::kept(Rule::PunchBeforeReuse);
+            let clusters = if is_punched { extent.len() } else { 0 };
+            let op = Op::Zero {
+                file: engine.top(),
+                offset: engine.grid().host_offset(HostCluster(extent.start)),
+                len: u64::from(clusters) << shift,
+                mode: ZeroMode::Punch,
+            };
+            self.queue(MdOp::Punch { batch, extent }, op);
+        }
+    }
 }
 
 #[cfg(all(test, not(ploop_loom)))]

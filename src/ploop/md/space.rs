@@ -5,11 +5,18 @@
 mod tests;
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
+use rustix::io::Errno;
+
+use super::super::EngineError;
 use super::super::inbox::Inbox;
 use super::super::options::OnEnospc;
 use super::super::pio::{Pio, QueueMessage};
+use super::{MdOp, MdWriter};
+use crate::format::HostCluster;
+use crate::storage::{Disk, Op};
 
 /// How long after the host said that it is full it is asked again.
 const RETRY: Duration = Duration::from_millis(500);
@@ -260,5 +267,162 @@ impl Space {
     /// When [`Self::due`] or [`Self::step`] has something.
     pub fn deadline(&self) -> Option<Duration> {
         self.retry_at
+    }
+}
+
+impl<D: Disk> MdWriter<D> {
+    pub(super) fn step_space(&mut self, now: Duration) {
+        if self.is_closing() || self.leaves_file_alone() {
+            return;
+        }
+        let pios = self.space.due(now);
+        self.try_again(pios);
+        if self.engine.alloc().available() > 0 {
+            let pios = self.space.waiting_for_clusters();
+            self.try_again(pios);
+        }
+        // Also of those that were given up while nothing could be tried.
+        self.fail_hopeless();
+        let engine = self.engine.clone();
+        if engine.alloc().available() > engine.options.low_water {
+            // Who takes of it from now on tells again when it gets low.
+            engine.space_is_low.store(false, Ordering::Release);
+        }
+        // Space that is in the file already comes before more of it.
+        if self.reclaim.has_leaked() && !engine.has_sync_failed() {
+            return;
+        }
+        let step = self.extension();
+        // Where the file is long enough for the whole disk, growing ahead is over.
+        let low_water = engine.options.low_water.min(self.missing());
+        // In a raw image it is the holes that lack space: trying again is all.
+        if engine.has_bat()
+            && let SpaceStep::Extend(clusters) =
+                self.space
+                    .step(engine.alloc().available(), low_water, step, now)
+        {
+            self.extend(clusters, now);
+        }
+    }
+
+    /// By how many clusters the file usually grows.
+    pub(super) fn extension(&self) -> u32 {
+        let shift = self.geometry.cluster.shift();
+        let step = self.engine.options.preallocation >> shift;
+        u32::try_from(step).unwrap_or(u32::MAX).max(1)
+    }
+
+    /// How many clusters the file lacks for the whole disk to be mapped.
+    fn missing(&self) -> u32 {
+        let geometry = &self.geometry;
+        // While the disk grows, what lies where its BAT goes maps nothing.
+        let first = geometry
+            .first_host_cluster()
+            .0
+            .max(self.engine.alloc().first());
+        let in_file = self.engine.alloc().end().saturating_sub(first);
+        geometry.entries.saturating_sub(in_file)
+    }
+
+    /// Why the file cannot become longer any more, if it cannot.
+    fn no_growth(&self) -> Option<EngineError> {
+        let engine = &self.engine;
+        if engine.alloc().end() >= self.geometry.host_cluster_limit() {
+            Some(EngineError::ImageFull)
+        } else if engine.has_sync_failed() {
+            Some(EngineError::SyncFailed)
+        } else {
+            None
+        }
+    }
+
+    /// Whether clusters are on their way back. After a failed sync none will arrive.
+    fn can_reclaim(&self) -> bool {
+        self.reclaim.is_under_way() && !self.engine.has_sync_failed()
+    }
+
+    pub(super) fn extend(&mut self, clusters: u32, now: Duration) {
+        let engine = self.engine.clone();
+        self.space.begin_extending(now);
+        if let Some(error) = self.no_growth() {
+            self.space.extension_ended();
+            if !self.can_reclaim() {
+                for pio in self.space.take_all() {
+                    pio.home.complete(Err(error));
+                }
+            }
+            return;
+        }
+        let end = engine.alloc().end();
+        let room = self.geometry.host_cluster_limit() - end;
+        // At least one: some may be on their way through reclaim.
+        let clusters = clusters.min(room).min(self.missing().max(1));
+        let op = Op::Allocate {
+            file: engine.top(),
+            offset: self.geometry.host_offset(HostCluster(end)),
+            len: u64::from(clusters) << self.geometry.cluster.shift(),
+        };
+        self.queue(MdOp::Extend { clusters }, op);
+    }
+
+    pub(super) fn extended(&mut self, clusters: u32, result: Result<(), Errno>, now: Duration) {
+        match result {
+            Ok(()) => {
+                self.engine
+                    .alloc()
+                    .extend(self.engine.alloc().end() + clusters);
+                let pios = self.space.extended(clusters, self.extension());
+                self.try_again(pios);
+            }
+            Err(Errno::NOSPC | Errno::DQUOT) => {
+                let policy = self.engine.options.on_enospc;
+                if self.space.extension_failed(clusters, policy, now) {
+                    self.extend(1, now);
+                }
+            }
+            Err(errno) => {
+                if !self.engine.has_lost_lock() {
+                    log::error!("cannot make the image file longer: {errno}");
+                }
+                self.space.extension_ended();
+                for pio in self.space.take_all() {
+                    pio.home.complete(Err(EngineError::Io(errno)));
+                }
+            }
+        }
+        self.fail_hopeless();
+    }
+
+    pub(super) fn park(&mut self, pio: Pio, full: bool, now: Duration) {
+        if self.closed {
+            return pio.home.complete(Err(EngineError::Stopped));
+        }
+        if !full && self.engine.alloc().available() > 0 {
+            return self.try_again([pio]);
+        }
+        let waits = full || (self.can_reclaim() && !pio.last_try);
+        if let Some(error) = self.no_growth().filter(|_| !waits) {
+            return pio.home.complete(Err(error));
+        }
+        let policy = self.engine.options.on_enospc;
+        self.space.park(pio, full, policy, now);
+        self.fail_hopeless();
+    }
+
+    pub(super) fn fail_hopeless(&mut self) {
+        for pio in self.space.take_hopeless() {
+            pio.home.complete(Err(EngineError::NoSpace));
+        }
+    }
+
+    pub(super) fn try_again(&mut self, pios: impl IntoIterator<Item = Pio>) {
+        for pio in pios {
+            if self.engine.is_suspended() {
+                self.space.keep(pio);
+                continue;
+            }
+            let cluster = pio.work.cluster(self.engine.grid());
+            self.engine.dispatch(cluster, pio);
+        }
     }
 }

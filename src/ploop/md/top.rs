@@ -26,9 +26,12 @@ use super::super::alloc::Allocator;
 use super::super::levels::LevelMap;
 use super::super::preempt;
 use super::super::rule::{self, Rule};
+use super::close::{cannot_mark, mark_closed};
+use super::control::ControlStage;
 use super::grow::tail_len;
 use super::reclaim::Reclaim;
-use super::{ControlStage, MdWriter, Metadata, Phase, Waiter, cannot_mark, mark_closed};
+use super::round::Phase;
+use super::{MdWriter, Metadata, Waiter};
 use crate::format::{Header, InUse, Sector};
 use crate::storage::{Disk, FileId};
 
@@ -91,7 +94,7 @@ impl<D: Disk> MdWriter<D> {
         };
         cut().map_err(|error| {
             log::error!("cannot cut the image file: {error}");
-            EngineError::Io(super::errno_of(&error))
+            EngineError::Io(super::close::errno_of(&error))
         })
     }
 
@@ -207,7 +210,7 @@ impl<D: Disk> MdWriter<D> {
             Err(error) => error,
         };
         log::error!("cannot mark the image as in use again: {error}");
-        Err(EngineError::Io(super::errno_of(&error)))
+        Err(EngineError::Io(super::close::errno_of(&error)))
     }
 }
 
