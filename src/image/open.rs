@@ -19,7 +19,8 @@ use crate::format::{
 };
 use crate::ploop::{Chain, Level};
 use crate::storage::HostFile;
-use crate::storage::lock::{ImageLock, LockError, LockMode};
+use crate::storage::filesystem;
+use crate::storage::lock::{Holder, ImageLock, LockError, LockMode};
 use crate::threads;
 
 /// What the image is opened for.
@@ -348,15 +349,47 @@ fn lock_within(file: &HostFile, mode: OpenMode, patience: Duration) -> Result<Op
     let shareable = mode.access == Access::Read;
     let names_holder = !mode.names_no_holder && patience == PATIENCE;
     let error = |source| lock_error(file, shareable, names_holder, source);
-    lock_patiently(&file.file, lock_mode, patience)
-        .map(Some)
-        .map_err(error)
+    let locked = match lock_patiently(&file.file, lock_mode, patience) {
+        Err(held) if names_holder && mode.access == Access::Serve => {
+            outlast_the_dead(file, lock_mode, held)
+        }
+        locked => locked,
+    };
+    locked.map(Some).map_err(error)
+}
+
+/// Locks a file for a server after all if what is in the way belongs to no process: one that
+/// was killed on a busy host may leave I/O behind that takes long, and a guest waits.
+fn outlast_the_dead(
+    file: &HostFile,
+    mode: LockMode,
+    held: LockError,
+) -> std::result::Result<ImageLock, LockError> {
+    let is_of_this_host = !filesystem::may_be_shared(&file.file);
+    match held.identify_holder(&file.file) {
+        LockError::Writer(Holder { pid: None, .. })
+        | LockError::Exclusive(Holder { pid: None, .. })
+            if is_of_this_host =>
+        {
+            log::warn!(
+                "{} is locked by no process that can be seen; waiting for what one that was \
+                 killed has left behind, for {} s at most",
+                file.path.display(),
+                PATIENCE_WITH_THE_DEAD.as_secs(),
+            );
+            lock_patiently(&file.file, mode, PATIENCE_WITH_THE_DEAD)
+        }
+        held => Err(held),
+    }
 }
 
 /// How long a writer that is in the way is given to go. Of one that was killed, I/O
 /// may still be under way, and keeps the locks until it has ended (see
 /// `storage/host/uring.rs`).
 const PATIENCE: Duration = Duration::from_secs(1);
+
+/// The same for a server where nobody is to be seen who has them.
+const PATIENCE_WITH_THE_DEAD: Duration = Duration::from_secs(15);
 
 /// The pause between two looks.
 const PAUSE: Duration = Duration::from_millis(10);

@@ -3,8 +3,16 @@
 
 use std::collections::BTreeSet;
 use std::fs;
+use std::io::IoSlice;
+use std::mem::MaybeUninit;
+use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 
 use super::check::{Repair, check};
 use super::delta::Delta;
@@ -883,3 +891,51 @@ fn a_new_disk_takes_no_name_that_is_taken() {
 
 mod layouts;
 mod since;
+
+/// Locks a file for writing for so long with no process to be seen that has it open, as I/O
+/// of one that was killed may: its description is on its way through a socket.
+fn locked_by_the_dead(path: &Path, time: Duration) -> thread::JoinHandle<()> {
+    let file = fs::File::options()
+        .read(true)
+        .write(true)
+        .open(path)
+        .unwrap();
+    let lock = ImageLock::acquire(&file, LockMode::ReadWrite).unwrap();
+    let socket = UnixStream::pair().unwrap();
+    let fds = [file.as_fd()];
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut control = SendAncillaryBuffer::new(&mut space);
+    assert!(control.push(SendAncillaryMessage::ScmRights(&fds)));
+    let byte = [IoSlice::new(&[0])];
+    sendmsg(&socket.0, &byte, &mut control, SendFlags::empty()).unwrap();
+    lock.abandon();
+    thread::spawn(move || {
+        thread::sleep(time);
+        drop(socket);
+    })
+}
+
+#[test]
+fn a_server_outlasts_what_a_killed_one_has_left_behind() {
+    let disk = Disk::new(8);
+    let left_behind = locked_by_the_dead(&disk.top_file(), Duration::from_secs(3));
+    // Others say who is in the way, as far as it is known.
+    let start = Instant::now();
+    let refused = open(&disk.path, OpenMode::new(Access::Change));
+    assert!(matches!(refused, Err(ImageError::Locked { .. })));
+    assert!(open(&disk.path, OpenMode::new(Access::Serve)).is_ok());
+    assert!(start.elapsed() > Duration::from_secs(2));
+    left_behind.join().unwrap();
+
+    // A process that lives, this one, is not waited for.
+    let file = fs::File::options()
+        .read(true)
+        .write(true)
+        .open(disk.top_file())
+        .unwrap();
+    let _lock = ImageLock::acquire(&file, LockMode::ReadWrite).unwrap();
+    let start = Instant::now();
+    let refused = open(&disk.path, OpenMode::new(Access::Serve));
+    assert!(matches!(refused, Err(ImageError::Locked { .. })));
+    assert!(start.elapsed() < Duration::from_secs(10));
+}
