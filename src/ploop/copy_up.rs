@@ -13,6 +13,11 @@
 //!    this has the descriptor tell of a chain without them, and makes that stable. Then their
 //!    files can go.
 //!
+//! What is zeros in the base of the chain takes no copy: where nothing lies below, a hole of the map
+//! reads the same, whoever reads it and wherever, as long as the base is there and when it is not.
+//! On disk nothing changes by that. A level above the base may hide with its zeros what lies below:
+//! those are copied.
+//!
 //! Until step 4 nothing but the top has changed, and it reads as it did: whatever comes in
 //! between, and be it that nobody goes on, the chain is what it was. In memory a level keeps
 //! its number.
@@ -21,15 +26,18 @@
 //! are held, or for a top that is none any more.
 
 use std::collections::VecDeque;
+use std::convert::Infallible;
 use std::time::Duration;
 
 use super::EngineError;
 use super::control::{Control, Outcome};
 use super::engine::{Engine, MdMessage};
+use super::entry::{Entry, Place};
 use super::levels::Needless;
 use super::rule::{self, Rule};
 use super::sync::atomic::Ordering;
 use crate::format::GuestCluster;
+use crate::storage::zeros::KnownData;
 use crate::storage::{Disk, FileId};
 
 /// Entries that are looked at in a step.
@@ -76,7 +84,8 @@ pub enum CopyUpStep {
 }
 
 impl CopyUp {
-    /// For the level below the top, or for all below it down to this one.
+    /// For the level below the top, or for all below it down to this one. Asks the host where the
+    /// base has data, if that is one of them.
     ///
     /// # Errors
     /// There is none, or nothing can be written.
@@ -86,7 +95,11 @@ impl CopyUp {
         }
         let top = engine.top();
         let below = engine.levels.below(top).ok_or(EngineError::NoLevelBelow)?;
-        let levels = Needless::new(lowest.unwrap_or(below), top);
+        let lowest = lowest.unwrap_or(below);
+        if engine.is_base(lowest) {
+            engine.forget_holes(lowest);
+        }
+        let levels = Needless::new(lowest, top);
         let total = levels.count(engine);
         Ok(Self {
             levels,
@@ -280,6 +293,36 @@ impl<D: Disk> Engine<D> {
     pub(crate) fn may_share_clusters(&self) -> bool {
         self.geometry().cluster.bytes() >= self.options.smallest_clone
             && self.disk.clone_unit().is_some()
+    }
+
+    /// Whether nothing lies below the level.
+    pub(super) fn is_base(&self, level: FileId) -> bool {
+        self.levels.below(level).is_none() || !rule::kept(Rule::ZerosHideBelow)
+    }
+
+    /// What of the base has no data is a hole of the map from now on.
+    fn forget_holes(&self, base: FileId) {
+        let (level, grid) = (self.level(base), self.grid());
+        let mut data = KnownData::default();
+        for (cluster, entry) in (0..).map(GuestCluster).zip(self.bat.iter()) {
+            let Place::In(file, host) = entry.place() else {
+                continue;
+            };
+            // Who has locked it goes on with what it was.
+            if file != base || entry.is_locked() {
+                continue;
+            }
+            let start = level.offset(host);
+            // If the host does not say, all is data.
+            let all = Some(start..u64::MAX);
+            let look = |at| Ok::<_, Infallible>(self.disk.next_data(base, at).unwrap_or(all));
+            let Ok(next) = data.find(start, look);
+            let valid = level.valid_bytes(grid.cluster_start(cluster), grid.cluster().bytes());
+            if next.is_none_or(|next| next >= start + valid) {
+                // Unless the guest comes first.
+                let _ = self.bat.replace(cluster, entry, Entry::HOLE.after(entry));
+            }
+        }
     }
 
     /// Has a cluster of `level` copied into the top, unless it is there or gets there before.

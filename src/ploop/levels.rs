@@ -81,6 +81,11 @@ impl Level {
         self.disk_size().bytes()
     }
 
+    /// How many of these bytes of the disk, from `start` on, the disk of a lower level has.
+    pub fn valid_bytes(&self, start: u64, len: u64) -> u64 {
+        self.disk_bytes().saturating_sub(start).min(len)
+    }
+
     /// As [`Self::disk_bytes`].
     pub fn disk_size(&self) -> Sector {
         Sector(self.disk_size.load(Ordering::Relaxed))

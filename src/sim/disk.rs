@@ -71,6 +71,8 @@ pub struct Medium {
     pub has_ring: bool,
     /// Whether files can share data.
     pub can_clone: bool,
+    /// Whether it is told where files have holes.
+    pub tells_holes: bool,
     /// See [`Disk::has_stable_writes`].
     pub has_stable_writes: bool,
     /// How many syncs come before one that fails, beside [`Faults::sync`].
@@ -102,6 +104,7 @@ impl Default for Medium {
             copies_on_write: false,
             has_ring: false,
             can_clone: false,
+            tells_holes: false,
             has_stable_writes: true,
             syncs_until_failure: None,
             faults: Faults::default(),

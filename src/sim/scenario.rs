@@ -194,6 +194,7 @@ impl Scenario {
             copy_len: cluster,
             has_ring: rng.random(),
             can_clone: rng.random(),
+            tells_holes: rng.random(),
             // From a copy, so that a seed goes on giving the image that it gave.
             has_stable_writes: rng.clone().random_ratio(3, 4),
             ..Medium::default()
@@ -515,7 +516,11 @@ impl Scenario {
         };
         for guest in self.clusters(level) {
             if rng.random_ratio(1, 3) {
-                self.fill_cluster(disk, file, guest, offset, value());
+                let value = match rng.random_ratio(1, 6) {
+                    true => Value::ZEROS,
+                    false => value(),
+                };
+                self.fill_cluster(disk, file, guest, offset, value);
                 let entry = (offset / unit) as u32;
                 disk.prepare(file, 64 + 4 * guest, &entry.to_le_bytes());
                 offset += self.cluster;

@@ -26,9 +26,59 @@ pub(crate) fn first_data(bytes: &[u8], offset: u64) -> Option<Range<usize>> {
     data
 }
 
+/// Where data begins in a file, for who asks mostly from its start to its end, cluster by cluster:
+/// the host is asked once for each range of data, as it may look at all of a file's extents for
+/// each question.
+#[derive(Default)]
+pub(crate) struct KnownData {
+    /// Of this range the answer is known.
+    known: Range<u64>,
+    /// The data at its end, if there is any.
+    data: Option<Range<u64>>,
+}
+
+impl KnownData {
+    /// The first byte of data from here on, if there is any; `look` asks the host, as
+    /// [`Disk::next_data`](super::Disk::next_data) does.
+    ///
+    /// # Errors
+    /// Those of `look`.
+    pub fn find<E>(
+        &mut self,
+        start: u64,
+        look: impl FnOnce(u64) -> Result<Option<Range<u64>>, E>,
+    ) -> Result<Option<u64>, E> {
+        if !self.known.contains(&start) {
+            self.data = look(start)?;
+            let end = self.data.as_ref().map_or(u64::MAX, |data| data.end);
+            self.known = start..end;
+        }
+        Ok(self.data.as_ref().map(|data| data.start.max(start)))
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_host_is_asked_once_for_each_range_of_data() {
+        let mut asked = Vec::new();
+        let mut known = KnownData::default();
+        let mut find = |start| {
+            let found = known.find(start, |at| {
+                asked.push(at);
+                let data = [10..20, 30..40].into_iter().find(|data| data.end > at);
+                Ok::<_, ()>(data.map(|data: Range<u64>| data.start.max(at)..data.end))
+            });
+            found.unwrap()
+        };
+        assert_eq!([0, 5, 10, 19].map(&mut find), [10, 10, 10, 19].map(Some));
+        assert_eq!([20, 35].map(&mut find), [30, 35].map(Some));
+        assert_eq!([40, 1000].map(&mut find), [None; 2]);
+        assert_eq!(find(15), Some(15), "not from its start on");
+        assert_eq!(asked, [0, 20, 40, 15]);
+    }
 
     #[test]
     fn data_is_found_block_by_block() {

@@ -796,19 +796,21 @@ fn the_end_of_the_program_calls_a_deletion_off() {
     backend.stop();
 }
 
+/// A disk that is a raw image with nothing in it, in a new bundle there.
+pub fn raw_bundle(folder: &Path) -> PathBuf {
+    let bundle = create(folder, "bundle", &["--cluster-size", "64K"]);
+    let root = bundle.join("root.hds");
+    fs::remove_file(&root).unwrap();
+    File::create(&root).unwrap().set_len(64 << 20).unwrap();
+    let descriptor = bundle.join("DiskDescriptor.xml");
+    let text = fs::read_to_string(&descriptor).unwrap();
+    fs::write(&descriptor, text.replace("Compressed", "Plain")).unwrap();
+    bundle
+}
+
 /// A disk whose base is a raw image, with so many snapshots.
 pub fn on_raw_image(snapshots: usize) -> Rig {
-    let make = |folder: &Path| {
-        let bundle = create(folder, "bundle", &["--cluster-size", "64K"]);
-        let root = bundle.join("root.hds");
-        fs::remove_file(&root).unwrap();
-        File::create(&root).unwrap().set_len(64 << 20).unwrap();
-        let descriptor = bundle.join("DiskDescriptor.xml");
-        let text = fs::read_to_string(&descriptor).unwrap();
-        fs::write(&descriptor, text.replace("Compressed", "Plain")).unwrap();
-        Some(bundle)
-    };
-    let rig = rig_of(make).unwrap();
+    let rig = rig_of(|folder| Some(raw_bundle(folder))).unwrap();
     for _ in 0..snapshots {
         crate::ploop_img(["snapshot", "create", rig.image.to_str().unwrap()]).ok();
     }

@@ -7,7 +7,9 @@ use crate::common::qmp::Qmp;
 use crate::common::small_fs::SmallFs;
 use crate::control::{control, serve};
 use crate::death::expect;
+use crate::deletions::raw_bundle;
 use crate::front_end::*;
+use crate::grow::rig_of;
 use crate::{OK, Rig, expect_service, start_front_end, wait_for};
 use virtio_bindings::virtio_blk::VIRTIO_BLK_T_OUT;
 
@@ -144,6 +146,40 @@ fn a_deletion_asks_for_no_space_for_what_the_guest_has_copied() {
             byte_of(piece)
         } else {
             7
+        };
+        expect(&mut front_end, piece * PIECE / 512, byte);
+    }
+    drop(front_end);
+    backend.stop();
+    ploop_img(["check", rig.image.to_str().unwrap()]).ok();
+}
+
+/// What a raw image does not have takes no space in the image above it, either.
+#[test]
+fn a_raw_image_goes_where_there_is_space_for_what_it_has() {
+    let Some(small) = SmallFs::tmpfs(64 << 20) else {
+        return;
+    };
+    let rig = rig_of(|_| Some(raw_bundle(small.root()))).unwrap();
+    let backend = serve(&rig, &[]);
+    let mut front_end = start_front_end(backend.socket());
+    // Here and there.
+    let pieces: Vec<u64> = (0..64).map(|index| 16 * index + index % 3).collect();
+    for piece in &pieces {
+        write(&mut front_end.rings[0], *piece, byte_of(*piece));
+    }
+    let mut qmp = Qmp::connect(&control(&rig));
+    let guid = qmp.ask("snapshot-create", json!({}))["guid"].clone();
+    // Twice what there is, for what the file grows ahead.
+    let _ballast = small.fill_but(8 << 20);
+    let delete = json!({ "guid": guid, "job-id": "job", "auto-dismiss": false });
+    qmp.ask("snapshot-delete", delete);
+    assert_eq!(error_of(&mut qmp), None);
+    for piece in 0..1024 {
+        let byte = if pieces.contains(&piece) {
+            byte_of(piece)
+        } else {
+            0
         };
         expect(&mut front_end, piece * PIECE / 512, byte);
     }

@@ -12,7 +12,6 @@
 //! after the last, as any that changes.
 
 use std::io;
-use std::ops::Range;
 
 use super::merge::{Level, no_room};
 use super::open_for_change;
@@ -26,6 +25,7 @@ use crate::image::open::{image_of, lock_to_read, open_level};
 use crate::ploop::rule::{self, Rule};
 use crate::storage::HostFile;
 use crate::storage::lock::ImageLock;
+use crate::storage::zeros::KnownData;
 
 /// So many bytes are copied before they are made stable, and then mapped: a guest whose flush
 /// has to wait for that on the same file system shall not wait long.
@@ -44,7 +44,7 @@ pub(crate) struct Lift<F> {
     /// Nothing lies below them: a cluster of zeros need not be there.
     is_base: bool,
     /// Of each of them.
-    data: Vec<Data>,
+    data: Vec<KnownData>,
     /// Where to look on.
     next: u32,
     /// The next cluster of the file.
@@ -98,7 +98,7 @@ impl<F: ImageFile> Lift<F> {
             file_len: upper.file_len()?,
             buffer: vec![0; geometry.cluster.bytes() as usize],
             upper,
-            data: lower.iter().map(|_| Data::default()).collect(),
+            data: lower.iter().map(|_| KnownData::default()).collect(),
             lower,
             plain_size,
             is_base,
@@ -247,14 +247,17 @@ impl<F: ImageFile> Lift<F> {
                             };
                             let file = delta.file();
                             // One that was preallocated, perhaps.
-                            if self.is_base && self.data[index].has_none(file, offset, size)? {
-                                break;
+                            if self.is_base {
+                                let data = find_data(&mut self.data[index], file, offset)?;
+                                if data.is_none_or(|data| data >= offset + size) {
+                                    break;
+                                }
                             }
                             return Ok(Found::Cluster(guest, (index, offset)));
                         }
                         Level::Plain(file) => {
                             let start = geometry.cluster_start(guest);
-                            let data = self.data[index].find(file, start)?;
+                            let data = find_data(&mut self.data[index], file, start)?;
                             let data = data.unwrap_or(self.plain_size);
                             if data >= self.plain_size {
                                 // It has nothing from here on.
@@ -388,34 +391,10 @@ impl<F: ImageFile> Lift<F> {
     }
 }
 
-/// Where data begins in a file, for who asks mostly from its start to its end, cluster by cluster:
-/// the host is asked once for each range of data, as it may look at all of a file's extents for
-/// each question.
-#[derive(Default)]
-struct Data {
-    /// Of this range the answer is known.
-    known: Range<u64>,
-    /// The data at its end, if there is any.
-    data: Option<Range<u64>>,
-}
-
-impl Data {
-    /// The first byte of data from here on, if there is any.
-    fn find(&mut self, file: &impl ImageFile, start: u64) -> Result<Option<u64>> {
-        if !self.known.contains(&start) {
-            let found = file.next_data(start);
-            self.data = found.context(file.path(), "look for data in")?;
-            let end = self.data.as_ref().map_or(u64::MAX, |data| data.end);
-            self.known = start..end;
-        }
-        Ok(self.data.as_ref().map(|data| data.start.max(start)))
-    }
-
-    /// Whether all of a range is a hole.
-    fn has_none(&mut self, file: &impl ImageFile, start: u64, len: u64) -> Result<bool> {
-        let data = self.find(file, start)?;
-        Ok(data.is_none_or(|data| data >= start + len))
-    }
+/// The first byte of data of a file from here on, if there is any.
+fn find_data(data: &mut KnownData, file: &impl ImageFile, start: u64) -> Result<Option<u64>> {
+    let found = data.find(start, |start| file.next_data(start));
+    found.context(file.path(), "look for data in")
 }
 
 /// What is to be copied next.

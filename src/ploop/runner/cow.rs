@@ -21,6 +21,7 @@ use super::super::pio::{Pio, Work};
 use super::super::rule::{self, Rule};
 use super::{Job, Runner};
 use crate::format::{GuestCluster, HostCluster};
+use crate::storage::zeros::first_data;
 use crate::storage::{AlignedBuf, Buffer, Completion, Disk, FileId, Op, Segments};
 
 /// Reads of a lower level are made at whole blocks, as direct I/O likes it.
@@ -120,10 +121,7 @@ impl Cow {
         let grid = engine.grid();
         let level = engine.level(file);
         // Beyond the size that the disk had then, the lower level counts as zeros.
-        let valid = level
-            .disk_bytes()
-            .saturating_sub(grid.cluster_start(cluster))
-            .min(grid.cluster().bytes());
+        let valid = level.valid_bytes(grid.cluster_start(cluster), grid.cluster().bytes());
         let covered = self.pios.first().map(|pio| covered(pio, cluster, grid))?;
         let wanted = match covered {
             (0, end) => end - end % BLOCK..valid,
@@ -217,10 +215,7 @@ impl Cow {
         };
         let level = engine.level(from);
         let (from_offset, offset) = (level.offset(lower), grid.host_offset(self.host));
-        let valid = level
-            .disk_bytes()
-            .saturating_sub(grid.cluster_start(cluster))
-            .min(size);
+        let valid = level.valid_bytes(grid.cluster_start(cluster), size);
         if valid == 0 || !(from_offset | offset | valid).is_multiple_of(unit) {
             return None;
         }
@@ -253,6 +248,10 @@ impl Cow {
             *data = written;
         }
     }
+}
+
+fn is_zero(bytes: &[u8]) -> bool {
+    first_data(bytes, 0).is_none()
 }
 
 /// The bytes of the cluster that a pio writes.
@@ -346,6 +345,10 @@ impl<D: Disk> Runner<D> {
                 let Place::In(_, host) = cow.from.place() else {
                     return self.end_cow(cluster, cow, waiting, Err(Errno::IO));
                 };
+                if cow.only_copies() && self.engine.is_base(file) && is_zero(&bytes) {
+                    self.buffers.keep(bytes);
+                    return self.end_as_hole(cluster, cow, waiting);
+                }
                 let from = offset - self.engine.level(file).offset(host);
                 let read = Some((from, bytes));
                 let buffers = &mut self.buffers;
@@ -418,6 +421,21 @@ impl<D: Disk> Runner<D> {
             }
         }
         self.unlock(cluster, waiting);
+    }
+
+    /// The cluster is one of zeros, and nothing lies below the level that has it: it need not be
+    /// anywhere (`copy_up.rs`).
+    fn end_as_hole(&mut self, cluster: GuestCluster, cow: Cow, waiting: VecDeque<Pio>) {
+        self.copies -= 1;
+        self.engine.put_back(cow.host);
+        let locked = cow.from.locked();
+        let hole = Entry::HOLE.after(locked);
+        let published = self.engine.bat.replace(cluster, locked, hole);
+        debug_assert!(published.is_ok(), "nobody else changes a locked entry");
+        for pio in cow.pios {
+            self.complete(pio, Ok(()));
+        }
+        self.run_waiting(waiting);
     }
 
     /// A pio of a copy is done; one that zeroes may have more to do behind.

@@ -582,3 +582,81 @@ fn a_guest_that_writes_notices_nothing_of_levels_below() {
     check(&read_all(&rig.engine()));
     rig.close();
 }
+
+impl Rig {
+    fn set(&self, clusters: impl IntoIterator<Item = u64>, byte: u8) {
+        let mut queue = self.engine().queue().unwrap();
+        for cluster in clusters {
+            let start = crate::format::Sector(cluster * CLUSTER.sectors());
+            write(&mut queue, start, byte, CLUSTER.bytes() as usize);
+        }
+    }
+
+    fn cancel(&mut self, mut job: Deletion) {
+        let engine = self.engine();
+        job.cancel(&mut Site {
+            engine: &engine,
+            bundle: Some(&mut self.bundle),
+            at_most: u64::MAX,
+        });
+    }
+
+    /// What the top has, in clusters of the disk.
+    fn has(&self) -> Vec<u64> {
+        let mapped = self.engine().mapped_here().into_iter();
+        mapped.map(|(cluster, _)| u64::from(cluster)).collect()
+    }
+}
+
+#[test]
+fn zeros_of_the_base_take_no_space_above_it() {
+    for mut rig in [Rig::new(Version::V2), Rig::raw()] {
+        let is_raw = rig.engine().is_raw();
+        rig.set(0..8, 1);
+        rig.set(0..4, 0);
+        if is_raw {
+            rig.set(8..CLUSTERS, 0);
+        }
+        let guid = rig.create().unwrap();
+        rig.set([1, 5, 9], 2);
+        let now = read_all(&rig.engine());
+        rig.delete(guid).unwrap();
+        assert_eq!(rig.has(), [1, 4, 5, 6, 7, 9]);
+        assert!(read_all(&rig.engine()) == now);
+        // Holes are written to as any.
+        rig.set([0, 10], 3);
+        let now = read_all(&rig.engine());
+        let mut rig = rig.serve_again();
+        assert!(read_all(&rig.engine()) == now);
+        rig.close();
+    }
+}
+
+/// Whatever was begun with them before.
+#[test]
+fn zeros_above_the_base_hide_what_it_has() {
+    let chain = || {
+        let mut rig = Rig::new(Version::V2);
+        rig.set(0..8, 1);
+        rig.create().unwrap();
+        rig.set(2..6, 0);
+        let second = rig.create().unwrap();
+        rig.set([4], 2);
+        rig.create().unwrap();
+        rig.set([5], 3);
+        (rig, second)
+    };
+    // Into the top, of which nothing comes.
+    let (mut rig, second) = chain();
+    let now = read_all(&rig.engine());
+    let mut job = Deletion::new(Which::Range {
+        from: None,
+        to: None,
+    });
+    rig.step(&mut job).unwrap();
+    rig.cancel(job);
+    rig.merge(Some(second), None).unwrap();
+    let mut rig = rig.serve_again();
+    assert!(read_all(&rig.engine()) == now);
+    rig.close();
+}

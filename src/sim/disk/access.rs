@@ -1,6 +1,7 @@
 //! The disk as the engine sees it: the storage traits.
 
 use std::io;
+use std::ops::Range;
 use std::os::fd::RawFd;
 
 use rand::Rng;
@@ -129,6 +130,14 @@ impl Disk for SimDisk {
             state.file(file).set_len(id, len);
             state.give_back(file, len, before.saturating_sub(len));
         })
+    }
+
+    fn next_data(&self, file: FileId, offset: u64) -> io::Result<Option<Range<u64>>> {
+        if self.state().medium.tells_holes {
+            return Ok(self.data_from(file, offset));
+        }
+        let len = self.live_len(file);
+        Ok((offset < len).then_some(offset..len))
     }
 
     fn read_exact_at(&self, file: FileId, bytes: &mut [u8], offset: u64) -> io::Result<()> {
