@@ -58,6 +58,7 @@ impl Session {
             }
             Merge::Copying(copies) => self.copy_more(world, copies)?,
             Merge::Lifting(it) => self.lift_more(world, it)?,
+            Merge::Redirecting(..) if world.rng.random_ratio(1, 20) => self.give_up_merge(world),
             Merge::Redirecting(it, redirect) => self.redirect_more(world, it, redirect)?,
             Merge::Named(levels) => {
                 let is_stable = rule::kept(Rule::NameBeforeFileGoes);

@@ -41,7 +41,7 @@ pub(crate) struct Lift<F> {
     lower: Vec<Level<F>>,
     /// Bytes of the disk that a raw one of them has.
     plain_size: u64,
-    /// Nothing lies below them: a cluster of zeros need not be there.
+    /// Nothing lies below them: a cluster of zeros need not be there that hides nothing of them.
     is_base: bool,
     /// Of each of them.
     data: Vec<KnownData>,
@@ -147,7 +147,7 @@ impl<F: ImageFile> Lift<F> {
     }
 
     /// Where the image has a cluster, once all is done. If it has none, one of those below may
-    /// have zeros.
+    /// have zeros, with nothing below that one.
     pub fn place(&self, guest: GuestCluster) -> Option<HostCluster> {
         self.upper.host_cluster(guest)
     }
@@ -249,7 +249,8 @@ impl<F: ImageFile> Lift<F> {
                             // One that was preallocated, perhaps.
                             if self.is_base {
                                 let data = find_data(&mut self.data[index], file, offset)?;
-                                if data.is_none_or(|data| data >= offset + size) {
+                                let is_hole = data.is_none_or(|data| data >= offset + size);
+                                if is_hole && !self.hides(guest, index)? {
                                     break;
                                 }
                             }
@@ -281,6 +282,26 @@ impl<F: ImageFile> Lift<F> {
         Ok(Found::NotYet(guest.0))
     }
 
+    /// Whether something lies below the cluster of this image that would show without it. As long
+    /// as that is there, the cluster has to be in the image that gets all, too, be it zeros: whoever
+    /// does not need this image any more has a hole there else (`ploop/redirect.rs`), and would take
+    /// nothing along if only the images above the lowest were deleted afterwards.
+    fn hides(&mut self, guest: GuestCluster, index: usize) -> Result<bool> {
+        let geometry = *self.upper.geometry();
+        let start = geometry.cluster_start(guest);
+        let end = (start + geometry.cluster.bytes()).min(self.plain_size);
+        for (level, data) in self.lower.iter().zip(&mut self.data).skip(index + 1) {
+            let has_it = match level {
+                Level::Ploop(delta) => delta.lookup(guest).is_some(),
+                Level::Plain(file) => find_data(data, file, start)?.is_some_and(|at| at < end),
+            };
+            if has_it {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+
     fn copy(&mut self, guest: GuestCluster, (index, offset): (usize, u64)) -> Result<()> {
         let geometry = *self.upper.geometry();
         let start = geometry.cluster_start(guest);
@@ -294,7 +315,7 @@ impl<F: ImageFile> Lift<F> {
         let read = read_or_zeros(file, &mut self.buffer[..valid], offset);
         read.context(file.path(), "read")?;
         self.buffer[valid..].fill(0);
-        if self.is_base && is_zero(&self.buffer) {
+        if self.is_base && is_zero(&self.buffer) && !self.hides(guest, index)? {
             return Ok(());
         }
         self.begin()?;

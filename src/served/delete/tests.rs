@@ -642,18 +642,39 @@ fn zeros_above_the_base_hide_what_it_has() {
         rig.set(2..6, 0);
         let second = rig.create().unwrap();
         rig.set([4], 2);
-        rig.create().unwrap();
+        let third = rig.create().unwrap();
         rig.set([5], 3);
-        (rig, second)
+        (rig, second, third)
     };
     // Into the top, of which nothing comes.
-    let (mut rig, second) = chain();
+    let (mut rig, second, _) = chain();
     let now = read_all(&rig.engine());
     let mut job = Deletion::new(Which::Range {
         from: None,
         to: None,
     });
     rig.step(&mut job).unwrap();
+    rig.cancel(job);
+    rig.merge(Some(second), None).unwrap();
+    let mut rig = rig.serve_again();
+    assert!(read_all(&rig.engine()) == now);
+    rig.close();
+    // Into another one, to the last moment.
+    let (mut rig, second, third) = chain();
+    let now = read_all(&rig.engine());
+    let mut job = Deletion::new(Which::Range {
+        from: None,
+        to: Some(third),
+    });
+    while !matches!(&job.stage, Stage::Redirecting(..)) {
+        rig.step(&mut job).unwrap();
+    }
+    let Stage::Redirecting(_, it, redirect) = &mut job.stage else {
+        unreachable!()
+    };
+    redirect
+        .step(&rig.engine(), |guest| it.lift.place(guest))
+        .unwrap();
     rig.cancel(job);
     rig.merge(Some(second), None).unwrap();
     let mut rig = rig.serve_again();

@@ -189,7 +189,8 @@ fn of_a_preallocated_image_only_what_is_no_hole_is_to_be_copied() {
         (vec![(base.clone(), false)], true, 1),
         // What lies below would show.
         (vec![(base.clone(), false)], false, 4),
-        (vec![(middle, false), (base, false)], true, 0),
+        // One that hides something does so until that is gone.
+        (vec![(middle, false), (base, false)], true, 1),
     ] {
         let upper = upper();
         let case = Case {
