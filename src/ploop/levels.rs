@@ -238,7 +238,7 @@ impl Needless {
     }
 
     /// No entry of the map is in one of them any more, and the descriptor tells of a chain without
-    /// them, which is stable: their files can go.
+    /// them. Once that is stable, their files can go.
     pub fn drop_from_chain<D: Disk>(self, engine: &Engine<D>) {
         for file in self.files(engine) {
             engine.levels.get(file).drop_from_chain();

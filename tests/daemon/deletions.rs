@@ -961,7 +961,7 @@ fn a_guest_lives_on_when_the_process_is_killed_at_any_step_of_a_deletion() {
 }
 
 #[test]
-fn a_level_stays_if_it_cannot_be_known_that_nobody_finds_it_after_a_power_cut() {
+fn a_file_stays_if_it_cannot_be_known_that_nobody_finds_it_after_a_power_cut() {
     const SYNC: usize = 1;
     let rig = bundle();
     let backend = serve(&rig, &[]);
@@ -985,8 +985,18 @@ fn a_level_stays_if_it_cannot_be_known_that_nobody_finds_it_after_a_power_cut() 
     assert_eq!(list(&rig.image).len(), 1);
     assert_eq!(images(&rig.image).len(), 2);
     let nodes = qmp.ask("query-named-block-nodes", json!({}));
-    assert_eq!(nodes.as_array().unwrap().len(), 2, "{nodes}");
+    assert_eq!(nodes.as_array().unwrap().len(), 1, "{nodes}");
     expect_disk(&mut front_end, &byte);
+    // The disk is changed on as ever.
+    qmp.ask("job-dismiss", json!({ "id": "disk" }));
+    let next = take(&mut qmp);
+    fill(&mut front_end.rings[0], 7..8, 6);
+    let byte = |cluster: u64| if cluster == 7 { 6 } else { byte(cluster) };
+    delete(&mut qmp, &next);
+    expect_disk(&mut front_end, byte);
+    thread::sleep(std::time::Duration::from_secs(6));
+    let log = backend.log();
+    assert!(!log.contains("has been deleted while"), "{log}");
     drop(front_end);
     backend.stop();
     remove_left_over(&rig.image);

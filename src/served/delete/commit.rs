@@ -95,17 +95,17 @@ pub(super) fn commit(
         space: Vec::new(),
     };
     let without = bundle.without(guids, to)?;
-    // If that is not stable, a power cut may bring the old chain back, files and all: then they
-    // stay part of the one in memory, too.
     deleted.doubt = put(bundle, without)?.err();
+    if let Some(levels) = levels {
+        levels.drop_from_chain(engine);
+    }
+    for (level, _) in &images {
+        level.iter().for_each(|level| engine.disk().retire(*level));
+    }
+    // If that is not stable, a power cut may bring the old chain back, which has to find its files
+    // then, and reads the same.
     if deleted.doubt.is_none() {
-        if let Some(levels) = levels {
-            levels.drop_from_chain(engine);
-        }
         for (level, file) in images {
-            if let Some(level) = level {
-                engine.disk().retire(level);
-            }
             match file.map(|file| remove(engine, bundle, level, &file)) {
                 Some(Ok(leftover)) => deleted.space.extend(leftover),
                 Some(Err(error)) => deleted.doubt = Some(error),
