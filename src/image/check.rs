@@ -13,7 +13,7 @@ use serde::Serialize;
 use super::delta::{Delta, read_header_for_repair};
 use super::error::{IoContext, Result};
 use super::file::{HostImage, ImageFile};
-use super::open::{Access, OpenMode, image_of, open};
+use super::open::{Access, OpenImage, OpenMode, image_of, look_at, open};
 use super::progress::Progress;
 use super::{repair, version};
 use crate::format::{BatScan, ClusterSet, Extension, Geometry, HostCluster, InUse, SECTOR_SIZE};
@@ -162,7 +162,7 @@ pub fn check_served(path: &Path, mode: OpenMode) -> Result<CheckReport> {
     let mode = mode.force_share(true).to_check();
     let mut looks = 1;
     loop {
-        let report = look_at_served(path, mode)?;
+        let report = look_at(path, mode, |image| look_at_served(path, image, mode))?;
         if report.corruptions == 0 || looks == LOOKS {
             return Ok(report);
         }
@@ -177,9 +177,8 @@ const LOOKS: u32 = 5;
 /// The pause between two looks.
 const PAUSE: Duration = Duration::from_millis(50);
 
-fn look_at_served(path: &Path, mode: OpenMode) -> Result<CheckReport> {
+fn look_at_served(path: &Path, image: OpenImage, mode: OpenMode) -> Result<CheckReport> {
     let mut whole = CheckReport::new(path);
-    let image = open(path, mode)?;
     let is_top = image.bundle.is_none() || image.is_top();
     let mut levels = Vec::new();
     if image.is_top() {

@@ -6,7 +6,7 @@ use serde::Serialize;
 
 use super::error::{ImageError, Result};
 use super::file::HostImage;
-use super::open::{OpenImage, OpenMode, not_a_bundle, open};
+use super::open::{OpenImage, OpenMode, look_at, not_a_bundle};
 use super::reader::{DiskReader, Extent};
 use crate::format::Guid;
 
@@ -41,8 +41,10 @@ pub struct MapEntry {
 /// # Errors
 /// Whatever keeps it from being opened and read so.
 pub fn map(path: &Path, mode: OpenMode, mut each: impl FnMut(MapEntry)) -> Result<()> {
-    let image = open(path, mode)?;
-    let disk = DiskReader::load(&image)?;
+    let (_image, disk) = look_at(path, mode, |image| {
+        let disk = DiskReader::load(&image)?;
+        Ok((image, disk))
+    })?;
     each_extent(&disk, |extent| {
         entries_of(&disk, extent)?.into_iter().for_each(&mut each);
         Ok(())
@@ -63,9 +65,11 @@ pub fn map_since(
     snapshot: Guid,
     mut each: impl FnMut(MapEntry),
 ) -> Result<()> {
-    let image = open(path, mode)?;
-    let then = level_of(&image, path, snapshot)?;
-    let disk = DiskReader::load(&image)?;
+    let (_image, then, disk) = look_at(path, mode, |image| {
+        let then = level_of(&image, path, snapshot)?;
+        let disk = DiskReader::load(&image)?;
+        Ok((image, then, disk))
+    })?;
     let old_end = disk.size_of(then).bytes();
     each_extent(&disk, |mut extent| {
         if extent.place.is_none_or(|place| place.level <= then) {

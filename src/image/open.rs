@@ -164,6 +164,36 @@ pub fn open(path: &Path, mode: OpenMode) -> Result<OpenImage> {
     }
 }
 
+/// What `look` makes of the disk at `path`. Who takes no locks may find the file of a level that is
+/// deleted meanwhile with nothing in it: so what fails is done again if the descriptor is another
+/// by then.
+///
+/// # Errors
+/// As [`open`], and those of `look`.
+pub(super) fn look_at<T>(
+    path: &Path,
+    mode: OpenMode,
+    look: impl Fn(OpenImage) -> Result<T>,
+) -> Result<T> {
+    const TRIES: usize = 10;
+    for _ in 1..TRIES {
+        let image = open(path, mode)?;
+        let known = image.bundle.as_ref();
+        let known = known.map(|bundle| (bundle.path().to_owned(), bundle.descriptor().clone()));
+        let error = match look(image) {
+            Err(error) if mode.force_share => error,
+            looked => return looked,
+        };
+        let is_changed = known.is_some_and(|(path, known)| {
+            Bundle::open(&path).is_ok_and(|bundle| *bundle.descriptor() != known)
+        });
+        if !is_changed {
+            return Err(error);
+        }
+    }
+    look(open(path, mode)?)
+}
+
 fn open_bare(path: PathBuf, mode: OpenMode) -> Result<OpenImage> {
     if mode.snapshot.is_some() {
         return Err(not_a_bundle(&path));
@@ -256,20 +286,22 @@ fn open_bundle(bundle: Bundle, mode: OpenMode) -> Result<OpenImage> {
     let path = bundle.path().to_owned();
     let mut bundle = bundle;
     for _ in 0..TRIES {
-        let opened = open_files(&bundle, mode);
+        let top = mode.snapshot.unwrap_or(bundle.descriptor().top());
+        let opened = open_files(&bundle, mode).and_then(|(files, locks)| {
+            let chain = check_chain(bundle.descriptor(), top, &files, mode)?;
+            Ok((files, locks, chain))
+        });
         // What the descriptor said before the locks were taken may be history, and a file gone that
-        // it has named.
+        // it has named, or without them empty.
         if bundle.is_current()? {
-            let (files, locks) = opened?;
+            let (files, locks, chain) = opened?;
             if mode.access != Access::Read {
                 // A process that was killed may have put this descriptor in place, and not
                 // have come to making that stable.
                 bundle.folder().sync()?;
             }
-            let descriptor = bundle.descriptor();
-            let top = mode.snapshot.unwrap_or(descriptor.top());
             return Ok(OpenImage {
-                chain: check_chain(descriptor, top, &files, mode)?,
+                chain,
                 files,
                 bundle: Some(bundle),
                 top: Some(top),

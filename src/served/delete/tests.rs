@@ -681,3 +681,35 @@ fn zeros_above_the_base_hide_what_it_has() {
     assert!(read_all(&rig.engine()) == now);
     rig.close();
 }
+
+/// As it gives the space of one back that has gone.
+#[test]
+fn a_disk_is_looked_at_while_levels_go() {
+    let mut rig = Rig::new(Version::V2);
+    rig.set(0..CLUSTERS, 1);
+    let is_over = Arc::new(AtomicBool::new(false));
+    let looker = {
+        let (path, is_over) = (rig.path(), is_over.clone());
+        thread::spawn(move || {
+            let mode = || OpenMode::new(Access::Read).force_share(true);
+            let mut looks = 0;
+            while !is_over.load(Ordering::SeqCst) {
+                let report = image::check_served(&path, mode());
+                assert_eq!(report.map(|report| report.corruptions).unwrap(), 0);
+                image::map(&path, mode(), |_| {}).unwrap();
+                looks += 1;
+            }
+            looks
+        })
+    };
+    for _ in 0..60 {
+        let guid = rig.create().unwrap();
+        rig.delete(guid).unwrap();
+        if looker.is_finished() {
+            break;
+        }
+    }
+    is_over.store(true, Ordering::SeqCst);
+    assert!(looker.join().unwrap() > 0);
+    rig.close();
+}
