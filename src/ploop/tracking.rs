@@ -245,7 +245,15 @@ pub(super) struct Tracking {
     /// What writes are multiples of, less one; and whether there is a log.
     terms: AtomicU32,
     log: ArcSwapOption<Log>,
-    bitmaps: Mutex<Vec<Bitmap>>,
+    bitmaps: Mutex<Bitmaps>,
+}
+
+/// All that there are.
+#[derive(Default)]
+struct Bitmaps {
+    list: Vec<Bitmap>,
+    /// Whoever saves them has them: they change no more.
+    are_given_out: bool,
 }
 
 /// What the image says of what it can hold.
@@ -288,12 +296,12 @@ impl Tracking {
     /// # Errors
     /// One would have too many bits, or those that are persistent no place in the image.
     pub fn require_room(&self, disk_bytes: u64, cluster: u64) -> Result<(), EngineError> {
-        let bitmaps = self.bitmaps.lock().unwrap_or_else(PoisonError::into_inner);
+        let bitmaps = self.lock();
         let bits = |bitmap: &Bitmap| disk_bytes.div_ceil(1 << bitmap.bits.shift());
-        if bitmaps.iter().any(|bitmap| bits(bitmap) > BITS_MAX) {
+        if bitmaps.list.iter().any(|bitmap| bits(bitmap) > BITS_MAX) {
             return Err(EngineError::FineBitmap);
         }
-        match have_place(&bitmaps, disk_bytes, cluster) {
+        match have_place(&bitmaps.list, disk_bytes, cluster) {
             true => Ok(()),
             false => Err(EngineError::ManyBitmaps),
         }
@@ -306,12 +314,21 @@ impl Tracking {
         }
     }
 
+    fn lock(&self) -> MutexGuard<'_, Bitmaps> {
+        self.bitmaps.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Those that were given out are used on.
+    pub fn go_on(&self) {
+        self.lock().are_given_out = false;
+    }
+
     /// All, with what was changed until now.
-    fn up_to_date(&self) -> MutexGuard<'_, Vec<Bitmap>> {
-        let mut bitmaps = self.bitmaps.lock().unwrap_or_else(PoisonError::into_inner);
+    fn up_to_date(&self) -> MutexGuard<'_, Bitmaps> {
+        let mut bitmaps = self.lock();
         if let Some(log) = &*self.log.load() {
             log.take(|index, word| {
-                for bitmap in bitmaps.iter_mut().filter(|bitmap| bitmap.records) {
+                for bitmap in bitmaps.list.iter_mut().filter(|bitmap| bitmap.records) {
                     bitmap.bits.add_word(log.shift, index, word);
                 }
             });
@@ -320,8 +337,14 @@ impl Tracking {
     }
 
     /// These are all. To be called while nothing changes the disk.
-    fn put(&self, bitmaps: Vec<Bitmap>, room: &Room) {
+    ///
+    /// # Errors
+    /// Others were given out.
+    fn put(&self, bitmaps: Vec<Bitmap>, room: &Room) -> Result<(), EngineError> {
         let mut all = self.up_to_date();
+        if all.are_given_out {
+            return Err(EngineError::Stopped);
+        }
         let recording = bitmaps.iter().filter(|bitmap| bitmap.records);
         let finest = recording.map(|bitmap| bitmap.bits.shift()).min();
         let log = self.log.load();
@@ -333,7 +356,8 @@ impl Tracking {
             Some(_) => self.terms.fetch_or(RECORDS, Ordering::AcqRel),
             None => self.terms.fetch_and(!RECORDS, Ordering::AcqRel),
         };
-        *all = bitmaps;
+        all.list = bitmaps;
+        Ok(())
     }
 }
 
@@ -439,13 +463,17 @@ fn have_place(bitmaps: &[Bitmap], disk_bytes: u64, cluster: u64) -> bool {
 
 impl<D: Disk> Engine<D> {
     /// Of an image that has these.
-    pub(super) fn have_bitmaps(&self, bitmaps: Vec<Bitmap>) {
-        self.tracking.put(bitmaps, &self.room());
+    pub(crate) fn have_bitmaps(&self, bitmaps: Vec<Bitmap>) {
+        // If it is being closed already, none of them is missed.
+        let _ = self.tracking.put(bitmaps, &self.room());
     }
 
-    /// All, for whoever saves those that are persistent. Nothing changes the disk any more.
-    pub(super) fn all_bitmaps(&self) -> Vec<Bitmap> {
-        self.tracking.up_to_date().clone()
+    /// All, for whoever saves those that are persistent. Nothing changes the disk any more, nor
+    /// them.
+    pub(crate) fn all_bitmaps(&self) -> Vec<Bitmap> {
+        let mut all = self.tracking.up_to_date();
+        all.are_given_out = true;
+        all.list.clone()
     }
 
     fn room(&self) -> Room {
@@ -460,13 +488,13 @@ impl<D: Disk> Engine<D> {
     /// The bitmaps that there are, with what was changed until now.
     pub fn bitmaps(&self) -> Vec<BitmapInfo> {
         let all = self.tracking.up_to_date();
-        all.iter().map(Bitmap::info).collect()
+        all.list.iter().map(Bitmap::info).collect()
     }
 
     /// What of the disk is set in a bitmap, as the file of one has it.
     pub fn bits_of(&self, name: &str) -> Option<Vec<u8>> {
         let all = self.tracking.up_to_date();
-        let bitmap = all.iter().find(|bitmap| bitmap.name == name)?;
+        let bitmap = all.list.iter().find(|bitmap| bitmap.name == name)?;
         Some(bitmap.bits.to_bytes(self.disk_size().bytes()))
     }
 
@@ -503,13 +531,12 @@ impl<D: Disk> Engine<D> {
     /// The same while requests are held.
     pub(crate) fn change_bitmaps_now(&self, actions: &[BitmapAction]) -> Result<(), BitmapError> {
         let bitmaps = self.changed_bitmaps(actions)?;
-        self.tracking.put(bitmaps, &self.room());
-        Ok(())
+        Ok(self.tracking.put(bitmaps, &self.room())?)
     }
 
     fn changed_bitmaps(&self, actions: &[BitmapAction]) -> Result<Vec<Bitmap>, BitmapError> {
         let room = self.room();
-        let mut bitmaps = self.tracking.up_to_date().clone();
+        let mut bitmaps = self.tracking.up_to_date().list.clone();
         for action in actions {
             apply(&mut bitmaps, action, &room)?;
         }

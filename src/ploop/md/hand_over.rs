@@ -92,6 +92,7 @@ impl<D: Disk> MdWriter<D> {
         if changes {
             engine.begin_switch();
             if let Err(error) = self.trim_and_mark(trims) {
+                engine.tracking.go_on();
                 self.lengthen_again(trims);
                 // Said before, if it went wrong.
                 let _ = self.keep_top();

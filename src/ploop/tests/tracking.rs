@@ -598,3 +598,21 @@ fn qemu_reads_bitmaps_as_they_were_saved() {
     ];
     assert_eq!(changed_by_qemu(&image, folder.path()), expected);
 }
+
+/// What was saved is all that there is: who changes them then would be told of what is lost.
+#[test]
+fn bitmaps_do_not_change_any_more_once_they_were_given_out() {
+    for what in [
+        Control::Close,
+        Control::Pass,
+        Control::HandOver { trims: true },
+    ] {
+        let rig = Rig::new(DISK);
+        rig.change(&[add(GUID, 4096, true)]).unwrap();
+        rig.control(what).unwrap();
+        let late = rig
+            .engine
+            .change_bitmaps_now(&[Action::Remove(GUID.to_owned())]);
+        assert_eq!(late, Err(BitmapError::Engine(EngineError::Stopped)));
+    }
+}
