@@ -30,8 +30,8 @@ use crate::format::Sector;
 use crate::image::{self, Bundle, OpenImage};
 use crate::notices::Notices;
 use crate::ploop::{
-    self, BitmapAction, BitmapInfo, Chain, Engine, EngineError, EngineReport, LevelShape, Running,
-    Shape, WriteThreshold,
+    self, Bitmap, BitmapAction, BitmapInfo, Chain, Engine, EngineError, EngineReport, LevelShape,
+    Running, Shape, WriteThreshold,
 };
 use crate::served::delete::GoneLevel;
 use crate::served::snapshot::Created;
@@ -461,9 +461,10 @@ enum Way {
 
 /// What has become of an image that was to be passed on.
 pub(super) enum Passed {
-    Closed,
-    /// It has everything, and could not be marked as closed.
-    Unmarked(EngineError),
+    /// With the bitmaps that it had, for who goes on with it after all.
+    Closed(Option<Vec<Bitmap>>),
+    /// It has everything, and could not be marked as closed. The same.
+    Unmarked(EngineError, Vec<Bitmap>),
     /// The lock on it went meanwhile: it is not to be used here any more.
     Lost,
     /// Not everything could be made stable. The disk can be served on.
@@ -648,9 +649,9 @@ impl Served {
             } => {
                 let engine = Arc::clone(running.engine());
                 match running.pass() {
-                    Ok(()) => Passed::Closed,
+                    Ok(()) => Passed::Closed(Some(engine.all_bitmaps())),
                     Err((None, _)) if engine.has_lost_lock() => Passed::Lost,
-                    Err((None, error)) => Passed::Unmarked(error),
+                    Err((None, error)) => Passed::Unmarked(error, engine.all_bitmaps()),
                     Err((Some(running), error)) => {
                         let way = Way::Always {
                             top,
@@ -662,7 +663,8 @@ impl Served {
                 }
             }
             Way::ForRings(holding) => match device.close_image() {
-                Ok(()) => Passed::Closed,
+                // As between two guests.
+                Ok(()) => Passed::Closed(None),
                 Err(error) => Passed::Kept(keep(Way::ForRings(holding)), error),
             },
         }

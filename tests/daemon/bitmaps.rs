@@ -12,6 +12,7 @@ use crate::common::{require_tool, tool};
 use crate::control::{control, serve};
 use crate::front_end::*;
 use crate::grow::{create, rig_of};
+use crate::upgrade::{Fake, GO, STATE, upgrades};
 use crate::{OK, Rig, ploop_img, start_front_end, wait_for};
 
 const GUID: &str = "c0c2bdc4-2c5c-4bb5-8f53-40eb0b5bb5f5";
@@ -199,4 +200,44 @@ fn ploop_img_does_the_same_whether_the_disk_is_served_or_not() {
         backend.stop();
     }
     ploop_img(["check", path]).ok();
+}
+
+#[test]
+fn a_process_that_goes_on_after_all_has_all_bitmaps_that_it_had() {
+    let rig = bundle();
+    let socket = format!("--upgrade-socket={}", upgrades(&rig).display());
+    let backend = serve(&rig, &[&socket]);
+    let mut qmp = Qmp::connect(&control(&rig));
+    let add = |name: &str, is_persistent: bool| json!({ "node": "disk", "name": name, "persistent": is_persistent });
+    for (name, is_persistent) in [(GUID, true), ("transient", false), ("disabled", false)] {
+        qmp.ask("block-dirty-bitmap-add", add(name, is_persistent));
+    }
+    write(&backend, &[0, 1 << 12]);
+    for name in [GUID, "disabled"] {
+        qmp.ask("block-dirty-bitmap-disable", named(name));
+    }
+    let before = bitmaps(&mut qmp);
+    let top = top_of(&mut qmp);
+    // Before the other one has the image, and after.
+    for (turn, until) in (1..).zip([STATE, GO]) {
+        let mut failing = Fake::connect(&rig);
+        failing.come_to_with(std::slice::from_ref(&top), "bundle", until);
+        drop(failing);
+        wait_for("its going on", || {
+            backend.log().matches("has waited for").count() == turn
+        });
+        assert_eq!(bitmaps(&mut qmp), before);
+    }
+    write(&backend, &[1 << 13]);
+    let counts = |bitmaps: &Value| -> Vec<u64> {
+        let all = bitmaps.as_array().unwrap().iter();
+        all.map(|bitmap| bitmap["count"].as_u64().unwrap())
+            .collect()
+    };
+    let expected = counts(&before).into_iter().zip([0, 1, 0]);
+    let expected: Vec<_> = expected
+        .map(|(count, more)| count + more * GRANULARITY)
+        .collect();
+    assert_eq!(counts(&bitmaps(&mut qmp)), expected);
+    backend.stop();
 }

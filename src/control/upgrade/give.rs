@@ -272,7 +272,7 @@ pub(in crate::control) fn hand_over(
     // Nobody is served now. Once this is done the disk has all that anybody was told of, and
     // the image can be opened again by whoever gets to it.
     let size = served.device().disk_size();
-    let closed = match served.pass() {
+    let (closed, bitmaps) = match served.pass() {
         Passed::Kept(served, error) => {
             successor.refuse(&format!("the image cannot be synced: {error}"));
             let connection = go_on(&served, suspended, signals);
@@ -282,8 +282,8 @@ pub(in crate::control) fn hand_over(
             successor.refuse("the lock on the image is lost");
             return Err(Error::LockLost);
         }
-        Passed::Unmarked(error) => Err(error),
-        Passed::Closed => Ok(()),
+        Passed::Unmarked(error, bitmaps) => (Err(error), Some(bitmaps)),
+        Passed::Closed(bitmaps) => (Ok(()), bitmaps),
     };
     let state = State {
         size,
@@ -346,6 +346,10 @@ pub(in crate::control) fn hand_over(
     // it has written there. But nothing has completed since the disk had everything.
     if let Some(suspended) = &mut suspended {
         suspended.set_settled();
+    }
+    // Nor has anything changed since that the bitmaps would have to know.
+    if let (Some(engine), Some(bitmaps)) = (served.engine(), bitmaps) {
+        engine.have_bitmaps(bitmaps);
     }
     let has_used_region = suspended.as_ref().is_some_and(Suspended::has_used_region);
     if let Some(engine) = served.engine().filter(|_| !has_used_region) {
