@@ -370,6 +370,9 @@ impl Kept {
                 }
             }
         };
+        // What lies just below the top now says itself how much of what is below it is of the disk, and
+        // a raw image was cut to the disk.
+        self.hidden = None;
         let guid = created.guid;
         new_chain.put(Change::Top(created));
         Ok(Done::Snapshot {

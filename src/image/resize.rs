@@ -191,7 +191,8 @@ pub fn require_nothing_hidden(files: &[HostFile], chain: &Chain) -> Result<()> {
         _ => Err(refuse(
             &base.path,
             &format!(
-                "holds data behind the end of its disk, which a larger disk would show; if nobody                  needs it, cut the file while nobody uses the disk ('truncate --size={end}')"
+                "holds data behind the end of its disk, which a larger disk would show; if nobody \
+                 needs it, cut the file while nobody uses the disk ('truncate --size={end}')"
             ),
         )),
     }

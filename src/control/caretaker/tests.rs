@@ -24,9 +24,21 @@ struct Rig {
 
 impl Rig {
     fn new(hidden: Option<ImageError>) -> Self {
+        Self::new_of(hidden, false)
+    }
+
+    /// A raw one has something behind the end of its disk.
+    fn new_of(hidden: Option<ImageError>, is_raw: bool) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("disk");
         image::create(&path, SIZE, ClusterSize::MIN).unwrap();
+        if is_raw {
+            let xml = path.join("DiskDescriptor.xml");
+            let text = std::fs::read_to_string(&xml).unwrap();
+            std::fs::write(xml, text.replace("Compressed", "Plain")).unwrap();
+            let len = SIZE.bytes() as usize + 4096;
+            std::fs::write(path.join("root.hds"), vec![7; len]).unwrap();
+        }
         let opened = image::open(&path, OpenMode::new(Access::Serve)).unwrap();
         let OpenImage {
             files,
@@ -148,6 +160,21 @@ fn what_is_hidden_below_the_disk_keeps_its_size_and_nothing_else() {
     assert!(words.contains("hides something"), "{words}");
     assert!(matches!(rig.grow(SIZE), Ok(Done::Grown(SIZE))));
     guid_of(rig.begin(snapshot("a", true)).result());
+    // That one says how much of it is of the disk, and does not become larger.
+    assert!(matches!(rig.grow(MORE), Ok(Done::Grown(MORE))));
+    rig.end();
+}
+
+/// Who opens the disk next takes the size of the raw image from what lies on it.
+#[test]
+fn a_snapshot_leaves_nothing_behind_the_end_of_a_raw_image() {
+    let rig = Rig::new_of(None, true);
+    let root = rig.folder.path().join("disk/root.hds");
+    let len = || root.metadata().unwrap().len();
+    assert!(len() > SIZE.bytes());
+    guid_of(rig.begin(snapshot("a", true)).result());
+    assert_eq!(len(), SIZE.bytes());
+    assert!(matches!(rig.grow(MORE), Ok(Done::Grown(MORE))));
     rig.end();
 }
 
