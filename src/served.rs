@@ -186,25 +186,30 @@ fn commit<D: Disk>(
     engine: &Engine<D>,
     descriptor: Option<NewDescriptor<'_>>,
 ) -> Result<(), GrowError> {
-    let put_descriptor = || descriptor.map_or(Ok(()), put_in_place);
+    let put_descriptor = || descriptor.map_or(Ok(Ok(())), put_in_place);
     // The descriptor lies beside the image, and is no part of it.
     if engine.has_lost_lock() {
         engine.abandon_growth();
         return Err(EngineError::LockLost.into());
     }
     if engine.is_raw() {
-        if let Err(error) = put_descriptor() {
+        if let Err(error) = put_descriptor().and_then(|stable| stable) {
             engine.abandon_growth();
             return Err(GrowError::Descriptor(error));
         }
         engine.commit_growth()?;
     } else {
         engine.commit_growth()?;
-        if let Err(error) = put_descriptor() {
-            log::warn!(
+        match put_descriptor() {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => log::warn!(
+                "the descriptor has the new size of the disk, and may have the old one after a \
+                 power cut, though the image has the new one: {error}"
+            ),
+            Err(error) => log::warn!(
                 "the descriptor still has the old size of the disk, though the image has the \
                  new one: {error}"
-            );
+            ),
         }
     }
     Ok(())
@@ -212,9 +217,11 @@ fn commit<D: Disk>(
 
 /// Unless another program has changed the old one. It still can between the two steps: no
 /// lock keeps those from it that edit descriptors by hand.
-fn put_in_place(descriptor: NewDescriptor<'_>) -> Result<(), ImageError> {
+///
+/// As [`NewDescriptor::put`].
+fn put_in_place(descriptor: NewDescriptor<'_>) -> Result<Result<(), ImageError>, ImageError> {
     descriptor.require_unchanged()?;
-    descriptor.publish()
+    descriptor.put()
 }
 
 /// What a disk becomes for which `wanted` was asked.
