@@ -25,7 +25,8 @@ pub struct NewSnapshot {
 
 impl NewSnapshot {
     /// The descriptor of the bundle with the snapshot `guid`, above which the image in `file`
-    /// is the top. The snapshot is noted, which does no harm if it is then not made.
+    /// is the top. The snapshot is noted, which does no harm if it is then not made: the next
+    /// one that is noted takes the note away.
     pub(super) fn descriptor(
         &self,
         bundle: &Bundle,
