@@ -11,7 +11,8 @@ use super::delta::Delta;
 use super::error::{ImageError, IoContext, Result};
 use super::open::{Access, OpenMode, image_of, open};
 use crate::ploop::{
-    BitmapAction, BitmapError, BitmapInfo, Engine, Level, OpenError, Options, Running, read_bitmaps,
+    BitmapAction, BitmapError, BitmapInfo, Engine, Level, OpenError, Options, Running,
+    check_saved_bitmaps, read_bitmaps,
 };
 use crate::storage::{FileId, HostDisk, HostFile, HostOptions};
 
@@ -63,6 +64,10 @@ pub fn change_bitmaps(path: &Path, actions: &[BitmapAction]) -> Result<()> {
         return Err(wrong(BitmapError::Raw));
     }
     Delta::load(image_of(top)?)?.require_sound()?;
+    // What is refused changes nothing: while they are written anew, a cut takes all of them.
+    let checked = check_saved_bitmaps(&disk_of(&[top], false)?, FileId(0), actions);
+    let checked = checked.context(&top.path, "read the header")?;
+    checked.map_err(wrong)?;
     let files: Vec<_> = image.files.iter().collect();
     let mut options = Options::default();
     options.runners = 1;

@@ -61,6 +61,7 @@ pub use running::Running;
 pub use shape::{LevelShape, Shape};
 pub use take_over::{LeftMemory, TakeOverError};
 pub(crate) use tracking::Bitmap;
+pub use tracking::check_saved_bitmaps;
 pub use tracking::saved::read_bitmaps;
 pub use tracking::{BITMAPS_MAX, BitmapAction, BitmapError, BitmapInfo};
 pub use write_threshold::WriteThreshold;

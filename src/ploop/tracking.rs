@@ -16,6 +16,7 @@
 pub(crate) mod bits;
 pub(super) mod saved;
 
+use std::io;
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
 use arc_swap::ArcSwapOption;
@@ -27,7 +28,7 @@ use super::engine::Engine;
 use super::rule::{self, Rule};
 use super::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use crate::format::{BitmapId, Extension};
-use crate::storage::Disk;
+use crate::storage::{Disk, FileId};
 
 /// Bitmaps of a disk, at most.
 pub const BITMAPS_MAX: usize = 16;
@@ -448,6 +449,27 @@ fn check_place(bitmaps: &[Bitmap], name: &str, room: &Room) -> Result<(), Bitmap
         true => Ok(()),
         false => Err(BitmapError::NoPlace),
     }
+}
+
+/// Whether all of this could be done to the bitmaps that an image has, which is not changed.
+///
+/// # Errors
+/// There is no header that can be read.
+pub fn check_saved_bitmaps(
+    disk: &impl Disk,
+    file: FileId,
+    actions: &[BitmapAction],
+) -> io::Result<Result<(), BitmapError>> {
+    let header = saved::read_header(disk, file)?;
+    let geometry = header.geometry();
+    let room = Room {
+        disk_bytes: geometry.disk_size.bytes(),
+        cluster: geometry.cluster.bytes(),
+        is_raw: false,
+    };
+    let mut bitmaps = saved::load(disk, file, &header);
+    let mut actions = actions.iter();
+    Ok(actions.try_for_each(|action| apply(&mut bitmaps, action, &room)))
 }
 
 /// Whether an image of such clusters can hold those that are persistent, of a disk of so many

@@ -187,3 +187,38 @@ fn a_raw_image_goes_where_there_is_space_for_what_it_has() {
     backend.stop();
     ploop_img(["check", rig.image.to_str().unwrap()]).ok();
 }
+
+/// Those that are there stay until they are written anew, so they are lost then.
+#[test]
+fn who_changes_bitmaps_where_there_is_no_space_is_told_that_all_are_lost() {
+    let Some(small) = SmallFs::tmpfs(16 << 20) else {
+        return;
+    };
+    let rig = rig(&small, 64 << 10);
+    let image = rig.image.to_str().unwrap();
+    let name = ploop_img(["bitmap", "add", image]).ok();
+    let other = ploop_img(["bitmap", "add", image]).ok();
+    let backend = serve(&rig, &[]);
+    write(&mut start_front_end(backend.socket()).rings[0], 0, 1);
+    let clear = json!({ "node": "disk", "name": other.trim() });
+    Qmp::connect(&control(&rig)).ask("block-dirty-bitmap-clear", clear);
+    backend.stop();
+    let ballast = small.fill_but(0);
+    // What is refused is no change.
+    let refused = ploop_img(["bitmap", "add", image, name.trim()]).fails();
+    assert!(refused.contains("already exists"), "{refused}");
+    assert!(
+        ploop_img(["bitmap", "list", image])
+            .ok()
+            .contains(name.trim())
+    );
+    // What is the other's takes more than there is.
+    let merge = ["bitmap", "merge", image, other.trim(), name.trim()];
+    let failed = ploop_img(merge).fails();
+    assert!(failed.contains("all are lost"), "{failed}");
+    assert_eq!(ploop_img(["bitmap", "list", image]).ok(), "");
+    ploop_img(["check", image]).ok();
+    ballast.remove();
+    ploop_img(["bitmap", "add", image]).ok();
+    ploop_img(["check", image]).ok();
+}

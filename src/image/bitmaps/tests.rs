@@ -40,7 +40,14 @@ fn bitmaps_are_made_merged_and_removed_where_nobody_serves_the_disk() {
     let remove = BitmapAction::Remove(GUID.to_owned());
     // All or nothing.
     let wrong = BitmapAction::Clear("x".to_owned());
+    // Nor is anything written: they would be lost meanwhile.
+    let root = path.join("root.hds");
+    let before = std::fs::metadata(&root).unwrap();
     let refused = change_bitmaps(&path, &[remove.clone(), wrong]).unwrap_err();
+    assert_eq!(
+        std::fs::metadata(&root).unwrap().modified().unwrap(),
+        before.modified().unwrap()
+    );
     assert!(refused.to_string().contains("'x' not found"), "{refused}");
     for action in [BitmapAction::Enable, BitmapAction::Disable] {
         let refused = change_bitmaps(&path, &[action(GUID.to_owned())]).unwrap_err();

@@ -88,10 +88,14 @@ pub(in crate::ploop) fn load(disk: &impl Disk, file: FileId, header: &Header) ->
 /// # Errors
 /// There is no header that can be read.
 pub fn read_bitmaps(disk: &impl Disk, file: FileId) -> io::Result<Vec<BitmapInfo>> {
+    let header = read_header(disk, file)?;
+    Ok(load(disk, file, &header).iter().map(Bitmap::info).collect())
+}
+
+pub(super) fn read_header(disk: &impl Disk, file: FileId) -> io::Result<Header> {
     let mut bytes = [0; Header::LEN];
     disk.read_exact_at(file, &mut bytes, 0)?;
-    let header = Header::parse(&bytes).map_err(io::Error::other)?;
-    Ok(load(disk, file, &header).iter().map(Bitmap::info).collect())
+    Header::parse(&bytes).map_err(io::Error::other)
 }
 
 fn warn_lost(error: &dyn std::error::Error) {
