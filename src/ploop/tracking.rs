@@ -36,6 +36,9 @@ pub const BITMAPS_MAX: usize = 16;
 /// Bits of a bitmap, at most: 64 MiB of them.
 const BITS_MAX: u64 = 1 << 29;
 
+/// Bits of all, at most: an image that has many fine ones is not to take all memory.
+const ALL_BITS_MAX: u64 = 1 << 31;
+
 /// What a bit covers at least, as a power of two: a sector.
 const SHIFT_MIN: u32 = 9;
 
@@ -125,6 +128,12 @@ pub enum BitmapError {
     /// The engine cannot hold requests, or make stable what was written.
     #[error(transparent)]
     Engine(#[from] EngineError),
+    /// All together would have too many bits.
+    #[error(
+        "the dirty bitmaps of the disk would take too much memory: remove one, or make it of a \
+         larger granularity"
+    )]
+    ManyBits,
     /// The format has one cluster for the heads of all.
     #[error("the image has no place for another persistent bitmap of this granularity")]
     NoPlace,
@@ -298,8 +307,8 @@ impl Tracking {
     /// One would have too many bits, or those that are persistent no place in the image.
     pub fn require_room(&self, disk_bytes: u64, cluster: u64) -> Result<(), EngineError> {
         let bitmaps = self.lock();
-        let bits = |bitmap: &Bitmap| disk_bytes.div_ceil(1 << bitmap.bits.shift());
-        if bitmaps.list.iter().any(|bitmap| bits(bitmap) > BITS_MAX) {
+        let is_fine = |bitmap: &Bitmap| bits_of(bitmap, disk_bytes) > BITS_MAX;
+        if bitmaps.list.iter().any(is_fine) || are_too_many(&bitmaps.list, disk_bytes) {
             return Err(EngineError::FineBitmap);
         }
         match have_place(&bitmaps.list, disk_bytes, cluster) {
@@ -382,6 +391,9 @@ fn apply(bitmaps: &mut Vec<Bitmap>, action: &BitmapAction, room: &Room) -> Resul
                 return Err(BitmapError::TooMany);
             }
             bitmaps.push(bitmap);
+            if are_too_many(bitmaps, room.disk_bytes) {
+                return Err(BitmapError::ManyBits);
+            }
             if *is_persistent {
                 check_place(bitmaps, name, room)?;
             }
@@ -451,6 +463,16 @@ fn check_place(bitmaps: &[Bitmap], name: &str, room: &Room) -> Result<(), Bitmap
     }
 }
 
+/// How many bits one has of a disk of so many bytes.
+fn bits_of(bitmap: &Bitmap, disk_bytes: u64) -> u64 {
+    disk_bytes.div_ceil(1 << bitmap.bits.shift())
+}
+
+fn are_too_many(bitmaps: &[Bitmap], disk_bytes: u64) -> bool {
+    let bits = bitmaps.iter().map(|bitmap| bits_of(bitmap, disk_bytes));
+    bits.fold(0, u64::saturating_add) > ALL_BITS_MAX
+}
+
 /// Whether all of this could be done to the bitmaps that an image has, which is not changed.
 ///
 /// # Errors
@@ -476,10 +498,8 @@ pub fn check_saved_bitmaps(
 /// bytes.
 fn have_place(bitmaps: &[Bitmap], disk_bytes: u64, cluster: u64) -> bool {
     let persistent = bitmaps.iter().filter(|bitmap| bitmap.is_persistent);
-    let clusters = persistent.map(|bitmap| {
-        let bits = disk_bytes.div_ceil(1 << bitmap.bits.shift());
-        bits.div_ceil(8).div_ceil(cluster)
-    });
+    let clusters =
+        persistent.map(|bitmap| bits_of(bitmap, disk_bytes).div_ceil(8).div_ceil(cluster));
     Extension::fits(clusters, cluster)
 }
 

@@ -616,3 +616,20 @@ fn bitmaps_do_not_change_any_more_once_they_were_given_out() {
         assert_eq!(late, Err(BitmapError::Engine(EngineError::Stopped)));
     }
 }
+
+#[test]
+fn all_bitmaps_together_take_no_more_memory_than_they_may() {
+    let rig = Rig::new(128 << 30);
+    let fine: Vec<_> = (0..9)
+        .map(|index| add(&index.to_string(), 512, false))
+        .collect();
+    // 2^28 bits each.
+    rig.change(&fine[..8]).unwrap();
+    assert_eq!(rig.change(&fine[8..]), Err(BitmapError::ManyBits));
+    rig.change(&[add("coarse", 65536, false)]).unwrap_err();
+    rig.change(&[Action::Remove("0".to_owned()), add("coarse", 65536, false)])
+        .unwrap();
+    // Nor if the disk becomes larger.
+    let grow = |bytes: u64| rig.control(Control::PrepareGrowth(Sector(bytes / 512)));
+    assert_eq!(grow(256 << 30), Err(EngineError::FineBitmap));
+}

@@ -13,7 +13,7 @@
 use std::io;
 
 use super::bits::Bits;
-use super::{BITMAPS_MAX, BITS_MAX, Bitmap, BitmapInfo};
+use super::{ALL_BITS_MAX, BITMAPS_MAX, BITS_MAX, Bitmap, BitmapInfo, bits_of};
 use crate::format::{
     DirtyBitmap, Extension, Geometry, Header, HostCluster, InUse, SECTOR_SIZE, Sector,
 };
@@ -60,7 +60,8 @@ pub(in crate::ploop) fn load(disk: &impl Disk, file: FileId, header: &Header) ->
         let name = stored.id.to_string();
         let shift = shift_of(&stored, geometry);
         let is_new = all.len() < BITMAPS_MAX && all.iter().all(|bitmap| bitmap.name != name);
-        let Some(shift) = shift.filter(|_| is_new) else {
+        let shift = shift.filter(|shift| is_new && have_room(&all, *shift, geometry));
+        let Some(shift) = shift else {
             log::warn!("the dirty bitmap {name} of the image cannot be used and is dropped");
             continue;
         };
@@ -96,6 +97,14 @@ pub(super) fn read_header(disk: &impl Disk, file: FileId) -> io::Result<Header> 
     let mut bytes = [0; Header::LEN];
     disk.read_exact_at(file, &mut bytes, 0)?;
     Header::parse(&bytes).map_err(io::Error::other)
+}
+
+/// Whether there may be another one beside these.
+fn have_room(bitmaps: &[Bitmap], shift: u32, geometry: &Geometry) -> bool {
+    let disk_bytes = geometry.disk_size.bytes();
+    let bits = bitmaps.iter().map(|bitmap| bits_of(bitmap, disk_bytes));
+    let more = disk_bytes.div_ceil(1 << shift);
+    bits.fold(more, u64::saturating_add) <= ALL_BITS_MAX
 }
 
 fn warn_lost(error: &dyn std::error::Error) {
