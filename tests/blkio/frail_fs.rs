@@ -420,6 +420,13 @@ impl FrailFs {
         state.locks.lose(loss, last);
     }
 
+    /// From now on what has a lock can have none taken again, though it has it and can be read
+    /// by, as on GlusterFS with `client.strict-locks` when some bricks are not the ones that they
+    /// were.
+    pub fn refuse_locks_taken_again(&self) {
+        self.shared.lock().locks.refuse_more();
+    }
+
     /// How many locks there are.
     pub fn locks(&self) -> usize {
         self.shared.lock().locks.len()

@@ -272,6 +272,36 @@ fn an_error_of_a_look_has_to_last_for_the_lock_to_be_lost() {
     drop(host.place);
 }
 
+/// A lock that shows and cannot be taken again is not there on all servers, and what would be
+/// written with it would not be either.
+#[test]
+fn a_lock_that_cannot_be_taken_again_is_lost_though_it_still_shows() {
+    for way in [WAYS[0], WAYS[3]] {
+        let Some(disk) = Disk::new() else {
+            return;
+        };
+        let mut host = Host::start(&disk, &way);
+        assert_eq!(write(&mut host.client.lanes[0], MAPPED, 1), 0);
+        assert_eq!(flush(&mut host.client.lanes[0]), 0);
+        disk.fs.refuse_locks_taken_again();
+        host.backend
+            .expect_to_say("the lock on the image may be lost");
+        begin_write(&mut host.client.lanes[0], MAPPED, 2, 0);
+        host.backend.expect_to_say(LOST);
+        assert_eq!(host.client.lanes[0].wait_for(1, Duration::ZERO), None);
+        drop(host.client);
+        let log = host.backend.ends_to_be_started_anew();
+        assert!(!log.contains("requests go on"), "{log}");
+        let is_written = disk
+            .fs
+            .read(IMAGE)
+            .chunks(4096)
+            .any(|block| block == [2; 4096]);
+        assert!(!is_written, "{log}");
+        drop(host.place);
+    }
+}
+
 /// Of an image that is open only while a ring runs, the locks come and go, and the watch on
 /// them with them.
 #[test]

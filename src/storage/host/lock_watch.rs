@@ -369,6 +369,13 @@ impl Looked {
         if let Err(odd @ Odd::Fails(_)) = self.read().map_err(Odd::of) {
             return Err(odd);
         }
+        self.keep(lease, start)
+    }
+
+    /// Takes a lock once more that was seen by a look that began then. One that this is refused
+    /// for is not on all servers that it was on, though it shows, and what is written with it would
+    /// not be either.
+    fn keep(&self, lease: &Lease, start: Instant) -> Result<(), Odd> {
         // Later, somebody else may have got it in between.
         if self.is_renewed && self.other.is_some() && start.elapsed() < PATIENCE / 2 {
             lease.renew(|| self.renew(lease)).unwrap_or(Ok(()))?;
@@ -389,10 +396,11 @@ impl Looked {
     }
 
     fn confirm_where_it_was(&self, lease: &Lease) -> Result<(), Odd> {
+        let start = Instant::now();
         self.read().map_err(Odd::of)?;
         let is_seen = self.is_seen(lease)?;
         if is_seen && !self.is_late.load(Relaxed) {
-            return Ok(());
+            return self.keep(lease, start);
         }
         if matches!(self.proof, Proof::None) {
             return Err(Odd::Unseen);

@@ -59,6 +59,7 @@ pub struct Locks {
     loss: Option<Loss>,
     /// What was opened by who has lost them: up to this handle.
     losers: u64,
+    are_final: bool,
 }
 
 impl Locks {
@@ -67,6 +68,11 @@ impl Locks {
         self.loss = Some(loss);
         self.lost.append(&mut self.held);
         self.losers = last_handle;
+    }
+
+    /// What has a lock gets none any more, and keeps what it has.
+    pub fn refuse_more(&mut self) {
+        self.are_final = true;
     }
 
     /// How many there are.
@@ -87,6 +93,10 @@ impl Locks {
     pub fn set(&mut self, lock: Lock) -> Result<(), Errno> {
         self.allow(lock.handle)?;
         let is_of = |it: &Lock| it.owner == lock.owner && it.overlaps(&lock);
+        let has_one = || self.held.iter().any(|it| it.handle == lock.handle);
+        if self.are_final && lock.kind != libc::F_UNLCK && has_one() {
+            return Err(Errno::from_i32(libc::EBADFD));
+        }
         if lock.kind == libc::F_UNLCK {
             self.held.retain(|it| !is_of(it));
             return Ok(());
