@@ -3,8 +3,10 @@
 use proptest::prelude::*;
 
 use super::*;
+use crate::format::InUse;
 use crate::ploop::rule::{self, Rule};
-use crate::ploop::tracking::saved;
+use crate::ploop::tracking::bits::Bits;
+use crate::ploop::tracking::{Bitmap, saved};
 use crate::ploop::{BitmapAction as Action, BitmapError};
 use crate::sim::disk::Faults;
 
@@ -632,4 +634,30 @@ fn all_bitmaps_together_take_no_more_memory_than_they_may() {
     // Nor if the disk becomes larger.
     let grow = |bytes: u64| rig.control(Control::PrepareGrowth(Sector(bytes / 512)));
     assert_eq!(grow(256 << 30), Err(EngineError::FineBitmap));
+}
+
+/// Those of an image that somebody else has made are dropped from there on.
+#[test]
+fn an_image_with_many_fine_bitmaps_takes_no_more_memory_than_it_may() {
+    const FILE: FileId = FileId(0);
+    let disk = SimDisk::new(1, Medium::default(), 1);
+    let cluster = ClusterSize::from_bytes(64 << 10).unwrap();
+    let mut header = Header::new(Sector(128 << 30 >> 9), cluster).unwrap();
+    disk.set_len(FILE, header.geometry().data_start).unwrap();
+    let bitmaps: Vec<_> = (0..15)
+        .map(|index| Bitmap {
+            name: GUID.replace("c0c2", &format!("{index:04x}")),
+            bits: Bits::new(9),
+            records: true,
+            is_persistent: true,
+        })
+        .collect();
+    let behind = (&*bitmaps, header.geometry().first_host_cluster());
+    let saved = saved::save(&disk, FILE, header.geometry(), behind);
+    header.extension = saved.and_then(|saved| saved.extension).unwrap();
+    header.in_use = InUse::ClosedWithExtension;
+    disk.write_all_at(FILE, &header.to_bytes(), 0).unwrap();
+    // 2^28 bits each.
+    let rig = Rig::open(&disk, 1, options());
+    assert_eq!(rig.engine.bitmaps().len(), 8);
 }
