@@ -12,6 +12,7 @@
 //! Knows threads, and whom to tell. How a lock is looked at, and what keeps others from
 //! writing, is [`storage`](crate::storage)'s.
 
+use std::cell::Cell;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
 use std::sync::{Arc, Weak};
@@ -72,6 +73,7 @@ impl LockKeeper {
             engine: Arc::downgrade(engine),
             notices,
             waits,
+            is_noted: Cell::new(false),
         };
         threads::start(Role::LockWatch, "lock", move || timekeeper.work())?;
         Ok(Some(keeper))
@@ -139,12 +141,15 @@ struct Timekeeper {
     engine: Weak<Engine<HostDisk>>,
     notices: Arc<Notices>,
     waits: bool,
+    /// The engine knows of a doubt.
+    is_noted: Cell<bool>,
 }
 
 impl Timekeeper {
     fn work(self) {
         let mut unclear = 0;
         while let LookFor::Doubts(doubts) = self.watch.wait_for_look() {
+            self.note_doubt();
             let Some(look) = self.look(Ask::Look) else {
                 return;
             };
@@ -172,6 +177,28 @@ impl Timekeeper {
         }
     }
 
+    /// Has the engine note for whoever comes next that the lock is in doubt; or, a second after
+    /// the doubt has ended, that it is not any more: what was withheld until then has been told.
+    fn note_doubt(&self) {
+        let is_in_doubt = self.watch.is_in_doubt();
+        if !is_in_doubt && !self.is_noted.get() {
+            return;
+        }
+        self.is_noted.set(is_in_doubt);
+        if let Some(engine) = self.engine.upgrade() {
+            match is_in_doubt {
+                true => engine.doubt_lock(self.watch.withholds_failed_sync()),
+                false => engine.trust_lock(),
+            }
+        }
+    }
+
+    /// The lock is in doubt from now on.
+    fn doubt(&self) {
+        self.watch.standing_is_unclear();
+        self.note_doubt();
+    }
+
     fn affirm(&self, doubts: u64) {
         if self.watch.affirm(doubts) {
             log::info!("the lock on the image is still there; requests go on");
@@ -180,7 +207,7 @@ impl Timekeeper {
 
     /// Nothing is begun until it is known whether the lock is there.
     fn confirm(&self, mut suspicion: Suspicion) -> Confirmed {
-        self.watch.standing_is_unclear();
+        self.doubt();
         let Suspicion { path, why, .. } = &suspicion;
         log::warn!(
             "{}: the lock on the image may be lost ({why}); requests wait until that is known",
@@ -191,6 +218,7 @@ impl Timekeeper {
             let LookFor::Doubts(doubts) = self.watch.wait_for_look_within(PAUSE) else {
                 return Confirmed::End;
             };
+            self.note_doubt();
             match self.look(Ask::Confirm) {
                 None => return Confirmed::End,
                 Some(Look::Held) => {
@@ -227,12 +255,19 @@ impl Timekeeper {
             Err(RecvTimeoutError::Disconnected) => return None,
             Err(RecvTimeoutError::Timeout) => {}
         }
-        self.watch.standing_is_unclear();
+        self.doubt();
         log::warn!(
             "the file system of the image does not say whether the lock on it is still there; \
              requests wait until it does"
         );
-        let look = self.answers.recv().ok()?;
+        let look = loop {
+            match self.answers.recv_timeout(PAUSE) {
+                Ok(look) => break look,
+                Err(RecvTimeoutError::Disconnected) => return None,
+                // What completes meanwhile may be lost as well.
+                Err(RecvTimeoutError::Timeout) => self.note_doubt(),
+            }
+        };
         let seconds = start.elapsed().as_secs();
         log::info!("the file system of the image has answered after {seconds} s");
         Some(look)

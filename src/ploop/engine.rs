@@ -46,6 +46,9 @@ mod before_end {
     pub const STABLE: u8 = 1;
     /// For ever: the lock on the image is lost.
     pub const NEVER: u8 = 2;
+    /// Until what outlives the process says that it may be lost: it is in doubt whether the lock
+    /// on the image is.
+    pub const DOUBTED: u8 = 4;
 }
 
 /// How many neighbouring clusters meet the same runner: a large discard goes to
@@ -403,6 +406,48 @@ impl<D: Disk> Engine<D> {
     fn note_loss(&self) {
         if !self.is_covered() && !self.is_read_only() {
             self.note_failed_sync();
+        }
+    }
+
+    /// It is in doubt whether the lock on the image is lost. A guest that goes on with another
+    /// process, if this one ends in doubt, must know what it would have to know after a loss;
+    /// and that a sync has failed, if there is one whose end is withheld until the doubt is over.
+    /// To be called again and again meanwhile.
+    pub fn doubt_lock(&self, has_failed_sync: bool) {
+        self.before_end
+            .fetch_or(before_end::DOUBTED, Ordering::AcqRel);
+        if has_failed_sync && !self.is_read_only() {
+            self.note_lock_doubt(true);
+        }
+        self.note_unstable_in_doubt();
+    }
+
+    /// The lock is there, and whoever waited for a sync that had failed has been told.
+    pub fn trust_lock(&self) {
+        self.before_end
+            .fetch_and(!before_end::DOUBTED, Ordering::AcqRel);
+        self.note_lock_doubt(false);
+    }
+
+    fn is_lock_doubted(&self) -> bool {
+        self.before_end.load(Ordering::Acquire) & before_end::DOUBTED != 0
+    }
+
+    pub(super) fn note_unstable_in_doubt(&self) {
+        if !self.is_covered() && !self.is_read_only() {
+            self.note_change_in_doubt();
+        }
+    }
+
+    /// A change that is not stable is about to complete.
+    #[cold]
+    pub(super) fn note_change_in_doubt(&self) {
+        if self.is_lock_doubted() {
+            self.note_lock_doubt(true);
+            if !self.is_lock_doubted() {
+                // Since then, and nobody else would take it back.
+                self.note_lock_doubt(false);
+            }
         }
     }
 

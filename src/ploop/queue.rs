@@ -702,6 +702,8 @@ impl<D: Disk> Queue<D> {
                 request.result = Err(EngineError::SyncFailed);
             } else if request.needs_flush(&self.engine) && rule::kept(Rule::WriteThroughMapping) {
                 return self.wait_for_flush(key);
+            } else if !request.stable {
+                self.engine.note_change_in_doubt();
             }
         }
         preempt::point("judged");

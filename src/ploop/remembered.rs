@@ -53,6 +53,9 @@ const SYNC_FAILED: u64 = 1;
 const SETTLED: u64 = 2;
 /// The process served the image read-only, so there is nothing that the disk does not have.
 const READ_ONLY: u64 = 4;
+/// It is in doubt whether the lock on the image is lost, and with it what is not stable; or a
+/// sync has failed that nobody is told of before that is known.
+const LOCK_DOUBTED: u64 = 8;
 
 /// What the memory must agree with.
 #[derive(Clone, Copy, Debug)]
@@ -274,7 +277,7 @@ impl Remembered {
 
     /// Whether a sync has failed, for all that is known.
     pub fn has_sync_failed(&self) -> bool {
-        self.get(AT_FLAGS) & SYNC_FAILED != 0 || self.get(AT_DOUBTS) != 0
+        self.get(AT_FLAGS) & (SYNC_FAILED | LOCK_DOUBTED) != 0 || self.get(AT_DOUBTS) != 0
     }
 
     /// A stable write has failed; or, after a doubt, it is known what that was.
@@ -282,6 +285,18 @@ impl Remembered {
         if let Some(word) = self.words.word(AT_DOUBTS) {
             let step = if more { 1 } else { u64::MAX };
             word.fetch_add(step, Ordering::AcqRel);
+        }
+    }
+
+    /// The lock on the image may be lost, with what is not stable.
+    pub fn doubt_lock(&self) {
+        self.raise(LOCK_DOUBTED);
+    }
+
+    /// It is there, and whoever had to be told of a failed sync has been.
+    pub fn trust_lock(&self) {
+        if let Some(word) = self.words.word(AT_FLAGS) {
+            word.fetch_and(!LOCK_DOUBTED, Ordering::AcqRel);
         }
     }
 

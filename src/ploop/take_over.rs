@@ -291,6 +291,7 @@ impl<D: Disk> Engine<D> {
         if self.has_sync_failed() {
             remembered.set_sync_failed();
         }
+        self.note_unstable_in_doubt();
     }
 
     /// The entry of a cluster has changed, which has to outlive the process before
@@ -316,6 +317,16 @@ impl<D: Disk> Engine<D> {
     pub(super) fn note_doubt(&self, is_open: bool) {
         if let Some(remembered) = &*self.remembered.load() {
             remembered.doubt(is_open);
+        }
+    }
+
+    /// The lock on the image may be lost, with what is not stable, or is known to be there.
+    pub(super) fn note_lock_doubt(&self, is_open: bool) {
+        if let Some(remembered) = &*self.remembered.load() {
+            match is_open && rule::kept(Rule::FailureOutlivesProcess) {
+                true => remembered.doubt_lock(),
+                false => remembered.trust_lock(),
+            }
         }
     }
 

@@ -189,6 +189,93 @@ fn what_a_guest_was_told_and_had_not_flushed_counts_as_lost() {
     backend.stop_with_failure();
 }
 
+/// Before anybody knows whether the lock is lost.
+#[test]
+fn what_a_guest_had_not_flushed_counts_as_lost_though_its_process_ends_in_doubt() {
+    for (is_flushed, is_killed) in [(false, true), (false, false), (true, true)] {
+        let Some(mut disk) = named_disk() else {
+            return;
+        };
+        eprintln!("flushed: {is_flushed}, killed: {is_killed}");
+        let place = Place::new(&disk.fs.path(IMAGE), &WAYS[0]);
+        let backend = place.serve();
+        let (mut front_end, region) = begin(&backend);
+        write(&mut front_end, MAPPED, 1);
+        if is_flushed {
+            assert_eq!(flush(&mut front_end), OK);
+        }
+        disk.fs.kill();
+        backend.expect_to_say("the lock on the image may be lost");
+        match is_killed {
+            true => backend.kill(),
+            false => drop(backend.stop_with_failure()),
+        }
+        disk.fs.mount_again();
+        let backend = go_on(&mut front_end, &place, &region);
+        expect(&mut front_end, MAPPED, 1);
+        write(&mut front_end, MAPPED + 1, 2);
+        let expected = if is_flushed { OK } else { IOERR };
+        assert_eq!(flush(&mut front_end), expected, "{}", backend.log());
+        drop(front_end);
+        match is_flushed {
+            true => backend.stop(),
+            false => drop(backend.stop_with_failure()),
+        }
+    }
+}
+
+/// The one who was told of it is gone, and what comes next succeeds.
+#[test]
+fn a_sync_that_fails_is_not_forgotten_with_a_process_that_is_killed_in_doubt() {
+    for way in WAYS {
+        let Some(disk) = named_disk() else {
+            return;
+        };
+        eprintln!("{way:?}");
+        let place = Place::new(&disk.fs.path(IMAGE), &way);
+        let backend = place.serve();
+        let (mut front_end, region) = begin(&backend);
+        write(&mut front_end, MAPPED, 1);
+        disk.fs.fail_syncs(1);
+        disk.fs.hold_looks();
+        let head = front_end.rings[0].request(VIRTIO_BLK_T_FLUSH, 0, &[]);
+        front_end.rings[0].kick();
+        backend.expect_to_say("requests wait until it does");
+        assert_eq!(front_end.rings[0].take_used(), None);
+        let corpse = backend.kill_without_waiting();
+        disk.fs.let_looks_go();
+        drop(corpse);
+        assert_eq!(disk.fs.syncs_to_fail(), 0);
+        let backend = go_on(&mut front_end, &place, &region);
+        let used = front_end.rings[0].wait_used();
+        let status = front_end.rings[0].status(head);
+        assert_eq!((used.0, status), (head, IOERR), "{}", backend.log());
+        drop(front_end);
+        backend.stop_with_failure();
+    }
+}
+
+/// A doubt that has passed is not held against whoever comes next.
+#[test]
+fn a_guest_goes_on_after_a_doubt_that_has_passed() {
+    let Some(disk) = named_disk() else {
+        return;
+    };
+    let place = Place::new(&disk.fs.path(IMAGE), &WAYS[0]);
+    let backend = place.serve();
+    let (mut front_end, region) = begin(&backend);
+    write(&mut front_end, MAPPED, 1);
+    disk.fs.fail_looks(2);
+    backend.expect_to_say("requests go on");
+    thread::sleep(A_WHILE);
+    backend.kill();
+    let backend = go_on(&mut front_end, &place, &region);
+    expect(&mut front_end, MAPPED, 1);
+    assert_eq!(flush(&mut front_end), OK);
+    drop(front_end);
+    backend.stop();
+}
+
 /// A process may open no more than the files of the mount that there was at its start, also one
 /// that opens them only when a ring is to run.
 #[test]

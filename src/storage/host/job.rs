@@ -346,7 +346,7 @@ impl Job {
             // Whoever tries the write without its sync, and finds this error, knows more.
             _ => {
                 let error = self.failed_sync(file).unwrap_or(error);
-                doubt(file.shared(), error).unwrap_or(Verdict::Done(Err(error)))
+                doubt(file.shared(), &self.op, error).unwrap_or(Verdict::Done(Err(error)))
             }
         }
     }
@@ -387,10 +387,14 @@ fn refusal(file: &SharedFile) -> Step {
 }
 
 /// If an error may be that of a lock that is lost, has that found out.
-fn doubt(file: &SharedFile, error: Errno) -> Option<Verdict> {
+fn doubt(file: &SharedFile, op: &Op, error: Errno) -> Option<Verdict> {
     let lease = file.lease().filter(|_| lease::tells_of_loss(error))?;
     let decided = lease.decided_fd();
-    lease.doubt().then_some(Verdict::Doubted { error, decided })
+    let is_doubted = match op {
+        Op::Sync { .. } | Op::Write { dsync: true, .. } => lease.doubt_by_sync(),
+        _ => lease.doubt(),
+    };
+    is_doubted.then_some(Verdict::Doubted { error, decided })
 }
 
 /// Transfers.

@@ -54,6 +54,8 @@ struct Inner {
     doubts: u64,
     /// Of these, those that a look was begun for.
     looked_into: u64,
+    /// A sync has failed since it was known to be there, and nobody was told of that.
+    withholds_sync: bool,
     is_over: bool,
     /// The locks are being taken once more.
     is_renewed: bool,
@@ -78,6 +80,7 @@ impl Lease {
                 standing: LockStanding::Unwatched,
                 doubts: 0,
                 looked_into: 0,
+                withholds_sync: false,
                 is_over: false,
                 is_renewed: false,
             }),
@@ -138,6 +141,20 @@ impl Lease {
 
     /// Something happened that does without the lock. `false` if nobody looks.
     pub fn doubt(&self) -> bool {
+        self.doubt_by(false)
+    }
+
+    /// The same of a sync that has failed: its end is withheld until it is decided.
+    pub fn doubt_by_sync(&self) -> bool {
+        self.doubt_by(true)
+    }
+
+    /// Whether who waits for a sync that has failed does not know it yet.
+    pub fn withholds_sync(&self) -> bool {
+        self.lock_inner().withholds_sync
+    }
+
+    fn doubt_by(&self, is_sync: bool) -> bool {
         let mut inner = self.lock_inner();
         match inner.standing {
             LockStanding::Unwatched => return false,
@@ -145,6 +162,7 @@ impl Lease {
             LockStanding::Held | LockStanding::InDoubt => {}
         }
         inner.doubts += 1;
+        inner.withholds_sync |= is_sync;
         self.set(&mut inner, LockStanding::InDoubt);
         self.to_look.notify_all();
         true
@@ -210,6 +228,7 @@ impl Lease {
         let mut inner = self.lock_inner();
         let ends = inner.standing == LockStanding::InDoubt && inner.doubts == doubts;
         if ends {
+            inner.withholds_sync = false;
             self.set(&mut inner, LockStanding::Held);
         }
         ends

@@ -37,7 +37,7 @@ use super::file::{SharedFile, Shown};
 use super::lease::{Lease, LookFor, tells_of_absence, tells_of_loss};
 use crate::storage::filesystem::Kind;
 use crate::storage::lock::{self, ImageLock, LockError, LockMode};
-use crate::storage::{AlignedBuf, filesystem};
+use crate::storage::{AlignedBuf, LockStanding, filesystem};
 use crate::threads;
 
 /// Between two looks. Who has lost a lock may write for so long before it is noticed, unless
@@ -250,6 +250,16 @@ impl LockWatch {
     /// The same if that is within this time.
     pub fn wait_for_look_within(&self, pause: Duration) -> LookFor {
         self.lease.wait_for_look(pause)
+    }
+
+    /// Whether it is in doubt whether the lock is there.
+    pub fn is_in_doubt(&self) -> bool {
+        self.lease.standing() == LockStanding::InDoubt
+    }
+
+    /// Whether a sync has failed, and who waits for it is not told before the doubt ends.
+    pub fn withholds_failed_sync(&self) -> bool {
+        self.lease.withholds_sync()
     }
 
     /// A look takes too long, or has found nothing out: nothing is begun until another one
