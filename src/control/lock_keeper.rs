@@ -38,6 +38,9 @@ const ABSENCE: Duration = Duration::from_secs(300);
 /// The pause between two closer looks.
 const PAUSE: Duration = Duration::from_millis(100);
 
+/// How often it is seen to what happens while the other thread looks.
+const TICK: Duration = Duration::from_millis(20);
+
 /// So many looks in a row may find nothing out.
 const UNCLEAR_LOOKS: u32 = 3;
 
@@ -74,6 +77,7 @@ impl LockKeeper {
             notices,
             waits,
             is_noted: Cell::new(false),
+            was_slow: Cell::new(false),
         };
         threads::start(Role::LockWatch, "lock", move || timekeeper.work())?;
         Ok(Some(keeper))
@@ -143,12 +147,14 @@ struct Timekeeper {
     waits: bool,
     /// The engine knows of a doubt.
     is_noted: Cell<bool>,
+    /// The last look was.
+    was_slow: Cell<bool>,
 }
 
 impl Timekeeper {
     fn work(self) {
         let mut unclear = 0;
-        while let LookFor::Doubts(doubts) = self.watch.wait_for_look() {
+        while let LookFor::Doubts(doubts) = self.wait_for_look() {
             self.note_doubt();
             let Some(look) = self.look(Ask::Look) else {
                 return;
@@ -246,30 +252,42 @@ impl Timekeeper {
         }
     }
 
+    /// Waits until a look is due.
+    fn wait_for_look(&self) -> LookFor {
+        match self.was_slow.get() {
+            true => self.watch.wait_for_look_within(Duration::ZERO),
+            false => self.watch.wait_for_look(),
+        }
+    }
+
     /// Has the other thread look. `None` if it has ended.
     fn look(&self, ask: Ask) -> Option<Look> {
         let start = Instant::now();
         self.ask.send(ask).ok()?;
-        match self.answers.recv_timeout(self.watch.patience()) {
-            Ok(look) => return Some(look),
-            Err(RecvTimeoutError::Disconnected) => return None,
-            Err(RecvTimeoutError::Timeout) => {}
-        }
-        self.doubt();
-        log::warn!(
-            "the file system of the image does not say whether the lock on it is still there; \
-             requests wait until it does"
-        );
+        let mut is_late = false;
         let look = loop {
-            match self.answers.recv_timeout(PAUSE) {
+            match self.answers.recv_timeout(TICK) {
                 Ok(look) => break look,
                 Err(RecvTimeoutError::Disconnected) => return None,
-                // What completes meanwhile may be lost as well.
-                Err(RecvTimeoutError::Timeout) => self.note_doubt(),
+                Err(RecvTimeoutError::Timeout) => {}
+            }
+            // I/O may have failed meanwhile; and what completes in doubt may be lost as well.
+            self.note_doubt();
+            if !is_late && start.elapsed() > self.watch.patience() {
+                is_late = true;
+                self.doubt();
+                log::warn!(
+                    "the file system of the image does not say whether the lock on it is still \
+                     there; requests wait until it does"
+                );
             }
         };
-        let seconds = start.elapsed().as_secs();
-        log::info!("the file system of the image has answered after {seconds} s");
+        let time = start.elapsed();
+        self.was_slow.set(self.watch.is_slow(time));
+        if is_late {
+            let seconds = time.as_secs();
+            log::info!("the file system of the image has answered after {seconds} s");
+        }
         Some(look)
     }
 

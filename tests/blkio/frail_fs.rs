@@ -72,6 +72,15 @@ struct State {
     locks: Locks,
     /// Questions for locks that wait for [`FrailFs::let_looks_go`], while they are to.
     held_looks: Option<Vec<(Lock, ReplyLock)>>,
+    /// Of who was there when they were to: what was opened before this.
+    holds_looks_before: u64,
+    /// See [`FrailFs::delay_looks`].
+    look_delay: Duration,
+    /// See [`FrailFs::hold_next_lock`].
+    holds_next_lock: bool,
+    held_lock: Option<(Lock, ReplyEmpty)>,
+    /// See [`FrailFs::refuse_unlocks`].
+    refuses_unlocks: bool,
     looks_to_fail: usize,
     /// See [`FrailFs::keep_attributes`].
     attributes: Option<HashMap<(INodeNo, OsString), Vec<u8>>>,
@@ -208,6 +217,16 @@ impl State {
         }
     }
 
+    fn set_lock(&mut self, lock: Lock, reply: ReplyEmpty) {
+        if self.refuses_unlocks && lock.kind == libc::F_UNLCK {
+            return reply.error(Errno::EIO);
+        }
+        match self.locks.set(lock) {
+            Ok(()) => reply.ok(),
+            Err(error) => reply.error(error),
+        }
+    }
+
     fn end_sync(&mut self, inode: INodeNo, handle: FileHandle, reply: ReplyEmpty) {
         match self.sync(inode, handle) {
             Ok(()) => reply.ok(),
@@ -299,6 +318,11 @@ impl FrailFs {
             told: Told::Writer,
             locks: Locks::default(),
             held_looks: None,
+            holds_looks_before: 0,
+            look_delay: Duration::ZERO,
+            holds_next_lock: false,
+            held_lock: None,
+            refuses_unlocks: false,
             looks_to_fail: 0,
             attributes: None,
         };
@@ -432,9 +456,39 @@ impl FrailFs {
         self.shared.lock().locks.len()
     }
 
-    /// From now on nobody who asks for a lock gets an answer.
+    /// From now on nobody gets an answer who asks for a lock by what is open already.
     pub fn hold_looks(&self) {
-        self.shared.lock().held_looks = Some(Vec::new());
+        let mut state = self.shared.lock();
+        state.held_looks = Some(Vec::new());
+        state.holds_looks_before = (state.openings + 1) << 1;
+    }
+
+    /// From now on who asks for a lock is told so much later.
+    pub fn delay_looks(&self, delay: Duration) {
+        self.shared.lock().look_delay = delay;
+    }
+
+    /// The next lock that is taken is, and who takes it hears of it, when [let go](Self::let_lock_go).
+    pub fn hold_next_lock(&self) {
+        self.shared.lock().holds_next_lock = true;
+    }
+
+    /// Whether one waits for that.
+    pub fn holds_lock(&self) -> bool {
+        self.shared.lock().held_lock.is_some()
+    }
+
+    /// It is.
+    pub fn let_lock_go(&self) {
+        let mut state = self.shared.lock();
+        if let Some((lock, reply)) = state.held_lock.take() {
+            state.set_lock(lock, reply);
+        }
+    }
+
+    /// From now on nobody can give a lock back.
+    pub fn refuse_unlocks(&self) {
+        self.shared.lock().refuses_unlocks = true;
     }
 
     /// The next so many who ask for a lock are told `EIO`.
@@ -599,9 +653,18 @@ impl Filesystem for Mounted {
             state.looks_to_fail = left;
             return reply.error(Errno::EIO);
         }
+        let is_held = lock.handle.0 < state.holds_looks_before;
+        let delay = state.look_delay;
         match &mut state.held_looks {
-            Some(held) => held.push((lock, reply)),
-            None => state.tell_of_locks(lock, reply),
+            Some(held) if is_held => held.push((lock, reply)),
+            _ if !delay.is_zero() => {
+                let shared = Arc::clone(&self.0);
+                thread::spawn(move || {
+                    thread::sleep(delay);
+                    shared.lock().tell_of_locks(lock, reply);
+                });
+            }
+            _ => state.tell_of_locks(lock, reply),
         }
     }
 
@@ -625,9 +688,10 @@ impl Filesystem for Mounted {
             range: (start, end),
             kind,
         };
-        match self.0.lock().locks.set(lock) {
-            Ok(()) => reply.ok(),
-            Err(error) => reply.error(error),
+        let mut state = self.0.lock();
+        match lock.kind != libc::F_UNLCK && std::mem::take(&mut state.holds_next_lock) {
+            true => state.held_lock = Some((lock, reply)),
+            false => state.set_lock(lock, reply),
         }
     }
 

@@ -194,6 +194,29 @@ fn requests_wait_as_long_as_the_server_does_not_say_whether_the_lock_is_there() 
     }
 }
 
+/// A storage that is slow is no storage that has given the lock to somebody else.
+#[test]
+fn requests_go_on_though_each_look_is_late() {
+    let Some(disk) = Disk::new() else {
+        return;
+    };
+    let mut host = Host::start(&disk, &WAYS[0]);
+    disk.fs.delay_looks(Duration::from_millis(2100));
+    host.backend.expect_to_say("requests wait until it does");
+    for byte in 1..4 {
+        begin_write(&mut host.client.lanes[0], MAPPED, byte, 0);
+        let ended = host.client.lanes[0].wait_for(1, Duration::from_secs(15));
+        assert_eq!(ended, Some(vec![(0, 0)]), "{}", host.backend.log());
+        thread::sleep(Duration::from_secs(2));
+    }
+    disk.fs.delay_looks(Duration::ZERO);
+    assert_eq!(flush(&mut host.client.lanes[0]), 0);
+    assert_eq!(read(&mut host.client.lanes[0], MAPPED), [3; 4096]);
+    drop(host.client);
+    host.backend.stop();
+    drop(host.place);
+}
+
 /// Nobody looks after a lock until the image is open.
 #[test]
 fn an_image_whose_lock_goes_while_it_is_opened_is_not_served() {

@@ -48,6 +48,10 @@ const INTERVAL: Duration = Duration::from_secs(1);
 /// is less than the shortest time after which a server gives up on a client.
 const PATIENCE: Duration = Duration::from_secs(2);
 
+/// How long one may take while the lock is in doubt for its answer to count, if the next one
+/// begins at once: so what is known is never older than after a look that was only just in time.
+const PATIENCE_IN_DOUBT: Duration = PATIENCE.saturating_add(INTERVAL);
+
 /// How much is read by a description with the lock, in bytes.
 const READ_LEN: usize = 4096;
 
@@ -237,9 +241,17 @@ impl LockWatch {
         }))
     }
 
-    /// How long a look may take.
-    pub const fn patience(&self) -> Duration {
-        PATIENCE
+    /// How long a look may take at present.
+    pub fn patience(&self) -> Duration {
+        match self.is_in_doubt() {
+            true => PATIENCE_IN_DOUBT,
+            false => PATIENCE,
+        }
+    }
+
+    /// Whether after a look that took so long the next one has to begin at once.
+    pub fn is_slow(&self, look: Duration) -> bool {
+        look > PATIENCE
     }
 
     /// Waits until a look is due.
