@@ -326,6 +326,54 @@ fn locks_that_a_server_has_forgotten_and_given_to_nobody_are_taken_once_more() {
     backend.stop();
 }
 
+/// That the lock is seen says nothing if who looks has taken it once more.
+#[test]
+fn a_lock_that_was_taken_again_too_late_does_not_show_that_nobody_else_has_had_it() {
+    for is_asked_late in [false, true] {
+        let Some(disk) = named_disk() else {
+            return;
+        };
+        eprintln!("asked late: {is_asked_late}");
+        let place = Place::new(&disk.fs.path(IMAGE), &WAYS[0]);
+        let backend = place.serve();
+        let mut front_end = begin(&backend).0;
+        write(&mut front_end, MAPPED, 1);
+        assert_eq!(flush(&mut front_end), OK);
+        match is_asked_late {
+            true => disk.fs.hold_looks(),
+            false => {
+                disk.fs.hold_next_lock();
+                let start = Instant::now();
+                while !disk.fs.holds_lock() {
+                    assert!(start.elapsed() < PATIENCE, "{}", backend.log());
+                    thread::sleep(Duration::from_millis(10));
+                }
+            }
+        }
+        backend.expect_to_say("requests wait until it does");
+        disk.fs.take_locks(Loss::Silent);
+        let other = Place::new(&disk.fs.path(IMAGE), &WAYS[0]);
+        let second = other.serve();
+        let mut guest = begin(&second).0;
+        write(&mut guest, MAPPED, 5);
+        begin_write(&mut front_end, MAPPED, 9);
+        // What it takes it cannot give back either.
+        disk.fs.refuse_unlocks();
+        match is_asked_late {
+            true => disk.fs.let_looks_go(),
+            false => disk.fs.let_lock_go(),
+        }
+        expect_no_answer(&mut front_end, &backend);
+        backend.expect_to_say(LOST);
+        expect(&mut guest, MAPPED, 5);
+        drop((guest, front_end));
+        backend.stop_after_loss();
+        second.kill();
+        let left = disk.fs.read(IMAGE);
+        assert!(!left.chunks(512).any(|sector| sector == [9; 512]));
+    }
+}
+
 /// I/O by what had the lock fails for good, and the files can be opened anew where they are.
 #[test]
 fn a_guest_goes_on_when_its_lock_was_taken_away_and_nobody_else_came() {

@@ -25,7 +25,7 @@ use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
 use rustix::fs::Statx;
@@ -96,6 +96,8 @@ pub enum Look {
 pub struct LockWatch {
     lease: Arc<Lease>,
     files: Arc<[Looked]>,
+    /// Whose locks are renewed first with the next look: there may be no time for those of all.
+    next: Arc<AtomicUsize>,
 }
 
 #[derive(Debug)]
@@ -108,7 +110,8 @@ struct Looked {
     mode: LockMode,
     /// They are to be taken again and again.
     is_renewed: bool,
-    /// They were taken again so late that somebody else may have had them before.
+    /// They are being taken again, or were so late that somebody else may have had them before:
+    /// that they are there shows nothing.
     is_late: AtomicBool,
     sees_mark: SeesMark,
     proof: Proof,
@@ -238,6 +241,7 @@ impl LockWatch {
         Ok(Some(Self {
             lease: Arc::clone(lease),
             files: looked,
+            next: Arc::default(),
         }))
     }
 
@@ -294,7 +298,29 @@ impl LockWatch {
 
     /// Looks at each file. May take for ever.
     pub fn look(&self) -> Look {
-        self.look_by(Looked::look)
+        let start = Instant::now();
+        match self.look_by(Looked::look) {
+            Look::Held => self.renew(start),
+            look => look,
+        }
+    }
+
+    /// Takes the locks once more, as far as there is time for that: later, somebody else may have
+    /// got them since the look began.
+    fn renew(&self, start: Instant) -> Look {
+        let first = self.next.load(Relaxed);
+        let count = self.files.len();
+        for at in (first..first + count).map(|at| at % count) {
+            if start.elapsed() >= PATIENCE / 2 {
+                self.next.store(at, Relaxed);
+                break;
+            }
+            let file = &self.files[at];
+            if let Err(odd) = file.keep(&self.lease, start) {
+                return file.found(odd);
+            }
+        }
+        Look::Held
     }
 
     /// Looks at each file more closely, while the lock is in doubt: takes locks that nobody
@@ -383,30 +409,31 @@ impl Looked {
 
     /// What is odd, if anything is.
     fn look(&self, lease: &Lease) -> Result<(), Odd> {
-        let start = Instant::now();
         if !self.is_seen(lease)? {
             return Err(Odd::Unseen);
         }
         // An answer is all that it is for.
-        if let Err(odd @ Odd::Fails(_)) = self.read().map_err(Odd::of) {
-            return Err(odd);
+        match self.read().map_err(Odd::of) {
+            Err(odd @ Odd::Fails(_)) => Err(odd),
+            _ => Ok(()),
         }
-        self.keep(lease, start)
     }
 
-    /// Takes a lock once more that was seen by a look that began then. One that this is refused
-    /// for is not on all servers that it was on, though it shows, and what is written with it would
-    /// not be either.
+    /// Takes a lock once more that was seen by a look that began then, if there is time for that:
+    /// later, somebody else may have got it since. One that this is refused for is not on all
+    /// servers that it was on, though it shows, and what is written with it would not be either.
     fn keep(&self, lease: &Lease, start: Instant) -> Result<(), Odd> {
-        // Later, somebody else may have got it in between.
-        if self.is_renewed && self.other.is_some() && start.elapsed() < PATIENCE / 2 {
-            lease.renew(|| self.renew(lease)).unwrap_or(Ok(()))?;
-            if start.elapsed() > PATIENCE {
-                self.is_late.store(true, Relaxed);
-                return Err(Odd::Late);
-            }
+        if !self.is_renewed || self.other.is_none() || start.elapsed() >= PATIENCE / 2 {
+            return Ok(());
         }
-        Ok(())
+        // First: from now on one may be there that was not.
+        let was_late = self.is_late.swap(true, Relaxed);
+        let renewed = lease.renew(|| self.renew(lease)).unwrap_or(Ok(()));
+        if was_late || start.elapsed() > PATIENCE {
+            return renewed.and(Err(Odd::Late));
+        }
+        self.is_late.store(false, Relaxed);
+        renewed
     }
 
     /// Whether the lock is there, or can be taken again as if it had been.
@@ -427,6 +454,8 @@ impl Looked {
         if matches!(self.proof, Proof::None) {
             return Err(Odd::Unseen);
         }
+        // Until it is proven: what is taken now may be seen, and not be given back.
+        self.is_late.store(true, Relaxed);
         let take_again = || {
             // Whoever has the image is not to be kept from giving it to others.
             self.take_again(lease).inspect_err(|_| self.release())
