@@ -84,6 +84,11 @@ impl<D: Disk> Engine<D> {
             Some(image) if !options.read_only => saved::load(&disk, top, &image.header),
             _ => Vec::new(),
         };
+        if !options.read_only {
+            // To read all of that may have taken longer than a server waits for a host.
+            disk.require_lock(top)
+                .map_err(OpenError::io("rely on the lock", top))?;
+        }
         let (alloc, metadata) = match &loaded.image {
             Some(image) => prepare_image(&disk, top, image, &options)?,
             None => prepare_plain(&disk, top, &geometry, &options)?,

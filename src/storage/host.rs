@@ -191,21 +191,26 @@ impl HostDisk {
     /// # Errors
     /// When one is gone, or cannot be asked for.
     pub fn require_locks(&self) -> io::Result<()> {
-        let Some(lease) = &self.lease else {
+        let mut files = self.files.iter();
+        files.try_for_each(|file| self.require_lock_on(file))
+    }
+
+    fn require_lock_on(&self, file: &SharedFile) -> io::Result<()> {
+        let (Some(lease), Shown::Yes | Shown::Lost) = (&self.lease, file.shown()) else {
             return Ok(());
         };
-        for file in self.files.iter().filter(|file| file.shown() != Shown::No) {
-            let Some(other) = file.open_to_ask()? else {
-                continue;
-            };
-            if !lease.is_seen_by(&other)? {
-                lease.begin_watch();
-                lease.lose();
-                let message = "a server has taken the lock away, and another host may use the file";
-                return Err(io::Error::other(message));
-            }
+        let is_there = match (file.shown(), file.open_to_ask()?) {
+            (Shown::Lost, _) => false,
+            (_, Some(other)) => lease.is_seen_by(&other)?,
+            (_, None) => true,
+        };
+        if is_there {
+            return Ok(());
         }
-        Ok(())
+        lease.begin_watch();
+        lease.lose();
+        let message = "a server has taken the lock away, and another host may use the file";
+        Err(io::Error::other(message))
     }
 
     /// By which is found out, said in the log and told to `notices` that a file was
@@ -567,6 +572,10 @@ impl Disk for HostDisk {
 
     fn write_alignment(&self) -> u32 {
         self.files.top().alignment().offset
+    }
+
+    fn require_lock(&self, file: FileId) -> io::Result<()> {
+        self.require_lock_on(self.file(file)?)
     }
 
     fn lock_standing(&self) -> LockStanding {

@@ -297,6 +297,15 @@ pub trait Disk: Send + Sync + 'static {
         Err(io::ErrorKind::Unsupported.into())
     }
 
+    /// Makes sure that the lock on a file is there that nobody looks after yet, as far as that
+    /// can be seen. If it is not, nothing is written any more.
+    ///
+    /// # Errors
+    /// When it is gone, or cannot be asked for.
+    fn require_lock(&self, _: FileId) -> io::Result<()> {
+        Ok(())
+    }
+
     /// What is known of the locks on the files.
     fn lock_standing(&self) -> LockStanding {
         LockStanding::Unwatched

@@ -79,11 +79,22 @@ struct State {
     /// See [`FrailFs::hold_next_lock`].
     holds_next_lock: bool,
     held_lock: Option<(Lock, ReplyEmpty)>,
+    /// Reads of whoever watches its lock that wait for [`FrailFs::let_reads_go`], while they are
+    /// to.
+    held_reads: Option<Vec<HeldRead>>,
     /// See [`FrailFs::refuse_unlocks`].
     refuses_unlocks: bool,
     looks_to_fail: usize,
     /// See [`FrailFs::keep_attributes`].
     attributes: Option<HashMap<(INodeNo, OsString), Vec<u8>>>,
+}
+
+struct HeldRead {
+    inode: INodeNo,
+    handle: FileHandle,
+    offset: u64,
+    size: u32,
+    reply: ReplyData,
 }
 
 /// Who hears of a write that was said to be well and got lost: once, from a sync or from
@@ -227,6 +238,21 @@ impl State {
         }
     }
 
+    fn answer_read(&mut self, read: HeldRead) {
+        match self.read(&read) {
+            Ok(bytes) => read.reply.data(&bytes),
+            Err(error) => read.reply.error(error),
+        }
+    }
+
+    fn read(&mut self, read: &HeldRead) -> Result<Vec<u8>, Errno> {
+        self.check(read.handle, read.offset, read.size as usize)?;
+        let bytes = &self.file(read.inode)?.live;
+        let start = (read.offset as usize).min(bytes.len());
+        let end = (start + read.size as usize).min(bytes.len());
+        Ok(bytes[start..end].to_vec())
+    }
+
     fn end_sync(&mut self, inode: INodeNo, handle: FileHandle, reply: ReplyEmpty) {
         match self.sync(inode, handle) {
             Ok(()) => reply.ok(),
@@ -322,6 +348,7 @@ impl FrailFs {
             look_delay: Duration::ZERO,
             holds_next_lock: false,
             held_lock: None,
+            held_reads: None,
             refuses_unlocks: false,
             looks_to_fail: 0,
             attributes: None,
@@ -483,6 +510,26 @@ impl FrailFs {
         let mut state = self.shared.lock();
         if let Some((lock, reply)) = state.held_lock.take() {
             state.set_lock(lock, reply);
+        }
+    }
+
+    /// From now on nothing is read by what has a lock far behind the end of the file, by which
+    /// its owner knows that it is there.
+    pub fn hold_reads(&self) {
+        self.shared.lock().held_reads = Some(Vec::new());
+    }
+
+    /// How many reads wait for that.
+    pub fn held_reads(&self) -> usize {
+        let state = self.shared.lock();
+        state.held_reads.as_ref().map_or(0, Vec::len)
+    }
+
+    /// All are done.
+    pub fn let_reads_go(&self) {
+        let mut state = self.shared.lock();
+        for read in state.held_reads.take().unwrap_or_default() {
+            state.answer_read(read);
         }
     }
 
@@ -795,14 +842,22 @@ impl Filesystem for Mounted {
         _: Option<LockOwner>,
         reply: ReplyData,
     ) {
-        answer!(reply, {
-            let mut state = self.0.enter()?;
-            state.check(handle, offset, size as usize)?;
-            let bytes = &state.file(inode)?.live;
-            let start = (offset as usize).min(bytes.len());
-            let end = (start + size as usize).min(bytes.len());
-            Ok(bytes[start..end].to_vec())
-        }, bytes => reply.data(&bytes));
+        let mut state = match self.0.enter() {
+            Ok(state) => state,
+            Err(error) => return reply.error(error),
+        };
+        let read = HeldRead {
+            inode,
+            handle,
+            offset,
+            size,
+            reply,
+        };
+        let is_watched = state.locks.has_far(handle);
+        match &mut state.held_reads {
+            Some(held) if is_watched => held.push(read),
+            _ => state.answer_read(read),
+        }
     }
 
     fn write(

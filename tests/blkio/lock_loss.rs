@@ -248,6 +248,35 @@ fn an_image_whose_lock_goes_while_it_is_opened_is_not_served() {
     });
 }
 
+/// The table alone can take longer to read than a server waits.
+#[test]
+fn an_image_whose_lock_goes_while_it_is_read_is_not_written_to() {
+    let Some(disk) = Disk::new() else {
+        return;
+    };
+    let place = TempDir::new().unwrap();
+    disk.fs.hold_reads();
+    thread::scope(|scope| {
+        let image = disk.fs.path(IMAGE);
+        let refused = scope.spawn({
+            let socket = place.path().join("socket");
+            move || Backend::refuses(&image, &socket, &WAYS[0])
+        });
+        let start = Instant::now();
+        while disk.fs.held_reads() == 0 {
+            assert!(start.elapsed() < PATIENCE, "no read");
+            thread::sleep(Duration::from_millis(10));
+        }
+        disk.fs.take_locks(Loss::Silent);
+        disk.fs.take_events(IMAGE);
+        disk.fs.let_reads_go();
+        let log = refused.join().unwrap();
+        assert_eq!(disk.fs.take_events(IMAGE), [], "{log}");
+        assert!(log.contains("has taken the lock away"), "{log}");
+    });
+    assert!(!disk.is_marked());
+}
+
 /// It watches no locks, and looks for its own before it says that all is well.
 #[test]
 fn a_command_whose_lock_goes_does_not_mark_the_image_as_closed() {

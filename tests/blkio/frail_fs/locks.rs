@@ -80,6 +80,12 @@ impl Locks {
         self.held.len()
     }
 
+    /// Whether this has one far behind the end of any file.
+    pub fn has_far(&self, handle: FileHandle) -> bool {
+        let mut held = self.held.iter();
+        held.any(|lock| lock.handle == handle && lock.range.0 > 1 << 40)
+    }
+
     /// Whether this can be used for I/O.
     pub fn allow(&self, handle: FileHandle) -> Result<(), Errno> {
         let error = self.loss.and_then(Loss::error).unwrap_or(Errno::EIO);
