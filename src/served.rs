@@ -9,6 +9,7 @@ pub mod delete;
 pub mod job;
 pub mod snapshot;
 
+use std::error::Error as _;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use thiserror::Error;
@@ -186,16 +187,16 @@ fn commit<D: Disk>(
     engine: &Engine<D>,
     descriptor: Option<NewDescriptor<'_>>,
 ) -> Result<(), GrowError> {
-    let put_descriptor = || descriptor.map_or(Ok(Ok(())), put_in_place);
-    // The descriptor lies beside the image, and is no part of it.
-    if engine.has_lost_lock() {
+    let put_descriptor = || descriptor.map_or(Ok(Ok(())), |it| put_in_place(engine, it));
+    if let Err(error) = engine.require_lock() {
         engine.abandon_growth();
-        return Err(EngineError::LockLost.into());
+        return Err(error.into());
     }
     if engine.is_raw() {
-        if let Err(error) = put_descriptor().and_then(|stable| stable) {
+        let is_stable = |put: Result<_, _>| put.map_err(GrowError::Descriptor);
+        if let Err(error) = put_descriptor().and_then(is_stable) {
             engine.abandon_growth();
-            return Err(GrowError::Descriptor(error));
+            return Err(error);
         }
         engine.commit_growth()?;
     } else {
@@ -206,22 +207,33 @@ fn commit<D: Disk>(
                 "the descriptor has the new size of the disk, and may have the old one after a \
                  power cut, though the image has the new one: {error}"
             ),
-            Err(error) => log::warn!(
-                "the descriptor still has the old size of the disk, though the image has the \
-                 new one: {error}"
-            ),
+            // What it says itself is not so here.
+            Err(error) => warn_of_old_size(error.source().unwrap_or(&error)),
         }
     }
     Ok(())
+}
+
+fn warn_of_old_size(why: &dyn std::error::Error) {
+    log::warn!(
+        "the descriptor still has the old size of the disk, though the image has the new one: {why}"
+    );
 }
 
 /// Unless another program has changed the old one. It still can between the two steps: no
 /// lock keeps those from it that edit descriptors by hand.
 ///
 /// As [`NewDescriptor::put`].
-fn put_in_place(descriptor: NewDescriptor<'_>) -> Result<Result<(), ImageError>, ImageError> {
-    descriptor.require_unchanged()?;
-    descriptor.put()
+fn put_in_place<D: Disk>(
+    engine: &Engine<D>,
+    descriptor: NewDescriptor<'_>,
+) -> Result<Result<(), ImageError>, GrowError> {
+    descriptor
+        .require_unchanged()
+        .map_err(GrowError::Descriptor)?;
+    // It lies beside the image, and no server refuses a change by who has no lock on that.
+    engine.require_lock()?;
+    descriptor.put().map_err(GrowError::Descriptor)
 }
 
 /// What a disk becomes for which `wanted` was asked.

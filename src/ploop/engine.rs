@@ -20,6 +20,7 @@ use super::alloc::Allocator;
 use super::allowance;
 use super::bat::{Bat, BatSize};
 use super::epoch::Epochs;
+use super::error::EngineError;
 use super::inbox::Inbox;
 use super::levels::{Level, LevelMap, Levels};
 use super::options::{OnEnospc, OnLockLoss, Options};
@@ -448,6 +449,19 @@ impl<D: Disk> Engine<D> {
                 // Since then, and nobody else would take it back.
                 self.note_lock_doubt(false);
             }
+        }
+    }
+
+    /// Whether something may be changed that belongs to the disk and is no part of its files.
+    /// Blocks as long as the lock on the image is in doubt.
+    ///
+    /// # Errors
+    /// It is lost.
+    pub fn require_lock(&self) -> Result<(), EngineError> {
+        self.disk.wait_for_locks();
+        match self.has_lost_lock() {
+            true => Err(EngineError::LockLost),
+            false => Ok(()),
         }
     }
 

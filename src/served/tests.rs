@@ -380,6 +380,23 @@ fn a_raw_disk_keeps_its_size_when_its_descriptor_is_changed_in_the_last_moment()
     rig.expect_to_grow(NEW);
 }
 
+/// Another host may have the disk by then.
+#[test]
+fn a_descriptor_stays_as_it_is_once_the_lock_is_lost() {
+    let mut rig = Rig::new(true);
+    let mut bundle = rig.bundle();
+    let descriptor = bundle.prepare_disk_size(NEW).unwrap().unwrap();
+    rig.engine().lose_lock();
+    let put = put_in_place(rig.engine(), descriptor);
+    assert!(
+        matches!(put, Err(GrowError::Engine(EngineError::LockLost))),
+        "{put:?}"
+    );
+    rig.expect_size(OLD);
+    let _ = rig.running.take().map(Running::close);
+    rig.is_closed = true;
+}
+
 #[test]
 fn the_descriptor_of_an_image_does_not_say_what_its_header_does_not() {
     let rig = Rig::new(false);

@@ -583,6 +583,13 @@ impl Disk for HostDisk {
         lease.map_or(LockStanding::Unwatched, |lease| lease.standing())
     }
 
+    fn wait_for_locks(&self) {
+        if let Some(lease) = &self.lease {
+            // Whoever asks afterwards hears of a loss.
+            let _ = lease.require();
+        }
+    }
+
     fn doubt_locks(&self) {
         self.lease.as_ref().map(|lease| lease.doubt());
     }

@@ -311,6 +311,9 @@ pub trait Disk: Send + Sync + 'static {
         LockStanding::Unwatched
     }
 
+    /// Blocks as long as it is in doubt whether the locks are there.
+    fn wait_for_locks(&self) {}
+
     /// Has the locks looked at before anything else is begun, if somebody looks after them.
     fn doubt_locks(&self) {}
 

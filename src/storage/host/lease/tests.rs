@@ -176,6 +176,35 @@ fn what_is_in_doubt_waits_and_is_done_when_the_lock_is_found() {
     }
 }
 
+/// What is no part of the files is changed only by who knows that the lock is there.
+#[test]
+fn who_waits_for_the_lock_hears_when_it_is_decided() {
+    for is_lost in [false, true] {
+        let rig = rig(Aio::Psync);
+        rig.disk.wait_for_locks();
+        rig.lease.begin_watch();
+        rig.disk.wait_for_locks();
+        rig.lease.doubt();
+        thread::scope(|scope| {
+            let waiting = scope.spawn(|| {
+                rig.disk.wait_for_locks();
+                rig.disk.lock_standing()
+            });
+            thread::sleep(Duration::from_millis(100));
+            assert!(!waiting.is_finished());
+            assert!(match is_lost {
+                true => rig.lease.lose(),
+                false => rig.lease.affirm(1),
+            });
+            let expected = match is_lost {
+                true => LockStanding::Lost,
+                false => LockStanding::Held,
+            };
+            assert_eq!(waiting.join().unwrap(), expected);
+        });
+    }
+}
+
 /// What the watch is there for.
 #[test]
 fn without_a_watch_everything_is_written() {
