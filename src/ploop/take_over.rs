@@ -527,6 +527,10 @@ impl<D: Disk> Engine<D> {
     /// remember.
     pub(super) fn end_switch(&self) {
         let mut beginning = self.beginning();
+        if self.has_lost_lock() {
+            self.unsettle_after_loss();
+            return self.switching.store(false, Ordering::Release);
+        }
         let opening = self.name_opening();
         *beginning = Beginning::Begun(opening);
         preempt::point("named");
@@ -543,6 +547,15 @@ impl<D: Disk> Engine<D> {
             self.remembered.store(None);
         }
         self.switching.store(false, Ordering::Release);
+    }
+
+    /// The lock was lost before the image was closed. The disk has everything, but others may have
+    /// it by now: whoever goes on with the memory has to find the name of this opening, which
+    /// stays, and the mark, as after a kill.
+    pub(super) fn unsettle_after_loss(&self) {
+        if let Some(remembered) = &*self.remembered.load() {
+            remembered.unsettle(!self.is_covered());
+        }
     }
 
     fn rebind(&self, remembered: &Remembered, opening: u64) -> io::Result<()> {

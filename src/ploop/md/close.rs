@@ -44,6 +44,17 @@ impl<D: Disk> MdWriter<D> {
         if self.is_top_closed {
             return Ok(());
         }
+        let marked = self.mark_file(is_passed);
+        if marked.is_err() && engine.has_lost_lock() {
+            engine.unsettle_after_loss();
+        }
+        marked
+    }
+
+    /// The last steps of that, when the memory that outlives the process says that the disk has
+    /// everything.
+    fn mark_file(&mut self, is_passed: bool) -> Result<(), EngineError> {
+        let engine = self.engine.clone();
         let Some(metadata) = &mut self.metadata else {
             engine.forget_opening();
             return Ok(());

@@ -552,6 +552,43 @@ fn close_by_hand(disk: &SimDisk) {
     disk.write_all_at(FileId(0), &[0; 4], IN_USE).unwrap();
 }
 
+/// Nothing can be written any more, and the memory said already that the disk has everything.
+fn lose_lock_while_closing(mortal: &Mortal) {
+    mortal.rig.write(0, &[7; SECTOR]).unwrap();
+    mortal.rig.flush().unwrap();
+    let top = FileId(0);
+    let name = mortal.rig.disk.opening(top).unwrap();
+    mortal.rig.engine.begin_switch();
+    mortal.rig.engine.lose_lock();
+    mortal.rig.engine.end_switch();
+    mortal.rig.engine.lose_lock();
+    assert_eq!(mortal.rig.disk.opening(top).unwrap(), name);
+}
+
+#[test]
+fn who_had_flushed_goes_on_though_the_lock_was_lost_while_the_image_was_closed() {
+    let mortal = Mortal::single();
+    lose_lock_while_closing(&mortal);
+    let mortal = mortal.die_and_rise();
+    assert_eq!(mortal.rig.read(0, SECTOR), [7; SECTOR]);
+    mortal.rig.write(0, &[8; SECTOR]).unwrap();
+    mortal.rig.flush().unwrap();
+}
+
+#[test]
+fn who_has_lost_the_lock_while_the_image_was_closed_is_refused_if_another_had_it() {
+    let mortal = Mortal::single();
+    lose_lock_while_closing(&mortal);
+    let (rig, memory) = mortal.die();
+    rig.engine.begin();
+    rig.write(0, &[9; SECTOR]).unwrap();
+    rig.control(Control::Close).unwrap();
+    let disk = kill(rig);
+    let rig = Rig::open_chain(&disk, vec![Level::Ploop], awaiting());
+    let refused = rig.engine.take_over(memory).unwrap_err();
+    assert!(matches!(refused, TakeOverError::Changed), "{refused}");
+}
+
 #[test]
 fn who_was_refused_is_refused_by_the_next_process_too() {
     for serves_another in [false, true] {
