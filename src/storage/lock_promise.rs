@@ -30,6 +30,10 @@ const GLUSTER: &str = "fuse.glusterfs";
 /// go when the server is started anew and this host does not reclaim them in time.
 const OLD_NFS: &str = "nfs";
 
+/// Types of mounts of which Linux answers itself whether this host has a lock: what a server has
+/// made of it is never heard. So it does for every NFS, but from version 4 on I/O fails.
+const ANSWERED_HERE: [&str; 5] = [OLD_NFS, "cifs", "smb3", "smbfs", "9p"];
+
 /// Says in the log, if it is so, that the file system of an image may let a host write for a
 /// moment that has lost its lock. Needs `/proc` and the root of the mount.
 pub fn warn_of_late_refusal(file: &File, path: &Path) {
@@ -38,28 +42,38 @@ pub fn warn_of_late_refusal(file: &File, path: &Path) {
     }
     let mount = mount_of(file);
     let kind = mount.as_ref().map_or("unknown", |mount| &mount.kind);
-    if REFUSE.contains(&kind) {
-        return;
-    }
     let strict = mount.as_ref().filter(|_| kind == GLUSTER);
     let strict = strict.and_then(|mount| has_strict_locks(&mount.point));
-    let path = path.display();
-    match strict {
-        Some(true) => {}
-        None if kind == OLD_NFS => log::warn!(
-            "{path}: NFS before version 4 lets a host write that has lost its lock, as when the \
-             server was started anew while the host was cut off, until it notices that, a \
-             second later. Mount it with 'vers=4'"
+    if let Some(warning) = warning(kind, strict) {
+        log::warn!("{}: {warning}", path.display());
+    }
+}
+
+/// `is_strict` is what is known of a GlusterFS volume.
+fn warning(kind: &str, is_strict: Option<bool>) -> Option<String> {
+    match is_strict {
+        Some(true) => None,
+        None if REFUSE.contains(&kind) => None,
+        None if kind == OLD_NFS => Some(
+            "NFS before version 4 lets a host write that has lost its lock, as when the server was \
+             started anew while the host was cut off, and the host does not notice that. Mount it \
+             with 'vers=4'"
+                .to_owned(),
         ),
-        Some(false) => log::warn!(
-            "{path}: this GlusterFS volume lets a host write that has lost its lock, until it \
-             notices that, a second later. 'gluster volume set VOLUME client.strict-locks on' \
-             prevents it"
+        None if ANSWERED_HERE.contains(&kind) => Some(format!(
+            "with this file system (type {kind}) a host does not notice that it has lost its lock \
+             unless I/O fails, and whether the server has what such a host writes fail is not \
+             known: let no other host use the image"
+        )),
+        Some(false) => Some(
+            "this GlusterFS volume lets a host write that has lost its lock, until it notices \
+             that, a second later. 'gluster volume set VOLUME client.strict-locks on' prevents it"
+                .to_owned(),
         ),
-        None => log::warn!(
-            "{path}: whether this file system (type {kind}) refuses what a host writes that has \
-             lost its lock is not known; if not, it can write for a second until it notices"
-        ),
+        None => Some(format!(
+            "whether this file system (type {kind}) refuses what a host writes that has lost its \
+             lock is not known; if not, it can write for a second until it notices"
+        )),
     }
 }
 
@@ -119,6 +133,23 @@ mod tests {
         let part = line.replace(" / /mnt", " /part /mnt");
         assert!(parse_mount(&part, "0:53").is_none());
         assert!(parse_mount("nonsense", "0:53").is_none());
+    }
+
+    #[test]
+    fn a_time_is_promised_only_where_a_loss_is_noticed() {
+        let said = |kind, is_strict| warning(kind, is_strict).unwrap_or_default();
+        let in_a_second = "a second";
+        for kind in ANSWERED_HERE {
+            let warning = said(kind, None);
+            assert!(!warning.contains(in_a_second), "{warning}");
+            assert!(warning.contains("does not notice"), "{warning}");
+        }
+        for (kind, is_strict) in [(GLUSTER, Some(false)), (GLUSTER, None), ("fuse", None)] {
+            let warning = said(kind, is_strict);
+            assert!(warning.contains(in_a_second), "{warning}");
+        }
+        assert_eq!(said("nfs4", None), "");
+        assert_eq!(said(GLUSTER, Some(true)), "");
     }
 
     #[test]
