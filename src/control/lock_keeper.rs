@@ -17,12 +17,12 @@ use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
 use std::sync::{Arc, Weak};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use crate::format;
 use crate::notices::{Notice, Notices};
 use crate::ploop::Engine;
-use crate::storage::{HostDisk, LockWatch, Look, LookFor, WatchError};
+use crate::storage::{HostDisk, LockWatch, Look, LookFor, Moment, WatchError};
 use crate::threads::{self, Role};
 
 /// How long after a loss it is looked once more what guests were told meanwhile.
@@ -78,6 +78,7 @@ impl LockKeeper {
             waits,
             is_noted: Cell::new(false),
             was_slow: Cell::new(false),
+            last: Cell::new(Moment::now()),
         };
         threads::start(Role::LockWatch, "lock", move || timekeeper.work())?;
         Ok(Some(keeper))
@@ -149,6 +150,8 @@ struct Timekeeper {
     is_noted: Cell<bool>,
     /// The last look was.
     was_slow: Cell<bool>,
+    /// When it began.
+    last: Cell<Moment>,
 }
 
 impl Timekeeper {
@@ -219,7 +222,7 @@ impl Timekeeper {
             "{}: the lock on the image may be lost ({why}); requests wait until that is known",
             path.display()
         );
-        let start = Instant::now();
+        let start = Moment::now();
         loop {
             let LookFor::Doubts(doubts) = self.watch.wait_for_look_within(PAUSE) else {
                 return Confirmed::End;
@@ -254,15 +257,28 @@ impl Timekeeper {
 
     /// Waits until a look is due.
     fn wait_for_look(&self) -> LookFor {
-        match self.was_slow.get() {
+        let look_for = match self.was_slow.get() {
             true => self.watch.wait_for_look_within(Duration::ZERO),
             false => self.watch.wait_for_look(),
+        };
+        let time = self.last.get().elapsed();
+        if look_for == LookFor::End || self.watch.is_in_doubt() || !self.watch.is_overdue(time) {
+            return look_for;
         }
+        // Others had all that time.
+        self.doubt();
+        log::warn!(
+            "this machine, or this process, has stood still: {} s have passed since it was looked \
+             whether the lock on the image is there; requests wait until that is known",
+            time.as_secs()
+        );
+        self.watch.wait_for_look_within(Duration::ZERO)
     }
 
     /// Has the other thread look. `None` if it has ended.
     fn look(&self, ask: Ask) -> Option<Look> {
-        let start = Instant::now();
+        let start = Moment::now();
+        self.last.set(start);
         self.ask.send(ask).ok()?;
         let mut is_late = false;
         let look = loop {

@@ -44,7 +44,7 @@ use crate::notices::Notices;
 use crate::threads;
 
 pub use self::lease::LookFor;
-pub use self::lock_watch::{LockWatch, Look, NotOpenable, SeesMark, WatchError};
+pub use self::lock_watch::{LockWatch, Look, Moment, NotOpenable, SeesMark, WatchError};
 pub use self::rings::start_maker;
 pub use self::watch::FileWatch;
 

@@ -27,7 +27,7 @@ use rustix::io::Errno;
 
 pub use host::{
     Aio, Cache, FileWatch, HostDisk, HostFile, HostIo, HostOptions, KnownFile, LockWatch, Look,
-    LookFor, NewTop, NotOpenable, SeesMark, WatchError, start_maker,
+    LookFor, Moment, NewTop, NotOpenable, SeesMark, WatchError, start_maker,
 };
 pub use limits::ease_limits;
 pub use segments::{AlignedBuf, Buffer, Segment, Segments};

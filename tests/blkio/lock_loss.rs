@@ -5,6 +5,7 @@
 use std::thread;
 use std::time::{Duration, Instant};
 
+use rustix::process::Signal;
 use serde_json::json;
 use tempfile::TempDir;
 
@@ -212,6 +213,27 @@ fn requests_go_on_though_each_look_is_late() {
     disk.fs.delay_looks(Duration::ZERO);
     assert_eq!(flush(&mut host.client.lanes[0]), 0);
     assert_eq!(read(&mut host.client.lanes[0], MAPPED), [3; 4096]);
+    drop(host.client);
+    host.backend.stop();
+    drop(host.place);
+}
+
+/// Others had all that time.
+#[test]
+fn who_has_stood_still_begins_nothing_before_the_lock_was_found() {
+    let Some(disk) = Disk::new() else {
+        return;
+    };
+    let mut host = Host::start(&disk, &WAYS[0]);
+    assert_eq!(write(&mut host.client.lanes[0], MAPPED, 1), 0);
+    host.backend.signal(Signal::STOP);
+    thread::sleep(Duration::from_secs(6));
+    host.backend.signal(Signal::CONT);
+    host.backend.expect_to_say("has stood still");
+    host.backend.expect_to_say("requests go on");
+    assert_eq!(host.lock(), "held");
+    assert_eq!(write(&mut host.client.lanes[0], MAPPED, 2), 0);
+    assert_eq!(flush(&mut host.client.lanes[0]), 0);
     drop(host.client);
     host.backend.stop();
     drop(host.place);

@@ -374,6 +374,32 @@ fn a_lock_that_was_taken_again_too_late_does_not_show_that_nobody_else_has_had_i
     }
 }
 
+/// The clock of a machine can stand still while other hosts go on.
+#[test]
+fn a_lock_that_was_taken_again_in_time_does_not_count_if_the_image_was_opened_meanwhile() {
+    let Some(disk) = named_disk() else {
+        return;
+    };
+    let place = Place::new(&disk.fs.path(IMAGE), &WAYS[0]);
+    let backend = place.serve();
+    let mut front_end = begin(&backend).0;
+    write(&mut front_end, MAPPED, 1);
+    disk.fs.hold_next_lock();
+    let start = Instant::now();
+    while !disk.fs.holds_lock() {
+        assert!(start.elapsed() < PATIENCE, "{}", backend.log());
+        thread::sleep(Duration::from_millis(10));
+    }
+    disk.fs.take_locks(Loss::Silent);
+    let opening = 7_u64.to_le_bytes();
+    let none = rustix::fs::XattrFlags::empty();
+    rustix::fs::setxattr(disk.fs.path(IMAGE), "user.ploop.opening", &opening, none).unwrap();
+    disk.fs.let_lock_go();
+    backend.expect_to_say(LOST);
+    drop(front_end);
+    backend.stop_after_loss();
+}
+
 /// I/O by what had the lock fails for good, and the files can be opened anew where they are.
 #[test]
 fn a_guest_goes_on_when_its_lock_was_taken_away_and_nobody_else_came() {

@@ -26,7 +26,7 @@ use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use rustix::fs::Statx;
 use rustix::io::Errno;
@@ -54,6 +54,33 @@ const PATIENCE_IN_DOUBT: Duration = PATIENCE.saturating_add(INTERVAL);
 
 /// How much is read by a description with the lock, in bytes.
 const READ_LEN: usize = 4096;
+
+/// A moment of a clock that also goes on while the machine sleeps, as servers and other hosts do.
+#[derive(Clone, Copy, Debug)]
+pub struct Moment(Duration);
+
+impl Moment {
+    /// Now.
+    pub fn now() -> Self {
+        let mut time = libc::timespec {
+            tv_sec: 0,
+            tv_nsec: 0,
+        };
+        // Not rustix's, which may have to read for that what the sandbox hides.
+        // SAFETY: the memory is there to be written to. It fails for a clock that is not there.
+        unsafe { libc::clock_gettime(libc::CLOCK_BOOTTIME, &raw mut time) };
+        let (seconds, nanos) = (u64::try_from(time.tv_sec), u32::try_from(time.tv_nsec));
+        Self(Duration::new(
+            seconds.unwrap_or_default(),
+            nanos.unwrap_or_default(),
+        ))
+    }
+
+    /// Since then.
+    pub fn elapsed(self) -> Duration {
+        Self::now().0.saturating_sub(self.0)
+    }
+}
 
 /// Why locks cannot be looked after.
 #[derive(Debug, Error)]
@@ -188,6 +215,8 @@ impl Stamp {
 /// Whether the beginning of a file says that somebody has opened it and has not closed it.
 pub type SeesMark = fn(&[u8]) -> bool;
 
+const OPENED: &str = "another process has had the image meanwhile";
+
 /// What is odd about a lock.
 enum Odd {
     /// No such lock is seen.
@@ -253,6 +282,12 @@ impl LockWatch {
         }
     }
 
+    /// Whether so much time has passed since the last look began that nothing may be begun before
+    /// the next one has an answer.
+    pub fn is_overdue(&self, since_look: Duration) -> bool {
+        since_look > PATIENCE_IN_DOUBT + INTERVAL
+    }
+
     /// Whether after a look that took so long the next one has to begin at once.
     pub fn is_slow(&self, look: Duration) -> bool {
         look > PATIENCE
@@ -298,7 +333,7 @@ impl LockWatch {
 
     /// Looks at each file. May take for ever.
     pub fn look(&self) -> Look {
-        let start = Instant::now();
+        let start = Moment::now();
         match self.look_by(Looked::look) {
             Look::Held => self.renew(start),
             look => look,
@@ -307,7 +342,7 @@ impl LockWatch {
 
     /// Takes the locks once more, as far as there is time for that: later, somebody else may have
     /// got them since the look began.
-    fn renew(&self, start: Instant) -> Look {
+    fn renew(&self, start: Moment) -> Look {
         let first = self.next.load(Relaxed);
         let count = self.files.len();
         for at in (first..first + count).map(|at| at % count) {
@@ -422,7 +457,7 @@ impl Looked {
     /// Takes a lock once more that was seen by a look that began then, if there is time for that:
     /// later, somebody else may have got it since. One that this is refused for is not on all
     /// servers that it was on, though it shows, and what is written with it would not be either.
-    fn keep(&self, lease: &Lease, start: Instant) -> Result<(), Odd> {
+    fn keep(&self, lease: &Lease, start: Moment) -> Result<(), Odd> {
         if !self.is_renewed || self.other.is_none() || start.elapsed() >= PATIENCE / 2 {
             return Ok(());
         }
@@ -432,8 +467,20 @@ impl Looked {
         if was_late || start.elapsed() > PATIENCE {
             return renewed.and(Err(Odd::Late));
         }
+        if renewed.is_ok() && !self.is_named_as_before()? {
+            // It stays late: the time was not what it seemed to be.
+            return Err(Odd::Taken(OPENED.to_owned()));
+        }
         self.is_late.store(false, Relaxed);
         renewed
+    }
+
+    /// As far as it has a name.
+    fn is_named_as_before(&self) -> Result<bool, Odd> {
+        match self.proof {
+            Proof::Name { .. } => self.file.is_still_named().map_err(Odd::of),
+            Proof::None | Proof::Stamp(_) => Ok(true),
+        }
     }
 
     /// Whether the lock is there, or can be taken again as if it had been.
@@ -445,7 +492,7 @@ impl Looked {
     }
 
     fn confirm_where_it_was(&self, lease: &Lease) -> Result<(), Odd> {
-        let start = Instant::now();
+        let start = Moment::now();
         self.read().map_err(Odd::of)?;
         let is_seen = self.is_seen(lease)?;
         if is_seen && !self.is_late.load(Relaxed) {
@@ -482,9 +529,7 @@ impl Looked {
         })?;
         match self.is_untouched().map_err(Odd::of)? {
             true => Ok(()),
-            false => Err(Odd::Taken(
-                "another process has had the image meanwhile".to_owned(),
-            )),
+            false => Err(Odd::Taken(OPENED.to_owned())),
         }
     }
 
