@@ -43,6 +43,8 @@ const AT_NOTE: usize = 8;
 /// Stable writes that have failed, of which it is not known yet whether it was the
 /// write or the sync.
 const AT_DOUBTS: usize = 9;
+/// The size of the disk that the guest may know, in sectors.
+const AT_SIZE: usize = 10;
 /// The first entry.
 const AT_FIRST: usize = 512;
 
@@ -187,6 +189,18 @@ impl Remembered {
                 .map_or(0, |word| word.load(Ordering::Acquire))
         };
         get(AT_MAGIC) == MAGIC && get(AT_VERSION) == VERSION && get(AT_FLAGS) & SETTLED != 0
+    }
+
+    /// The size of the disk in such memory, in sectors; zero if it is not known.
+    pub fn size_in(words: &SharedWords) -> u64 {
+        words
+            .word(AT_SIZE)
+            .map_or(0, |word| word.load(Ordering::Acquire))
+    }
+
+    /// The guest may know from now on that the disk has this size, in sectors.
+    pub fn set_size(&self, sectors: u64) {
+        self.set(AT_SIZE, sectors);
     }
 
     /// The note of such memory.

@@ -43,6 +43,14 @@ pub enum TakeOverError {
     /// Somebody has opened the image for writing since, or it cannot be known.
     #[error("somebody else has opened the image for writing in the meantime")]
     Changed,
+    /// The guest knows of a larger disk.
+    #[error("the disk had {was} bytes when the guest was served last, and has {now} now")]
+    Smaller {
+        /// Its size then, in bytes.
+        was: u64,
+        /// And now.
+        now: u64,
+    },
     /// Requests may have been served without it.
     #[error("this process has served the image without the memory that came back")]
     Begun,
@@ -158,6 +166,10 @@ impl<D: Disk> Engine<D> {
             log::error!("a larger disk cannot be remembered: {error}");
         }
         *now = *geometry;
+        // First: the guest hears of it afterwards.
+        if let Some(remembered) = &*self.remembered.load() {
+            remembered.set_size(geometry.disk_size.0);
+        }
         self.tracking.reach(geometry.disk_size.bytes());
         self.set_disk_size(geometry.disk_size);
     }
@@ -278,6 +290,7 @@ impl<D: Disk> Engine<D> {
     }
 
     fn remember(&self, remembered: Arc<Remembered>) {
+        remembered.set_size(self.disk_size().0);
         if self.is_read_only() {
             remembered.set_read_only();
         }
@@ -396,6 +409,7 @@ impl<D: Disk> Engine<D> {
             // This very process was never gone.
             return Ok(());
         }
+        self.require_size(&words)?;
         let found = match words.map_again() {
             Ok(again) => match Remembered::found(words, &self.identity()) {
                 Err(TakeOverError::OtherImage) if Remembered::is_settled_in(&again) => {
@@ -444,6 +458,7 @@ impl<D: Disk> Engine<D> {
             // One that has failed before this.
             found.set_sync_failed();
         }
+        found.set_size(self.disk_size().0);
         self.remembered.store(Some(Arc::new(found)));
         *beginning = Beginning::Begun(opening);
         self.apply(adoption);
@@ -458,6 +473,7 @@ impl<D: Disk> Engine<D> {
     /// # Errors
     /// [`TakeOverError::Io`].
     pub fn take_back(&self, words: SharedWords) -> Result<(), TakeOverError> {
+        self.require_size(&words)?;
         let again = words.map_again().map_err(|source| TakeOverError::Io {
             what: "map the memory that came back",
             source,
@@ -469,6 +485,19 @@ impl<D: Disk> Engine<D> {
                 self.take_over_settled(found, &mut self.beginning())
             }
             Err(_) => self.take_over_changed(again),
+        }
+    }
+
+    /// A front-end that connects again does not ask for the size, so the guest would find an end
+    /// where it knows of none.
+    fn require_size(&self, words: &SharedWords) -> Result<(), TakeOverError> {
+        let (was, now) = (Remembered::size_in(words), self.disk_size());
+        match was > now.0 {
+            true => Err(TakeOverError::Smaller {
+                was: was.saturating_mul(crate::format::SECTOR_SIZE),
+                now: now.bytes(),
+            }),
+            false => Ok(()),
         }
     }
 

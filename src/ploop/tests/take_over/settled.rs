@@ -30,6 +30,35 @@ fn after_a_clean_end_there_is_nothing_to_take_over() {
     });
 }
 
+/// It would find an end where it knows of none.
+#[test]
+fn who_knows_of_a_larger_disk_does_not_go_on() {
+    use std::sync::atomic::Ordering::Relaxed;
+    const SIZE: usize = 10;
+    let mortal = Mortal::single();
+    mortal.rig.write(0, &[7; SECTOR]).unwrap();
+    let size = mortal.rig.engine.disk_size().0;
+    let known = || mortal.memory.word(SIZE).unwrap();
+    assert_eq!(known().load(Relaxed), size);
+    mortal.rig.control(Control::Close).unwrap();
+    known().store(size + 1, Relaxed);
+    let (rig, memory) = mortal.die();
+    let refused = rig.engine.take_over(again(&memory)).unwrap_err();
+    assert!(
+        matches!(refused, TakeOverError::Smaller { .. }),
+        "{refused}"
+    );
+    let refused = rig.engine.take_back(again(&memory)).unwrap_err();
+    assert!(
+        matches!(refused, TakeOverError::Smaller { .. }),
+        "{refused}"
+    );
+    // A larger one is served.
+    memory.word(SIZE).unwrap().store(size - 1, Relaxed);
+    rig.engine.take_over(again(&memory)).unwrap();
+    assert_eq!(memory.word(SIZE).unwrap().load(Relaxed), size);
+}
+
 #[test]
 fn a_clean_end_is_one_though_the_image_has_another_shape_since() {
     use std::sync::atomic::Ordering::Relaxed;
