@@ -383,9 +383,18 @@ impl MainLoop<'_> {
 
     fn serve_client(&mut self, fd: RawFd, ops: &mut EventOps) -> Result<(), event_manager::Error> {
         match self.desk.monitor.serve(fd, &*self.served, ops)? {
-            Some((client, wish)) => self.grant(client, wish, ops),
+            Some((client, wish)) => self.at_its_cost(client, |this| this.grant(client, wish, ops)),
             None => Ok(()),
         }
+    }
+
+    /// Does what a client has asked for, outside its turn.
+    fn at_its_cost<T>(&mut self, client: ClientId, act: impl FnOnce(&mut Self) -> T) -> T {
+        let before = threads::processor_time();
+        let done = act(self);
+        let cost = threads::processor_time().saturating_sub(before);
+        self.desk.monitor.charge(client, cost);
+        done
     }
 
     /// Grants a client's wish.
@@ -496,8 +505,10 @@ impl MainLoop<'_> {
         };
         let (client, question) = self.questions.swap_remove(at);
         ops.remove(answer_events(&question))?;
-        let answer = question.answer().map_err(Failure::generic);
-        self.desk.monitor.answer(client, answer, ops)
+        self.at_its_cost(client, |this| {
+            let answer = question.answer().map_err(Failure::generic);
+            this.desk.monitor.answer(client, answer, ops)
+        })
     }
 
     /// Nobody waits for the answers any more.

@@ -6,6 +6,7 @@
 //! while it rests nothing.
 
 use std::collections::VecDeque;
+use std::mem;
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
@@ -71,6 +72,8 @@ pub(in crate::control) struct Client {
     heard_at: Instant,
     /// Since when it has read nothing though there is something.
     stalled_since: Option<Instant>,
+    /// Processor time that was taken for it since its last turn.
+    debt: Duration,
     /// When it has its next turn, if it has to wait for that.
     rests_until: Option<Instant>,
     /// It sends no more.
@@ -90,6 +93,7 @@ impl Client {
             output: VecDeque::new(),
             heard_at: Instant::now(),
             stalled_since: None,
+            debt: Duration::ZERO,
             rests_until: None,
             has_ended: false,
         };
@@ -173,6 +177,16 @@ impl Client {
     pub fn until(&self) -> Option<Instant> {
         let since = self.stalled_since.filter(|_| self.rests_until.is_none())?;
         Some(since + PATIENCE)
+    }
+
+    /// Something was done for it outside its turns, at this cost of the processor.
+    pub fn owe(&mut self, cost: Duration) {
+        self.debt += cost;
+    }
+
+    /// What it [owes](Self::owe), which is to be counted now.
+    pub fn take_debt(&mut self) -> Duration {
+        mem::take(&mut self.debt)
     }
 
     /// It has no turn until then, and the main loop waits for nothing of it: where nothing is

@@ -127,7 +127,7 @@ impl Monitor {
             true => client.serve(subject),
             false => (Stay::Goes, Wish::Nothing),
         };
-        let cost = processor_time().saturating_sub(before);
+        let cost = processor_time().saturating_sub(before) + client.take_debt();
         let rests_until = self.allowance.charge(cost, resting, Instant::now());
         let id = client.id();
         match (stay, rests_until) {
@@ -138,6 +138,14 @@ impl Monitor {
             _ => self.go_on(at, stay, ops)?,
         }
         Ok((wish != Wish::Nothing).then_some((id, wish)))
+    }
+
+    /// What was done for this client since its last turn has cost so much of the processor,
+    /// which counts when it has the next one.
+    pub fn charge(&mut self, id: ClientId, cost: Duration) {
+        if let Some(client) = self.clients.iter_mut().find(|client| client.id() == id) {
+            client.owe(cost);
+        }
     }
 
     /// Answers the command of this client that waits for it, if the client is still there.
