@@ -26,8 +26,9 @@
 //! are held, or for a top that is none any more.
 
 use std::collections::VecDeque;
-use std::convert::Infallible;
 use std::time::Duration;
+
+use rustix::io::Errno;
 
 use super::EngineError;
 use super::control::{Control, Outcome};
@@ -43,6 +44,9 @@ use crate::storage::{Disk, FileId};
 /// Entries that are looked at in a step.
 const SCAN_AT_ONCE: u32 = 1 << 20;
 
+/// Questions to the host in a step, where the base has data: each may go to a server.
+const QUESTIONS_AT_ONCE: u32 = 16;
+
 /// See the module's text. Dropped, it is given up: copies that were made stay.
 pub struct CopyUp {
     /// Up to the one below the top.
@@ -57,6 +61,12 @@ pub struct CopyUp {
 }
 
 enum Stage {
+    /// What is zeros in the base is found, so that it is neither copied nor counted.
+    Looking {
+        /// Where to look on.
+        next: u32,
+        data: KnownData,
+    },
     Copying {
         /// Where to look on.
         next: u32,
@@ -84,8 +94,7 @@ pub enum CopyUpStep {
 }
 
 impl CopyUp {
-    /// For the level below the top, or for all below it down to this one. Asks the host where the
-    /// base has data, if that is one of them.
+    /// For the level below the top, or for all below it down to this one.
     ///
     /// # Errors
     /// There is none, or nothing can be written.
@@ -96,18 +105,31 @@ impl CopyUp {
         let top = engine.top();
         let below = engine.levels.below(top).ok_or(EngineError::NoLevelBelow)?;
         let lowest = lowest.unwrap_or(below);
-        if engine.is_base(lowest) {
-            engine.forget_holes(lowest);
-        }
-        let levels = Needless::new(lowest, top);
-        let total = levels.count(engine);
-        Ok(Self {
-            levels,
+        let mut copies = Self {
+            levels: Needless::new(lowest, top),
             top,
-            stage: Stage::begin(),
-            total,
-            left: total,
-        })
+            stage: Stage::Looking {
+                next: 0,
+                data: KnownData::default(),
+            },
+            total: 0,
+            left: 0,
+        };
+        if !engine.is_base(lowest) {
+            copies.begin_copying(engine);
+        }
+        Ok(copies)
+    }
+
+    fn begin_copying<D: Disk>(&mut self, engine: &Engine<D>) {
+        self.total = self.levels.count(engine);
+        self.left = self.total;
+        self.stage = Stage::begin();
+    }
+
+    /// Whether it is not known yet what there is to be copied, so that nothing is.
+    pub fn is_looking(&self) -> bool {
+        matches!(self.stage, Stage::Looking { .. })
     }
 
     /// How many clusters have to be copied yet, counted anew: the guest has copied some of them,
@@ -140,7 +162,7 @@ impl CopyUp {
     pub fn under_way(&self) -> usize {
         match &self.stage {
             Stage::Copying { under_way, .. } => under_way.len(),
-            Stage::Settling(_) | Stage::Ready => 0,
+            Stage::Looking { .. } | Stage::Settling(_) | Stage::Ready => 0,
         }
     }
 
@@ -149,7 +171,7 @@ impl CopyUp {
         let first = match &self.stage {
             Stage::Copying { under_way, .. } => under_way.front(),
             Stage::Settling(outcome) => Some(outcome),
-            Stage::Ready => None,
+            Stage::Looking { .. } | Stage::Ready => None,
         };
         if let Some(outcome) = first {
             let _ = outcome.wait_for(at_most);
@@ -163,7 +185,7 @@ impl CopyUp {
                 let _ = outcome.wait();
             }),
             Stage::Settling(outcome) => drop(outcome.wait()),
-            Stage::Ready => {}
+            Stage::Looking { .. } | Stage::Ready => {}
         }
     }
 
@@ -182,7 +204,15 @@ impl CopyUp {
         if engine.top() != self.top {
             return Err(EngineError::TopChanged);
         }
-        match &self.stage {
+        match &mut self.stage {
+            Stage::Looking { next, data } => {
+                let base = self.levels.lowest();
+                *next = engine.forget_holes(base, *next, data)?;
+                if *next >= engine.bat.len() {
+                    self.begin_copying(engine);
+                }
+                Ok(CopyUpStep::On)
+            }
             Stage::Copying { .. } => self.copy(engine, at_most),
             Stage::Settling(outcome) => match outcome.get() {
                 None => Ok(CopyUpStep::Waits),
@@ -300,11 +330,26 @@ impl<D: Disk> Engine<D> {
         self.levels.below(level).is_none() || !rule::kept(Rule::ZerosHideBelow)
     }
 
-    /// What of the base has no data is a hole of the map from now on.
-    fn forget_holes(&self, base: FileId) {
+    /// What of the base has no data is a hole of the map from now on, from this entry up to the
+    /// one that is returned.
+    ///
+    /// # Errors
+    /// The host does not say where there is data.
+    fn forget_holes(
+        &self,
+        base: FileId,
+        from: u32,
+        data: &mut KnownData,
+    ) -> Result<u32, EngineError> {
         let (level, grid) = (self.level(base), self.grid());
-        let mut data = KnownData::default();
-        for (cluster, entry) in (0..).map(GuestCluster).zip(self.bat.iter()) {
+        let mut questions = 0;
+        let mut next_entry = from;
+        for entry in self.bat.range(from..from.saturating_add(SCAN_AT_ONCE)) {
+            if questions >= QUESTIONS_AT_ONCE {
+                break;
+            }
+            let cluster = GuestCluster(next_entry);
+            next_entry += 1;
             let Place::In(file, host) = entry.place() else {
                 continue;
             };
@@ -313,16 +358,21 @@ impl<D: Disk> Engine<D> {
                 continue;
             }
             let start = level.offset(host);
-            // If the host does not say, all is data.
-            let all = Some(start..u64::MAX);
-            let look = |at| Ok::<_, Infallible>(self.disk.next_data(base, at).unwrap_or(all));
-            let Ok(next) = data.find(start, look);
+            let look = |at| {
+                questions += 1;
+                self.disk.next_data(base, at)
+            };
+            let next = data.find(start, look).map_err(|error| {
+                log::error!("cannot find out where the base of the disk has data: {error}");
+                EngineError::Io(Errno::from_io_error(&error).unwrap_or(Errno::IO))
+            })?;
             let valid = level.valid_bytes(grid.cluster_start(cluster), grid.cluster().bytes());
             if next.is_none_or(|next| next >= start + valid) {
                 // Unless the guest comes first.
                 let _ = self.bat.replace(cluster, entry, Entry::HOLE.after(entry));
             }
         }
+        Ok(next_entry)
     }
 
     /// Has a cluster of `level` copied into the top, unless it is there or gets there before.

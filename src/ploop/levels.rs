@@ -212,6 +212,11 @@ impl Needless {
         Self { lowest, above }
     }
 
+    /// The lowest of them.
+    pub(super) fn lowest(self) -> FileId {
+        self.lowest
+    }
+
     /// The one of them that has such a cluster, if any has.
     pub(super) fn level_of(self, place: Place) -> Option<FileId> {
         match place {

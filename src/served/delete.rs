@@ -218,7 +218,12 @@ fn copy(site: &mut Site<'_, HostDisk>, range: Range, mut copies: CopyUp, limit: 
     let engine = site.engine;
     let start = Instant::now();
     let (before, _) = copies.progress();
+    let was_looking = copies.is_looking();
     let refusal = loop {
+        if was_looking && !copies.is_looking() {
+            // Whether there is space for it comes first.
+            break None;
+        }
         let left = limit.saturating_sub(copies.progress().0 - before);
         let took = start.elapsed();
         let begins = left > 0 && took < STEP;
@@ -349,7 +354,9 @@ fn limit_of(site: &Site<'_, HostDisk>) -> u64 {
 /// Whether the host has so much space as what is left to be copied takes.
 fn has_space(engine: &Engine<HostDisk>, stage: &mut Stage) -> bool {
     let (done, total) = match stage {
-        Stage::Copying(..) if engine.may_share_clusters() => return true,
+        Stage::Copying(_, copies) if copies.is_looking() || engine.may_share_clusters() => {
+            return true;
+        }
         Stage::Copying(_, copies) => copies.progress(),
         Stage::Lifting(_, it) => it.lift.progress(),
         Stage::Redirecting(..) | Stage::Begin | Stage::Done => return true,
