@@ -188,7 +188,8 @@ pub fn run(args: &Args, sandbox: &Sandbox) -> Result<(), Error> {
     let mode = OpenMode::new(access)
         .snapshot(args.snapshot)
         .force_share(locks_for_rings)
-        .share_locks(args.take_over.is_some());
+        .share_locks(args.take_over.is_some())
+        .outlasts_the_dead();
     let image = image::open(&args.blk_file, mode)?;
     let image = Image::new(image, !args.is_read_only()).map_err(Error::Setup)?;
     if let Some(limits) = args.throttle {

@@ -44,6 +44,7 @@ pub struct OpenMode {
     force_share: bool,
     shares_locks: bool,
     names_no_holder: bool,
+    outlasts_the_dead: bool,
     to_check: bool,
 }
 
@@ -56,6 +57,7 @@ impl OpenMode {
             force_share: false,
             shares_locks: false,
             names_no_holder: false,
+            outlasts_the_dead: false,
             to_check: false,
         }
     }
@@ -102,6 +104,14 @@ impl OpenMode {
     #[must_use]
     pub const fn names_no_holder(mut self) -> Self {
         self.names_no_holder = true;
+        self
+    }
+
+    /// Waits for what a killed process has left behind, as who starts to serve does for whom a
+    /// guest waits.
+    #[must_use]
+    pub const fn outlasts_the_dead(mut self) -> Self {
+        self.outlasts_the_dead = true;
         self
     }
 
@@ -180,15 +190,13 @@ pub(super) fn look_at<T>(
         let image = open(path, mode)?;
         let known = image.bundle.as_ref();
         let known = known.map(|bundle| (bundle.path().to_owned(), bundle.descriptor().clone()));
-        let error = match look(image) {
-            Err(error) if mode.force_share => error,
-            looked => return looked,
-        };
+        let looked = look(image);
+        // What went well may have gone well with a file that was empty by then.
         let is_changed = known.is_some_and(|(path, known)| {
             Bundle::open(&path).is_ok_and(|bundle| *bundle.descriptor() != known)
         });
-        if !is_changed {
-            return Err(error);
+        if !mode.force_share || !is_changed {
+            return looked;
         }
     }
     look(open(path, mode)?)
@@ -382,7 +390,7 @@ fn lock_within(file: &HostFile, mode: OpenMode, patience: Duration) -> Result<Op
     let names_holder = !mode.names_no_holder && patience == PATIENCE;
     let error = |source| lock_error(file, shareable, names_holder, source);
     let locked = match lock_patiently(&file.file, lock_mode, patience) {
-        Err(held) if names_holder && mode.access == Access::Serve => {
+        Err(held) if names_holder && mode.outlasts_the_dead => {
             outlast_the_dead(file, lock_mode, held)
         }
         locked => locked,

@@ -15,6 +15,8 @@ use crate::ploop::Level;
 pub struct DiskReader<F> {
     /// Base first.
     levels: Vec<ReaderLevel<F>>,
+    /// Of each file that nobody changes, how long it was: it is cut when the level is deleted.
+    lens: Vec<u64>,
     disk_size: Sector,
     /// Of all expandable levels; what a disk without any is looked up in.
     cluster: ClusterSize,
@@ -29,6 +31,15 @@ pub(super) enum ReaderLevel<F> {
         file: F,
         size: Sector,
     },
+}
+
+impl<F: ImageFile> ReaderLevel<F> {
+    fn file(&self) -> &F {
+        match self {
+            Self::Ploop(delta) => delta.file(),
+            Self::Plain { file, .. } => file,
+        }
+    }
 }
 
 /// Part of a disk that lies in one place.
@@ -75,7 +86,7 @@ impl DiskReader<HostImage> {
                 Level::Ploop => ReaderLevel::Ploop(load_readable(file)?),
             });
         }
-        Self::of(levels).ok_or_else(|| ImageError::Unsupported {
+        Self::of(levels)?.ok_or_else(|| ImageError::Unsupported {
             path: image.files[0].path.clone(),
             why: "has no levels".into(),
         })
@@ -90,6 +101,7 @@ impl DiskReader<HostImage> {
         let size = Sector(len.div_ceil(crate::format::SECTOR_SIZE));
         Ok(Self {
             levels: vec![ReaderLevel::Plain { file, size }],
+            lens: Vec::new(),
             disk_size: size,
             cluster: ClusterSize::DEFAULT,
         })
@@ -103,20 +115,42 @@ fn load_readable(file: HostImage) -> Result<Delta<HostImage>> {
 }
 
 impl<F: ImageFile> DiskReader<F> {
-    fn of(levels: Vec<ReaderLevel<F>>) -> Option<Self> {
-        let disk_size = match levels.last()? {
+    fn of(levels: Vec<ReaderLevel<F>>) -> Result<Option<Self>> {
+        let Some((top, below)) = levels.split_last() else {
+            return Ok(None);
+        };
+        let disk_size = match top {
             ReaderLevel::Ploop(delta) => delta.geometry().disk_size,
             ReaderLevel::Plain { size, .. } => *size,
         };
+        let lens = below.iter().map(|level| {
+            let file = level.file();
+            file.file_len().context(file.path(), "get the length")
+        });
+        let lens = lens.collect::<Result<_>>()?;
         let clusters = levels.iter().filter_map(|level| match level {
             ReaderLevel::Ploop(delta) => Some(delta.geometry().cluster),
             ReaderLevel::Plain { .. } => None,
         });
-        Some(Self {
+        Ok(Some(Self {
             cluster: clusters.last().unwrap_or(ClusterSize::DEFAULT),
             levels,
+            lens,
             disk_size,
-        })
+        }))
+    }
+
+    /// That what has just been read of a level was there: one that is deleted meanwhile has no
+    /// data any more, which looks like zeros.
+    fn require_whole(&self, level: usize) -> Result<()> {
+        let Some(len) = self.lens.get(level) else {
+            return Ok(());
+        };
+        let file = self.file(level);
+        match file.file_len().context(file.path(), "get the length")? < *len {
+            true => Err(ImageError::Busy(file.path().to_owned())),
+            false => Ok(()),
+        }
     }
 
     /// Of the guest's disk.
@@ -153,10 +187,7 @@ impl<F: ImageFile> DiskReader<F> {
     }
 
     pub(super) fn file(&self, level: usize) -> &F {
-        match &self.levels[level] {
-            ReaderLevel::Ploop(delta) => delta.file(),
-            ReaderLevel::Plain { file, .. } => file,
-        }
+        self.levels[level].file()
     }
 
     /// Whether a level is a raw image.
@@ -234,6 +265,7 @@ impl<F: ImageFile> DiskReader<F> {
             let len = extent.range.end - extent.range.start;
             let data = file.next_data(place.offset);
             let data = data.context(file.path(), "seek in")?;
+            self.require_whole(place.level)?;
             let Some(data) = data.filter(|data| data.start < place.offset + len) else {
                 continue;
             };
@@ -272,6 +304,7 @@ impl<F: ImageFile> DiskReader<F> {
         let file = self.file(place.level);
         let data = file.next_data(place.offset);
         let data = data.context(file.path(), "seek in")?;
+        self.require_whole(place.level)?;
         let on_disk = |offset: u64| (range.start + (offset - place.offset)).min(range.end);
         Ok(Some(match data {
             None => status(range.end, true),
@@ -300,6 +333,7 @@ impl<F: ImageFile> DiskReader<F> {
                     let file = self.file(place.level);
                     let read = read_or_zeros(file, piece, place.offset);
                     read.context(file.path(), "read")?;
+                    self.require_whole(place.level)?;
                 }
             }
             rest = after;

@@ -919,11 +919,12 @@ fn locked_by_the_dead(path: &Path, time: Duration) -> thread::JoinHandle<()> {
 fn a_server_outlasts_what_a_killed_one_has_left_behind() {
     let disk = Disk::new(8);
     let left_behind = locked_by_the_dead(&disk.top_file(), Duration::from_secs(3));
-    // Others say who is in the way, as far as it is known.
+    // Others say at once that somebody is in the way.
     let start = Instant::now();
-    let refused = open(&disk.path, OpenMode::new(Access::Change));
+    let mode = OpenMode::new(Access::Serve);
+    let refused = open(&disk.path, mode);
     assert!(matches!(refused, Err(ImageError::Locked { .. })));
-    assert!(open(&disk.path, OpenMode::new(Access::Serve)).is_ok());
+    assert!(open(&disk.path, mode.outlasts_the_dead()).is_ok());
     assert!(start.elapsed() > Duration::from_secs(2));
     left_behind.join().unwrap();
 
@@ -935,7 +936,28 @@ fn a_server_outlasts_what_a_killed_one_has_left_behind() {
         .unwrap();
     let _lock = ImageLock::acquire(&file, LockMode::ReadWrite).unwrap();
     let start = Instant::now();
-    let refused = open(&disk.path, OpenMode::new(Access::Serve));
+    let refused = open(&disk.path, mode.outlasts_the_dead());
     assert!(matches!(refused, Err(ImageError::Locked { .. })));
     assert!(start.elapsed() < Duration::from_secs(10));
+}
+
+#[test]
+fn a_level_that_is_emptied_is_not_read_as_zeros() {
+    let disk = Disk::new(8);
+    disk.write([1], 7);
+    let base = disk.top_file();
+    create_snapshot(&disk.path, None, None).unwrap();
+    let mode = OpenMode::new(Access::Read).force_share(true);
+    let image = open(&disk.path, mode).unwrap();
+    let reader = DiskReader::load(&image).unwrap();
+    let mut bytes = vec![0; 512];
+    reader.read(&mut bytes, CLUSTER as u64).unwrap();
+    assert_eq!(bytes, [7; 512]);
+    // As the end of its deletion does.
+    let file = fs::File::options().write(true).open(base).unwrap();
+    file.set_len(0).unwrap();
+    let read = reader.read(&mut bytes, CLUSTER as u64);
+    assert!(matches!(read, Err(ImageError::Busy(_))), "{read:?}");
+    assert!(reader.status(CLUSTER as u64, 512).is_err());
+    assert!(reader.next_data(0, u64::MAX).is_err());
 }
