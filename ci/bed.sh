@@ -58,9 +58,11 @@ inside() {
     return $code
 }
 
-# A client that has crashed has every test fail that comes then, for no reason of its own.
+# A client that has crashed has every test fail that comes then, for no reason of its own. One that
+# was fenced, as it was to be, looks the same.
 say_if_dead() {
     local mount
+    [ -z "${BED_IS_FENCED:-}" ] || return 0
     for mount in m1 m2; do
         timeout 60 stat "$mount/." >/dev/null 2>&1 ||
             say "the mount $mount is dead at the end: has its client crashed?" >&2
@@ -131,11 +133,12 @@ on_two_mounts() {
 }
 
 # The tests that any file system has to pass. Those left out start the program hundreds of times
-# each.
+# each, or change the files of a disk while it is served, which is refused where a server may take
+# locks away.
 run_ordinary_tests() {
     export PLOOP_REQUIRE_PEERS=1
     cargo test --locked --offline --test ploop_img -- --skip cuts:: --skip kill::
     cargo test --locked --offline --test blkio -- --test-threads 2 \
-        true_to_the_model kill:: write_through::
+        --skip operations:: true_to_the_model kill:: write_through::
     on_two_mounts ploop_img two_mounts::
 }

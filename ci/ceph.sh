@@ -181,7 +181,9 @@ exit 1'
 case ${1:-} in
     '')
         build_tests
-        for name in "${fenced_tests[@]}"; do enter "$PWD/ci/ceph.sh" run-fenced "$name"; done
+        for name in "${fenced_tests[@]}"; do
+            BED_IS_FENCED=1 enter "$PWD/ci/ceph.sh" run-fenced "$name"
+        done
         enter "$PWD/ci/ceph.sh" run-mount-tests
         enter "$PWD/ci/ceph.sh" run-tests
         ;;
