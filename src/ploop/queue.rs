@@ -698,12 +698,12 @@ impl<D: Disk> Queue<D> {
             if self.engine.has_lost_lock() {
                 // What becomes of it on the host is not known.
                 return self.strand(key);
+            } else if !self.engine.is_write_through() {
+                self.engine.note_change_in_doubt();
             } else if self.engine.has_sync_failed() {
                 request.result = Err(EngineError::SyncFailed);
             } else if request.needs_flush(&self.engine) && rule::kept(Rule::WriteThroughMapping) {
                 return self.wait_for_flush(key);
-            } else if !request.stable {
-                self.engine.note_change_in_doubt();
             }
         }
         preempt::point("judged");

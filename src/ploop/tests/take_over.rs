@@ -552,6 +552,23 @@ fn close_by_hand(disk: &SimDisk) {
     disk.write_all_at(FileId(0), &[0; 4], IN_USE).unwrap();
 }
 
+/// Whoever is told that it completed may find the lock lost, and the process dead.
+#[test]
+fn a_change_that_completes_in_doubt_is_noted_and_does_not_wait() {
+    let mortal = Mortal::single();
+    mortal.rig.flush().unwrap();
+    mortal.rig.engine.doubt_lock(false);
+    mortal.rig.write(0, &[7; SECTOR]).unwrap();
+    let mortal = mortal.die_and_rise();
+    assert_eq!(mortal.rig.read(0, SECTOR), [7; SECTOR]);
+    assert_eq!(mortal.rig.flush(), Err(EngineError::SyncFailed));
+    // That a sync has failed holds up nothing but flushes, in doubt or not.
+    mortal.rig.engine.doubt_lock(false);
+    mortal.rig.write(0, &[8; SECTOR]).unwrap();
+    mortal.rig.engine.trust_lock();
+    mortal.rig.write(0, &[9; SECTOR]).unwrap();
+}
+
 /// Nothing can be written any more, and the memory said already that the disk has everything.
 fn lose_lock_while_closing(mortal: &Mortal) {
     mortal.rig.write(0, &[7; SECTOR]).unwrap();
