@@ -409,10 +409,11 @@ impl<D: Disk> Engine<D> {
             // This very process was never gone.
             return Ok(());
         }
-        self.require_size(&words)?;
+        let size = self.require_size(&words);
         let found = match words.map_again() {
             Ok(again) => match Remembered::found(words, &self.identity()) {
                 Err(TakeOverError::OtherImage) if Remembered::is_settled_in(&again) => {
+                    size?;
                     return self.take_over_changed(again);
                 }
                 found => found?,
@@ -429,6 +430,7 @@ impl<D: Disk> Engine<D> {
         let is_unneeded = self.is_read_only() && found.is_read_only();
         let mut beginning = self.beginning();
         if found.is_settled() || is_unneeded {
+            size?;
             return self.take_over_settled(found, &mut beginning);
         }
         if self.is_read_only() {
