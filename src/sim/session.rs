@@ -833,7 +833,10 @@ impl Session {
             return Ok(Closed::Cut);
         };
         self.judge(world, "close", &close.flush, result)?;
-        self.check_quiet(world, "closed")?;
+        if result.is_ok() || !how.can_go_on() {
+            // Else requests are taken again.
+            self.check_quiet(world, "closed")?;
+        }
         if result.is_err() && how.can_go_on() {
             // Those that wait for space are not given up then.
             world.disk.change_medium(|medium| medium.capacity = None);
