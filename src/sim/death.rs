@@ -74,6 +74,9 @@ impl Heritage {
         world.disk.kill();
         let mut will = Will::of(&mut session);
         will.requests = session.abandon();
+        if Engine::<SimDisk>::is_settled_in(&self.memory) {
+            will.forget_failed_sync();
+        }
         if world.is_either {
             // Who opens it makes its name stable.
             world.adopt_new_top()?;
@@ -166,6 +169,15 @@ impl Will {
             times_suspended: session.times_suspended,
             trouble: session.trouble,
             sync_failed: session.sync_failed,
+        }
+    }
+
+    /// It failed when the disk had everything, and nothing was written since: for the next
+    /// process it is as if the image had been closed.
+    fn forget_failed_sync(&mut self) {
+        self.sync_failed = false;
+        for request in self.requests.values_mut() {
+            request.after_failed_sync = false;
         }
     }
 

@@ -1,14 +1,24 @@
 //! What tests and the simulator look at, and break.
 
 use super::super::entry::Place;
+#[cfg(not(ploop_loom))]
+use super::super::remembered::Remembered;
 use super::super::sync::atomic::Ordering;
 use super::Engine;
 use crate::format::GuestCluster;
 #[cfg(not(ploop_loom))]
 use crate::format::HostCluster;
 use crate::storage::Disk;
+#[cfg(not(ploop_loom))]
+use crate::storage::SharedWords;
 
 impl<D: Disk> Engine<D> {
+    /// Whether the memory that outlives a process says that the disk has everything.
+    #[cfg(not(ploop_loom))]
+    pub(crate) fn is_settled_in(words: &SharedWords) -> bool {
+        Remembered::is_settled_in(words)
+    }
+
     /// Whether the simulated power is gone: nobody is left to drain anything.
     pub(crate) fn is_abandoned(&self) -> bool {
         self.abandoned.load(Ordering::Acquire)
