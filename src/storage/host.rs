@@ -497,10 +497,6 @@ impl Disk for HostDisk {
 
     fn next_data(&self, file: FileId, offset: u64) -> io::Result<Option<Range<u64>>> {
         let shared = self.file(file)?;
-        if shared.is_found_cut() {
-            // What is gone is not zeros.
-            return Err(io::ErrorKind::UnexpectedEof.into());
-        }
         match filesystem::next_data(shared.file(), offset) {
             Err(errno) if filesystem::refuses_seek(errno) => {
                 let end = shared.len()?;
