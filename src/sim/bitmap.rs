@@ -72,7 +72,7 @@ struct Extension {
 impl Session {
     /// Nothing is under way.
     pub(super) fn change_bitmaps(&self, world: &mut World) -> Result<(), Failure> {
-        if self.engine.is_read_only() || world.scenario.is_plain_top() || world.rng.random() {
+        if self.engine.is_read_only() || self.engine.is_raw() || world.rng.random() {
             return Ok(());
         }
         let held: Vec<_> = self.requests.values().flat_map(asked).collect();
