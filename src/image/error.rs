@@ -60,7 +60,8 @@ pub enum ImageError {
         /// Why.
         source: LockError,
     },
-    /// The descriptor changed again and again while it was opened.
+    /// The descriptor changed again and again while it was opened, or a level was emptied that
+    /// was being read without a lock.
     #[error("{}: another process keeps changing this disk; try again when it is done", .0.display())]
     Busy(PathBuf),
     /// The descriptor says something that cannot be.

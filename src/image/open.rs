@@ -175,8 +175,8 @@ pub fn open(path: &Path, mode: OpenMode) -> Result<OpenImage> {
 }
 
 /// What `look` makes of the disk at `path`. Who takes no locks may find the file of a level that is
-/// deleted meanwhile with nothing in it: so what fails is done again if the descriptor is another
-/// by then.
+/// deleted meanwhile with nothing in it: so all is done again, be it that it went well, if the
+/// descriptor is another by then.
 ///
 /// # Errors
 /// As [`open`], and those of `look`.
