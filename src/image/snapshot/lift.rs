@@ -61,6 +61,8 @@ pub(crate) struct Lift<F> {
     /// Somebody else who did not come to an end has left it marked, and not all that is read of
     /// it need be on the disk: see [`Self::write_again`].
     is_inherited: bool,
+    /// Zeros are written as any other data: see [`Self::write_again`].
+    writes_zeros: bool,
     /// A sync may have failed: nothing that was written is to be relied on.
     is_lost: bool,
     total: u64,
@@ -109,6 +111,7 @@ impl<F: ImageFile> Lift<F> {
             is_begun: false,
             is_marked,
             is_inherited: is_marked,
+            writes_zeros: is_marked,
             is_lost: false,
             total: 0,
             done: 0,
@@ -331,7 +334,10 @@ impl<F: ImageFile> Lift<F> {
         } else {
             self.upper.punch(at..at + size)?;
         }
-        write_data(self.upper.file(), &self.buffer, at)?;
+        match self.writes_zeros {
+            true => self.upper.write(&self.buffer, at, "write a cluster")?,
+            false => write_data(self.upper.file(), &self.buffer, at)?,
+        }
         self.host += 1;
         self.unmapped.push((guest, host));
         Ok(())
@@ -360,7 +366,9 @@ impl<F: ImageFile> Lift<F> {
     /// kernel takes for written, and no later sync writes it. It can be read, and a cut takes it
     /// away. So the mark and all entries are written once more, for the next sync; each entry's
     /// cluster was stable before its entry was written. Behind the last of these the length, too,
-    /// is in doubt: it grows anew from there.
+    /// is in doubt: it grows anew from there. But that the file was cut may be lost as well, and
+    /// then what grows has the bytes of before on the disk, whatever is read now: so
+    /// [`Self::writes_zeros`].
     fn write_again(&mut self) -> Result<()> {
         let end = self.upper.geometry().host_offset(HostCluster(self.host));
         if self.file_len > end {

@@ -376,6 +376,32 @@ fn what_a_failed_sync_may_have_lost_is_written_again() {
     assert_eq!(failures, 6);
 }
 
+/// That the file was cut is lost with the sync that failed, and the disk has the old bytes there.
+#[test]
+fn zeros_that_hide_something_do_not_rely_on_a_cut_that_may_be_lost() {
+    let mut in_use = header(Version::V2, 9);
+    in_use.in_use = InUse::Open;
+    let mut lower = image(&header(Version::V2, 9), &[At(0)], 1);
+    let cluster = lower.len() - CLUSTER;
+    lower[cluster..].fill(0);
+    let case = Case {
+        upper: image(&in_use, &[], 1),
+        lower: vec![(lower, false)],
+        is_base: false,
+    };
+    let (medium, lift) = case.begin(&case.files());
+    medium.fail_sync_after(Some(0));
+    assert!(lift.unwrap().step().is_err());
+    let load = |index| Delta::load(medium.reopen(index)).unwrap();
+    let mut lift = Lift::new(load(0), vec![Level::Ploop(load(1))], 0, false).unwrap();
+    while lift.step().unwrap() != LiftStep::Done {}
+    for files in [medium.contents(), medium.stable()] {
+        let upper = crate::image::testing::delta(files[0].clone());
+        assert!(upper.lookup(GuestCluster(0)).is_some());
+        assert!(is_zero(&read_cluster(&upper, 0)));
+    }
+}
+
 #[test]
 fn a_mark_that_may_have_been_written_is_taken_away_again() {
     let (medium, guests) = two_sectors();
