@@ -69,7 +69,8 @@ start_backend() {
         >"$work/backend.log" 2>&1 &
     backend_pid=$!
     for _ in $(seq 100); do
-        [ -S "$socket" ] && return
+        # The socket is there a moment before anybody listens on it.
+        [[ $(grep " 00010000 " /proc/net/unix) == *" $socket"* ]] && return
         kill -0 "$backend_pid" 2>/dev/null || break
         sleep 0.1
     done

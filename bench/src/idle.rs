@@ -3,7 +3,7 @@
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
 
 use crate::bed::Bed;
@@ -11,6 +11,7 @@ use crate::contestant::{Contestant, Launch, OURS, QSD_PARALLELS};
 use crate::guest::{self, Guest};
 use crate::image::{Geometry, Image};
 use crate::measure::Setting;
+use crate::opening;
 use crate::scratch;
 use crate::server::Server;
 use crate::station::{PREPARED, Station};
@@ -144,10 +145,7 @@ fn with_guest(
     let command = command.context("a contestant without a server")?;
     let server = Server::start(contestant.label(), command, dir.path())?;
     let mut server = server.of_peer(contestant.is_peer());
-    server.once_listening(|| {
-        ensure!(socket.exists(), "the socket did not appear");
-        Ok(())
-    })?;
+    server.once_listening(|| opening::ask_for_features(&socket))?;
     let mut guest = Guest::boot(&setting.guest, dir.path(), &socket, "", SCRIPT)?;
     guest
         .wait_at("idle")

@@ -12,6 +12,8 @@ use std::{
 
 use rustix::process::{Pid, Signal, kill_process};
 
+use super::sockets;
+
 /// How long the daemon may take to open its socket or to end. Generous: the
 /// tests run beside each other on small machines.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -22,7 +24,7 @@ pub struct Backend {
     child: Child,
     socket: PathBuf,
     log: PathBuf,
-    /// The socket is made under another name: see [`is_listened_on`].
+    /// The socket is made under another name: see [`sockets::is_listened_on_as_moved`].
     is_moved: bool,
 }
 
@@ -278,7 +280,11 @@ impl Backend {
 
     fn wait_for_socket(&mut self) {
         let start = Instant::now();
-        while !is_listened_on(&self.socket, self.is_moved) {
+        let is_listened_on = match self.is_moved {
+            true => sockets::is_listened_on_as_moved,
+            false => sockets::is_listened_on,
+        };
+        while !is_listened_on(&self.socket) {
             if let Some(status) = self.child.try_wait().expect("a child can be waited for") {
                 panic!("the daemon ended with {status}:\n{}", self.log());
             }
@@ -437,25 +443,6 @@ impl Backend {
 fn open_log(log: &Path) -> File {
     let options = File::options().create(true).append(true).open(log);
     options.expect("the log can be opened")
-}
-
-/// Whether connections to a socket are accepted: it is there a moment before.
-fn is_listened_on(socket: &Path, is_moved: bool) -> bool {
-    /// `__SO_ACCEPTCON`, as the kernel prints it.
-    const LISTENS: &str = "00010000";
-    let sockets = fs::read_to_string("/proc/net/unix").expect("the kernel lists its sockets");
-    // It may have been made under another name, through a descriptor of its folder, and
-    // be moved into its place when it listens.
-    let is_it = |line: &str| {
-        let fields: Vec<_> = line.split_ascii_whitespace().collect();
-        let path = fields.get(7).map(Path::new);
-        let is_here = path.is_some_and(|path| match is_moved {
-            true => path.starts_with("/proc/self/fd"),
-            false => path == socket,
-        });
-        fields.get(3) == Some(&LISTENS) && is_here
-    };
-    socket.exists() && sockets.lines().any(is_it)
 }
 
 /// A daemon that has been killed. Dropped, it is waited for.

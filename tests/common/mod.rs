@@ -8,6 +8,7 @@ pub mod fixtures;
 pub mod img;
 pub mod qmp;
 pub mod small_fs;
+pub mod sockets;
 pub mod terminal;
 
 use std::{

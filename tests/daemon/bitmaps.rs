@@ -8,6 +8,7 @@ use virtio_bindings::virtio_blk::VIRTIO_BLK_T_OUT;
 
 use crate::common::backend::Backend;
 use crate::common::qmp::Qmp;
+use crate::common::sockets::is_listened_on;
 use crate::common::{require_tool, tool};
 use crate::control::{control, serve};
 use crate::front_end::*;
@@ -56,7 +57,7 @@ fn changed(image: &Path, folder: &Path) -> Vec<u64> {
         .spawn()
         .unwrap();
     wait_for("its socket", || {
-        socket.exists() || server.try_wait().unwrap().is_some()
+        is_listened_on(&socket) || server.try_wait().unwrap().is_some()
     });
     let nbd = format!(
         "driver=nbd,server.type=unix,server.path={},x-dirty-bitmap=qemu:dirty-bitmap:{GUID}",

@@ -10,6 +10,7 @@ use serde_json::{Value, json};
 use virtio_bindings::virtio_blk::VIRTIO_BLK_T_OUT;
 
 use crate::common::qmp::Qmp;
+use crate::common::sockets::is_listened_on;
 use crate::common::{require_tool, tool};
 use crate::control::{control, serve};
 use crate::front_end::*;
@@ -235,7 +236,7 @@ impl Peer {
             .stdin(Stdio::null())
             .spawn()
             .unwrap();
-        wait_for("its monitor", || monitor.exists());
+        wait_for("its monitor", || is_listened_on(&monitor));
         let nbd = folder.join("nbd");
         Self {
             child,

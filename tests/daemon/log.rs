@@ -14,6 +14,7 @@ use vhost::VhostBackend;
 use virtio_bindings::virtio_blk::VIRTIO_BLK_T_IN;
 
 use super::common::img::ploop_img;
+use super::common::sockets::is_listened_on;
 use super::common::{require_tool, tool};
 use super::front_end::{A_WHILE, DATA, FAR, FrontEnd, REGION_LEN, SEAM, writable};
 use super::{Rig, daemon, expect_service, refused, start_front_end, wait_for};
@@ -42,7 +43,7 @@ fn a_log_that_nobody_reads_stops_nothing() {
         .stderr(writer)
         .spawn()
         .unwrap();
-    wait_for("the socket", || rig.socket.exists());
+    wait_for("the socket", || is_listened_on(&rig.socket));
     expect_service(&mut start_front_end(&rig.socket));
     kill_process(Pid::from_child(&child), Signal::TERM).unwrap();
     wait_for("its end", || child.try_wait().unwrap().is_some());

@@ -48,7 +48,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use common::{backend::Backend, img::ploop_img};
+use common::{backend::Backend, img::ploop_img, sockets::is_listened_on};
 use front_end::*;
 use rustix::fs::{OFlags, fcntl_setfl};
 use rustix::io::Errno;
@@ -487,11 +487,7 @@ fn log_of(level: Option<&str>, option: Option<&str>) -> String {
         None => command.env_remove("RUST_LOG"),
     };
     let mut child = command.spawn().unwrap();
-    let start = Instant::now();
-    while !rig.socket.exists() {
-        assert!(start.elapsed() < PATIENCE);
-        thread::sleep(Duration::from_millis(10));
-    }
+    wait_for("the socket", || is_listened_on(&rig.socket));
     expect_service(&mut start_front_end(&rig.socket));
     let pid = rustix::process::Pid::from_child(&child);
     rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();

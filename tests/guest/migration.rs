@@ -15,6 +15,7 @@ use self::stages::{End, Stage};
 use crate::common::backend::Backend;
 use crate::common::img::ploop_img;
 use crate::common::qmp::Qmp;
+use crate::common::sockets::is_listened_on;
 use crate::load::{self, Load};
 use crate::qemu::{Guest, Running};
 use crate::rig::Rig;
@@ -132,7 +133,7 @@ fn wait_for_guest(guest: Guest<'_>, incoming: &Path) -> Running {
     let _ = std::fs::remove_file(incoming);
     let waits = guest.incoming(incoming).start();
     let start = Instant::now();
-    while !incoming.exists() {
+    while !is_listened_on(incoming) {
         assert!(start.elapsed() < PATIENCE, "QEMU does not listen");
         thread::sleep(Duration::from_millis(20));
     }
