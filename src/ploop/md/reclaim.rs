@@ -153,10 +153,11 @@ impl Reclaim {
         self.next_id + u64::from(self.has_open())
     }
 
-    /// Whether something is still on the way that was so at that mark.
+    /// Whether something is still on the way that was so at that mark. What was found leaked has
+    /// been on it from the beginning, whichever batch it gets into.
     pub fn is_under_way_before(&self, mark: u64) -> bool {
         let is_open = self.has_open() && self.next_id < mark;
-        is_open || self.batches.iter().any(|batch| batch.id < mark)
+        is_open || self.has_leaked() || self.batches.iter().any(|batch| batch.id < mark)
     }
 
     /// Whether clusters that were found leaked are on the way: they need no page.
@@ -416,12 +417,14 @@ mod tests {
         let leaked: Vec<Extent> = (0..count).map(apart).collect();
         reclaim.add_leaked(&leaked);
         assert!(reclaim.is_under_way() && reclaim.has_leaked());
+        let mark = reclaim.mark();
         let mut given_back = Vec::new();
         for at_once in [LEAKED_AT_ONCE * LEAKED_BATCHES, 1] {
             let holes = reclaim.begin_punching(0, u32::MAX, |_| true);
             assert_eq!(holes.len(), at_once);
             for (id, hole) in holes {
                 assert!(reclaim.is_under_way() && reclaim.has_leaked());
+                assert!(reclaim.is_under_way_before(mark));
                 reclaim.punched(id, hole, true);
             }
             reclaim.begin_sync();
@@ -429,6 +432,7 @@ mod tests {
         }
         assert_eq!(given_back, leaked);
         assert!(!reclaim.is_under_way() && !reclaim.has_leaked());
+        assert!(!reclaim.is_under_way_before(mark));
     }
 
     #[test]

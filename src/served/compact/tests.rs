@@ -16,13 +16,19 @@ const MAPPED: u32 = 12;
 
 /// A disk whose clusters have bytes that are not zero, unless they are among `zeros`.
 fn rig(zeros: &[u32]) -> Rig {
-    let header = Header::new(OLD, CLUSTER).unwrap();
+    rig_at(MAPPED..2 * MAPPED, zeros)
+}
+
+/// The same, with its clusters at these places of the data area.
+fn rig_at(places: impl ExactSizeIterator<Item = u32>, zeros: &[u32]) -> Rig {
+    let size = OLD.max(clusters(places.len() as u64));
+    let header = Header::new(size, CLUSTER).unwrap();
     let geometry = *header.geometry();
     let first = geometry.first_host_cluster().0;
     let disk = SimDisk::new(1, Medium::default(), 1);
     let mut bytes = header.to_bytes().to_vec();
-    for cluster in 0..MAPPED {
-        let host = HostCluster(first + MAPPED + cluster);
+    for (cluster, place) in (0..).zip(places) {
+        let host = HostCluster(first + place);
         bytes.extend(geometry.bat_value(host).to_le_bytes());
         let half = CLUSTER.bytes() as usize / 2;
         let second = u8::from(!zeros.contains(&cluster));
@@ -31,7 +37,7 @@ fn rig(zeros: &[u32]) -> Rig {
     }
     bytes.resize(geometry.metadata_len() as usize, 0);
     disk.prepare(TOP, 0, &bytes);
-    Rig::serve(disk, Level::Ploop, OLD, options())
+    Rig::serve(disk, Level::Ploop, size, options())
 }
 
 /// Steps until it is over. How often the host was full.
@@ -72,6 +78,16 @@ fn what_lies_behind_gaps_moves_in_as_many_rounds_as_that_takes() {
     assert_eq!(clusters_in_file(&rig), 1 + u64::from(MAPPED));
     let Progress { done, total } = <Compaction as Job<SimDisk>>::progress(&job);
     assert_eq!((done, total), (24 * CLUSTER.bytes(), 24 * CLUSTER.bytes()));
+}
+
+/// They come back to the allocator a few at a time, and no sooner than the compaction begins.
+#[test]
+fn gaps_are_filled_however_many_there_are() {
+    const GAPS: u32 = 1000;
+    let rig = rig_at((0..GAPS).map(|cluster| 2 * cluster + 1), &[]);
+    let first = rig.engine().geometry().first_host_cluster().0;
+    assert_eq!(run(&rig, &mut Compaction::new()), 0);
+    assert_eq!(clusters_in_file(&rig), u64::from(first + GAPS));
 }
 
 #[test]
