@@ -51,6 +51,8 @@ const PATIENCE: Duration = Duration::from_secs(10);
 /// What the clients do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Assault {
+    /// Nothing, once they are let in: what is lost beside these is not the answers' doing.
+    Silence,
     /// Ask for all there is, and read the answers.
     Flood,
     /// Ask, and read no answer.
@@ -60,10 +62,11 @@ enum Assault {
 }
 
 impl Assault {
-    const ALL: [Self; 3] = [Self::Flood, Self::Stall, Self::Garbage];
+    const ALL: [Self; 4] = [Self::Silence, Self::Flood, Self::Stall, Self::Garbage];
 
     fn label(self) -> &'static str {
         match self {
+            Self::Silence => "say nothing",
             Self::Flood => "ask all the time",
             Self::Stall => "ask, and read no answer",
             Self::Garbage => "send garbage",
@@ -77,6 +80,7 @@ impl Assault {
     /// What is sent again and again.
     fn words(self) -> Vec<u8> {
         match self {
+            Self::Silence => Vec::new(),
             Self::Flood | Self::Stall => {
                 let questions = [
                     "query-blockstats",
@@ -235,7 +239,9 @@ impl Siege {
             let mut answer = [0; 1 << 16];
             self.heard
                 .fetch_add(socket.read(&mut answer)? as u64, Ordering::Relaxed);
-            socket.write_all(b"{\"execute\":\"qmp_capabilities\"}")?;
+            let leave = b"{\"execute\":\"qmp_capabilities\"}";
+            socket.write_all(leave)?;
+            self.sent.fetch_add(leave.len() as u64, Ordering::Relaxed);
             socket.set_nonblocking(true)?;
             self.bother(&mut socket, words, reads)?;
         }
@@ -247,7 +253,8 @@ impl Siege {
         let mut answer = [0; 1 << 16];
         let mut at = 0;
         while !self.is_over.load(Ordering::Relaxed) {
-            let mut wants = PollFlags::OUT;
+            let mut wants = PollFlags::empty();
+            wants.set(PollFlags::OUT, !words.is_empty());
             wants.set(PollFlags::IN, reads);
             let mut fds = [PollFd::new(socket, wants)];
             poll(&mut fds, Some(&TICK))?;
