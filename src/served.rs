@@ -165,9 +165,10 @@ pub(crate) fn grow_beside<D: Disk>(
     Ok(size)
 }
 
-/// The descriptor of the disk of that size, to be [put in place](put_in_place); `None` if
-/// there is none, or it says so already. Since the last look at the old one minutes may have
-/// passed.
+/// The descriptor of the disk of that size, to be [put in place](put_in_place), if it has any.
+/// Since the last look at the old one minutes may have passed. One that says so already, though
+/// the disk is not so large, was put there when its folder could not be synced: that is made good
+/// by no later sync (I3), but by putting it there once more.
 fn new_descriptor(
     bundle: Option<&mut Bundle>,
     size: Sector,
@@ -176,10 +177,8 @@ fn new_descriptor(
         return Ok(None);
     };
     let descriptor = bundle.prepare_disk_size(size)?;
-    if let Some(descriptor) = &descriptor {
-        descriptor.require_unchanged()?;
-    }
-    Ok(descriptor)
+    descriptor.require_unchanged()?;
+    Ok(Some(descriptor))
 }
 
 /// The last step. Until it has succeeded the guest has the old size.

@@ -142,18 +142,15 @@ impl Bundle {
         })
     }
 
-    /// The first half of [`Self::set_disk_size`]: what may fail for want of space or
-    /// permission. `None` if the descriptor says so already.
+    /// A descriptor that says how large the disk is: what may fail for want of space or
+    /// permission. Also where the old one says so, which may not be stable.
     ///
     /// # Errors
     /// Any of `open(2)`, `write(2)` and `fsync(2)`.
-    pub fn prepare_disk_size(&mut self, disk_size: Sector) -> Result<Option<NewDescriptor<'_>>> {
-        if self.descriptor.disk_size == disk_size {
-            return Ok(None);
-        }
+    pub fn prepare_disk_size(&mut self, disk_size: Sector) -> Result<NewDescriptor<'_>> {
         let mut descriptor = self.descriptor.clone();
         descriptor.disk_size = disk_size;
-        self.prepare(descriptor).map(Some)
+        self.prepare(descriptor)
     }
 
     /// Has the descriptor say how large the disk is, if it does not yet.
@@ -161,9 +158,9 @@ impl Bundle {
     /// # Errors
     /// As [`Self::save`].
     pub fn set_disk_size(&mut self, disk_size: Sector) -> Result<()> {
-        match self.prepare_disk_size(disk_size)? {
-            Some(descriptor) => descriptor.publish(),
-            None => Ok(()),
+        match self.descriptor.disk_size == disk_size {
+            true => Ok(()),
+            false => self.prepare_disk_size(disk_size)?.publish(),
         }
     }
 

@@ -669,7 +669,7 @@ fn a_bundle_that_was_changed_since_shows() {
 fn a_new_descriptor_knows_whether_the_old_one_was_changed_since() {
     let disk = Disk::new(1);
     let (mut bundle, mut other) = (disk.bundle(), disk.bundle());
-    let new = bundle.prepare_disk_size(Sector(4096)).unwrap().unwrap();
+    let new = bundle.prepare_disk_size(Sector(4096)).unwrap();
     new.require_unchanged().unwrap();
     other.set_disk_size(Sector(8192)).unwrap();
     let error = new.require_unchanged().unwrap_err().to_string();
