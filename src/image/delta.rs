@@ -23,6 +23,8 @@ pub struct Delta<F> {
     bat: Vec<u32>,
     /// A valid format extension was there when the change began.
     had_extension: bool,
+    /// The mark that is there is from here: see [`Self::begin`].
+    is_begun: bool,
 }
 
 impl<F: ImageFile> Delta<F> {
@@ -48,6 +50,7 @@ impl<F: ImageFile> Delta<F> {
             header,
             bat,
             had_extension: false,
+            is_begun: false,
         })
     }
 
@@ -74,6 +77,7 @@ impl<F: ImageFile> Delta<F> {
             header,
             bat,
             had_extension: false,
+            is_begun: false,
         })
     }
 
@@ -182,13 +186,20 @@ impl<F: ImageFile> Delta<F> {
 
     /// The first step of every change: the in-use mark, made stable.
     ///
+    /// Whoever left the image marked may have done so after a failed sync. What that covered, the
+    /// kernel takes for written, and no later sync writes it: it can be read, and a cut takes it
+    /// away, entries among it that the caller relies on. So all are written once more.
+    ///
     /// # Errors
-    /// Any of `fsetxattr(2)`, `pwrite(2)` and `fdatasync(2)`.
+    /// Any of `fsetxattr(2)`, `lseek(2)`, `pwrite(2)` and `fdatasync(2)`.
     pub fn begin(&mut self) -> Result<()> {
         self.rename_opening()?;
         self.had_extension =
             self.header.in_use == InUse::ClosedWithExtension && self.header.extension.0 != 0;
         let before = self.header.in_use;
+        if !self.is_begun && matches!(before, InUse::Open | InUse::OpenByOthers) {
+            self.write_again()?;
+        }
         if before != InUse::Open {
             self.header.in_use = InUse::Open;
             if let Err(error) = self.write_header() {
@@ -197,7 +208,33 @@ impl<F: ImageFile> Delta<F> {
                 return Err(error);
             }
         }
-        self.sync()
+        self.sync()?;
+        self.is_begun = true;
+        Ok(())
+    }
+
+    /// Header and BAT as they were read, but for holes.
+    fn write_again(&self) -> Result<()> {
+        const PIECE: u64 = 1 << 20;
+        self.write_header()?;
+        let end = Header::LEN as u64 + 4 * self.bat.len() as u64;
+        let entry_at = |offset: u64| (offset - Header::LEN as u64) as usize / 4;
+        let mut at = SECTOR_SIZE;
+        while at < end {
+            let data = self.file.next_data(at);
+            let data = data.context(self.path(), "look for data in")?;
+            let Some(data) = data.filter(|data| data.start < end) else {
+                break;
+            };
+            let start = data.start.max(at) / SECTOR_SIZE * SECTOR_SIZE;
+            let stop = data.end.min(start + PIECE).next_multiple_of(SECTOR_SIZE);
+            let stop = stop.min(end);
+            let entries = &self.bat[entry_at(start)..entry_at(stop)];
+            let bytes: Vec<u8> = entries.iter().flat_map(|it| it.to_le_bytes()).collect();
+            self.write(&bytes, start, "write the BAT")?;
+            at = stop;
+        }
+        Ok(())
     }
 
     /// The last step of every change that went well: everything stable, then
@@ -206,6 +243,7 @@ impl<F: ImageFile> Delta<F> {
     /// # Errors
     /// Any of `pwrite(2)` and `fdatasync(2)`; and when a server has taken the lock away.
     pub fn finish(&mut self, mark: InUse) -> Result<()> {
+        self.is_begun = false;
         self.sync()?;
         let locked = self.file.require_lock();
         locked.context(self.file.path(), "say that the image is closed")?;
@@ -223,7 +261,9 @@ impl<F: ImageFile> Delta<F> {
         self.had_extension = false;
         self.header.in_use = mark;
         self.write_header()?;
-        self.sync()
+        self.sync()?;
+        self.is_begun = mark == InUse::Open;
+        Ok(())
     }
 
     /// Puts another header in place of the present one, in memory.

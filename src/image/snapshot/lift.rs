@@ -59,9 +59,9 @@ pub(crate) struct Lift<F> {
     /// It is marked as in use, or may be so: closing it is not over.
     is_marked: bool,
     /// Somebody else who did not come to an end has left it marked, and not all that is read of
-    /// it need be on the disk: see [`Self::write_again`].
+    /// it need be on the disk: see [`Self::doubt_length`].
     is_inherited: bool,
-    /// Zeros are written as any other data: see [`Self::write_again`].
+    /// Zeros are written as any other data: see [`Self::doubt_length`].
     writes_zeros: bool,
     /// A sync may have failed: nothing that was written is to be relied on.
     is_lost: bool,
@@ -348,7 +348,7 @@ impl<F: ImageFile> Lift<F> {
             // A write of the mark that fails may have been done.
             self.is_marked = true;
             if self.is_inherited {
-                self.write_again()?;
+                self.doubt_length()?;
             }
             if rule::kept(Rule::MarkBeforeLevelChanges) {
                 let begun = self.upper.begin();
@@ -362,26 +362,18 @@ impl<F: ImageFile> Lift<F> {
         Ok(())
     }
 
-    /// Whoever left the image marked may have done so after a failed sync: what that covered, the
-    /// kernel takes for written, and no later sync writes it. It can be read, and a cut takes it
-    /// away. So the mark and all entries are written once more, for the next sync; each entry's
-    /// cluster was stable before its entry was written. Behind the last of these the length, too,
-    /// is in doubt: it grows anew from there. But that the file was cut may be lost as well, and
-    /// then what grows has the bytes of before on the disk, whatever is read now: so
-    /// [`Self::writes_zeros`].
-    fn write_again(&mut self) -> Result<()> {
+    /// Whoever left the image marked may have done so after a failed sync. [`Delta::begin`] writes
+    /// the entries again; each entry's cluster was stable before its entry was written. Behind the
+    /// last of these the length, too, is in doubt: it grows anew from there. But that the file was
+    /// cut may be lost as well, and then what grows has the bytes of before on the disk, whatever
+    /// is read now: so [`Self::writes_zeros`].
+    fn doubt_length(&mut self) -> Result<()> {
         let end = self.upper.geometry().host_offset(HostCluster(self.host));
         if self.file_len > end {
             self.upper.set_len(end)?;
             self.file_len = end;
         }
-        // An entry that is empty was so when the image was closed last: entries only come.
-        let entries = (0..).map(GuestCluster).zip(self.upper.bat());
-        let mapped = entries.filter(|(_, entry)| **entry != 0);
-        let mapped = mapped.map(|(guest, _)| guest);
-        // The first sector has the mark.
-        let mark = std::iter::once(GuestCluster(0));
-        self.upper.write_entries(mark.chain(mapped))
+        Ok(())
     }
 
     /// The closed mark may be in the kernel's memory alone, or not at all. For who comes next

@@ -213,6 +213,42 @@ fn a_disk_too_large_for_version_1_is_found_before() {
     assert!(check_mergeable(&lower, &upper).is_err());
 }
 
+/// The kernel takes for written what a failed sync covered: also what the repair reads between the
+/// two merges, and relies on.
+#[test]
+fn what_a_failed_sync_may_have_lost_is_merged_once_more() {
+    // Their entries are in two sectors, so that not all are written with the mark.
+    let mut entries = vec![Hole; 201];
+    (entries[1], entries[150], entries[200]) = (At(1), At(0), At(2));
+    let case = Case {
+        lower: image(&header(Version::V2, 250), &[At(1), At(0)], 2),
+        is_plain: false,
+        upper: image(&header(Version::V2, 250), &entries, 3),
+    };
+    let mut failures = 0;
+    loop {
+        let (medium, mut lower, upper) = case.load(case.lower.clone());
+        let expected = view(&lower, Some(&upper), case.size());
+        medium.fail_sync_after(Some(failures));
+        if merge_into(&mut lower, &upper, true, &()).is_ok() {
+            break;
+        }
+        failures += 1;
+        let load = |index| Delta::load(medium.reopen(index)).unwrap();
+        let (mut lower, upper) = (load(0), load(1));
+        check_delta(&mut lower, Some(Repair::All)).unwrap();
+        let mut lower = Level::Ploop(lower);
+        merge_into(&mut lower, &upper, true, &()).unwrap();
+        let (_, lower, _) = case.load(medium.stable().remove(0));
+        assert!(
+            view(&lower, None, case.size()) == expected,
+            "failure {failures}"
+        );
+    }
+    // The mark, the clusters, the entries, and the closed mark.
+    assert_eq!(failures, 4);
+}
+
 /// Whoever looks wants it to end.
 struct Interrupted;
 
