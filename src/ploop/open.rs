@@ -7,7 +7,7 @@ use std::io;
 use std::sync::Arc;
 
 pub(super) use self::load::read_levels;
-use self::load::{Loaded, TopImage, load, read_bat_tail};
+use self::load::{Loaded, TopImage, load, read_bat_tail, write_bat_again};
 use super::alloc::{Allocator, Extent};
 use super::engine::{Engine, Shared};
 use super::error::OpenError;
@@ -171,13 +171,38 @@ fn prepare_image(
     // A file may end before its data area starts.
     let end = HostCluster(image.scan.used.len() as u32).max(geometry.first_host_cluster());
     if !options.read_only {
-        if image.header.in_use != InUse::Open && !options.is_passed_on {
+        let found_as = image.header.in_use;
+        if found_as != InUse::Open && !options.is_passed_on {
             refuse_former_guest(disk, top)?;
+        }
+        if matches!(found_as, InUse::Open | InUse::OpenByOthers) && !options.is_passed_on {
+            write_again(disk, top, geometry, end)?;
         }
         mark_in_use(disk, top, &mut metadata.header, image.file_len)?;
     }
     let used_end = image.scan.used.end().max(geometry.first_host_cluster());
     Ok((Allocator::new(end, used_end), Some(metadata)))
+}
+
+/// Whoever left the image marked may have done so after a failed sync. What that covered, the
+/// kernel takes for written, and no later sync writes it: it can be read, and a cut takes it
+/// away (I3). So what the next sync is to make stable is written once more: the map, and the length
+/// of the file, by a cluster behind its end that nobody knows of. A process that is passed the image
+/// knows better.
+fn write_again(
+    disk: &impl Disk,
+    top: FileId,
+    geometry: &Geometry,
+    end: HostCluster,
+) -> Result<(), OpenError> {
+    write_bat_again(disk, top, geometry)?;
+    if end.0 < geometry.host_cluster_limit()
+        && let Err(error) = disk.set_len(top, geometry.host_offset(HostCluster(end.0 + 1)))
+    {
+        // It is as long as it may be.
+        log::debug!("the image is not made longer: {error}");
+    }
+    Ok(())
 }
 
 /// Makes a raw top ready. It has no mark, nothing to be allocated, and nothing for

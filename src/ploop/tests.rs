@@ -50,7 +50,10 @@ struct Rig {
 
 /// An image for a disk of so many bytes, and nothing in it.
 fn empty_image(medium: Medium, files: usize, bytes: u64) -> SimDisk {
-    let disk = SimDisk::new(files, medium, 1);
+    empty_image_on(SimDisk::new(files, medium, 1), files, bytes)
+}
+
+fn empty_image_on(disk: SimDisk, files: usize, bytes: u64) -> SimDisk {
     let cluster = ClusterSize::from_bytes(CLUSTER).unwrap();
     let header = Header::new(Sector(bytes / 512), cluster).unwrap();
     for file in (0..files as u8).map(FileId) {

@@ -274,6 +274,34 @@ fn for_pieces(
     Ok(())
 }
 
+/// Writes header and BAT as they are read, but for holes.
+pub(super) fn write_bat_again(
+    disk: &impl Disk,
+    file: FileId,
+    geometry: &Geometry,
+) -> Result<(), OpenError> {
+    let end = geometry.metadata_len();
+    let mut buffer = AlignedBuf::new(4096);
+    let mut at = 0;
+    while at < end {
+        let data = disk.next_data(file, at);
+        let data = data.map_err(OpenError::io("look for data of the BAT", file))?;
+        let Some(data) = data.filter(|data| data.start < end) else {
+            break;
+        };
+        let start = data.start.max(at) / Geometry::MD_PAGE * Geometry::MD_PAGE;
+        let stop = data.end.min(start + READ_AT_ONCE as u64);
+        let stop = stop.next_multiple_of(Geometry::MD_PAGE).min(end);
+        buffer.resize((stop - start) as usize, 0);
+        disk.read_exact_at(file, &mut buffer, start)
+            .map_err(OpenError::io("read the BAT", file))?;
+        disk.write_all_at(file, &buffer, start)
+            .map_err(OpenError::io("write the BAT", file))?;
+        at = stop;
+    }
+    Ok(())
+}
+
 /// What follows the BAT in its last md page: it stays what it is.
 pub(super) fn read_bat_tail(
     disk: &impl Disk,
