@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs tests on CephFS: a monitor, three OSDs and an MDS, and their file system mounted
+# Runs tests on CephFS: a monitor, a manager, three OSDs and an MDS, and their file system mounted
 # twice with ceph-fuse, as if by two hosts. All of it lives in private mount, network and
 # process namespaces and is gone when this ends. For the night: it takes minutes.
 #
@@ -29,7 +29,7 @@ storage=ceph
 # shellcheck source=ci/bed.sh
 . ci/bed.sh
 
-packages=(ceph-mon ceph-mds ceph-osd ceph-fuse ceph-common)
+packages=(ceph-mon ceph-mgr ceph-mds ceph-osd ceph-fuse ceph-common)
 
 # The test of locks, each part on a file system of its own: a host that was fenced stays so.
 fenced_tests=(
@@ -73,7 +73,7 @@ provide_programs() {
 make_bed() {
     local id fsid uuid
     overlay_programs
-    mkdir run mon mds etc
+    mkdir run mon mgr modules mds etc
     mkdir -p /etc/ceph 2>/dev/null || true
     mount --bind etc /etc/ceph
     make_link 10.78.0.1/30 10.78.0.2/30
@@ -89,6 +89,8 @@ make_bed() {
     make_keys
     ceph-mon --mkfs -i a --monmap monmap
     ceph-mon -i a
+    # Without it the file system says that it has no blocks at all.
+    ceph-mgr -i a
     for id in 0 1 2; do
         mkdir osd$id
         uuid=$(cat /proc/sys/kernel/random/uuid)
@@ -109,13 +111,18 @@ make_bed() {
     done
     bin/bed_mount 1
     bin/bed_mount 2
+    for _ in $(seq 300); do
+        [ "$(stat -f -c %b m1)" = 0 ] || return 0
+        sleep 0.1
+    done
+    die "the file system says that it has no blocks"
 }
 
 # One file with the keys of all, who may do anything.
 make_keys() {
     local name
     ceph-authtool --create-keyring keyring --gen-key -n mon. --cap mon 'allow *'
-    for name in osd.0 osd.1 osd.2 mds.a client.admin client.host1 client.host2; do
+    for name in mgr.a osd.0 osd.1 osd.2 mds.a client.admin client.host1 client.host2; do
         ceph-authtool keyring --gen-key -n $name --cap mon 'allow *' --cap osd 'allow *' \
             --cap mds 'allow *' --cap mgr 'allow *'
     done
@@ -145,6 +152,11 @@ osd pool default pg autoscale mode = off
 [mon]
 mon data = $BED/mon
 mon allow pool delete = true
+[mgr]
+mgr data = $BED/mgr
+# Statistics are its own; what it could do besides is in modules, and none is needed.
+mgr module path = $BED/modules
+mgr initial modules =
 [osd]
 osd data = $BED/osd\$id
 osd objectstore = bluestore
