@@ -56,6 +56,9 @@ run_tests() {
 # The tests that take a mount away, by its own path; likewise.
 run_mount_tests() { on_two_mounts blkio volume::a_mount; }
 
+# That of a file system without space.
+run_full_test() { on_two_mounts blkio volume::a_full_volume; }
+
 # Ceph's packages and what they need that is not installed.
 provide_programs() {
     [ -x "$programs/root/usr/bin/ceph-osd" ] || {
@@ -98,6 +101,11 @@ make_bed() {
         ceph-osd --mkfs -i $id --osd-uuid "$uuid"
         ceph-osd -i $id
     done
+    # They notice some seconds late that they are full. What they are sent until then must leave them
+    # space: at 97 % they refuse their own file system's journal as well, and nothing goes on any more.
+    ceph osd set-nearfull-ratio 0.7
+    ceph osd set-backfillfull-ratio 0.75
+    ceph osd set-full-ratio 0.8
     ceph osd pool create metadata 8
     ceph osd pool create data 16
     ceph fs new bed metadata data
@@ -164,7 +172,9 @@ osd op threads = 1
 bluestore block size = $(numfmt --from=iec "${BED_OSD_SIZE:-4G}")
 bluestore fsck on mount = false
 osd memory target = 939524096
-# The servers see each other's death at once or not at all.
+# The servers see each other's death at once or not at all. As often as they ask each other they
+# look how full they are.
+osd heartbeat interval = 1
 osd heartbeat grace = 6
 [mds]
 mds data = $BED/mds
@@ -196,12 +206,14 @@ case ${1:-} in
         for name in "${fenced_tests[@]}"; do
             BED_IS_FENCED=1 enter "$PWD/ci/ceph.sh" run-fenced "$name"
         done
+        BED_OSD_SIZE=600M enter "$PWD/ci/ceph.sh" run-full-test
         enter "$PWD/ci/ceph.sh" run-mount-tests
         enter "$PWD/ci/ceph.sh" run-tests
         ;;
     inside) inside "${@:2}" ;;
     run-fenced) run_fenced "$2" ;;
     run-mount-tests) run_mount_tests ;;
+    run-full-test) run_full_test ;;
     run-tests) run_tests ;;
     *) enter "$@" ;;
 esac

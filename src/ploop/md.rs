@@ -65,9 +65,17 @@ pub(super) struct Metadata {
 
 /// Who waits for a round.
 enum Waiter {
-    Queue(Arc<Inbox<QueueMessage>>, usize),
+    Queue(Flush),
     Control,
     Growth,
+}
+
+/// A queue's.
+struct Flush {
+    inbox: Arc<Inbox<QueueMessage>>,
+    request: usize,
+    /// If there is no space for the pages it fails.
+    last_try: bool,
 }
 
 enum MdOp {
@@ -154,6 +162,7 @@ impl<D: Disk> MdWriter<D> {
                 barriers: 0,
                 writes_all: false,
                 error: None,
+                lacks_space: false,
                 awaits_stable_writes: false,
             },
             covered: Covered::default(),
@@ -307,7 +316,11 @@ impl<D: Disk> MdWriter<D> {
     fn hear(&mut self, message: MdMessage, now: Duration) {
         match message {
             MdMessage::Flush { inbox, request } => {
-                let waiter = Waiter::Queue(inbox, request);
+                let waiter = Waiter::Queue(Flush {
+                    inbox,
+                    request,
+                    last_try: false,
+                });
                 self.waiters_from_now_on().push(waiter);
             }
             MdMessage::Freed { host, page } => self.add_freed(host, page),
@@ -325,6 +338,8 @@ impl<D: Disk> MdWriter<D> {
             MdMessage::Dropped { host } => self.reclaim.add_dropped(host),
             MdMessage::Park { pio, full } => self.park(pio, full, now),
             MdMessage::GiveUp { inbox } => {
+                let flushes = self.space.give_up_flushes(&inbox);
+                self.waiters.extend(flushes.into_iter().map(Waiter::Queue));
                 let pios = self.space.give_up(&inbox);
                 self.try_again(pios);
             }

@@ -167,7 +167,7 @@ struct State {
     metadata_writes: Vec<MetadataWrite>,
     violations: Vec<String>,
     failures: u64,
-    failed_pages: u64,
+    failed_pages: Vec<Errno>,
     losses: u64,
     copies: Copies,
     trace: Option<Vec<String>>,
@@ -226,7 +226,7 @@ impl SimDisk {
             metadata_writes: Vec::new(),
             violations: Vec::new(),
             failures: 0,
-            failed_pages: 0,
+            failed_pages: Vec::new(),
             losses: 0,
             copies: Copies::default(),
             trace: None,
@@ -505,9 +505,9 @@ impl SimDisk {
         std::mem::take(&mut self.state().failures)
     }
 
-    /// How many writes of metadata have ended with an error that was taken note of, since
-    /// the last call.
-    pub fn take_failed_pages(&self) -> u64 {
+    /// With what writes of metadata have failed whose error was taken note of, since the last
+    /// call.
+    pub fn take_failed_pages(&self) -> Vec<Errno> {
         std::mem::take(&mut self.state().failed_pages)
     }
 

@@ -243,6 +243,8 @@ pub(super) struct Trouble {
     space: bool,
     /// The host is full, and has no space for the mapping either.
     pub(super) space_for_metadata: bool,
+    /// What waits for space fails.
+    reports_space: bool,
     /// The host is full. A write in write-through to what was punched needs space; if it
     /// finds some when it is tried again, that looks like a failed sync.
     pub(super) space_in_doubt: bool,
@@ -267,6 +269,12 @@ impl Trouble {
             EngineError::Stopped => self.stops,
             _ => false,
         }
+    }
+
+    /// The same of a request's end. One that needs space waits, unless it need not or must not.
+    pub(super) fn explains_end(self, error: EngineError) -> bool {
+        let waits = error == EngineError::Metadata(Errno::NOSPC) && !self.space;
+        self.explains(error) && (!waits || self.faults)
     }
 }
 
@@ -323,6 +331,7 @@ impl Session {
                 faults: profile.faults != Faults::default(),
                 space: profile.is_tight && policy == OnEnospc::Report,
                 space_for_metadata: profile.is_tight && world.scenario.medium.copies_on_write,
+                reports_space: policy == OnEnospc::Report,
                 space_in_doubt: profile.is_tight,
                 read_only: profile.read_only,
                 stops: false,
@@ -561,9 +570,12 @@ impl Session {
             .look_at_metadata(&world.disk, &world.scenario, &self.engine)
     }
 
-    /// The metadata thread may have heard of a page of the BAT that has failed.
+    /// The metadata thread may have heard of a page of the BAT that has failed. Who waits for
+    /// space need not be told that there is none.
     fn see_failed_pages(&mut self, world: &World) {
-        if world.disk.take_failed_pages() > 0 {
+        let failed = world.disk.take_failed_pages();
+        let is_told = |errno: &Errno| *errno != Errno::NOSPC || self.trouble.reports_space;
+        if failed.iter().any(is_told) {
             self.pages_failed += 1;
             self.page_failed = Some(self.pages_failed);
         }

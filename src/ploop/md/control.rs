@@ -209,7 +209,9 @@ impl<D: Disk> MdWriter<D> {
         for pio in self.space.take_all() {
             pio.home.complete(Err(EngineError::Stopped));
         }
-        let waiters = mem::take(&mut self.waiters);
+        let mut waiters = mem::take(&mut self.waiters);
+        let flushes = self.space.take_flushes();
+        waiters.extend(flushes.into_iter().map(Waiter::Queue));
         self.answer(waiters, Err(EngineError::Stopped));
         for job in mem::take(&mut self.control) {
             job.outcome.set(Err(EngineError::Stopped));

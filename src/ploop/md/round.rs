@@ -21,6 +21,7 @@ use std::time::Duration;
 
 use rustix::io::Errno;
 
+use super::super::options::OnEnospc;
 use super::control::ControlStage;
 use super::{MdOp, MdWriter, Waiter};
 use crate::format::{Geometry, GuestCluster};
@@ -53,6 +54,8 @@ pub(super) struct Round {
     /// sync cover all that had completed.
     pub writes_all: bool,
     pub error: Option<EngineError>,
+    /// There was no space for one of its pages, and its flushes wait for some.
+    pub lacks_space: bool,
     /// Its sync has succeeded, and counts when the outcome of stable writes is known; see
     /// [`StableWrites`](crate::ploop::stable_writes::StableWrites).
     pub awaits_stable_writes: bool,
@@ -62,7 +65,7 @@ impl Round {
     /// Whether a queue waits for it, and not only the control thread.
     fn is_flush(&self) -> bool {
         let mut waiters = self.waiters.iter();
-        waiters.any(|waiter| matches!(waiter, Waiter::Queue(..)))
+        waiters.any(|waiter| matches!(waiter, Waiter::Queue(_)))
     }
 }
 
@@ -107,6 +110,7 @@ impl<D: Disk> MdWriter<D> {
         self.round.number += 1;
         self.round.waiters = mem::take(&mut self.waiters);
         self.round.error = None;
+        self.round.lacks_space = false;
         self.round.writes_all = !self.round.waiters.is_empty() || self.wants_reclaim_pages();
         // Before the pages are collected: what has completed until now is in them.
         self.round.completed = self.engine.epochs.completed();
@@ -368,6 +372,8 @@ impl<D: Disk> MdWriter<D> {
         }
         if let Some(errno) = error {
             self.page_failed(errno, now);
+        } else if !self.round.lacks_space {
+            self.space.pages_have_space();
         }
         if let Phase::Pages { left } = &mut self.round.phase {
             *left -= 1;
@@ -378,6 +384,16 @@ impl<D: Disk> MdWriter<D> {
     }
 
     fn page_failed(&mut self, errno: Errno, now: Duration) {
+        let policy = self.engine.options.on_enospc;
+        let is_full = matches!(errno, Errno::NOSPC | Errno::DQUOT);
+        if is_full && policy == OnEnospc::Stop && !self.engine.has_lost_lock() {
+            // Nothing to be told of: what waits for the page goes on waiting.
+            self.round.lacks_space = true;
+            self.round.error.get_or_insert(EngineError::Metadata(errno));
+            self.space.pages_lack_space(policy, now);
+            self.retry_at = now + RETRY;
+            return;
+        }
         if self.retry_at <= now && !self.engine.has_lost_lock() {
             log::error!("cannot write the BAT: {errno}; retrying");
         }
@@ -396,6 +412,9 @@ impl<D: Disk> MdWriter<D> {
     }
 
     fn pages_done(&mut self) {
+        if self.round.lacks_space && self.unreported.is_none() {
+            self.hold_flushes();
+        }
         let wants_sync = !self.round.waiters.is_empty() || self.wants_reclaim_sync();
         let error = self.round.error;
         let reclaims_all_the_same = self.round.waiters.is_empty() && self.wants_reclaim_sync();
@@ -405,6 +424,16 @@ impl<D: Disk> MdWriter<D> {
             self.begin_sync(Phase::FinalSync);
         } else {
             self.end_round(Ok(()));
+        }
+    }
+
+    /// The flushes of the round wait for space, but for those that are not to wait any more.
+    fn hold_flushes(&mut self) {
+        for waiter in mem::take(&mut self.round.waiters) {
+            match waiter {
+                Waiter::Queue(flush) if !flush.last_try => self.space.hold(flush),
+                other => self.round.waiters.push(other),
+            }
         }
     }
 
@@ -418,11 +447,14 @@ impl<D: Disk> MdWriter<D> {
         let unreported = self.unreported;
         for waiter in waiters {
             match waiter {
-                Waiter::Queue(inbox, request) => {
+                Waiter::Queue(flush) => {
                     // All that wait together hear of it, none that comes later.
                     self.unreported = None;
                     let result = result.and(unreported.map_or(Ok(()), Err));
-                    inbox.post(QueueMessage::FlushDone { request, result });
+                    let request = flush.request;
+                    flush
+                        .inbox
+                        .post(QueueMessage::FlushDone { request, result });
                 }
                 Waiter::Growth => self.growth_flushed(result),
                 Waiter::Control => {

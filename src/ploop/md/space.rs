@@ -1,5 +1,6 @@
 //! Space for new clusters: growing the file ahead of its writers, and the pios
-//! that wait for space.
+//! that wait for space. And the flushes that do, on a host that needs some to overwrite
+//! the BAT, or refuses every write while it is full.
 
 #[cfg(test)]
 mod tests;
@@ -14,7 +15,7 @@ use super::super::EngineError;
 use super::super::inbox::Inbox;
 use super::super::options::OnEnospc;
 use super::super::pio::{Pio, QueueMessage};
-use super::{MdOp, MdWriter};
+use super::{Flush, MdOp, MdWriter, Waiter};
 use crate::format::HostCluster;
 use crate::storage::{Disk, Op};
 
@@ -40,6 +41,10 @@ pub(super) struct Space {
     parked: Vec<Pio>,
     /// Parked pios that have had their last try.
     hopeless: Vec<Pio>,
+    /// Flushes that wait for a page of the BAT to be written.
+    flushes: Vec<Flush>,
+    /// There was none for a page of the BAT when one was written last.
+    is_short_for_pages: bool,
     extending: bool,
     /// When the file was made longer last, and by how many times the usual step.
     last_extension: Option<(Duration, u32)>,
@@ -75,6 +80,45 @@ impl Space {
         self.ask_again |= policy == OnEnospc::Report;
         self.needed = true;
         self.parked.push(pio);
+    }
+
+    /// The host has no space for a page of the BAT.
+    pub fn pages_lack_space(&mut self, policy: OnEnospc, now: Duration) {
+        self.is_short_for_pages = true;
+        self.is_full(policy, now);
+    }
+
+    /// It has: pages were written.
+    pub fn pages_have_space(&mut self) {
+        self.is_short_for_pages = false;
+    }
+
+    /// A flush waits for that.
+    pub fn hold(&mut self, flush: Flush) {
+        self.flushes.push(flush);
+    }
+
+    /// Flushes that shall be tried again because their time has come.
+    pub fn due_flushes(&mut self, now: Duration) -> Vec<Flush> {
+        match self.retry_at.is_none_or(|at| at <= now) {
+            true => self.take_flushes(),
+            false => Vec::new(),
+        }
+    }
+
+    /// All of them.
+    pub fn take_flushes(&mut self) -> Vec<Flush> {
+        std::mem::take(&mut self.flushes)
+    }
+
+    /// Flushes of a queue that must not wait any longer: to be tried once more now.
+    pub fn give_up_flushes(&mut self, inbox: &Arc<Inbox<QueueMessage>>) -> Vec<Flush> {
+        let of_queue = |flush: &mut Flush| Arc::ptr_eq(&flush.inbox, inbox);
+        let mut given_up: Vec<_> = self.flushes.extract_if(.., of_queue).collect();
+        for flush in &mut given_up {
+            flush.last_try = true;
+        }
+        given_up
     }
 
     fn is_full(&mut self, policy: OnEnospc, now: Duration) {
@@ -209,7 +253,7 @@ impl Space {
         self.limit = limit.filter(|&limit| limit < step);
         if !self.announced {
             self.retry_at = None;
-        } else if self.limit.is_none() && !self.still_full {
+        } else if self.limit.is_none() && !self.still_full && !self.is_short_for_pages {
             self.is_full_no_more();
         } else {
             // Or writers would wait between the steps with space at hand.
@@ -229,7 +273,8 @@ impl Space {
         if self.retry_at.is_none_or(|at| at > now) {
             return Vec::new();
         }
-        if self.announced && !self.still_full && !self.extending && self.parked.is_empty() {
+        let is_short = self.still_full || self.is_short_for_pages;
+        if self.announced && !is_short && !self.extending && self.parked.is_empty() {
             self.is_full_no_more();
         }
         self.still_full = false;
@@ -275,6 +320,8 @@ impl<D: Disk> MdWriter<D> {
         if self.is_closing() || self.leaves_file_alone() {
             return;
         }
+        let flushes = self.space.due_flushes(now);
+        self.waiters.extend(flushes.into_iter().map(Waiter::Queue));
         let pios = self.space.due(now);
         self.try_again(pios);
         if self.engine.alloc().available() > 0 {

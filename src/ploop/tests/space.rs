@@ -80,9 +80,74 @@ fn a_stable_overwrite_that_needs_space_waits_and_is_no_failed_sync() {
     assert!(rig.read(0, 4096) == [2; 4096]);
 }
 
+/// As a CephFS that is full, where nothing can be overwritten either.
 #[test]
-fn a_flush_fails_while_there_is_no_space_for_the_mapping() {
+fn a_flush_waits_while_there_is_no_space_for_the_mapping() {
     let rig = copying_on_write();
+    rig.write(0, &[1; 512]).unwrap();
+    rig.fill_up();
+    let waiting = rig.push(Command::Flush);
+    rig.turn_for(SOON);
+    assert!(!rig.has_ended(waiting));
+    assert!(rig.engine.report().waits_for_space);
+    rig.make_room();
+    assert_eq!(rig.result(waiting), Ok(()));
+    assert!(!rig.disk.is_unsynced());
+    // That nobody was told of.
+    assert_eq!(rig.flush(), Ok(()));
+    rig.turn_for(SOON);
+    assert!(!rig.engine.report().waits_for_space);
+    let rig = rig.cut();
+    assert_eq!(rig.read(0, 512), [1; 512]);
+}
+
+#[test]
+fn a_page_that_finds_space_before_a_flush_comes_costs_no_flush() {
+    let rig = copying_on_write();
+    rig.write(0, &[1; 512]).unwrap();
+    rig.fill_up();
+    rig.turn_for(SOON);
+    assert!(rig.engine.report().waits_for_space);
+    rig.make_room();
+    rig.turn_for(SOON);
+    assert!(!rig.engine.report().waits_for_space);
+    assert_eq!(rig.flush(), Ok(()));
+}
+
+#[test]
+fn a_flush_that_is_given_up_fails_if_there_is_no_space() {
+    let rig = copying_on_write();
+    rig.write(0, &[1; 512]).unwrap();
+    rig.fill_up();
+    let waiting = rig.push(Command::Flush);
+    rig.turn_for(SOON);
+    rig.queues[0].borrow_mut().give_up_parked();
+    assert_eq!(rig.result(waiting), FULL);
+    let waiting = rig.push(Command::Flush);
+    rig.turn_for(SOON);
+    rig.make_room();
+    rig.queues[0].borrow_mut().give_up_parked();
+    assert_eq!(rig.result(waiting), Ok(()));
+}
+
+#[test]
+fn a_flush_that_waits_for_space_ends_with_the_engine() {
+    let rig = copying_on_write();
+    rig.write(0, &[1; 512]).unwrap();
+    rig.fill_up();
+    let waiting = rig.push(Command::Flush);
+    rig.turn_for(SOON);
+    assert_eq!(rig.control(Control::Close), FULL);
+    assert_eq!(rig.result(waiting), Err(EngineError::Stopped));
+}
+
+#[test]
+fn a_flush_fails_while_there_is_no_space_for_the_mapping_if_that_is_asked_for() {
+    let options = Options {
+        on_enospc: OnEnospc::Report,
+        ..options()
+    };
+    let rig = Rig::open(&copying_on_write().disk, 1, options);
     rig.write(0, &[1; 512]).unwrap();
     rig.fill_up();
     assert_eq!(rig.flush(), FULL);

@@ -45,11 +45,11 @@ impl Io for SimIo {
         let io = &mut state.ios[self.index];
         io.in_flight -= io.ready.len();
         let metadata_len = state.medium.metadata_len;
-        let is_failed_page = |end: &&Completion| {
-            end.result.is_err()
-                && matches!(end.op, Op::Write { offset, .. } if offset < metadata_len)
-        };
-        state.failed_pages += io.ready.iter().filter(is_failed_page).count() as u64;
+        let is_page =
+            |end: &&Completion| matches!(end.op, Op::Write { offset, .. } if offset < metadata_len);
+        let pages = io.ready.iter().filter(is_page);
+        let failed = pages.filter_map(|end| end.result.err());
+        state.failed_pages.extend(failed);
         done.append(&mut io.ready);
     }
 

@@ -300,7 +300,7 @@ impl Session {
                 // All who wait together hear of it, and nobody who comes later has to.
                 self.page_failed = None;
             }
-            if !self.trouble.explains(error) {
+            if !self.trouble.explains_end(error) {
                 return Err(format!("I10: request {tag} failed for no reason: {error}"));
             }
             if let Ask::Write { start } = request.ask
