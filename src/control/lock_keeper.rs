@@ -38,6 +38,10 @@ const ABSENCE: Duration = Duration::from_secs(300);
 /// The pause between two closer looks.
 const PAUSE: Duration = Duration::from_millis(100);
 
+/// How long after a doubt what was withheld meanwhile may not have been told yet: the threads that
+/// tell it are woken by the end of the doubt.
+const TELLING: Duration = Duration::from_secs(1);
+
 /// How often it is seen to what happens while the other thread looks.
 const TICK: Duration = Duration::from_millis(20);
 
@@ -77,6 +81,7 @@ impl LockKeeper {
             notices,
             waits,
             is_noted: Cell::new(false),
+            affirmed: Cell::new(Moment::now()),
             was_slow: Cell::new(false),
             last: Cell::new(Moment::now()),
         };
@@ -148,6 +153,8 @@ struct Timekeeper {
     waits: bool,
     /// The engine knows of a doubt.
     is_noted: Cell<bool>,
+    /// When the last doubt ended.
+    affirmed: Cell<Moment>,
     /// The last look was.
     was_slow: Cell<bool>,
     /// When it began.
@@ -190,7 +197,8 @@ impl Timekeeper {
     /// the doubt has ended, that it is not any more: what was withheld until then has been told.
     fn note_doubt(&self) {
         let is_in_doubt = self.watch.is_in_doubt();
-        if !is_in_doubt && !self.is_noted.get() {
+        let may_be_trusted = self.is_noted.get() && self.affirmed.get().elapsed() >= TELLING;
+        if !is_in_doubt && !may_be_trusted {
             return;
         }
         self.is_noted.set(is_in_doubt);
@@ -210,6 +218,7 @@ impl Timekeeper {
 
     fn affirm(&self, doubts: u64) {
         if self.watch.affirm(doubts) {
+            self.affirmed.set(Moment::now());
             log::info!("the lock on the image is still there; requests go on");
         }
     }

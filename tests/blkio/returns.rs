@@ -255,6 +255,30 @@ fn a_sync_that_fails_is_not_forgotten_with_a_process_that_is_killed_in_doubt() {
     }
 }
 
+/// What was withheld until then may not have been told yet, also if the next look begins at once.
+#[test]
+fn a_doubt_counts_for_who_is_killed_right_after_a_slow_look_has_ended_it() {
+    let Some(disk) = named_disk() else {
+        return;
+    };
+    let place = Place::new(&disk.fs.path(IMAGE), &WAYS[0]);
+    let backend = place.serve();
+    let (mut front_end, region) = begin(&backend);
+    write(&mut front_end, MAPPED, 1);
+    disk.fs.delay_looks(Duration::from_millis(2200));
+    backend.expect_to_say("requests go on");
+    // Well within the second; without it the next look has begun long since.
+    thread::sleep(Duration::from_millis(100));
+    let corpse = backend.kill_without_waiting();
+    disk.fs.delay_looks(Duration::ZERO);
+    drop(corpse);
+    let backend = go_on(&mut front_end, &place, &region);
+    expect(&mut front_end, MAPPED, 1);
+    assert_eq!(flush(&mut front_end), IOERR, "{}", backend.log());
+    drop(front_end);
+    backend.stop_with_failure();
+}
+
 /// A doubt that has passed is not held against whoever comes next.
 #[test]
 fn a_guest_goes_on_after_a_doubt_that_has_passed() {
