@@ -143,6 +143,32 @@ enum Confirmed {
     End,
 }
 
+/// For how long there has been a suspicion.
+struct Lasting {
+    start: Moment,
+    /// Since when it is another one than that the server is away.
+    odd_since: Option<Moment>,
+}
+
+impl Lasting {
+    fn since(start: Moment, is_away: bool) -> Self {
+        Self {
+            start,
+            odd_since: (!is_away).then_some(start),
+        }
+    }
+
+    /// Whether it has lasted for so long that it is the end, after a look that has found this.
+    fn is_over(&mut self, now: Moment, is_away: bool) -> bool {
+        if is_away {
+            self.odd_since = None;
+            return now.since(self.start) > ABSENCE;
+        }
+        let odd_since = *self.odd_since.get_or_insert(now);
+        now.since(odd_since) > CONFIRMATION
+    }
+}
+
 struct Timekeeper {
     watch: LockWatch,
     ask: SyncSender<Ask>,
@@ -231,7 +257,7 @@ impl Timekeeper {
             "{}: the lock on the image may be lost ({why}); requests wait until that is known",
             path.display()
         );
-        let start = Moment::now();
+        let mut lasting = Lasting::since(Moment::now(), self.may_be_away(&suspicion));
         loop {
             let LookFor::Doubts(doubts) = self.watch.wait_for_look_within(PAUSE) else {
                 return Confirmed::End;
@@ -252,16 +278,17 @@ impl Timekeeper {
                     suspicion = Suspicion { path, why, is_away };
                 }
             }
-            let bound = match suspicion.is_away && self.waits {
-                true => ABSENCE,
-                false => CONFIRMATION,
-            };
-            if start.elapsed() > bound {
+            if lasting.is_over(Moment::now(), self.may_be_away(&suspicion)) {
                 let Suspicion { path, why, .. } = suspicion;
                 return Confirmed::Lost { path, why };
             }
             thread::sleep(PAUSE);
         }
+    }
+
+    /// Whether it may take longer than [`CONFIRMATION`] until the suspicion is the end.
+    fn may_be_away(&self, suspicion: &Suspicion) -> bool {
+        suspicion.is_away && self.waits
     }
 
     /// Waits until a look is due.
@@ -369,3 +396,6 @@ impl Timekeeper {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -84,7 +84,7 @@ struct State {
     held_reads: Option<Vec<HeldRead>>,
     /// See [`FrailFs::refuse_unlocks`].
     refuses_unlocks: bool,
-    looks_to_fail: usize,
+    looks_to_fail: (usize, Errno),
     /// See [`FrailFs::keep_attributes`].
     attributes: Option<HashMap<(INodeNo, OsString), Vec<u8>>>,
 }
@@ -350,7 +350,7 @@ impl FrailFs {
             held_lock: None,
             held_reads: None,
             refuses_unlocks: false,
-            looks_to_fail: 0,
+            looks_to_fail: (0, Errno::EIO),
             attributes: None,
         };
         let shared = Arc::new(Shared {
@@ -540,7 +540,13 @@ impl FrailFs {
 
     /// The next so many who ask for a lock are told `EIO`.
     pub fn fail_looks(&self, count: usize) {
-        self.shared.lock().looks_to_fail = count;
+        self.shared.lock().looks_to_fail = (count, Errno::EIO);
+    }
+
+    /// Whoever asks for a lock is told that the way to the server is lost, until
+    /// [`Self::fail_looks`].
+    pub fn lose_the_way(&self) {
+        self.shared.lock().looks_to_fail = (usize::MAX, Errno::ENOTCONN);
     }
 
     /// All get one.
@@ -696,9 +702,10 @@ impl Filesystem for Mounted {
             kind,
         };
         let mut state = self.0.lock();
-        if let Some(left) = state.looks_to_fail.checked_sub(1) {
-            state.looks_to_fail = left;
-            return reply.error(Errno::EIO);
+        let (looks, error) = state.looks_to_fail;
+        if let Some(left) = looks.checked_sub(1) {
+            state.looks_to_fail.0 = left;
+            return reply.error(error);
         }
         let is_held = lock.handle.0 < state.holds_looks_before;
         let delay = state.look_delay;

@@ -346,6 +346,32 @@ fn an_error_of_a_look_has_to_last_for_the_lock_to_be_lost() {
     drop(host.place);
 }
 
+/// What is odd only since the server is back has not been so for long, however long that was away.
+#[test]
+fn an_error_has_to_last_also_after_the_way_to_the_server_was_lost() {
+    let Some(disk) = Disk::new() else {
+        return;
+    };
+    let mut host = Host::start(&disk, &WAYS[0]);
+    disk.fs.lose_the_way();
+    host.backend
+        .expect_to_say("the lock on the image may be lost");
+    thread::sleep(A_WHILE);
+    disk.fs.fail_looks(2);
+    host.backend.expect_to_say("requests go on");
+    assert_eq!(host.lock(), "held");
+    assert_eq!(write(&mut host.client.lanes[0], MAPPED, 1), 0);
+    assert_eq!(flush(&mut host.client.lanes[0]), 0);
+    disk.fs.lose_the_way();
+    thread::sleep(A_WHILE);
+    assert_eq!(host.lock(), "in-doubt");
+    disk.fs.fail_looks(usize::MAX);
+    host.backend.expect_to_say(LOST);
+    drop(host.client);
+    host.backend.stop_with_failure();
+    drop(host.place);
+}
+
 /// A lock that shows and cannot be taken again is not there on all servers, and what would be
 /// written with it would not be either.
 #[test]

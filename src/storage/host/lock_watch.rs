@@ -78,7 +78,18 @@ impl Moment {
 
     /// Since then.
     pub fn elapsed(self) -> Duration {
-        Self::now().0.saturating_sub(self.0)
+        Self::now().since(self)
+    }
+
+    /// From the other one to this one.
+    pub fn since(self, other: Self) -> Duration {
+        self.0.saturating_sub(other.0)
+    }
+
+    /// So much later.
+    #[cfg(test)]
+    pub(crate) fn later(self, time: Duration) -> Self {
+        Self(self.0 + time)
     }
 }
 
