@@ -5,7 +5,7 @@ use std::io;
 use rustix::io::Errno;
 use thiserror::Error;
 
-use crate::format::{HeaderError, Sector, TooLarge};
+use crate::format::{ExtensionError, HeaderError, Sector, TooLarge};
 use crate::storage::FileId;
 
 /// Why a request failed. Cheap to copy: one failed sync fails many requests.
@@ -178,6 +178,14 @@ pub enum OpenError {
     Converting {
         /// Of the chain, 0 is the base.
         level: u8,
+    },
+    /// The format says that who does not know a feature of it must leave the image alone.
+    #[error("level {level} was written by a program that is newer, or another one")]
+    Feature {
+        /// Of the chain, 0 is the base.
+        level: u8,
+        /// Which feature.
+        source: ExtensionError,
     },
     /// A level does not fit the one above it.
     #[error("level {level} does not fit the chain: {why}")]

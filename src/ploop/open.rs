@@ -79,6 +79,13 @@ impl<D: Disk> Engine<D> {
             disk.forgo_direct();
         }
         let beginning = beginning(&disk, top, loaded.image.as_ref(), &options);
+        if let Some(image) = &loaded.image {
+            let understood = saved::require_understood(&disk, top, &image.header);
+            understood.map_err(|source| OpenError::Feature {
+                level: top.0,
+                source,
+            })?;
+        }
         // Before the mark says that they miss what is written from now on.
         let bitmaps = match &loaded.image {
             Some(image) if !options.read_only => saved::load(&disk, top, &image.header),

@@ -10,6 +10,10 @@ use crate::ploop::tracking::{Bitmap, saved};
 use crate::ploop::{BitmapAction as Action, BitmapError};
 use crate::sim::disk::Faults;
 
+#[allow(dead_code, reason = "integration tests use the rest of it")]
+#[path = "../../../tests/common/sockets.rs"]
+mod sockets;
+
 const GUID: &str = "c0c2bdc4-2c5c-4bb5-8f53-40eb0b5bb5f5";
 const CLUSTERS: u64 = 8;
 const DISK: u64 = CLUSTERS * CLUSTER;
@@ -517,6 +521,47 @@ fn a_granularity_without_bounds_is_no_danger() {
     }
 }
 
+/// Whoever opens the image loses none of it.
+#[test]
+fn an_image_that_needs_what_is_not_known_is_left_alone() {
+    use md5::{Digest, Md5};
+
+    const NECESSARY: u64 = 1;
+    let cluster = ClusterSize::from_bytes(CLUSTER).unwrap();
+    let mut header = Header::new(Sector(4 * CLUSTER / 512), cluster).unwrap();
+    let at = header.geometry().data_start;
+    header.in_use = InUse::ClosedWithExtension;
+    header.extension = Sector(at / 512);
+    for flags in [0, NECESSARY] {
+        let mut extension = vec![0; CLUSTER as usize];
+        extension[..8].copy_from_slice(&0xAB23_4CEF_23DC_EA87_u64.to_le_bytes());
+        extension[24..32].copy_from_slice(&5_u64.to_le_bytes());
+        extension[32..40].copy_from_slice(&flags.to_le_bytes());
+        let checksum = Md5::digest(&extension[24..]);
+        extension[8..24].copy_from_slice(&checksum);
+        let disk = SimDisk::new(1, Medium::default(), 1);
+        disk.prepare(FileId(0), at, &extension);
+        disk.prepare(FileId(0), 0, &header.to_bytes());
+        for read_only in [true, false] {
+            let before = disk.read_live(FileId(0), 0, Header::LEN);
+            let options = Options {
+                read_only,
+                ..options()
+            };
+            let chain = Chain {
+                levels: vec![Level::Ploop],
+            };
+            let opened = Engine::open(disk.clone(), &chain, options);
+            let refused = opened.err().map(|error| format!("{error:?}"));
+            assert_eq!(refused.is_some(), flags == NECESSARY, "{refused:?}");
+            if let Some(error) = refused {
+                assert!(error.contains("Necessary(5)"), "{error}");
+                assert_eq!(disk.read_live(FileId(0), 0, Header::LEN), before);
+            }
+        }
+    }
+}
+
 /// What QEMU's `nbd` driver calls changed, in bytes.
 fn changed_by_qemu(image: &std::path::Path, folder: &std::path::Path) -> Vec<(u64, u64)> {
     use std::process::{Command, Stdio};
@@ -535,7 +580,7 @@ fn changed_by_qemu(image: &std::path::Path, folder: &std::path::Path) -> Vec<(u6
         .spawn()
         .unwrap();
     for _ in 0..1000 {
-        if socket.exists() || server.try_wait().unwrap().is_some() {
+        if sockets::is_listened_on(&socket) || server.try_wait().unwrap().is_some() {
             break;
         }
         thread::sleep(Duration::from_millis(10));

@@ -15,7 +15,8 @@ use std::io;
 use super::bits::Bits;
 use super::{ALL_BITS_MAX, BITMAPS_MAX, BITS_MAX, Bitmap, BitmapInfo, bits_of};
 use crate::format::{
-    DirtyBitmap, Extension, Geometry, Header, HostCluster, InUse, SECTOR_SIZE, Sector,
+    DirtyBitmap, Extension, ExtensionError, Geometry, Header, HostCluster, InUse, SECTOR_SIZE,
+    Sector,
 };
 use crate::ploop::rule::{self, Rule};
 use crate::storage::{Disk, FileId};
@@ -31,26 +32,49 @@ pub(in crate::ploop) struct Saved {
     pub end: u32,
 }
 
-/// Those that the image has, before it is marked as in use.
-pub(in crate::ploop) fn load(disk: &impl Disk, file: FileId, header: &Header) -> Vec<Bitmap> {
+/// That the image has no feature which must be understood to open it, and is not.
+pub(in crate::ploop) fn require_understood(
+    disk: &impl Disk,
+    file: FileId,
+    header: &Header,
+) -> Result<(), ExtensionError> {
+    match read_extension(disk, file, header) {
+        Some(Ok(Err(error @ ExtensionError::Necessary(_)))) => Err(error),
+        // What is wrong otherwise costs the bitmaps alone.
+        _ => Ok(()),
+    }
+}
+
+/// The valid extension of the image, if there is one.
+fn read_extension(
+    disk: &impl Disk,
+    file: FileId,
+    header: &Header,
+) -> Option<io::Result<Result<Extension, ExtensionError>>> {
     let is_valid = header.in_use == InUse::ClosedWithExtension;
     let is_valid = is_valid || !rule::kept(Rule::BitmapsEndWithUse);
     if !is_valid || header.extension.0 == 0 {
-        return Vec::new();
+        return None;
     }
-    let geometry = header.geometry();
-    let mut cluster = vec![0; geometry.cluster.bytes() as usize];
+    let mut cluster = vec![0; header.geometry().cluster.bytes() as usize];
     let read = match header.extension.0.checked_mul(SECTOR_SIZE) {
         Some(offset) => disk.read_exact_at(file, &mut cluster, offset),
         None => Err(io::ErrorKind::UnexpectedEof.into()),
     };
-    let extension = match read.map(|()| Extension::parse(&cluster)) {
-        Ok(Ok(extension)) => extension,
-        Ok(Err(error)) => {
+    Some(read.map(|()| Extension::parse(&cluster)))
+}
+
+/// Those that the image has, before it is marked as in use.
+pub(in crate::ploop) fn load(disk: &impl Disk, file: FileId, header: &Header) -> Vec<Bitmap> {
+    let geometry = header.geometry();
+    let extension = match read_extension(disk, file, header) {
+        None => return Vec::new(),
+        Some(Ok(Ok(extension))) => extension,
+        Some(Ok(Err(error))) => {
             warn_lost(&error);
             return Vec::new();
         }
-        Err(error) => {
+        Some(Err(error)) => {
             warn_lost(&error);
             return Vec::new();
         }
