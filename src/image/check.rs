@@ -6,14 +6,13 @@ mod sizes;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::thread;
-use std::time::Duration;
 
 use serde::Serialize;
 
 use super::delta::{Delta, read_header_for_repair};
 use super::error::{IoContext, Result};
 use super::file::{HostImage, ImageFile};
-use super::open::{Access, OpenImage, OpenMode, image_of, look_at, open};
+use super::open::{Access, LOOK_PAUSE, LOOKS, OpenImage, OpenMode, image_of, look_at, open};
 use super::progress::Progress;
 use super::{repair, version};
 use crate::format::{BatScan, ClusterSet, Extension, Geometry, HostCluster, InUse, SECTOR_SIZE};
@@ -167,15 +166,9 @@ pub fn check_served(path: &Path, mode: OpenMode) -> Result<CheckReport> {
             return Ok(report);
         }
         looks += 1;
-        thread::sleep(PAUSE);
+        thread::sleep(LOOK_PAUSE);
     }
 }
-
-/// How often something has to be wrong in a disk that is being served.
-const LOOKS: u32 = 5;
-
-/// The pause between two looks.
-const PAUSE: Duration = Duration::from_millis(50);
 
 fn look_at_served(path: &Path, image: OpenImage, mode: OpenMode) -> Result<CheckReport> {
     let mut whole = CheckReport::new(path);

@@ -7,7 +7,7 @@ use super::delta::Delta;
 use super::error::{IoContext, Result};
 use super::file::{HostImage, ImageFile};
 use super::map::{each_extent, entries_of};
-use super::open::{OpenMode, open};
+use super::open::OpenMode;
 use super::reader::{DiskReader, ReaderLevel};
 
 /// See the module's text.
@@ -83,8 +83,7 @@ pub struct Stretch {
 /// # Errors
 /// Whatever keeps it from being opened and read so.
 pub fn layout(path: &Path, mode: OpenMode, parts: u64, stretches: u64) -> Result<Layout> {
-    let image = open(path, mode)?;
-    let disk = DiskReader::load(&image)?;
+    let (_image, disk) = DiskReader::open(path, mode)?;
     let cluster = disk.cluster().bytes();
     let disk_size = disk.disk_size().bytes();
     let part = whole_clusters(disk_size, parts, cluster);

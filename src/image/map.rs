@@ -41,10 +41,7 @@ pub struct MapEntry {
 /// # Errors
 /// Whatever keeps it from being opened and read so.
 pub fn map(path: &Path, mode: OpenMode, mut each: impl FnMut(MapEntry)) -> Result<()> {
-    let (_image, disk) = look_at(path, mode, |image| {
-        let disk = DiskReader::load(&image)?;
-        Ok((image, disk))
-    })?;
+    let (_image, disk) = DiskReader::open(path, mode)?;
     each_extent(&disk, |extent| {
         entries_of(&disk, extent)?.into_iter().for_each(&mut each);
         Ok(())

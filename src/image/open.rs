@@ -174,9 +174,16 @@ pub fn open(path: &Path, mode: OpenMode) -> Result<OpenImage> {
     }
 }
 
+/// How often something has to be wrong in a disk that is being served.
+pub(super) const LOOKS: u32 = 5;
+
+/// The pause between two looks.
+pub(super) const LOOK_PAUSE: Duration = Duration::from_millis(50);
+
 /// What `look` makes of the disk at `path`. Who takes no locks may find the file of a level that is
 /// deleted meanwhile with nothing in it: so all is done again, be it that it went well, if the
-/// descriptor is another by then.
+/// descriptor is another by then. And clusters that move while the entries are read may be seen at
+/// two places: what is wrong has to be so at each of [`LOOKS`].
 ///
 /// # Errors
 /// As [`open`], and those of `look`.
@@ -186,6 +193,7 @@ pub(super) fn look_at<T>(
     look: impl Fn(OpenImage) -> Result<T>,
 ) -> Result<T> {
     const TRIES: usize = 10;
+    let mut looks_gone_wrong = 0;
     for _ in 1..TRIES {
         let image = open(path, mode)?;
         let known = image.bundle.as_ref();
@@ -195,8 +203,14 @@ pub(super) fn look_at<T>(
         let is_changed = known.is_some_and(|(path, known)| {
             Bundle::open(&path).is_ok_and(|bundle| *bundle.descriptor() != known)
         });
-        if !mode.force_share || !is_changed {
+        let is_corrupt = matches!(looked, Err(ImageError::Corrupt { .. }));
+        looks_gone_wrong += u32::from(is_corrupt);
+        let may_be_sound = is_corrupt && looks_gone_wrong < LOOKS;
+        if !mode.force_share || !(is_changed || may_be_sound) {
             return looked;
+        }
+        if may_be_sound {
+            thread::sleep(LOOK_PAUSE);
         }
     }
     look(open(path, mode)?)

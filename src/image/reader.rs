@@ -6,7 +6,7 @@ use std::path::Path;
 use super::delta::{Delta, read_or_zeros};
 use super::error::{ImageError, IoContext, Result};
 use super::file::{HostImage, ImageFile};
-use super::open::{OpenImage, image_of};
+use super::open::{OpenImage, OpenMode, image_of, look_at};
 use crate::format::{ClusterSize, GuestCluster, Sector};
 use crate::ploop::Level;
 
@@ -72,6 +72,17 @@ pub struct Status {
 }
 
 impl DiskReader<HostImage> {
+    /// Opens the disk at `path` and reads all its BATs: see [`look_at`].
+    ///
+    /// # Errors
+    /// Those of opening it, and of [`Self::load`].
+    pub(super) fn open(path: &Path, mode: OpenMode) -> Result<(OpenImage, Self)> {
+        look_at(path, mode, |image| {
+            let disk = Self::load(&image)?;
+            Ok((image, disk))
+        })
+    }
+
     /// Reads all BATs of an open disk.
     ///
     /// # Errors

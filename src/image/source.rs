@@ -14,7 +14,7 @@ use super::create::is_bare_name;
 use super::error::{ImageError, IoContext, Result};
 use super::file::HostImage;
 use super::folder::open_regular;
-use super::open::{OpenImage, OpenMode, lock_file, open};
+use super::open::{OpenImage, OpenMode, lock_file};
 use super::ownership::Ownership;
 use super::reader::DiskReader;
 use crate::format::{ForeignFormat, Header};
@@ -47,11 +47,11 @@ impl Source {
             None => probe(path)?,
         };
         if format == DiskFormat::Ploop {
-            let image = open(path, mode)?;
+            let (image, disk) = DiskReader::open(path, mode)?;
             let top = &image.files[image.files.len() - 1];
             return Ok(Self {
                 ownership: Ownership::of_image(&top.file, &top.path)?,
-                disk: DiskReader::load(&image)?,
+                disk,
                 _image: Some(image),
                 _lock: None,
             });

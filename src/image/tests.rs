@@ -1,6 +1,7 @@
 //! Whole operations on real bundles, in this process: what the disk and its snapshots
 //! read afterwards, and what lies in the folder.
 
+use std::cell::Cell;
 use std::collections::BTreeSet;
 use std::fs;
 use std::io::IoSlice;
@@ -16,8 +17,11 @@ use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg}
 
 use super::check::{Repair, check};
 use super::delta::Delta;
-use super::open::{Access, OpenMode, image_of, open};
+use super::layout::layout;
+use super::map::{map, map_since};
+use super::open::{Access, LOOK_PAUSE, LOOKS, OpenMode, image_of, look_at, open};
 use super::reader::DiskReader;
+use super::source::Source;
 use super::*;
 use crate::format::{ClusterSize, GuestCluster, Guid, HostCluster, InUse, Sector, Version};
 use crate::storage::lock::{ImageLock, LockMode};
@@ -960,4 +964,71 @@ fn a_level_that_is_emptied_is_not_read_as_zeros() {
     assert!(matches!(read, Err(ImageError::Busy(_))), "{read:?}");
     assert!(reader.status(CLUSTER as u64, 512).is_err());
     assert!(reader.next_data(0, u64::MAX).is_err());
+}
+
+/// A disk with a snapshot, the file of that, and what it has: as it is, and with an entry more for
+/// a cluster that has another one.
+fn with_a_cluster_at_two_places() -> (Disk, PathBuf, Vec<u8>, Vec<u8>) {
+    const BAT: usize = 64;
+    let disk = Disk::new(8);
+    disk.write([1], 7);
+    let base = disk.top_file();
+    create_snapshot(&disk.path, None, None).unwrap();
+    let sound = fs::read(&base).unwrap();
+    let mut torn = sound.clone();
+    torn.copy_within(BAT + 4..BAT + 8, BAT + 8);
+    fs::write(&base, &torn).unwrap();
+    (disk, base, sound, torn)
+}
+
+/// Whoever serves a disk moves clusters of it, and does not wait for who reads the entries.
+#[test]
+fn entries_that_were_read_while_a_cluster_moved_are_read_again() {
+    let (disk, base, sound, torn) = with_a_cluster_at_two_places();
+    let mode = OpenMode::new(Access::Read);
+    for (is_shared, looks_until_sound, expected) in [
+        (true, 1, 2),
+        (true, LOOKS - 1, LOOKS),
+        (true, u32::MAX, LOOKS),
+        (false, 1, 1),
+    ] {
+        fs::write(&base, &torn).unwrap();
+        let looks = Cell::new(0);
+        let looked = look_at(&disk.path, mode.force_share(is_shared), |image| {
+            looks.set(looks.get() + 1);
+            let disk = DiskReader::load(&image);
+            if looks.get() == looks_until_sound {
+                fs::write(&base, &sound).unwrap();
+            }
+            disk
+        });
+        assert_eq!(looks.get(), expected);
+        match looks_until_sound < expected {
+            true => drop(looked.unwrap()),
+            false => assert!(matches!(looked, Err(ImageError::Corrupt { .. }))),
+        }
+    }
+}
+
+#[test]
+fn what_reads_a_running_disk_looks_again_before_it_calls_it_corrupt() {
+    let (disk, ..) = with_a_cluster_at_two_places();
+    let snapshot = disk.bundle().descriptor().images()[0].guid;
+    let mode = OpenMode::new(Access::Read).force_share(true);
+    let path = &disk.path;
+    let readers: [(&str, &dyn Fn() -> Result<()>); 4] = [
+        ("map", &|| map(path, mode, |_| {})),
+        ("map --since", &|| map_since(path, mode, snapshot, |_| {})),
+        ("layout", &|| layout(path, mode, 1, 1).map(drop)),
+        ("a copy", &|| Source::open(path, None, mode).map(drop)),
+    ];
+    for (name, read) in readers {
+        let start = Instant::now();
+        let result = read();
+        assert!(
+            matches!(result, Err(ImageError::Corrupt { .. })),
+            "{name}: {result:?}"
+        );
+        assert!(start.elapsed() >= LOOK_PAUSE * (LOOKS - 1), "{name}");
+    }
 }
