@@ -153,7 +153,7 @@ pub(crate) fn grow_beside<D: Disk>(
     prepared?;
     // If it is too late, what was prepared is forgotten already.
     call_off.commit()?;
-    let descriptor = match new_descriptor(bundle, size) {
+    let descriptor = match new_descriptor(engine, bundle, size) {
         Ok(descriptor) => descriptor,
         Err(error) => {
             engine.abandon_growth();
@@ -169,13 +169,17 @@ pub(crate) fn grow_beside<D: Disk>(
 /// Since the last look at the old one minutes may have passed. One that says so already, though
 /// the disk is not so large, was put there when its folder could not be synced: that is made good
 /// by no later sync (I3), but by putting it there once more.
-fn new_descriptor(
-    bundle: Option<&mut Bundle>,
+fn new_descriptor<'a, D: Disk>(
+    engine: &Engine<D>,
+    bundle: Option<&'a mut Bundle>,
     size: Sector,
-) -> Result<Option<NewDescriptor<'_>>, ImageError> {
+) -> Result<Option<NewDescriptor<'a>>, ImageError> {
     let Some(bundle) = bundle else {
         return Ok(None);
     };
+    if bundle.descriptor().disk_size == size && engine.disk_size() == size {
+        return Ok(None);
+    }
     let descriptor = bundle.prepare_disk_size(size)?;
     descriptor.require_unchanged()?;
     Ok(Some(descriptor))

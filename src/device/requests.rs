@@ -5,6 +5,7 @@ use std::os::fd::RawFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use rustix::io::Errno;
 use slab::Slab;
 use smallvec::SmallVec;
 
@@ -491,7 +492,13 @@ impl<D: Disk> Requests<D> {
                 since,
                 ..
             } = request;
-            let was_waiting = matches!(result, Err(EngineError::NoSpace | EngineError::Stopped));
+            let was_waiting = matches!(
+                result,
+                Err(EngineError::NoSpace
+                    | EngineError::Stopped
+                    // A flush, for whose pages of the BAT there was none.
+                    | EngineError::Metadata(Errno::NOSPC | Errno::DQUOT))
+            );
             if parked == Parked::Drop && was_waiting {
                 self.counters.give_up();
                 reply.abandon();

@@ -8,7 +8,8 @@ use zerocopy::FromZeros;
 use super::error::{ImageError, IoContext, Result};
 use super::file::{ImageFile, rename_opening};
 use crate::format::{
-    BatScan, Geometry, GuestCluster, Header, HeaderError, HostCluster, InUse, SECTOR_SIZE, scan_bat,
+    BatScan, Extension, ExtensionError, Geometry, GuestCluster, Header, HeaderError, HostCluster,
+    InUse, SECTOR_SIZE, scan_bat,
 };
 
 /// Bytes of BAT that are read at once.
@@ -197,9 +198,8 @@ impl<F: ImageFile> Delta<F> {
         self.had_extension =
             self.header.in_use == InUse::ClosedWithExtension && self.header.extension.0 != 0;
         let before = self.header.in_use;
-        if !self.is_begun && matches!(before, InUse::Open | InUse::OpenByOthers) {
-            self.write_again()?;
-        }
+        self.require_understood()?;
+        self.write_again_if_left()?;
         if before != InUse::Open {
             self.header.in_use = InUse::Open;
             if let Err(error) = self.write_header() {
@@ -208,8 +208,39 @@ impl<F: ImageFile> Delta<F> {
                 return Err(error);
             }
         }
+        self.is_begun = false;
         self.sync()?;
         self.is_begun = true;
+        Ok(())
+    }
+
+    /// That the image has no feature which must be understood to change it, and is not: a change
+    /// drops the format extension.
+    fn require_understood(&self) -> Result<()> {
+        let offset = self.header.extension.0.saturating_mul(SECTOR_SIZE);
+        if !self.had_extension || offset >= self.file_len()? {
+            return Ok(());
+        }
+        let mut cluster = vec![0; self.geometry().cluster.bytes() as usize];
+        self.read(&mut cluster, offset)?;
+        match Extension::parse(&cluster) {
+            Err(error @ ExtensionError::Necessary(_)) => Err(ImageError::Unsupported {
+                path: self.path().to_owned(),
+                why: format!("cannot be changed: {error}"),
+            }),
+            _ => Ok(()),
+        }
+    }
+
+    /// What [`Self::begin`] does first.
+    ///
+    /// # Errors
+    /// Any of `lseek(2)` and `pwrite(2)`: it can be tried again.
+    pub(super) fn write_again_if_left(&mut self) -> Result<()> {
+        if !self.is_begun && matches!(self.header.in_use, InUse::Open | InUse::OpenByOthers) {
+            self.write_again()?;
+            self.is_begun = true;
+        }
         Ok(())
     }
 

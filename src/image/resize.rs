@@ -67,8 +67,10 @@ pub fn resize(path: &Path, size: NewSize, shrink: Shrink) -> Result<Sector> {
             let new_size = size.apply(path, old_size, cluster, shrink)?;
             Header::new(new_size, cluster).map_err(|error| refuse_new(path, error))?;
             // It is the base, and nothing lies on it: there are no snapshots.
-            resize_raw(&file, old_size, new_size, || {
-                update_descriptor(&mut image, new_size)
+            // Also where it says so: that may be what could not be made stable.
+            resize_raw(&file, old_size, new_size, || match &mut image.bundle {
+                Some(bundle) => bundle.prepare_disk_size(new_size)?.publish(),
+                None => Ok(()),
             })?;
             Ok(new_size)
         }

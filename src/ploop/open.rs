@@ -7,7 +7,7 @@ use std::io;
 use std::sync::Arc;
 
 pub(super) use self::load::read_levels;
-use self::load::{Loaded, TopImage, load, read_bat_tail, write_bat_again};
+use self::load::{Loaded, TopImage, is_full, load, read_bat_tail, write_bat_again};
 use super::alloc::{Allocator, Extent};
 use super::engine::{Engine, Shared};
 use super::error::OpenError;
@@ -203,13 +203,14 @@ fn write_again(
     end: HostCluster,
 ) -> Result<(), OpenError> {
     write_bat_again(disk, top, geometry)?;
-    if end.0 < geometry.host_cluster_limit()
-        && let Err(error) = disk.set_len(top, geometry.host_offset(HostCluster(end.0 + 1)))
-    {
-        // It is as long as it may be.
-        log::debug!("the image is not made longer: {error}");
+    if end.0 >= geometry.host_cluster_limit() {
+        return Ok(());
     }
-    Ok(())
+    match disk.set_len(top, geometry.host_offset(HostCluster(end.0 + 1))) {
+        // It is as long as it may be.
+        Err(error) if is_full(&error) || error.kind() == io::ErrorKind::FileTooLarge => Ok(()),
+        set => set.map_err(OpenError::io("extend the file", top)),
+    }
 }
 
 /// Makes a raw top ready. It has no mark, nothing to be allocated, and nothing for

@@ -355,7 +355,7 @@ fn a_descriptor_that_is_changed_while_the_disk_is_prepared_is_not_replaced() {
 fn commit_changed(rig: &Rig) -> Result<(), GrowError> {
     rig.engine().prepare_growth(NEW).unwrap();
     let mut bundle = rig.bundle();
-    let descriptor = new_descriptor(Some(&mut bundle), NEW).unwrap();
+    let descriptor = new_descriptor(rig.engine(), Some(&mut bundle), NEW).unwrap();
     assert!(descriptor.is_some());
     rig.change_descriptor("root.hds", "other.hds");
     commit(rig.engine(), descriptor)
@@ -403,7 +403,7 @@ fn the_descriptor_of_an_image_does_not_say_what_its_header_does_not() {
     let rig = Rig::new(false);
     rig.engine().prepare_growth(NEW).unwrap();
     let mut bundle = rig.bundle();
-    let descriptor = new_descriptor(Some(&mut bundle), NEW).unwrap();
+    let descriptor = new_descriptor(rig.engine(), Some(&mut bundle), NEW).unwrap();
     rig.disk.change_medium(|medium| medium.faults.write = 1.0);
     match commit(rig.engine(), descriptor) {
         Err(GrowError::Engine(error)) => assert_eq!(error, EngineError::Metadata(Errno::IO)),
@@ -439,10 +439,14 @@ fn a_descriptor_that_says_so_already_is_put_in_place_again() {
     bundle.set_disk_size(NEW).unwrap();
     let file = bundle.path().join(Descriptor::FILE_NAME);
     let before = fs::File::open(&file).unwrap();
-    let descriptor = new_descriptor(Some(&mut bundle), NEW).unwrap();
+    let descriptor = new_descriptor(rig.engine(), Some(&mut bundle), NEW).unwrap();
     commit(rig.engine(), descriptor).unwrap();
     let [before, after] = [before.metadata(), fs::metadata(&file)].map(|it| it.unwrap().ino());
     assert_ne!(before, after, "it is the same file");
     rig.expect_size(NEW);
-    assert!(new_descriptor(None, NEW).unwrap().is_none());
+    let without = new_descriptor(rig.engine(), None, NEW).unwrap();
+    assert!(without.is_none());
+    // The disk is so large, too, by now.
+    let nothing_new = new_descriptor(rig.engine(), Some(&mut bundle), NEW).unwrap();
+    assert!(nothing_new.is_none());
 }

@@ -468,6 +468,8 @@ fn what_waits_is_left_or_fails_as_it_is_wanted() {
         for (error, waits) in [
             (EngineError::NoSpace, true),
             (EngineError::Stopped, true),
+            (EngineError::Metadata(rustix::io::Errno::NOSPC), true),
+            (EngineError::Metadata(rustix::io::Errno::IO), false),
             (EngineError::Io(rustix::io::Errno::IO), false),
         ] {
             let mut rig = Rig::new(Vec::new());

@@ -215,6 +215,26 @@ fn a_broken_extension_is_dropped() {
     assert_eq!(delta.header().extension.0, 0);
 }
 
+/// What is known of its clusters is known to somebody else.
+#[test]
+fn an_image_that_needs_what_is_not_known_is_not_repaired() {
+    use md5::{Digest, Md5};
+
+    let mut bytes = with_extension();
+    let extension = &mut bytes[2 * CLUSTER..3 * CLUSTER];
+    extension[24..32].copy_from_slice(&5_u64.to_le_bytes());
+    // Necessary.
+    extension[32..40].copy_from_slice(&1_u64.to_le_bytes());
+    let checksum = Md5::digest(&extension[24..]);
+    extension[8..24].copy_from_slice(&checksum);
+    for repair in [Repair::Leaks, Repair::All] {
+        let (medium, mut delta) = load(bytes.clone());
+        let error = check_delta(&mut delta, Some(repair)).unwrap_err();
+        assert!(error.to_string().contains("format feature 0x5"), "{error}");
+        assert!(medium.contents()[0] == bytes);
+    }
+}
+
 #[test]
 fn absurd_extension_offsets_are_named() {
     for sector in [1u64, 64, 129, u64::MAX / 512, u64::MAX] {

@@ -349,6 +349,8 @@ impl<F: ImageFile> Lift<F> {
             self.is_marked = true;
             if self.is_inherited {
                 self.doubt_length()?;
+                // Where there is no space for that, no sync has failed.
+                self.upper.write_again_if_left()?;
             }
             if rule::kept(Rule::MarkBeforeLevelChanges) {
                 let begun = self.upper.begin();

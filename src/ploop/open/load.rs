@@ -295,11 +295,32 @@ pub(super) fn write_bat_again(
         buffer.resize((stop - start) as usize, 0);
         disk.read_exact_at(file, &mut buffer, start)
             .map_err(OpenError::io("read the BAT", file))?;
-        disk.write_all_at(file, &buffer, start)
-            .map_err(OpenError::io("write the BAT", file))?;
+        let written = match disk.write_all_at(file, &buffer, start) {
+            Err(error) if is_full(&error) => write_pages_again(disk, file, &buffer, start),
+            written => written,
+        };
+        written.map_err(OpenError::io("write the BAT", file))?;
         at = stop;
     }
     Ok(())
+}
+
+/// The same one by one, on a host that is full. A page of zeros that finds no space has none: the
+/// file system does not tell holes.
+fn write_pages_again(disk: &impl Disk, file: FileId, bytes: &[u8], start: u64) -> io::Result<()> {
+    let pages = bytes.chunks(ZEROS.len());
+    for (at, page) in (start..).step_by(ZEROS.len()).zip(pages) {
+        match disk.write_all_at(file, page, at) {
+            Err(error) if is_full(&error) && is_zero(page) => {}
+            written => written?,
+        }
+    }
+    Ok(())
+}
+
+pub(super) fn is_full(error: &io::Error) -> bool {
+    use io::ErrorKind::{QuotaExceeded, StorageFull};
+    matches!(error.kind(), StorageFull | QuotaExceeded)
 }
 
 /// What follows the BAT in its last md page: it stays what it is.

@@ -183,3 +183,23 @@ fn what_a_failed_sync_may_have_lost_is_stable_for_whoever_opens_the_image_next()
         assert_eq!(rig.read(0, 512), [4; 512], "seed {seed}");
     }
 }
+
+/// Where holes are not told apart, a BAT that has them is no reason to need space.
+#[test]
+fn an_image_that_was_left_in_use_is_opened_on_a_full_host() {
+    let medium = Medium {
+        tells_holes: false,
+        ..Medium::default()
+    };
+    let disk = empty_image(medium, 1, 4000 * CLUSTER);
+    let full = disk.used_blocks();
+    disk.change_medium(|medium| medium.capacity = Some(full));
+    for _ in 0..2 {
+        let rig = Rig::open(&disk, 1, options());
+        assert_eq!(rig.read(0, 512), [0; 512]);
+        rig.engine.abandon();
+        disk.kill();
+        drop(rig);
+        disk.restart();
+    }
+}

@@ -414,6 +414,20 @@ fn a_mark_that_may_have_been_written_is_taken_away_again() {
     }
 }
 
+/// Nor is a sync lost where a level that was left marked is to be written again.
+#[test]
+fn a_level_that_was_left_marked_waits_for_space_too() {
+    let (medium, guests) = two_sectors();
+    medium.fail_sync_after(Some(0));
+    assert!(begin_again(&medium).step().is_err());
+    let mut lift = begin_again(&medium);
+    medium.fail_next_write();
+    assert_eq!(lift.step().unwrap(), LiftStep::Full);
+    while lift.step().unwrap() != LiftStep::Done {}
+    let (count, is_closed) = count_right(medium.stable()[0].clone(), &guests);
+    assert!(count == guests.len() && is_closed);
+}
+
 /// Nothing of what it could not make stable counts, however often it is told to come to an end.
 #[test]
 fn one_that_cannot_be_closed_when_it_is_given_up_stays_marked() {
