@@ -224,6 +224,8 @@ impl Timekeeper {
     fn note_doubt(&self) {
         let is_in_doubt = self.watch.is_in_doubt();
         let may_be_trusted = self.is_noted.get() && self.affirmed.get().elapsed() >= TELLING;
+        // A doubt that nobody decides any more becomes a loss, and stays noted.
+        let may_be_trusted = may_be_trusted && self.watch.is_held();
         if !is_in_doubt && !may_be_trusted {
             return;
         }

@@ -314,6 +314,14 @@ impl LockWatch {
         self.lease.wait_for_look(pause)
     }
 
+    /// Whether the lock is there, as far as that is known, or nobody looks any more.
+    pub fn is_held(&self) -> bool {
+        matches!(
+            self.lease.standing(),
+            LockStanding::Held | LockStanding::Unwatched
+        )
+    }
+
     /// Whether it is in doubt whether the lock is there.
     pub fn is_in_doubt(&self) -> bool {
         self.lease.standing() == LockStanding::InDoubt
