@@ -165,10 +165,10 @@ pub(crate) fn grow_beside<D: Disk>(
     Ok(size)
 }
 
-/// The descriptor of the disk of that size, to be [put in place](put_in_place), if it has any.
-/// Since the last look at the old one minutes may have passed. One that says so already, though
-/// the disk is not so large, was put there when its folder could not be synced: that is made good
-/// by no later sync (I3), but by putting it there once more.
+/// The descriptor of the disk of that size, to be [put in place](put_in_place); `None` if there is
+/// none, or nothing is new. Since the last look at the old one minutes may have passed. One that
+/// says so already, though the disk is not so large, was put there when its folder could not be
+/// synced: that is made good by no later sync (I3), but by putting it there once more.
 fn new_descriptor<'a, D: Disk>(
     engine: &Engine<D>,
     bundle: Option<&'a mut Bundle>,

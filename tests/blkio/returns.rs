@@ -371,6 +371,16 @@ fn locks_that_a_server_has_forgotten_and_given_to_nobody_are_taken_once_more() {
     backend.stop();
 }
 
+/// Waits until the lock is asked for that is given only later.
+fn hold_next_lock(disk: &Disk, backend: &Backend) {
+    disk.fs.hold_next_lock();
+    let start = Instant::now();
+    while !disk.fs.holds_lock() {
+        assert!(start.elapsed() < PATIENCE, "{}", backend.log());
+        thread::sleep(Duration::from_millis(10));
+    }
+}
+
 /// That the lock is seen says nothing if who looks has taken it once more.
 #[test]
 fn a_lock_that_was_taken_again_too_late_does_not_show_that_nobody_else_has_had_it() {
@@ -387,12 +397,7 @@ fn a_lock_that_was_taken_again_too_late_does_not_show_that_nobody_else_has_had_i
         match is_asked_late {
             true => disk.fs.hold_looks(),
             false => {
-                disk.fs.hold_next_lock();
-                let start = Instant::now();
-                while !disk.fs.holds_lock() {
-                    assert!(start.elapsed() < PATIENCE, "{}", backend.log());
-                    thread::sleep(Duration::from_millis(10));
-                }
+                hold_next_lock(&disk, &backend);
             }
         }
         backend.expect_to_say("requests wait until it does");
@@ -429,12 +434,7 @@ fn a_lock_that_was_taken_again_in_time_does_not_count_if_the_image_was_opened_me
     let backend = place.serve();
     let mut front_end = begin(&backend).0;
     write(&mut front_end, MAPPED, 1);
-    disk.fs.hold_next_lock();
-    let start = Instant::now();
-    while !disk.fs.holds_lock() {
-        assert!(start.elapsed() < PATIENCE, "{}", backend.log());
-        thread::sleep(Duration::from_millis(10));
-    }
+    hold_next_lock(&disk, &backend);
     disk.fs.take_locks(Loss::Silent);
     let opening = 7_u64.to_le_bytes();
     let none = rustix::fs::XattrFlags::empty();

@@ -318,6 +318,7 @@ fn write_pages_again(disk: &impl Disk, file: FileId, bytes: &[u8], start: u64) -
     Ok(())
 }
 
+/// Whether the host has no space, or none for this user.
 pub(super) fn is_full(error: &io::Error) -> bool {
     use io::ErrorKind::{QuotaExceeded, StorageFull};
     matches!(error.kind(), StorageFull | QuotaExceeded)
